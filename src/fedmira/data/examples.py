@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Example", "RawTask"]
+__all__ = ["Example", "RawTask", "Reading"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,24 @@ class RawTask:
         category: the family the task belongs to ("" where the source knows none).
         examples: training rows, or all rows when `test` is None.
         test: rows that the source itself sets aside for testing, or None to split `examples`.
+        validation: rows that the source itself sets aside for validation, or None to take them from `examples`.
     """
 
     name: str
     category: str
     examples: Sequence[Example]
     test: Sequence[Example] | None = None
+    validation: Sequence[Example] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a reader found in its source.
+
+    Attributes:
+        tasks: in the order of the source; `data.clients` keeps the first so many.
+        skipped: tasks that were left out by a rule, one "name: reason" each.
+    """
+
+    tasks: tuple[RawTask, ...]
+    skipped: tuple[str, ...] = ()

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedmira.data.examples import Example, RawTask
+from fedmira.config.schema import DataSettings
+from fedmira.data.examples import Example, RawTask, Reading
+from fedmira.data.sources.grouping import sampled
 
-__all__ = ["DEMO_TEST_ROWS", "demo_tasks", "pretraining_rows"]
+__all__ = ["DEMO_TEST_ROWS", "demo_tasks", "pretraining_rows", "read"]
 
 DEMO_TEST_ROWS = 32
 
@@ -167,6 +169,12 @@ def demo_tasks(seed: int = 0) -> list[RawTask]:
         for task in tasks
         for examples in [list(_distinct(task, task.rows + DEMO_TEST_ROWS, seed))]
     ]
+
+
+def read(settings: DataSettings, seed: int) -> Reading:
+    """The demo's tasks as a source; `settings.path` plays no part."""
+    tasks = demo_tasks(seed)
+    return Reading(tuple(replace(task, examples=sampled(list(task.examples), task.name, settings, seed)) for task in tasks))
 
 
 def _distinct(task: Task, count: int, seed: int) -> Iterator[Example]:

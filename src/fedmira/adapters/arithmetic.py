@@ -1,0 +1,80 @@
+"""Arithmetic on adapters: mappings from parameter name to float32 tensor, never changed in place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Adapter", "all_finite", "digest", "distance", "dot_products", "map_tensors", "norm", "same_shapes", "subtract", "weighted_sum"]
+
+Adapter = Mapping[str, Tensor]
+"""Parameter name -> float32 CPU tensor: exactly the trainable part."""
+
+
+def map_tensors(function: Callable[..., Tensor], *adapters: Adapter) -> dict[str, Tensor]:
+    """Apply `function` name by name; all adapters must have the names of the first."""
+    return {name: function(*(adapter[name] for adapter in adapters)) for name in adapters[0]}
+
+
+def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Sum of weight * adapter, summed in the given order in float64 and returned in the tensors' own dtype."""
+
+    def combine(*tensors: Tensor) -> Tensor:
+        total = torch.zeros(tensors[0].shape, dtype=torch.float64)
+        for tensor, weight in zip(tensors, weights, strict=True):
+            total.add_(tensor.to(torch.float64), alpha=weight)
+        return total.to(tensors[0].dtype)
+
+    return map_tensors(combine, *adapters)
+
+
+def subtract(left: Adapter, right: Adapter) -> dict[str, Tensor]:
+    """left - right, name by name."""
+    return map_tensors(torch.sub, left, right)
+
+
+def norm(adapter: Adapter) -> float:
+    """Euclidean norm over all tensors, in float64."""
+    return float(sum(float(tensor.to(torch.float64).square().sum()) for tensor in adapter.values()) ** 0.5)
+
+
+def distance(left: Adapter, right: Adapter) -> float:
+    """Euclidean distance between two adapters of equal shapes."""
+    return norm(subtract(left, right))
+
+
+def dot_products(rows: Sequence[Adapter], columns: Sequence[Adapter]) -> Tensor:
+    """Euclidean inner products between two lists of adapters of one shape, float64 [rows, columns].
+
+    Summed in order of the names, so that an adapter read back from a file gives the same bits.
+    """
+    total = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+    if not rows or not columns:
+        return total
+    for name in sorted(rows[0]):
+        left, right = (torch.stack([adapter[name].flatten() for adapter in side]).to(torch.float64) for side in (rows, columns))
+        total += left @ right.T
+    return total
+
+
+def all_finite(adapter: Adapter) -> bool:
+    """Whether no tensor holds a NaN or an infinity."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in adapter.values())
+
+
+def same_shapes(left: Adapter, right: Adapter) -> bool:
+    """Whether both adapters have the same names with the same shapes."""
+    return {name: tensor.shape for name, tensor in left.items()} == {name: tensor.shape for name, tensor in right.items()}
+
+
+def digest(adapter: Adapter) -> str:
+    """First 16 hex digits of a SHA-256 over names, shapes and bytes, in order of the names."""
+    hasher = hashlib.sha256()
+    for name in sorted(adapter):
+        tensor = adapter[name].detach().contiguous()
+        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        hasher.update(tensor.numpy().tobytes())
+    return hasher.hexdigest()[:16]

@@ -1,0 +1,124 @@
+"""What an algorithm is: pure functions over values, a server half and a client half."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from fedmira.adapters import Adapter
+from fedmira.graphs import Graph
+from fedmira.messages import ClientId, Payload, Reply
+
+__all__ = ["Algorithm", "Combined", "Diagnostics", "GradientHook", "PlainClient", "ServerState", "Start", "Trained"]
+
+GradientHook = Callable[[Adapter, Adapter], Adapter]
+"""(gradient, parameters) -> the gradient to step with, at every local step."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """All that the server remembers between rounds; the checkpoint is this value.
+
+    Attributes:
+        adapters: by client id, or by a name of the algorithm's own such as "shared".
+        numbers: small tensors such as the learned graph or the round each client last trained in.
+    """
+
+    adapters: Mapping[str, Adapter]
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostics:
+    """What a combine step did, for the log.
+
+    Attributes:
+        round: numbers of the whole round: server_step (gamma), max_degree, disagreement_before and _after, guarded (1 if gamma was cut).
+        clients: per client of the round: pull (share of the way to the neighbours' mean), relative_pull (|moved| / |update|), degree.
+        graph: the graph that acted, or None.
+        expects_motion: clients that must have moved because a neighbour that differs pulls on them; the loop checks it.
+    """
+
+    round: Mapping[str, float] = field(default_factory=dict)
+    clients: Mapping[ClientId, Mapping[str, float]] = field(default_factory=dict)
+    graph: Graph | None = None
+    expects_motion: frozenset[ClientId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """The new state and what was done to get there."""
+
+    state: ServerState
+    diagnostics: Diagnostics = Diagnostics()
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a client begins local training with."""
+
+    adapter: Adapter
+    hook: GradientHook | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What local training hands to `finish`."""
+
+    adapter: Adapter
+    num_examples: int
+    num_steps: int
+    learning_rate: float
+
+
+class Algorithm(Protocol):
+    """Both halves of a federated algorithm; every method is a pure function."""
+
+    @property
+    def aligns(self) -> bool:
+        """Whether alignment is switched on, so that a run in which no client is ever pulled is an error."""
+        ...
+
+    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
+        """The state before round 1, from each client's start adapter (the common one, cut to the client's rank)."""
+        ...
+
+    def instruct(self, state: ServerState, client: ClientId) -> Payload:
+        """What the server sends this client."""
+        ...
+
+    def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
+        """The next state; `replies` are sorted by client id and not empty."""
+        ...
+
+    def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
+        """The adapter that is evaluated and saved for this client."""
+        ...
+
+    def begin(self, payload: Payload, memory: Payload | None) -> Start:
+        """On the client: where local training starts."""
+        ...
+
+    def finish(self, payload: Payload, memory: Payload | None, trained: Trained) -> tuple[Payload, Payload | None]:
+        """On the client: what goes back to the server, and what the client keeps for itself."""
+        ...
+
+
+class PlainClient:
+    """The client half of algorithms whose clients train from the adapter they are sent and send it back; no alignment."""
+
+    @property
+    def aligns(self) -> bool:
+        """No."""
+        return False
+
+    def begin(self, payload: Payload, memory: Payload | None) -> Start:
+        """Start from the adapter in the payload."""
+        return Start(payload.tensors["adapter"])
+
+    def finish(self, payload: Payload, memory: Payload | None, trained: Trained) -> tuple[Payload, Payload | None]:
+        """Send the trained adapter; keep nothing."""
+        return Payload({"adapter": trained.adapter}), None

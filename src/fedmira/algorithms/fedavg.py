@@ -1,0 +1,59 @@
+"""One shared adapter, averaged by training rows: theta <- sum_k n_k / n theta_k over the clients of the round.
+
+McMahan et al. 2017; over LoRA factors, A and B apart, it is FedIT (Zhang et al. 2023, arXiv 2305.05644).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedmira.adapters import Adapter, weighted_sum
+from fedmira.algorithms.base import Combined, PlainClient, ServerState
+from fedmira.algorithms.context import AlgorithmContext
+from fedmira.config.schema import FedAvgSettings
+from fedmira.errors import ConfigError
+from fedmira.messages import ClientId, Payload, Reply
+
+__all__ = ["FedAvg", "build_fedavg"]
+
+SHARED = "shared"
+
+
+class FedAvg(PlainClient):
+    """The state holds one adapter, "shared", which every client starts from and is evaluated with."""
+
+    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
+        """The start that all clients have in common."""
+        return ServerState(adapters={SHARED: next(iter(starts.values()))})
+
+    def instruct(self, state: ServerState, client: ClientId) -> Payload:
+        """The shared adapter."""
+        return Payload({"adapter": state.adapters[SHARED]})
+
+    def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
+        """Average the replies by their training rows."""
+        ordered = sorted(replies, key=lambda reply: reply.client_id)
+        total = sum(reply.num_examples for reply in ordered)
+        weights = [reply.num_examples / total for reply in ordered]
+        mean = weighted_sum([reply.payload.tensors["adapter"] for reply in ordered], weights)
+        return Combined(ServerState(adapters={SHARED: mean}, numbers=state.numbers))
+
+    def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
+        """The shared adapter."""
+        return state.adapters[SHARED]
+
+
+def build_fedavg(settings: FedAvgSettings, context: AlgorithmContext) -> FedAvg:
+    """Check that one adapter fits all clients.
+
+    Raises:
+        ConfigError: clients differ in rank.
+    """
+    unequal = context.unequal_ranks()
+    if unequal is not None:
+        one, other = unequal
+        raise ConfigError(
+            f"fedavg: client {one!r} has rank {context.ranks[one]} and client {other!r} rank {context.ranks[other]}; "
+            "one shared adapter needs one rank (take them out of adapter.ranks, or set algorithm.name to 'mira')"
+        )
+    return FedAvg()

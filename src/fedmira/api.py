@@ -1,0 +1,48 @@
+"""The one call from Python: settings in, a finished run out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedmira.config import Config, load_config
+from fedmira.experiment import build_experiment, resume_experiment, run_experiment
+from fedmira.results import Result
+from fedmira.rounds import Progress
+
+__all__ = ["run"]
+
+
+def run(
+    config: Config | str | Path | Mapping[str, Any] | None = None, *, preset: str | None = None, output: str | Path, resume: bool = False, progress: Progress | None = None
+) -> Result:
+    """Run a federation and return its adapters, metrics and graph.
+
+    Args:
+        config: a Config, a TOML file, a mapping of dotted keys to values such as {"algorithm.name": "local"}, or None for the demo.
+        preset: a preset that lies under it.
+        output: the run folder, which must be new; with `resume` the folder of the run to continue.
+        progress: is called with ("round" or "evaluate", figures).
+
+    Raises:
+        InputError: something is wrong with the settings or the data; nothing was trained.
+        RunError: the run failed; what was computed is in the folder.
+    """
+    if resume and config is None and preset is None:
+        config = Path(output) / "config.toml"
+    if isinstance(config, Mapping):
+        overrides = [f"{key}={_toml_value(value)}" for key, value in config.items()]
+        config = load_config(None, preset, overrides)
+    elif not isinstance(config, Config):
+        config = load_config(Path(config) if config is not None else None, preset, ())
+    experiment = build_experiment(config)
+    start = resume_experiment if resume else run_experiment
+    return start(experiment, Path(output), progress)
+
+
+def _toml_value(value: Any) -> str:
+    """A Python value as TOML, on one line."""
+    return tomli_w.dumps({"value": value}, multiline_strings=False).removeprefix("value = ").strip()

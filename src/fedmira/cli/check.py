@@ -1,0 +1,35 @@
+"""fedmira check: look before you train."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from fedmira.cli.options import ConfigFile, Format, FormatOption, Overrides, PresetName, settings
+from fedmira.cli.screen import print_json, print_table, say
+
+__all__ = ["check"]
+
+
+def check(config: ConfigFile = None, preset: PresetName = None, overrides: Overrides = None, format: FormatOption = Format.text) -> None:
+    """Read the data, count rows and tokens, plan memory and bound the graph; trains nothing.
+
+    Example: fedmira check --set data.source=natural-instructions --set data.path=tasks
+    """
+    chosen = settings(config, preset, overrides)
+    from fedmira.experiment import build_experiment
+    from fedmira.plan import make_plan
+
+    experiment = build_experiment(chosen)
+    plan = make_plan(experiment)
+    summaries = [asdict(summary) for summary in experiment.dataset.summaries()]
+    if format is Format.json:
+        print_json({"plan": asdict(plan), "clients": summaries, "skipped": experiment.dataset.skipped})
+        return
+    columns = {"client_id": "client", "category": "category", "train_rows": "train", "validation_rows": "val", "test_rows": "test", "train_response_tokens": "response tokens"}
+    more = {"longest_row": "longest", "truncated_prompts": "cut prompts", "truncated_responses": "cut responses", "duplicates": "duplicates"}
+    table = {**columns, **more}
+    print_table(f"{len(summaries)} clients", list(table.values()), [[row[name] for name in table] for row in summaries])
+    for note in experiment.dataset.skipped:
+        say(f"left out: {note}")
+    for line in plan.lines():
+        print(line)

@@ -1,0 +1,33 @@
+"""fedmira generate: ask a client's adapter."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedmira.cli.options import Format, FormatOption, RunPath
+from fedmira.cli.screen import print_json
+
+__all__ = ["generate"]
+
+
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Argument(help="The input, or the whole request where the client's task has no instruction.")],
+    client: Annotated[str, typer.Option("--client", help="Whose adapter answers.")],
+    instruction: Annotated[str | None, typer.Option("--instruction", help="Default: the instruction of the client's first training row.", show_default=False)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Default: the run's setting.", show_default=False)] = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Answer a prompt with a client's adapter, in the prompt form the run was trained with.
+
+    Example: fedmira generate runs/first --client clinic-north "Ada reports dizziness since Monday."
+    """
+    from fedmira.saved import answer, reload_run
+
+    text = answer(reload_run(run), client, prompt, instruction, max_new_tokens)
+    if format is Format.json:
+        print_json({"client": client, "prompt": prompt, "answer": text})
+        return
+    print(text)

@@ -1,0 +1,39 @@
+"""The `fedmira` command: verbs, and errors turned into messages and exit codes."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from fedmira.cli import check, compare, evaluate, generate, presets, report, run
+from fedmira.errors import FedmiraError, InputError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fedmira",
+    help="Federated multi-task fine-tuning: one LoRA adapter per client, pulled together along a task graph.\n\nStart with: fedmira run",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _verb in (run.run, compare.compare, check.check, evaluate.evaluate, generate.generate, report.report, presets.presets):
+    app.command()(_verb)
+
+
+def main() -> None:
+    """Run the command line: exit code 0 for success, 2 for bad input, 3 for a failed run, 130 for an interrupt."""
+    try:
+        app()
+    except InputError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except FedmiraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; continue the run with --resume", file=sys.stderr)
+        sys.exit(130)

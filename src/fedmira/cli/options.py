@@ -1,0 +1,48 @@
+"""Options that several verbs share, and where their settings come from."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmira.config import Config, load_config
+from fedmira.errors import ConfigError
+
+__all__ = ["ConfigFile", "Format", "FormatOption", "OutputFolder", "Overrides", "PresetName", "RunPath", "fresh_folder", "settings"]
+
+
+class Format(StrEnum):
+    """How results are printed."""
+
+    text = "text"
+    json = "json"
+
+
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings in TOML. With neither this nor --preset: the demo.", show_default=False)]
+PresetName = Annotated[str | None, typer.Option("--preset", help="A named set of settings; see: fedmira presets", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, e.g. --set rounds.count=5. May be repeated.", show_default=False)]
+OutputFolder = Annotated[Path | None, typer.Option("--output", "-o", help="The run folder. Default: a new folder in runs/.", show_default=False)]
+FormatOption = Annotated[Format, typer.Option("--format", help="text, or one JSON document on stdout.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+def settings(config: Path | None, preset: str | None, overrides: list[str] | None) -> Config:
+    """The checked config.
+
+    Raises:
+        ConfigError: with all problems together.
+    """
+    if config is not None and not config.exists():
+        raise ConfigError(f"{config}: there is no such config file; write one, or use --preset (fedmira presets lists them)")
+    return load_config(config, preset, overrides or [])
+
+
+def fresh_folder(name: str) -> Path:
+    """A folder in runs/ that does not exist yet, named for what runs and when."""
+    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidates = [stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 100))]
+    return next(path for path in candidates if not path.exists())

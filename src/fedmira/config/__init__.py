@@ -1,0 +1,41 @@
+"""What to run: the settings, the files they come from, and presets."""
+
+from fedmira.config.load import dump_config, load_config, with_algorithm
+from fedmira.config.presets import preset_description, preset_names, preset_path
+from fedmira.config.schema import (
+    AdapterSettings,
+    AlgorithmSettings,
+    Config,
+    DataSettings,
+    EngineSettings,
+    EvaluationSettings,
+    FedAvgSettings,
+    GraphSettings,
+    LocalOnlySettings,
+    LocalSettings,
+    MiraSettings,
+    ModelSettings,
+    RoundsSettings,
+)
+
+__all__ = [
+    "AdapterSettings",
+    "AlgorithmSettings",
+    "Config",
+    "DataSettings",
+    "EngineSettings",
+    "EvaluationSettings",
+    "FedAvgSettings",
+    "GraphSettings",
+    "LocalOnlySettings",
+    "LocalSettings",
+    "MiraSettings",
+    "ModelSettings",
+    "RoundsSettings",
+    "dump_config",
+    "load_config",
+    "preset_description",
+    "preset_names",
+    "preset_path",
+    "with_algorithm",
+]

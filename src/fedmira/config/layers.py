@@ -1,0 +1,152 @@
+"""Config layers: nested settings from a preset, a file and overrides, and how an upper layer covers a lower one."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from fedmira.config.schema import Config
+from fedmira.errors import ConfigError
+
+__all__ = ["Layer", "Settings", "algorithm_sections", "cover", "read_overrides", "read_toml"]
+
+Settings = dict[str, Any]
+"""Section -> key -> value, as in the TOML file; top-level keys such as `seed` sit beside the sections."""
+
+_RIVALS = {
+    "algorithm": (("coupling", "server_step"),),
+    "local": (("steps", "epochs"),),
+}
+"""Pairs of keys that say one thing in two ways: setting one above removes the other below."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Settings and where they were written, for error messages."""
+
+    source: str
+    settings: Settings
+
+
+def algorithm_sections() -> dict[str, type[BaseModel]]:
+    """Algorithm name -> the class of its settings, in the order of the schema."""
+    section_classes = get_args(Config.model_fields["algorithm"].annotation)
+    return {get_args(section.model_fields["name"].annotation)[0]: section for section in section_classes}
+
+
+def read_toml(path: Path, source: str) -> Layer:
+    """Read one config file.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, or not TOML; the message gives file, line and column.
+    """
+    try:
+        # utf-8-sig: some editors put a byte order mark in front, which is not TOML.
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {source} does not exist; give the path of a TOML file, or use --preset") from None
+    except OSError as error:
+        raise ConfigError(f"config file {source} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {source} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    try:
+        return Layer(source, tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(_locate(str(error), source, text)) from None
+
+
+def read_overrides(overrides: Sequence[str]) -> tuple[Layer, list[str]]:
+    """Read `key=value` overrides; a later one wins over an earlier one of the same key.
+
+    Returns:
+        The layer of all readable overrides, and one problem for each that is not.
+    """
+    settings: Settings = {}
+    problems = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        path = _split_key(key)
+        if not equals or not path:
+            problems.append(f"--set {override!r}: must be key=value with a dotted key, such as rounds.count=5")
+            continue
+        section = settings
+        for name in path[:-1]:
+            if not isinstance(section.get(name), dict):
+                section[name] = {}
+            section = section[name]
+        section[path[-1]] = _read_value(value.strip())
+    return Layer("--set", settings), problems
+
+
+def cover(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:
+    """Put `upper` on `lower`: sections are joined, all other values of `upper` win.
+
+    What `upper` makes meaningless in `lower` goes with it, so that a change of one key is enough: the settings that a newly named
+    algorithm does not have, the rival of a key (`coupling` and `server_step`, `steps` and `epochs`), and the file of another kind of graph.
+    What `upper` itself sets is never dropped.
+    """
+    kept = {name: dict(value) if isinstance(value, dict) else value for name, value in lower.items()}
+    for name, keys in upper.items():
+        if isinstance(keys, dict) and isinstance(kept.get(name), dict):
+            _drop_outdated(name, kept[name], keys)
+    return _join(kept, upper)
+
+
+def _drop_outdated(section: str, below: Settings, above: Mapping[str, Any]) -> None:
+    known = algorithm_sections()
+    if section == "algorithm" and isinstance(above.get("name"), str) and above["name"] in known:
+        for key in [key for key in below if key not in known[above["name"]].model_fields]:
+            del below[key]
+    if section == "graph" and above.get("kind", "file") != "file":
+        below.pop("path", None)
+    for first, second in _RIVALS.get(section, ()):
+        if first in above:
+            below.pop(second, None)
+        if second in above:
+            below.pop(first, None)
+
+
+def _join(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:
+    joined = dict(lower)
+    for name, value in upper.items():
+        below = joined.get(name)
+        joined[name] = _join(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return joined
+
+
+def _split_key(key: str) -> list[str]:
+    """The names of a dotted TOML key, quoted names included; empty where it is none."""
+    if "\n" in key or "=" in key:
+        return []
+    try:
+        nested: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:
+        return []
+    path = []
+    while isinstance(nested, dict) and nested:
+        [(name, nested)] = nested.items()
+        path.append(name)
+    return path
+
+
+def _read_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _locate(message: str, source: str, text: str) -> str:
+    found = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", message)
+    if not found:
+        return f"{source}: not valid TOML: {message}"
+    lines = text.split("\n")
+    line, column = (int(found[1]), int(found[2])) if found[1] else (len(lines), len(lines[-1]) + 1)
+    return f"{source}:{line}:{column}: not valid TOML: {message[: found.start()]}"

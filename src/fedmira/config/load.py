@@ -1,0 +1,80 @@
+"""From a TOML file, a preset and overrides to one checked config, and back to TOML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli_w
+from pydantic import ValidationError
+
+from fedmira.config.layers import Layer, Settings, cover, read_overrides, read_toml
+from fedmira.config.presets import preset_path
+from fedmira.config.problems import describe_problems
+from fedmira.config.schema import Config
+from fedmira.errors import ConfigError
+
+__all__ = ["dump_config", "load_config", "with_algorithm"]
+
+
+def load_config(path: Path | None = None, preset: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a config: the file wins over the preset, overrides win over both, and defaults fill the rest.
+
+    A layer that sets one key makes what contradicts it below disappear (see `layers.cover`): naming another algorithm drops the settings
+    that only the previous one has. Contradictions within one layer are errors.
+
+    Args:
+        path: a TOML file.
+        preset: the name of a preset that lies under the file.
+        overrides: `key=value` each, with a dotted key; the value is read as TOML, and as plain text where that fails.
+
+    Raises:
+        ConfigError: with all problems together: unreadable sources, unknown keys, values out of their limits.
+    """
+    layers: list[Layer] = []
+    problems: list[str] = []
+    for source in (preset, path):
+        try:
+            if isinstance(source, Path):
+                layers.append(read_toml(source, str(source)))
+            elif source is not None:
+                layers.append(read_toml(preset_path(source), f"preset {source}"))
+        except ConfigError as error:
+            problems.extend(error.problems)
+    override_layer, override_problems = read_overrides(overrides)
+    if problems:
+        raise ConfigError([*problems, *override_problems])
+    return _check([*layers, override_layer], override_problems)
+
+
+def with_algorithm(config: Config, name: str) -> Config:
+    """The same run with another algorithm, which keeps those settings of the present one that it has too.
+
+    Raises:
+        ConfigError: there is no algorithm of that name.
+    """
+    present = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    return _check([Layer("", present), Layer("algorithm", {"algorithm": {"name": name}})], [])
+
+
+def dump_config(config: Config) -> str:
+    """The config as TOML with every default written out; `load_config` reads an equal config from it."""
+    settings = config.model_dump(mode="json", exclude_none=True)
+    if "server_step" in settings["algorithm"]:
+        del settings["algorithm"]["coupling"]  # it has no effect then, and setting both is an error
+    return tomli_w.dumps(settings)
+
+
+def _check(layers: Sequence[Layer], problems: Sequence[str]) -> Config:
+    settings: Settings = {}
+    for layer in layers:
+        settings = cover(settings, layer.settings)
+    if isinstance(settings.get("algorithm"), dict):
+        settings["algorithm"].setdefault("name", Config.model_fields["algorithm"].default.name)
+    try:
+        config = Config.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError([*problems, *describe_problems(error, settings, layers)]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config

@@ -1,0 +1,151 @@
+"""What is wrong with a config, in words: the dotted key, the value, what is allowed, and the nearest key or value."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from fedmira.config.layers import Layer, Settings, algorithm_sections
+from fedmira.config.schema import Config
+
+__all__ = ["describe_problems"]
+
+_Path = tuple[str | int, ...]
+
+_LIMITS = {
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "{le:g} or less",
+}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text in quotes",
+    "tuple": "a list in brackets",
+    "dict": "a table of names and values",
+}
+
+
+def describe_problems(error: ValidationError, settings: Settings, layers: Sequence[Layer]) -> list[str]:
+    """One message for each wrong key.
+
+    Args:
+        error: what pydantic found in `settings`.
+        settings: the joined settings of all layers.
+        layers: lowest first; the message names the highest one that sets the key.
+    """
+    details: dict[_Path, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        details.setdefault(_locate(detail["loc"], settings), []).append(detail)
+    # A value that may be one of several types fails once for each; where an item inside it is wrong, only the item counts.
+    outermost = [path for path in details if any(other[: len(path)] == path for other in details if len(other) > len(path))]
+    return [_describe(path, found, settings, layers) for path, found in details.items() if path not in outermost or not path]
+
+
+def _locate(location: Sequence[str | int], settings: Settings) -> _Path:
+    """The part of pydantic's location that is really in the settings: it also names union members, which are not."""
+    path: list[str | int] = []
+    value: Any = settings
+    for name in location:
+        is_item = isinstance(value, list) and isinstance(name, int) and name < len(value)
+        if is_item or (isinstance(value, Mapping) and name in value):
+            value = value[name]
+            path.append(name)
+    return tuple(path)
+
+
+def _describe(path: _Path, details: Sequence[ErrorDetails], settings: Settings, layers: Sequence[Layer]) -> str:
+    first = details[0]
+    if first["type"] == "value_error":
+        reason = str(first["ctx"]["error"])
+        return f"{_dotted(path)}: {reason}" if path else reason
+    if first["type"].startswith("union_tag"):
+        name = settings["algorithm"]["name"]
+        choices = _choose(str(name), list(algorithm_sections()))
+        return f"algorithm.name = {_show(name)}: unknown algorithm; {choices}{_origin((*path, 'name'), layers)}"
+    value = first["input"]
+    if first["type"] == "extra_forbidden":
+        return f"{_dotted(path)} = {_show(value)}: unknown key; {_suggest_key(path, settings)}{_origin(path, layers)}"
+    if first["type"].startswith("model_"):
+        keys = ", ".join(_section_class(path, settings).model_fields)
+        return f"{_dotted(path)} = {_show(value)}: must be a section; write [{_dotted(path)}] with any of: {keys}{_origin(path, layers)}"
+    allowed = " or ".join(dict.fromkeys(_allowed(detail) for detail in details))
+    return f"{_dotted(path)} = {_show(value)}: must be {allowed}{_origin(path, layers)}"
+
+
+def _allowed(detail: ErrorDetails) -> str:
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind in _LIMITS:
+        return _LIMITS[kind].format(**context)
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        near = difflib.get_close_matches(str(detail["input"]), choices, n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        return (f"one of {', '.join(choices)}" if len(choices) > 1 else repr(choices[0])) + hint
+    if kind == "string_too_short":
+        return "text that is not empty"
+    return _KINDS.get(kind.partition("_")[0], detail["msg"].removeprefix("Input should be "))
+
+
+def _choose(name: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, choices, n=1)
+    return f"must be one of {', '.join(choices)}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _suggest_key(path: _Path, settings: Settings) -> str:
+    """The nearest key of the same section, else of any section; and all keys of the section."""
+    *section, key = (str(name) for name in path)
+    siblings = list(_section_class(tuple(section), settings).model_fields)
+    near = [".".join([*section, match]) for match in difflib.get_close_matches(key, siblings, n=1)]
+    if not near:
+        names = dict(_all_keys(settings))
+        near = [names[match] for match in difflib.get_close_matches(key, names, n=1, cutoff=0.75)]
+    owners = [name for name, fields in algorithm_sections().items() if section == ["algorithm"] and key in fields.model_fields]
+    hint = f"it belongs to {' and '.join(owners)}; " if owners else f"did you mean {near[0]}? " if near else ""
+    place = f"algorithm {settings['algorithm']['name']} knows" if section == ["algorithm"] else f"[{'.'.join(section)}] knows"
+    return f"{hint}{place if section else 'there are'}: {', '.join(siblings)}"
+
+
+def _all_keys(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Every key with its dotted name; the algorithm's are those of the algorithm that was named."""
+    for section in Config.model_fields:
+        fields = _section_class((section,), settings).model_fields
+        yield from ((key, f"{section}.{key}" if fields is not Config.model_fields else key) for key in fields)
+
+
+def _section_class(path: _Path, settings: Settings) -> type[BaseModel]:
+    """The class of the section at `path`; the whole config where there is none."""
+    if not path:
+        return Config
+    if path[0] == "algorithm":
+        chosen = settings.get("algorithm")
+        name = chosen.get("name") if isinstance(chosen, Mapping) else None
+        default: type[BaseModel] = type(Config.model_fields["algorithm"].default)
+        return algorithm_sections().get(str(name), default)
+    annotation = Config.model_fields[str(path[0])].annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Config
+
+
+def _origin(path: _Path, layers: Sequence[Layer]) -> str:
+    for layer in reversed(layers):
+        if _locate(path, layer.settings) == path:
+            return f" ({layer.source})"
+    return ""
+
+
+def _dotted(path: _Path) -> str:
+    return ".".join(str(name) if re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) else json.dumps(name) for name in path)
+
+
+def _show(value: object) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,33 @@
+"""Random streams of the data room, each keyed by what it is for, so that no draw depends on another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+__all__ = ["generator", "sample", "shuffled"]
+
+Item = TypeVar("Item")
+
+
+def generator(seed: int, purpose: str, *parts: str | int) -> np.random.Generator:
+    """A generator that depends on nothing but its arguments."""
+    key = json.dumps([seed, purpose, *parts]).encode()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "big")))
+
+
+def shuffled(items: Sequence[Item], rng: np.random.Generator) -> list[Item]:
+    """The items in random order."""
+    return [items[int(i)] for i in rng.permutation(len(items))]
+
+
+def sample(items: Sequence[Item], fraction: float, rng: np.random.Generator) -> list[Item]:
+    """int(fraction * n) of the n items (FedKSeed's floor), drawn without replacement, in their first order."""
+    if fraction == 1:
+        return list(items)
+    kept = rng.choice(len(items), size=int(fraction * len(items)), replace=False)
+    return [items[int(i)] for i in np.sort(kept)]

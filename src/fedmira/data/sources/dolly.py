@@ -1,0 +1,56 @@
+"""databricks-dolly-15k in its original JSON Lines form: instruction, context, response, category; one task per category."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedmira.config.schema import DataSettings
+from fedmira.data.examples import Reading
+from fedmira.data.files import read_json_lines
+from fedmira.data.problems import Problems
+from fedmira.data.rows import Row, key_problem
+from fedmira.data.sources.grouping import tasks_by_key
+
+__all__ = ["read"]
+
+_KEYS = ("instruction", "context", "response", "category")
+
+
+def read(settings: DataSettings, seed: int) -> Reading:
+    """Reads the file `settings.path`, or the one *.jsonl file in that folder; tasks come sorted by category.
+
+    Raises:
+        DataError: all problems of the file, together.
+    """
+    problems = Problems()
+    path = _file(settings.path, problems)
+    rows: list[tuple[str, Row]] = []
+    if path is not None:
+        before = len(problems)
+        for number, row in read_json_lines(path, problems):
+            where = f"{path}:{number}"
+            missing = [key for key in _KEYS if key not in row]
+            for key in missing:
+                problems.add(key_problem(where, key, row))
+            if not missing:
+                rows.append((where, row))
+        if not rows and len(problems) == before:
+            problems.add(f"{path}: holds no rows")
+    tasks = tasks_by_key(rows, "category", settings, seed, problems)
+    problems.raise_if_any()
+    return Reading(tuple(sorted(tasks, key=lambda task: task.name)))
+
+
+def _file(path: str, problems: Problems) -> Path | None:
+    place = Path(path)
+    if path and place.is_file():
+        return place
+    if not path or not place.is_dir():
+        problems.add(f"data.path {path!r} does not exist; dolly needs its .jsonl file, or a folder that holds it")
+        return None
+    found = sorted(place.glob("*.jsonl"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        problems.add(f"{place}: looked for one *.jsonl file, found {names}; set data.path to the file")
+        return None
+    return found[0]

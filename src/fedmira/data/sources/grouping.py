@@ -1,0 +1,58 @@
+"""Groups the rows of one table into tasks by a key of each row: what dolly, jsonl and hub share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fedmira.config.schema import DataSettings
+from fedmira.data.examples import Example, RawTask
+from fedmira.data.problems import Problems
+from fedmira.data.randomness import generator, sample
+from fedmira.data.rows import Row, example_of, key_problem, text_of
+
+__all__ = ["group_key", "sampled", "tasks_by_key"]
+
+
+def group_key(settings: DataSettings) -> str:
+    """The key that one table is grouped by: the client column, or the category where clients are made from categories."""
+    return "category" if settings.partition in ("category", "dirichlet") else settings.column
+
+
+def tasks_by_key(rows: Iterable[tuple[str, Row]], key: str, settings: DataSettings, seed: int, problems: Problems) -> list[RawTask]:
+    """One task per value of `key`, in order of first appearance; its category is that of its first row.
+
+    Args:
+        rows: (file and line, row) pairs.
+        key: of the rows; text or a whole number.
+        problems: receives what is wrong with single rows.
+    """
+    groups: dict[str, list[Example]] = {}
+    categories: dict[str, str] = {}
+    for where, row in rows:
+        example = example_of(row, where, problems)
+        name = _name(row, key, where, problems)
+        if name not in categories:
+            categories[name] = name if key == "category" else text_of(row, "category", where, problems, optional=True)
+        if example is not None:
+            groups.setdefault(name, []).append(example)
+    return [RawTask(name, categories[name], sampled(examples, name, settings, seed)) for name, examples in groups.items()]
+
+
+def sampled(examples: list[Example], name: str, settings: DataSettings, seed: int) -> list[Example]:
+    """The share `sample_fraction` of a task's rows; the draw depends on the seed and the task's name only."""
+    return sample(examples, settings.sample_fraction, generator(seed, "sample", name))
+
+
+def _name(row: Row, key: str, where: str, problems: Problems) -> str:
+    value: Any = row.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None:
+        use = "the partition needs a category in every row" if key == "category" else "data.column names the client column"
+        problems.add(f"{key_problem(where, key, row)}; {use}")
+        return ""
+    name = text_of(row, key, where, problems)
+    if isinstance(value, str) and not name.strip():
+        problems.add(f"{where}: {key!r} is empty; every row needs a client")
+    return name

@@ -1,0 +1,143 @@
+"""The composition root: from a config to everything built, in the order the data flows, and the run itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedmira.adapters import Adapter, scale, truncate_rank
+from fedmira.algorithms import Algorithm, AlgorithmContext, build
+from fedmira.clients import Cohort, CohortSettings
+from fedmira.config import Config, dump_config
+from fedmira.data import Dataset, load_clients
+from fedmira.engines import Engine, InProcessEngine
+from fedmira.errors import AlignmentError, ConfigError, FedmiraError, RunFolderError
+from fedmira.evaluation import Evaluator
+from fedmira.graphs import GraphSource, graph_source
+from fedmira.messages import ClientId
+from fedmira.model import BaseModel, TargetModule, choose_token_budget, find_targets, load_base, start_adapter
+from fedmira.results import Result, write_results, write_status
+from fedmira.rounds import Progress, Recorder, RunFolder, cohort_size, load_checkpoint, run_rounds, seed_for
+
+__all__ = ["Experiment", "build_experiment", "resume_experiment", "run_experiment"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything a run needs, built and checked; nothing has been trained."""
+
+    config: Config
+    base: BaseModel
+    targets: list[TargetModule]
+    dataset: Dataset
+    ranks: Mapping[ClientId, int]
+    starts: Mapping[ClientId, Adapter]
+    graph: GraphSource
+    algorithm: Algorithm
+    engine: Engine
+    evaluator: Evaluator
+
+
+def build_experiment(config: Config, base: BaseModel | None = None) -> Experiment:
+    """Load the base and the data and build the parts on them.
+
+    Args:
+        base: a base that is loaded already, to share it between runs.
+
+    Raises:
+        InputError: something in the config cannot work; nothing was trained.
+    """
+    base = base or load_base(config.model)
+    targets = find_targets(base.model, config.adapter.targets)
+    _check_length(config, base)
+    dataset = load_clients(config.data, config.seed, base.tokenizer)
+    clients = {client.client_id: client for client in dataset.clients}
+    ranks = _ranks(config, list(clients))
+    scales = {client: scale(config.adapter.alpha, rank) for client, rank in ranks.items()}
+    common = start_adapter(targets, max(ranks.values()), seed_for(config.seed, "start"))
+    starts = {client: common if rank == max(ranks.values()) else truncate_rank(common, rank) for client, rank in ranks.items()}
+
+    categories = {client.client_id: client.category for client in dataset.clients}
+    graph = graph_source(config.graph, tuple(clients), categories, seed_for(config.seed, "graph"))
+    rows = {name: len(client.train) for name, client in clients.items()}
+    context = AlgorithmContext(tuple(clients), rows, ranks, config.adapter.alpha, graph, cohort_size(len(clients), config.rounds))
+    algorithm = build(config.algorithm, context)
+
+    budget = choose_token_budget(base) if config.engine.token_budget == "auto" else config.engine.token_budget
+    cohort = Cohort(algorithm, base, targets, clients, CohortSettings(config.local, scales, config.adapter.dropout, budget))
+    return Experiment(config, base, targets, dataset, ranks, starts, graph, algorithm, InProcessEngine(cohort), Evaluator(base, targets, clients, scales, budget))
+
+
+def run_experiment(experiment: Experiment, output: Path, progress: Progress | None = None) -> Result:
+    """Run from round 1 into a new run folder.
+
+    Raises:
+        RunFolderError: the folder is taken.
+        RunError: the run failed; what was computed is in the folder.
+    """
+    folder = RunFolder.create(output, dump_config(experiment.config))
+    return _run(experiment, folder, progress, resume=False)
+
+
+def resume_experiment(experiment: Experiment, output: Path, progress: Progress | None = None) -> Result:
+    """Continue the run in `output` from its last checkpoint; its config must be the experiment's.
+
+    Raises:
+        RunFolderError: there is no such run, or it was made with other settings, base or data.
+        RunError: the run failed.
+    """
+    folder = RunFolder.reopen(output)
+    if (output / "config.toml").read_text(encoding="utf-8") != dump_config(experiment.config):
+        raise RunFolderError(f"{output}: this run was made with other settings; --resume continues it as it was: leave the config and --set away")
+    return _run(experiment, folder, progress, resume=True)
+
+
+def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None, resume: bool) -> Result:
+    config, algorithm, engine = experiment.config, experiment.algorithm, experiment.engine
+    recorder = Recorder(config, folder, algorithm, experiment.evaluator, lambda: engine.memories, progress or _quiet)
+    checkpoint = load_checkpoint(folder.checkpoint) if resume else None
+    started, before = datetime.now(UTC), folder.read_json("run.json")
+    write_status(recorder, "running", started, before)
+    state = algorithm.initial_state(experiment.starts)
+    if checkpoint is None:
+        folder.cut_back({})
+        recorder.begin(state)
+    else:
+        state = checkpoint.state
+        engine.restore(checkpoint.memories)
+        recorder.restore(checkpoint)
+    clients, first = list(experiment.ranks), checkpoint.round + 1 if checkpoint else 1
+    try:
+        state = run_rounds(algorithm, engine, state, clients, config.rounds, config.seed, recorder.on_round, first)
+        if algorithm.aligns and not recorder.ever_moved:
+            raise AlignmentError(
+                f"{config.algorithm.name}: alignment is on, yet in {config.rounds.count} rounds no client was pulled: the graph has no edge between "
+                "clients that trained, or the rounds ended within graph.warmup_rounds; run more rounds or choose another graph.kind"
+            )
+    except FedmiraError as error:
+        last = load_checkpoint(folder.checkpoint)
+        assert last is not None, "the recorder writes a checkpoint before round 1"
+        write_results(recorder, experiment.starts, experiment.ranks, last.state, generate=False)
+        write_status(recorder, "failed", started, before, error=str(error), rounds_done=last.round, clients=len(clients))
+        raise
+    result = write_results(recorder, experiment.starts, experiment.ranks, state, generate=config.evaluation.rouge)
+    write_status(recorder, "finished", started, before, rounds_done=config.rounds.count, clients=len(clients), summary=result.summary)
+    return result
+
+
+def _quiet(what: str, figures: Mapping[str, object]) -> None:
+    """No progress."""
+
+
+def _ranks(config: Config, clients: list[ClientId]) -> dict[ClientId, int]:
+    unknown = sorted(set(config.adapter.ranks) - set(clients))
+    if unknown:
+        raise ConfigError([f"adapter.ranks: there is no client {client!r}; the clients are {', '.join(clients[:8])}{' ...' if len(clients) > 8 else ''}" for client in unknown])
+    return {client: config.adapter.ranks.get(client, config.adapter.rank) for client in clients}
+
+
+def _check_length(config: Config, base: BaseModel) -> None:
+    if base.max_positions is not None and config.data.max_length > base.max_positions:
+        raise ConfigError(f"data.max_length is {config.data.max_length}, but {config.model.base!r} reads at most {base.max_positions} tokens; set data.max_length to {base.max_positions} or less")

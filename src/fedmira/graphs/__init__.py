@@ -1,0 +1,25 @@
+"""Graphs: which clients are related, and how strongly."""
+
+from fedmira.graphs.bounds import GraphBounds, graph_bounds
+from fedmira.graphs.builders import category_graph, file_graph, graph_document, random_graph, shuffled, uniform_graph, write_graph
+from fedmira.graphs.graph import Graph
+from fedmira.graphs.similarity import similarity_weights
+from fedmira.graphs.sources import FixedGraph, GraphSource, LearnedGraph, graph_source
+
+__all__ = [
+    "FixedGraph",
+    "Graph",
+    "GraphBounds",
+    "GraphSource",
+    "LearnedGraph",
+    "category_graph",
+    "file_graph",
+    "graph_bounds",
+    "graph_document",
+    "graph_source",
+    "random_graph",
+    "shuffled",
+    "similarity_weights",
+    "uniform_graph",
+    "write_graph",
+]

@@ -1,0 +1,31 @@
+"""The only room that knows transformers and peft."""
+
+from fedmira.model.base_model import BaseModel, TargetModule, find_targets, from_model, load_base, load_tokenizer
+from fedmira.model.generation import generate
+from fedmira.model.local_training import LocalOutcome, LocalTask, choose_token_budget, count_steps, train_cohort
+from fedmira.model.lora import LoraBranch, StackedAdapters, start_adapter
+from fedmira.model.loss import response_losses
+from fedmira.model.packing import Row
+from fedmira.model.peft_files import read_adapter, write_adapter
+
+__all__ = [
+    "BaseModel",
+    "LocalOutcome",
+    "LocalTask",
+    "LoraBranch",
+    "Row",
+    "StackedAdapters",
+    "TargetModule",
+    "choose_token_budget",
+    "count_steps",
+    "find_targets",
+    "from_model",
+    "generate",
+    "load_base",
+    "load_tokenizer",
+    "read_adapter",
+    "response_losses",
+    "start_adapter",
+    "train_cohort",
+    "write_adapter",
+]

@@ -1,0 +1,220 @@
+"""The frozen base model: loading, where adapters go, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from fedmira.config import ModelSettings
+from fedmira.errors import ModelError
+
+__all__ = ["BaseModel", "TargetModule", "find_targets", "from_model", "load_base", "load_tokenizer"]
+
+_USUAL_TARGETS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "v_proj"),
+    ("c_attn",),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("Wqkv",),
+    ("query", "value"),
+    ("c_attn", "c_proj"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetModule:
+    """A linear layer that carries a LoRA branch.
+
+    Attributes:
+        name: its path in the model, such as "model.layers.0.self_attn.q_proj".
+        inputs, outputs: sizes of its input and output, whatever way its weight is stored.
+        stored_transposed: True for GPT-2's Conv1D, whose weight is inputs x outputs (PEFT's fan_in_fan_out).
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    stored_transposed: bool
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded, frozen base model with its tokenizer.
+
+    Attributes:
+        model: the transformers model, in eval mode, no parameter requires a gradient.
+        tokenizer: its tokenizer, with a padding token.
+        name: what the user called it; `location` is the folder or hub id it was loaded from.
+        sha256: hash of names, shapes and bytes of all its parameters.
+        packed: whether packed steps give this architecture's own result (probed); if not, the padded path is used.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    location: str
+    sha256: str
+    packed: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number type of its weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of its weights."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence it can read, or None where its config does not say."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, with a padding token (the end-of-sequence token where it has none).
+
+    Raises:
+        ModelError: there is no tokenizer there, or it has no end-of-sequence token.
+    """
+    location = _location(settings.base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_cannot_load("tokenizer", settings.base, error)) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.base {settings.base!r}: its tokenizer has no end-of-sequence token, so a response could never end; set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(settings: ModelSettings) -> BaseModel:
+    """Load the base model, frozen and in eval mode, and probe whether packed steps agree with it.
+
+    Raises:
+        ModelError: it cannot be loaded, the device is not there, or its vocabulary is smaller than the tokenizer's.
+    """
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    tokenizer = load_tokenizer(settings)
+    location = _location(settings.base)
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_cannot_load("model", settings.base, error)) from error
+    return from_model(model.to(device), tokenizer, settings.base, location)
+
+
+def from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, location: str = "") -> BaseModel:
+    """Freeze a model that is already in memory and wrap it.
+
+    Raises:
+        ModelError: the tokenizer has more tokens than the model has embeddings.
+    """
+    model.eval().requires_grad_(False)
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise ModelError(f"model.base {name!r}: the tokenizer has {len(tokenizer)} tokens but the model only {embeddings} embeddings; they do not belong together")
+    base = BaseModel(model, tokenizer, name, location or name, _hash(model.state_dict()))
+    from fedmira.model.probe import packed_agrees
+
+    return replace(base, packed=packed_agrees(base))
+
+
+def find_targets(model: nn.Module, wanted: Sequence[str]) -> list[TargetModule]:
+    """The linear layers whose name ends in one of `wanted`, in the model's order; empty `wanted` takes the usual ones.
+
+    Raises:
+        ModelError: a wanted name matches nothing, or matches something that is not linear; lists what exists.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and not _is_head(model, module)}
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    if not wanted:
+        wanted = next((usual for usual in _USUAL_TARGETS if set(usual) <= set(suffixes)), ())
+        if not wanted:
+            raise ModelError(f"adapter.targets: no usual layer was found in {type(model).__name__}; choose from {', '.join(suffixes)}")
+    unknown = [name for name in wanted if not any(_matches(path, name) for path in linear)]
+    if unknown:
+        raise ModelError([f"adapter.targets: {name!r} is no linear layer of {type(model).__name__}; choose from {', '.join(suffixes)}" for name in unknown])
+    return [_describe(path, module) for path, module in linear.items() if any(_matches(path, name) for name in wanted)]
+
+
+def _matches(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _describe(path: str, module: nn.Module) -> TargetModule:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    transposed = isinstance(module, Conv1D)
+    rows, columns = weight.shape
+    return TargetModule(path, rows if transposed else columns, columns if transposed else rows, transposed)
+
+
+def _is_head(model: nn.Module, module: nn.Module) -> bool:
+    return isinstance(model, PreTrainedModel) and module is model.get_output_embeddings()
+
+
+def _location(base: str) -> str:
+    if base == "bundled":
+        return str(resources.files("fedmira") / "bundled" / "base")
+    path = Path(base).expanduser()
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.base {base!r}: the folder has no config.json; give a folder in Hugging Face format")
+        return str(path)
+    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+        raise ModelError(f"model.base {base!r}: there is no such folder; give 'bundled', a local Hugging Face folder, or a hub id")
+    return base
+
+
+def _cannot_load(what: str, base: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"model.base {base!r}: the {what} cannot be loaded ({reason}); give 'bundled', a local Hugging Face folder, or a hub id that can be reached"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"model.device {name!r} cannot be used here ({str(error).splitlines()[0]}); use 'auto' or 'cpu'") from error
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    dtype: Any = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _hash(state: Mapping[str, Tensor]) -> str:
+    hasher = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()

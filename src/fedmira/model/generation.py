@@ -1,0 +1,44 @@
+"""Greedy generation for many clients at once: every row of a batch is continued with its own client's adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig
+
+from fedmira.model.base_model import BaseModel
+from fedmira.model.lora import LoraBranch
+
+__all__ = ["generate"]
+
+
+def generate(base: BaseModel, branch: LoraBranch, prompts: Sequence[tuple[int, Sequence[int]]], max_new_tokens: int, batch_size: int = 64) -> list[str]:
+    """Continue (client, prompt token ids) pairs until the end of sequence or `max_new_tokens`; texts in the order given.
+
+    Prompts are sorted by length so that little is padded; padding stands on the left.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i][1]), i))
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        for index, text in zip(chosen, _batch(base, branch, [prompts[i] for i in chosen], max_new_tokens), strict=True):
+            texts[index] = text
+    return texts
+
+
+def _batch(base: BaseModel, branch: LoraBranch, prompts: Sequence[tuple[int, Sequence[int]]], max_new_tokens: int) -> list[str]:
+    padding = base.tokenizer.pad_token_id
+    room = max_new_tokens if base.max_positions is None else min(max_new_tokens, base.max_positions - 1)
+    longest = None if base.max_positions is None else base.max_positions - room
+    sequences = [list(ids) if longest is None else list(ids)[-longest:] for _, ids in prompts]
+    size = max(map(len, sequences))
+    ids = torch.tensor([[padding] * (size - len(sequence)) + sequence for sequence in sequences], device=base.device)
+    seen = torch.tensor([[0] * (size - len(sequence)) + [1] * len(sequence) for sequence in sequences], device=base.device)
+    settings = GenerationConfig(
+        max_new_tokens=room, do_sample=False, pad_token_id=padding, eos_token_id=base.tokenizer.eos_token_id, bos_token_id=base.tokenizer.bos_token_id
+    )
+    with torch.no_grad(), branch.rows([client for client, _ in prompts]):
+        output = base.model.generate(ids, attention_mask=seen, generation_config=settings)
+    texts: list[str] = base.tokenizer.batch_decode(output[:, size:], skip_special_tokens=True)
+    return [text.strip() for text in texts]

@@ -1,0 +1,202 @@
+"""LoRA for a whole cohort on one frozen base (Hu et al. 2021): every client's factors in one matrix, added by forward hooks.
+
+    h = W0 x + s_k B_k A_k x        s_k = alpha / r_k
+
+Row k of `values` [K, P] holds all factors of client k, padded with zeros to the cohort's largest rank. Zero factors have zero
+gradients, so the padding changes nothing, and one optimizer step moves all clients at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedmira.adapters import Adapter
+from fedmira.errors import ModelError
+from fedmira.model.base_model import TargetModule
+
+__all__ = ["LoraBranch", "StackedAdapters", "adapter_names", "start_adapter"]
+
+_PREFIX = "base_model.model."
+
+
+def adapter_names(target: TargetModule) -> tuple[str, str]:
+    """PEFT's names of a layer's A [r, inputs] and B [outputs, r]."""
+    return f"{_PREFIX}{target.name}.lora_A.weight", f"{_PREFIX}{target.name}.lora_B.weight"
+
+
+def start_adapter(targets: Sequence[TargetModule], rank: int, seed: int) -> Adapter:
+    """The common start: A uniform in +-1/sqrt(inputs) (Kaiming with a = sqrt(5), as PEFT draws it), B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    adapter: dict[str, Tensor] = {}
+    for target in targets:
+        name_a, name_b = adapter_names(target)
+        bound = 1 / math.sqrt(target.inputs)
+        adapter[name_a] = (torch.rand(rank, target.inputs, generator=generator) * 2 - 1) * bound
+        adapter[name_b] = torch.zeros(target.outputs, rank)
+    return adapter
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where a factor lies in a client's row; `rank_axis` is 0 for A and 1 for B."""
+
+    offset: int
+    shape: tuple[int, int]
+    rank_axis: int
+
+
+class StackedAdapters:
+    """The adapters of a cohort of K clients as one float32 matrix [K, P], with gradients of the same shape.
+
+    Args:
+        adapters: one per client; names and layer sizes agree, ranks may differ.
+        scales: alpha / rank of each client.
+        device: where the matrix lives.
+
+    Raises:
+        ModelError: an adapter does not fit `targets`.
+    """
+
+    def __init__(self, targets: Sequence[TargetModule], adapters: Sequence[Adapter], scales: Sequence[float], device: torch.device) -> None:
+        self.targets = tuple(targets)
+        self.scales = tuple(scales)
+        first_a = adapter_names(self.targets[0])[0]
+        self.ranks = tuple(adapter[first_a].shape[0] for adapter in adapters)
+        self._slots = _slots(self.targets, max(self.ranks))
+        width = sum(math.prod(slot.shape) for slot in self._slots.values())
+        self.values = torch.zeros(len(adapters), width, device=device)
+        self.gradients = torch.zeros_like(self.values)
+        self._leaves = [{name: self._leaf(client, name) for name in self._slots} for client in range(len(adapters))]
+        for client, adapter in enumerate(adapters):
+            self._fill(client, adapter)
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def leaf(self, client: int, name: str) -> Tensor:
+        """A client's factor, padded, as an autograd leaf that shares memory with `values`; its gradient goes to `gradients`."""
+        return self._leaves[client][name]
+
+    def stacked(self, name: str) -> Tensor:
+        """A factor of all clients, padded: [K, rank, inputs] or [K, outputs, rank]; shares memory."""
+        return self._part(self.values, name)
+
+    def adapter(self, client: int) -> Adapter:
+        """A copy of a client's adapter at its own rank, on the CPU."""
+        return {name: view.detach().cpu().contiguous().clone() for name, view in self.views(self.values, client).items()}
+
+    def views(self, matrix: Tensor, client: int) -> Adapter:
+        """A client's row of a [K, P] matrix (values, gradients, moments) as named views at its own rank."""
+        return {name: self._part(matrix, name)[client].narrow(slot.rank_axis, 0, self.ranks[client]) for name, slot in self._slots.items()}
+
+    def _part(self, matrix: Tensor, name: str) -> Tensor:
+        slot = self._slots[name]
+        return matrix[:, slot.offset : slot.offset + math.prod(slot.shape)].view(len(self), *slot.shape)
+
+    def _leaf(self, client: int, name: str) -> Tensor:
+        leaf = self._part(self.values, name)[client].detach().requires_grad_()
+        leaf.grad = self._part(self.gradients, name)[client]
+        return leaf
+
+    def _fill(self, client: int, adapter: Adapter) -> None:
+        for name, view in self.views(self.values, client).items():
+            if name not in adapter or adapter[name].shape != view.shape:
+                found = tuple(adapter[name].shape) if name in adapter else "nothing"
+                raise ModelError(f"adapter of client number {client}: {name} must have shape {tuple(view.shape)}; found {found}. It was made for other targets or another base")
+            view.copy_(adapter[name])
+
+
+@dataclass(eq=False)
+class LoraBranch:
+    """The hooks that add each token's own LoRA branch to the frozen layers of a model.
+
+    Use as a context manager around forward passes; `tokens` or `rows` inside it say who owns what.
+
+    Attributes:
+        dropout: probability of dropping an input of the branch in training.
+        generators: one random stream per client for dropout, so that nobody's draws depend on who shares the cohort.
+    """
+
+    model: nn.Module
+    adapters: StackedAdapters
+    dropout: float = 0.0
+    generators: Sequence[torch.Generator] = ()
+    _owners: Sequence[tuple[int, slice]] = ()
+    _rows: Tensor | None = None
+    _gathered: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _handles: list[Any] = field(default_factory=list)
+
+    def __enter__(self) -> LoraBranch:
+        modules = dict(self.model.named_modules())
+        for target in self.adapters.targets:
+            self._handles.append(modules[target.name].register_forward_hook(self._hook(*adapter_names(target))))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def tokens(self, owners: Sequence[tuple[int, slice]]) -> Iterator[None]:
+        """Tokens of a flat row [1, N, ...] belong to clients by slices that follow each other; one owner owns any shape."""
+        self._owners = owners
+        try:
+            yield
+        finally:
+            self._owners = ()
+
+    @contextmanager
+    def rows(self, clients: Sequence[int]) -> Iterator[None]:
+        """Row j of a batch [n, L, ...] belongs to clients[j]; for generation, so without gradients."""
+        index = torch.tensor(clients, device=self.adapters.values.device)
+        scales = torch.tensor([self.adapters.scales[client] for client in clients], device=index.device)[:, None, None]
+        gathered = {}
+        for target in self.adapters.targets:
+            name_a, name_b = adapter_names(target)
+            gathered[name_a] = (self.adapters.stacked(name_a)[index].transpose(1, 2), (self.adapters.stacked(name_b)[index] * scales).transpose(1, 2))
+        self._rows, self._gathered = index, gathered
+        try:
+            yield
+        finally:
+            self._rows, self._gathered = None, {}
+
+    def _hook(self, name_a: str, name_b: str) -> Any:
+        def add_branch(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs = arguments[0]
+            if self._rows is not None:
+                factor_a, factor_b = self._gathered[name_a]
+                branch = torch.bmm(torch.bmm(inputs.float(), factor_a), factor_b)
+            elif len(self._owners) == 1:
+                branch = self._branch(self._owners[0][0], inputs, name_a, name_b)
+            else:
+                branch = torch.cat([self._branch(client, inputs[:, part], name_a, name_b) for client, part in self._owners], dim=1)
+            return (output + branch).to(output.dtype)
+
+        return add_branch
+
+    def _branch(self, client: int, inputs: Tensor, name_a: str, name_b: str) -> Tensor:
+        inputs = inputs.float()
+        if self.dropout and torch.is_grad_enabled():
+            generator = self.generators[client]
+            kept = torch.rand(inputs.shape, generator=generator, device=generator.device).to(inputs.device) >= self.dropout
+            inputs = inputs * kept / (1 - self.dropout)
+        factor_a, factor_b = self.adapters.leaf(client, name_a), self.adapters.leaf(client, name_b)
+        return (inputs @ factor_a.T) @ factor_b.T * self.adapters.scales[client]
+
+
+def _slots(targets: Sequence[TargetModule], rank: int) -> dict[str, _Slot]:
+    slots: dict[str, _Slot] = {}
+    offset = 0
+    for target in targets:
+        for name, shape, axis in zip(adapter_names(target), ((rank, target.inputs), (target.outputs, rank)), (0, 1), strict=True):
+            slots[name] = _Slot(offset, shape, axis)
+            offset += math.prod(shape)
+    return slots

@@ -1,0 +1,86 @@
+"""Loss on response tokens, packed where the architecture allows it and padded where not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from fedmira.model.attention import packed_layout
+from fedmira.model.base_model import BaseModel
+from fedmira.model.lora import LoraBranch
+from fedmira.model.packing import Row, gather, pack, segment_rows
+
+__all__ = ["TokenLosses", "response_losses"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLosses:
+    """Losses of M response tokens from one forward pass.
+
+    Attributes:
+        values: float32 [M], minus log probability in nats, with gradient where asked for.
+        clients, rows: int64 [M], the client (position in the cohort) and the row of its batch that each token belongs to.
+        num_tokens: token positions that were computed, padding included.
+    """
+
+    values: Tensor
+    clients: Tensor
+    rows: Tensor
+    num_tokens: int
+
+
+def response_losses(base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int) -> Iterator[TokenLosses]:
+    """Response losses of (client, rows) batches, a forward pass of at most `budget` tokens at a time.
+
+    A single row longer than the budget is computed on its own. The caller must use (backward) each result before the next.
+    """
+    passes = _packed if base.packed else _padded
+    yield from passes(base, branch, batches, budget)
+
+
+def _packed(base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int) -> Iterator[TokenLosses]:
+    segments = [segment for client, rows in batches for segment in segment_rows(client, rows, budget)]
+    for chosen in gather(segments, budget):
+        batch = pack(chosen).to(base.device)
+        ends = [*batch.starts[1:], len(batch.ids)]
+        owners = [(segment.client, slice(start, end)) for segment, start, end in zip(chosen, batch.starts, ends, strict=True)]
+        with packed_layout(base.model, batch), branch.tokens(owners):
+            hidden = base.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).last_hidden_state
+        logits = base.model.get_output_embeddings()(hidden[0, batch.predict_at])
+        values = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+        yield TokenLosses(values, batch.clients, batch.rows, len(batch.ids))
+
+
+def _padded(base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int) -> Iterator[TokenLosses]:
+    """The plain path: one client at a time, rows padded on the right, the model's own attention and head."""
+    padding = base.tokenizer.pad_token_id
+    for client, rows in batches:
+        for chosen in _padded_chunks(rows, budget):
+            sequences = [[*rows[i].prompt, *rows[i].response] for i in chosen]
+            size = max(map(len, sequences))
+            ids = torch.tensor([sequence + [padding] * (size - len(sequence)) for sequence in sequences], device=base.device)
+            seen = torch.tensor([[1] * len(sequence) + [0] * (size - len(sequence)) for sequence in sequences], device=base.device)
+            with branch.tokens([(client, slice(None))]):
+                logits = base.model(input_ids=ids, attention_mask=seen, use_cache=False).logits
+            owner = torch.tensor([i for i in chosen for _ in rows[i].response], device=base.device)
+            at_row = torch.tensor([j for j, i in enumerate(chosen) for _ in rows[i].response], device=base.device)
+            at = torch.tensor([len(rows[i].prompt) - 1 + j for i in chosen for j in range(len(rows[i].response))], device=base.device)
+            values = functional.cross_entropy(logits[at_row, at].float(), ids[at_row, at + 1], reduction="none")
+            yield TokenLosses(values, torch.full_like(owner, client), owner, ids.numel())
+
+
+def _padded_chunks(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + len(rows[i].response), i))
+    chunk: list[int] = []
+    for index in order:
+        size = len(rows[index].prompt) + len(rows[index].response)
+        if chunk and size * (len(chunk) + 1) > budget:
+            yield chunk
+            chunk = []
+        chunk.append(index)
+    if chunk:
+        yield chunk

@@ -1,0 +1,52 @@
+"""Adapters as PEFT folders: written so that plain `PeftModel.from_pretrained` loads them, and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedmira.adapters import Adapter
+from fedmira.errors import RunFolderError
+from fedmira.model.base_model import BaseModel, TargetModule
+
+__all__ = ["ADAPTER_WEIGHTS", "read_adapter", "write_adapter"]
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def write_adapter(folder: Path, adapter: Adapter, base: BaseModel, targets: Sequence[TargetModule], rank: int, alpha: float, dropout: float) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into `folder`."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.location,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]  # PEFT takes a fraction as well
+        lora_dropout=dropout,
+        target_modules=sorted(target.name for target in targets),
+        fan_in_fan_out=any(target.stored_transposed for target in targets),
+        bias="none",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file({name: tensor.contiguous() for name, tensor in sorted(adapter.items())}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The tensors of an adapter folder.
+
+    Raises:
+        RunFolderError: there is no such file, or it is damaged.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    try:
+        adapter: dict[str, object] = load_file(path)
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{path}: there is no adapter; the run may not have finished its first checkpoint") from error
+    except SafetensorError as error:
+        raise RunFolderError(f"{path}: the file is damaged ({error}); run again or take it from a copy") from error
+    return adapter  # type: ignore[return-value]

@@ -1,0 +1,169 @@
+"""What a run found, as numbers: headline figures, who gained and who was harmed, settings that differ, traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedmira.config.schema import Config
+from fedmira.report.records import Run
+
+__all__ = [
+    "CHANGE_LIMIT",
+    "Change",
+    "SummaryRow",
+    "Traffic",
+    "algorithm_title",
+    "changed_settings",
+    "changes_by_alignment",
+    "flat_settings",
+    "mean",
+    "mean_series",
+    "summary_rows",
+    "test_curve",
+    "traffic",
+]
+
+CHANGE_LIMIT = 0.02  # a loss that differs by less than this share of itself counts as unchanged
+MIB = 1024.0**2
+
+FIGURE_TITLES = {
+    "base_loss": "Base model, before any training",
+    "before_align_loss": "After the last local training",
+    "after_align_loss": "After the server's last step",
+    "rouge_l": "Rouge-L (rouge_score)",
+    "rouge_l_package": "Rouge-L (rouge package)",
+    "exact_match": "Exact match",
+}
+ALGORITHM_TITLES = {"mira": "MIRA", "local": "Local training", "fedavg": "FedAvg (FedIT)"}
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryRow:
+    """One headline figure: its name in run.json, its title, and its statistics over the clients (None where not measured)."""
+
+    name: str
+    title: str
+    mean: float | None
+    weighted_mean: float | None
+    worst_tenth: float | None
+    spread: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A client's test loss before and after the server's step."""
+
+    client: str
+    before: float
+    after: float
+
+    @property
+    def relative(self) -> float:
+        """(after - before) / before; below 0 is a gain."""
+        return (self.after - self.before) / self.before if self.before else 0.0
+
+    @property
+    def verdict(self) -> str:
+        """Whether the client "gained", was "harmed", or is "unchanged" within CHANGE_LIMIT."""
+        return "harmed" if self.relative > CHANGE_LIMIT else "gained" if self.relative < -CHANGE_LIMIT else "unchanged"
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What travelled in the whole run, in MiB, and per client and round."""
+
+    up_mib: float
+    down_mib: float
+    up_mib_each: float | None
+    down_mib_each: float | None
+
+
+def algorithm_title(name: str) -> str:
+    """An algorithm's name for people; unknown names stay as they are."""
+    return ALGORITHM_TITLES.get(name, name)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean, None of nothing."""
+    return sum(values) / len(values) if values else None
+
+
+def summary_rows(run: Run) -> list[SummaryRow]:
+    """The headline figures of run.json, in reading order; figures that were not measured are left out."""
+    return [
+        SummaryRow(name, title, figure.get("mean"), figure.get("weighted_mean"), figure.get("worst_tenth"), figure.get("spread"))
+        for name, title in FIGURE_TITLES.items()
+        if (figure := run.summary.get(name))
+    ]
+
+
+def changes_by_alignment(run: Run) -> list[Change]:
+    """Every client's test loss before and after the server's last step, greatest gain first; empty where nothing changed at all."""
+    changes = [
+        Change(row.client, row.before_align_loss, row.after_align_loss)
+        for row in run.clients
+        if row.before_align_loss is not None and row.after_align_loss is not None
+    ]
+    if all(change.before == change.after for change in changes):
+        return []
+    return sorted(changes, key=lambda change: change.relative)
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys, {"local": {"steps": 5}} -> {"local.steps": 5}; an empty section is a value of its own."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flat_settings(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def changed_settings(run: Run) -> list[tuple[str, Any, Any]]:
+    """Settings that differ from the defaults, as (dotted key, value, default); the default is None for a key this version does not know."""
+    defaults: dict[str, Any] = Config().model_dump(mode="json")
+    if run.algorithm != defaults["algorithm"]["name"]:
+        try:
+            chosen = Config.model_validate({"algorithm": {"name": run.algorithm}}).model_dump(mode="json")["algorithm"]
+        except ValidationError:  # an algorithm of another version, or one whose settings have no defaults: show them all
+            chosen = {}
+        defaults["algorithm"] = chosen | {"name": defaults["algorithm"]["name"]}
+    known = flat_settings(defaults)
+    return [
+        (key, value, known.get(key))
+        for key, value in flat_settings(run.settings).items()
+        if value != known.get(key) and value not in ({}, [])
+    ]
+
+
+def mean_series(run: Run, kind: str, number: str) -> list[tuple[int, float]]:
+    """The mean over clients of one number of one kind of event, as (round, mean)."""
+    of_round: dict[int, list[float]] = {}
+    for points in run.series(kind, number).values():
+        for round_number, value in points:
+            of_round.setdefault(round_number, []).append(value)
+    return [(round_number, sum(values) / len(values)) for round_number, values in sorted(of_round.items())]
+
+
+def test_curve(run: Run) -> list[tuple[float, float]]:
+    """The mean test loss over the rounds that were evaluated, as (round, loss); round 0 is the base model."""
+    curve = [(row.round, row.test_loss) for row in run.rounds if row.test_loss is not None]
+    if curve and curve[0][0] == 0:
+        return curve
+    return [(float(number), loss) for number, loss in mean_series(run, "evaluate", "test_loss") if number == 0] + curve
+
+
+def traffic(run: Run) -> Traffic | None:
+    """Bytes that travelled, from metrics/rounds.csv; None where nothing did."""
+    up = sum(row.bytes_up or 0 for row in run.rounds)
+    down = sum(row.bytes_down or 0 for row in run.rounds)
+    if not up and not down:
+        return None
+    exchanges = sum(row.clients or 0 for row in run.rounds)
+    each = (up / MIB / exchanges, down / MIB / exchanges) if exchanges else (None, None)
+    return Traffic(up / MIB, down / MIB, *each)

@@ -1,0 +1,121 @@
+"""A run folder as frozen values: what was written there, with None for what was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Client", "Event", "Round", "Run", "TaskGraph"]
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A row of metrics/clients.csv; losses are per response token, None where not measured."""
+
+    client: str
+    task: str = ""
+    category: str = ""
+    rank: float | None = None
+    train_rows: float | None = None
+    test_rows: float | None = None
+    test_tokens: float | None = None
+    rounds_trained: float | None = None
+    base_loss: float | None = None
+    before_align_loss: float | None = None
+    after_align_loss: float | None = None
+    best_round: float | None = None
+    best_validation_loss: float | None = None
+    best_test_loss: float | None = None
+    rouge_l: float | None = None
+    rouge_l_package: float | None = None
+    exact_match: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A row of metrics/rounds.csv; None where not measured."""
+
+    round: float
+    clients: float | None = None
+    train_loss: float | None = None
+    train_loss_weighted: float | None = None
+    test_loss: float | None = None
+    test_loss_weighted: float | None = None
+    disagreement_before: float | None = None
+    disagreement_after: float | None = None
+    pull: float | None = None
+    train_seconds: float | None = None
+    evaluate_seconds: float | None = None
+    tokens_per_second: float | None = None
+    bytes_up: float | None = None
+    bytes_down: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A line of events.jsonl: its kind, round, client ("" for none), finite numbers and texts."""
+
+    kind: str
+    round: int
+    client: str
+    numbers: Mapping[str, float]
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskGraph:
+    """graph.json: every edge once, as (source, target, weight)."""
+
+    kind: str
+    clients: tuple[str, ...]
+    edges: tuple[tuple[str, str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything a report says about a run.
+
+    Attributes:
+        settings: config.toml parsed; `settings_text` is the file itself.
+        provenance: run.json parsed.
+        started: when the run began; None where run.json does not say.
+        summary: figure (such as "after_align_loss") -> statistic ("mean", "worst_tenth", ...) -> value; empty where a run failed early.
+        adapters: client -> its entry of adapters/index.json.
+        notes: what was left out while reading, one sentence each: a line cut off by a crash, a number that is not finite.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    settings_text: str
+    provenance: Mapping[str, Any]
+    status: str
+    error: str
+    started: datetime | None
+    summary: Mapping[str, Mapping[str, float]]
+    clients: tuple[Client, ...]
+    rounds: tuple[Round, ...]
+    events: tuple[Event, ...]
+    graph: TaskGraph | None
+    adapters: Mapping[str, Mapping[str, Any]]
+    notes: tuple[str, ...]
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm's name in the config."""
+        section = self.settings.get("algorithm", {})
+        return str(section.get("name", "mira")) if isinstance(section, Mapping) else "mira"
+
+    def series(self, kind: str, number: str) -> dict[str, list[tuple[int, float]]]:
+        """One number of one kind of event, as client -> (round, value) by rising round; of two events of a round the later one counts."""
+        values: dict[str, dict[int, float]] = {}
+        for event in self.events:
+            if event.kind == kind and number in event.numbers:
+                values.setdefault(event.client, {})[event.round] = event.numbers[number]
+        return {client: sorted(of_round.items()) for client, of_round in values.items()}
+
+    def of_kind(self, kind: str) -> list[Event]:
+        """All events of one kind, in the order they were written."""
+        return [event for event in self.events if event.kind == kind]

@@ -1,0 +1,134 @@
+"""What a run leaves behind: adapters, tables, provenance, and the same at hand in Python."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fedmira.adapters import Adapter, digest
+from fedmira.algorithms import ServerState
+from fedmira.evaluation import TokenLoss, summarise
+from fedmira.graphs import Graph
+from fedmira.messages import ClientId
+from fedmira.model import write_adapter
+from fedmira.report import write_report
+from fedmira.rounds import Recorder
+
+__all__ = ["Result", "write_results", "write_status"]
+
+_LOSSES = ("base_loss", "before_align_loss", "after_align_loss")
+_TEXTS = ("rouge_l", "rouge_l_package", "exact_match")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder; `report` is its page.
+        adapters: each client's adapter as saved.
+        clients: the rows of metrics/clients.csv.
+        graph: the graph of the last round, or None where the algorithm has none.
+        summary: figure -> mean, weighted_mean, worst_tenth, spread.
+    """
+
+    folder: Path
+    report: Path
+    adapters: Mapping[ClientId, Adapter]
+    clients: list[dict[str, Any]]
+    graph: Graph | None
+    summary: Mapping[str, Mapping[str, float]]
+
+
+def write_results(recorder: Recorder, starts: Mapping[ClientId, Adapter], ranks: Mapping[ClientId, int], state: ServerState, *, generate: bool) -> Result:
+    """Evaluate each client's own adapter, save it as a PEFT folder, and write the tables."""
+    config, folder, evaluator = recorder.config, recorder.folder, recorder.evaluator
+    last = {client: recorder.algorithm.adapter_for(state, client) for client in ranks}
+    best = config.evaluation.select == "best"
+    chosen = {client: recorder.best_adapters.get(client, adapter) if best else adapter for client, adapter in last.items()}
+    losses = {
+        "base_loss": evaluator.losses(starts),
+        "before_align_loss": evaluator.losses(recorder.uploaded),
+        "after_align_loss": evaluator.losses(chosen),
+    }
+    texts = evaluator.text_scores(chosen, config.evaluation.max_new_tokens) if generate else {}
+    rows = [_client_row(recorder, client, ranks[client], losses, texts.get(client, {})) for client in ranks]
+    summary = _summary(rows)
+    index: dict[str, object] = {}
+    for client, row in zip(ranks, rows, strict=True):
+        rank = ranks[client]
+        write_adapter(folder.adapters / client, chosen[client], evaluator.base, evaluator.targets, rank, config.adapter.alpha, config.adapter.dropout)
+        figures = {name: row[name] for name in (*_LOSSES, *_TEXTS) if row[name] != ""}
+        entry = {"task": row["task"], "category": row["category"], "rank": rank, "rounds_trained": row["rounds_trained"]}
+        index[client] = {**entry, "sha256": digest(chosen[client]), "base_sha256": evaluator.base.sha256, "metrics": figures}
+    folder.write_json("adapters/index.json", index)
+    folder.write_table("clients.csv", rows)
+    return Result(folder.path, folder.path / "report.html", chosen, rows, recorder.graph, summary)
+
+
+def write_status(recorder: Recorder, status: str, started: datetime, before: Mapping[str, Any], **more: object) -> None:
+    """Write run.json, and the report once the run has ended.
+
+    Args:
+        status: "running", "finished" or "failed".
+        started: when this part of the run began.
+        before: what run.json said then; wall time adds up over resumes.
+    """
+    folder, base = recorder.folder, recorder.evaluator.base
+    spent = float(before.get("wall_seconds", 0.0)) + (datetime.now(UTC) - started).total_seconds()
+    document = {
+        "status": status,
+        "error": None,
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in ("fedmira", "torch", "transformers", "peft")}},
+        "seed": recorder.config.seed,
+        "base": {"name": base.name, "sha256": base.sha256, "parameters": base.num_parameters, "dtype": str(base.dtype).removeprefix("torch."), "packed": base.packed},
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "platform": f"{platform.system()} {platform.machine()}", "device": str(base.device)},
+        "started": before.get("started", started.isoformat(timespec="seconds")),
+        "resumed": [*before.get("resumed", []), started.isoformat(timespec="seconds")] if before else [],
+        "wall_seconds": round(spent, 2),
+        "command": " ".join(Path(part).name if i == 0 else part for i, part in enumerate(sys.argv)),
+        **more,
+    }
+    folder.write_json("run.json", document)
+    if status != "running":
+        write_report(folder.path)
+
+
+def _client_row(
+    recorder: Recorder, client: ClientId, rank: int, losses: Mapping[str, Mapping[ClientId, TokenLoss]], texts: Mapping[str, float]
+) -> dict[str, Any]:
+    data = recorder.evaluator.clients[client]
+    best = recorder.best.get(client)
+    return {
+        "client": client,
+        "task": data.task,
+        "category": data.category,
+        "rank": rank,
+        "train_rows": len(data.train),
+        "test_rows": len(data.test),
+        "test_tokens": sum(len(row.response) for row in data.test),
+        "rounds_trained": recorder.rounds_trained.get(client, 0),
+        **{name: losses[name][client].per_token if client in losses[name] else "" for name in _LOSSES},
+        "best_round": best.round if best else "",
+        "best_validation_loss": best.validation_loss if best else "",
+        "best_test_loss": best.test_loss if best else "",
+        **{name: texts.get(name, "") for name in _TEXTS},
+    }
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    summary = {}
+    for name in (*_LOSSES, *_TEXTS):
+        measured = [row for row in rows if row[name] != "" and math.isfinite(row[name])]
+        if measured:
+            weights = [row["test_tokens"] if name in _LOSSES else row["test_rows"] for row in measured]
+            summary[name] = summarise([row[name] for row in measured], weights, higher_is_worse=name in _LOSSES)
+    return summary

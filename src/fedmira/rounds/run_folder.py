@@ -1,0 +1,133 @@
+"""The folder of a run: created once, never overwritten, appended to by resume."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedmira.errors import RunFolderError
+
+__all__ = ["RunFolder"]
+
+
+class RunFolder:
+    """Paths and writers of a run folder; use `create` or `reopen`.
+
+    Files that grow (events.jsonl, metrics/rounds.csv) are appended line by line; the others are replaced whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config_text: str) -> RunFolder:
+        """Make a new run folder.
+
+        Raises:
+            RunFolderError: the path is taken.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunFolderError(f"{path}: the run folder exists already and is never overwritten; choose another --output, or continue it with --resume")
+        folder = cls(path)
+        for part in (path, folder.metrics, folder.adapters, folder.checkpoint):
+            part.mkdir(parents=True, exist_ok=True)
+        (path / "config.toml").write_text(config_text, encoding="utf-8")
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            RunFolderError: there is none.
+        """
+        if not (path / "config.toml").is_file():
+            raise RunFolderError(f"{path}: this is no run folder (config.toml is missing); give the folder that an earlier run printed")
+        return cls(path)
+
+    @property
+    def metrics(self) -> Path:
+        """Where the CSV files are."""
+        return self.path / "metrics"
+
+    @property
+    def adapters(self) -> Path:
+        """Where each client's PEFT folder is."""
+        return self.path / "adapters"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / "checkpoint"
+
+    @property
+    def events(self) -> Path:
+        """events.jsonl."""
+        return self.path / "events.jsonl"
+
+    @property
+    def rounds_csv(self) -> Path:
+        """metrics/rounds.csv."""
+        return self.metrics / "rounds.csv"
+
+    def append_events(self, events: Sequence[Mapping[str, object]]) -> None:
+        """Add lines to events.jsonl."""
+        with self.events.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(event, allow_nan=False) + "\n" for event in events)
+
+    def append_round(self, row: Mapping[str, object]) -> None:
+        """Add a line to metrics/rounds.csv, with a header where the file is new."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
+        if not self.rounds_csv.exists() or self.rounds_csv.stat().st_size == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        with self.rounds_csv.open("a", encoding="utf-8") as file:
+            file.write(text.getvalue())
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the growing files, for the checkpoint."""
+        return {path.name: path.stat().st_size if path.exists() else 0 for path in (self.events, self.rounds_csv)}
+
+    def cut_back(self, sizes: Mapping[str, int]) -> None:
+        """Drop lines that were written after a checkpoint, by a round that will be run again."""
+        for path in (self.events, self.rounds_csv):
+            if path.exists():
+                os.truncate(path, sizes.get(path.name, 0))
+
+    def write_table(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Replace metrics/`name` with a CSV of `rows`, which share their keys."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        _replace(self.metrics / name, text.getvalue())
+
+    def write_json(self, name: str, value: object) -> None:
+        """Replace `name` (relative to the folder) with a JSON document."""
+        _replace(self.path / name, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, object]:
+        """A JSON document of the folder, or an empty one where it was never written.
+
+        Raises:
+            RunFolderError: it is damaged.
+        """
+        path = self.path / name
+        if not path.exists():
+            return {}
+        try:
+            value: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise RunFolderError(f"{path}: not valid JSON ({error}); restore the file or run again") from error
+        return value
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,288 @@
+"""Files, presets and overrides become one config; all that is wrong is said at once."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmira.config import (
+    AdapterSettings,
+    Config,
+    DataSettings,
+    FedAvgSettings,
+    GraphSettings,
+    LocalOnlySettings,
+    LocalSettings,
+    MiraSettings,
+    dump_config,
+    load_config,
+    preset_path,
+    with_algorithm,
+)
+from fedmira.errors import ConfigError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(*overrides: str, path: Path | None = None, preset: str | None = None) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, preset, overrides)
+    return caught.value.problems
+
+
+# Layers
+
+
+def test_nothing_at_all_is_the_demo() -> None:
+    assert load_config() == Config()
+
+
+def test_the_file_wins_over_the_preset_and_overrides_win_over_both(tmp_path: Path) -> None:
+    path = write(tmp_path, "[rounds]\ncount = 7\nparticipation = 0.5\n")
+    preset = load_config(preset="mira-paper-ni")
+    config = load_config(path, "mira-paper-ni", ["rounds.participation=0.25"])
+    assert (config.rounds.count, config.rounds.participation) == (7, 0.25)
+    assert config.local == preset.local
+    assert config.algorithm == preset.algorithm
+
+
+def test_a_later_override_of_a_key_wins() -> None:
+    assert load_config(overrides=["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.path=folder/with = sign", "folder/with = sign"),
+        ("data.path=", ""),
+        ('data.path="3"', "3"),
+        ("data.path='C:\\data'", "C:\\data"),
+        ("data.path=C:\\data", "C:\\data"),
+    ],
+)
+def test_an_override_is_toml_or_else_plain_text(override: str, expected: str) -> None:
+    assert load_config(overrides=[override]).data.path == expected
+
+
+def test_overrides_take_lists_tables_and_quoted_names() -> None:
+    config = load_config(overrides=['adapter.targets=["q_proj", "v_proj"]', 'adapter.ranks."law.v2"=4', "adapter.ranks.chat-1=8"])
+    assert config.adapter.targets == ("q_proj", "v_proj")
+    assert config.adapter.ranks == {"law.v2": 4, "chat-1": 8}
+
+
+def test_an_override_does_not_reach_other_keys() -> None:
+    assert load_config(overrides=["data.path=a\nseed = 3"]).data.path == "a\nseed = 3"
+    assert load_config(overrides=["data.path=1\nseed = 3"]).seed == 0
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    assert load_config(path).seed == 3
+
+
+# What an upper layer makes meaningless below
+
+
+def test_naming_another_algorithm_drops_the_settings_that_it_does_not_have(tmp_path: Path) -> None:
+    path = write(tmp_path, '[algorithm]\nname = "mira"\ncoupling = 0.5\n')
+    assert load_config(path, overrides=["algorithm.name=fedavg"]).algorithm == FedAvgSettings(name="fedavg")
+
+
+def test_a_file_that_names_another_algorithm_than_the_preset_drops_them_too(tmp_path: Path) -> None:
+    path = write(tmp_path, '[algorithm]\nname = "local"\n')
+    assert load_config(path, "mira-paper-ni").algorithm == LocalOnlySettings(name="local")
+
+
+def test_naming_the_same_algorithm_keeps_its_settings() -> None:
+    assert load_config(preset="mira-paper-ni", overrides=["algorithm.name=mira"]) == load_config(preset="mira-paper-ni")
+
+
+def test_settings_that_were_set_together_with_a_foreign_algorithm_are_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, '[algorithm]\nname = "fedavg"\ncoupling = 0.5\n')
+    assert problems(path=path) == (f"algorithm.coupling = 0.5: unknown key; it belongs to mira; algorithm fedavg knows: name ({path})",)
+    [problem] = problems("algorithm.name=fedavg", "algorithm.coupling=0.5")
+    assert problem.startswith("algorithm.coupling = 0.5: unknown key; it belongs to mira")
+
+
+def test_settings_without_a_name_belong_to_the_default_algorithm(tmp_path: Path) -> None:
+    path = write(tmp_path, "[algorithm]\ncoupling = 0.5\n")
+    assert load_config(path).algorithm == MiraSettings(coupling=0.5)
+
+
+def test_coupling_replaces_a_server_step_below_and_the_other_way_round() -> None:
+    config = load_config(preset="mira-paper-ni", overrides=["algorithm.coupling=0.5"])
+    assert isinstance(config.algorithm, MiraSettings)
+    assert (config.algorithm.coupling, config.algorithm.server_step) == (0.5, None)
+    config = load_config(preset="mira-ni", overrides=["algorithm.server_step=0.01"])
+    assert isinstance(config.algorithm, MiraSettings)
+    assert config.algorithm.server_step == 0.01
+
+
+def test_steps_replace_epochs_below() -> None:
+    # the preset trains in epochs, which would make steps a setting without effect
+    assert load_config(preset="mira-paper-ni").local.epochs == 5
+    local = load_config(preset="mira-paper-ni", overrides=["local.steps=3"]).local
+    assert (local.steps, local.epochs) == (3, 0)
+
+
+def test_another_kind_of_graph_lets_go_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, '[graph]\nkind = "file"\npath = "graph.json"\n')
+    assert load_config(path).graph.path == "graph.json"
+    assert load_config(path, overrides=["graph.kind=uniform"]).graph == GraphSettings(kind="uniform")
+
+
+def test_contradictions_within_one_layer_are_errors() -> None:
+    assert problems("algorithm.coupling=0.5", "algorithm.server_step=0.1") == (
+        "algorithm: coupling and server_step say the same thing in two ways; set one of them",
+    )
+    assert len(problems("graph.kind=random", "graph.path=graph.json")) == 1
+
+
+def test_with_algorithm_changes_the_algorithm_and_nothing_else() -> None:
+    config = load_config(preset="mira-paper-ni")
+    changed = with_algorithm(config, "fedavg")
+    assert changed.algorithm == FedAvgSettings(name="fedavg")
+    assert changed.model_copy(update={"algorithm": config.algorithm}) == config
+    assert with_algorithm(config, "mira") == config
+    with pytest.raises(ConfigError, match="did you mean 'mira'"):
+        with_algorithm(config, "miira")
+
+
+# Errors
+
+
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    path = write(tmp_path, 'sed = 1\n[local]\nlearning_rate = -1\n[graph]\nkind = "randm"\n')
+    assert set(problems("rounds.count=0", "nonsense", path=path)) == {
+        "--set 'nonsense': must be key=value with a dotted key, such as rounds.count=5",
+        f"graph.kind = \"randm\": must be one of random, uniform, category, similarity, file (did you mean 'random'?) ({path})",
+        f"local.learning_rate = -1: must be above 0 ({path})",
+        "rounds.count = 0: must be 1 or more (--set)",
+        f"sed = 1: unknown key; did you mean seed? there are: {', '.join(Config.model_fields)} ({path})",
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("local.learn_rate=1", "local.learn_rate = 1: unknown key; did you mean local.learning_rate?"),
+        ("local.rank=4", "local.rank = 4: unknown key; did you mean adapter.rank?"),
+        ("learning_rate=1", "learning_rate = 1: unknown key; did you mean local.learning_rate?"),
+        ("algorithm.name=miraa", "algorithm.name = \"miraa\": unknown algorithm; must be one of local, fedavg, mira; did you mean 'mira'?"),
+        ("algorithm.coupling=2", "algorithm.coupling = 2: must be 1 or less"),
+        ("algorithm=mira", 'algorithm = "mira": must be a section; write [algorithm] with any of: name, coupling'),
+        ("graph=random", 'graph = "random": must be a section; write [graph] with any of: kind, path'),
+        ("data.max_rows=-1", "data.max_rows = -1: must be 0 or more or a list in brackets"),
+        ("data.max_rows=[4, -2]", "data.max_rows.1 = -2: must be 0 or more"),
+        ("engine.token_budget=few", "engine.token_budget = \"few\": must be a whole number or 'auto'"),
+        ("adapter.targets=q_proj", 'adapter.targets = "q_proj": must be a list in brackets'),
+        ('adapter.ranks."law.v2"=0', 'adapter.ranks."law.v2" = 0: must be 1 or more'),
+        ("data.path=3", "data.path = 3: must be text in quotes"),
+        ("model.base=", 'model.base = "": must be text that is not empty'),
+        ("evaluation.rouge=perhaps", 'evaluation.rouge = "perhaps": must be true or false'),
+        ("adapter.alpha=inf", "adapter.alpha = Infinity: must be a finite number"),
+        ("local.learning_rate=nan", "local.learning_rate = NaN: must be "),
+    ],
+)
+def test_a_problem_names_key_value_limit_and_next_step(override: str, start: str) -> None:
+    [problem] = problems(override)
+    assert problem.startswith(start)
+    assert problem.endswith("(--set)")
+
+
+def test_rules_between_keys_are_reported_in_their_own_words() -> None:
+    assert problems("data.train_fraction=0.75", "data.validation_fraction=0.25") == (
+        "data: train_fraction + validation_fraction is 1; must be below 1 so that test rows remain",
+    )
+    assert problems("evaluation.select=best") == ("evaluation.select = 'best' needs validation rows; set data.validation_fraction above 0",)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column"),
+    [("seed = 1\ncount = = 2\n", 2, 9), ("[rounds\ncount = 2\n", 1, 8), ("seed = 1\nname = 'open", 2, 13)],
+)
+def test_broken_toml_is_named_with_file_line_and_column(tmp_path: Path, text: str, line: int, column: int) -> None:
+    path = write(tmp_path, text)
+    [problem] = problems(path=path)
+    assert problem.startswith(f"{path}:{line}:{column}: not valid TOML: ")
+
+
+def test_unreadable_sources_are_reported_together(tmp_path: Path) -> None:
+    missing = tmp_path / "none.toml"
+    preset_problem, file_problem, override_problem = problems("x", path=missing, preset="mira-paper")
+    assert preset_problem.startswith("preset 'mira-paper' does not exist; did you mean 'mira-paper-ni'?")
+    assert file_problem.startswith(f"config file {missing} does not exist")
+    assert override_problem.startswith("--set 'x': must be key=value")
+
+
+def test_a_folder_in_place_of_a_file_is_an_error(tmp_path: Path) -> None:
+    [problem] = problems(path=tmp_path)
+    assert problem.startswith(f"config file {tmp_path} cannot be read: ")
+
+
+def test_text_in_another_encoding_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes('[data]\npath = "dös"\n'.encode("latin-1"))
+    assert problems(path=path) == (f"config file {path} is not UTF-8 text (byte 16); save it as UTF-8",)
+
+
+def test_a_config_error_ends_the_program_with_code_2() -> None:
+    assert ConfigError.exit_code == 2
+
+
+# Dump
+
+
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+configs = st.builds(
+    Config,
+    seed=st.integers(0, 2**63 - 1),
+    adapter=st.builds(
+        AdapterSettings,
+        rank=st.integers(1, 64),
+        alpha=st.floats(1e-6, 1e6),
+        targets=st.lists(names, max_size=3).map(tuple),
+        ranks=st.dictionaries(names, st.integers(1, 64), max_size=3),
+    ),
+    data=st.builds(DataSettings, path=names, max_rows=st.integers(0, 99) | st.lists(st.integers(0, 99), min_size=1, max_size=4).map(tuple)),
+    algorithm=st.one_of(
+        st.just(LocalOnlySettings(name="local")),
+        st.just(FedAvgSettings(name="fedavg")),
+        st.builds(MiraSettings, coupling=st.floats(0, 1), neighbours=st.sampled_from(["fresh", "rescaled", "stale"])),
+        st.builds(MiraSettings, server_step=st.floats(0, 10), space=st.sampled_from(["product", "factor"])),
+    ),
+    local=st.builds(LocalSettings, learning_rate=st.floats(1e-12, 1e3), epochs=st.integers(0, 9)),
+)
+
+
+@given(configs)
+def test_a_dumped_config_loads_back_equal(config: Config) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        assert load_config(write(Path(folder), dump_config(config))) == config
+
+
+def test_a_dump_writes_every_default_out() -> None:
+    text = dump_config(Config())
+    for section, settings in Config():
+        for key in type(settings).model_fields if section != "seed" else ():
+            if key not in {"server_step", "ranks"}:  # unset has no form in TOML; a table has a header of its own
+                assert f"\n{key} = " in text, f"{section}.{key}"
+
+
+def test_a_dumped_config_still_takes_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, dump_config(load_config(preset="mira-paper-ni")))
+    assert load_config(path, overrides=["algorithm.name=local"]).algorithm == LocalOnlySettings(name="local")
+    assert load_config(path, overrides=["local.steps=2"]).local.epochs == 0
+
+
+def test_a_preset_is_the_same_as_its_file() -> None:
+    assert load_config(preset="mira-ni") == load_config(preset_path("mira-ni"))

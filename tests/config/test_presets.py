@@ -1,0 +1,61 @@
+"""Every preset parses, says what it is and how to run it, and holds the published numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedmira.config import Config, MiraSettings, dump_config, load_config, preset_description, preset_names, preset_path
+from fedmira.errors import ConfigError
+
+every_preset = pytest.mark.parametrize("name", preset_names())
+
+
+def test_the_presets_are_found() -> None:
+    assert {"mira-ni", "mira-paper-ni", "mira-paper-dolly", "fedit-ni", "fedit-dolly", "local-ni"} <= set(preset_names())
+
+
+@every_preset
+def test_a_preset_parses_and_differs_from_the_defaults(name: str) -> None:
+    assert load_config(preset=name) != Config()
+
+
+@every_preset
+def test_a_preset_opens_with_what_it_is_and_the_command_that_runs_it(name: str) -> None:
+    description, command, *_ = preset_path(name).read_text(encoding="utf-8").splitlines()
+    assert description == f"# {preset_description(name)}"
+    assert preset_description(name).endswith(".")
+    assert command.startswith(f"# fedmira run --preset {name} --set data.path=")
+
+
+@every_preset
+def test_the_data_path_of_a_preset_is_left_to_the_user(name: str) -> None:
+    assert load_config(preset=name).data.path == ""
+    assert load_config(preset=name, overrides=["data.path=here"]).data.path == "here"
+
+
+@pytest.mark.parametrize(("name", "coefficient"), [("mira-paper-ni", 0.5), ("mira-paper-dolly", 0.01)])
+def test_the_published_server_step_is_learning_rate_times_epochs_times_lambda(name: str, coefficient: float) -> None:
+    config = load_config(preset=name)
+    assert isinstance(config.algorithm, MiraSettings)
+    assert config.algorithm.server_step == pytest.approx(config.local.learning_rate * config.local.epochs * coefficient)
+
+
+@pytest.mark.parametrize("name", ["mira-paper-ni", "mira-paper-dolly", "fedit-ni", "fedit-dolly", "local-ni"])
+def test_the_published_runs_share_model_adapter_and_federation(name: str) -> None:
+    config = load_config(preset=name)
+    assert (config.adapter.rank, config.adapter.alpha, config.adapter.dropout, config.adapter.targets) == (16, 8, 0.05, ("q_proj",))
+    assert (config.local.batch_size, config.local.epochs, config.local.max_grad_norm) == (8, 5, 5.0)
+    assert (config.rounds.count, config.rounds.participation, config.seed) == (60, 0.1, 42)
+    assert config.model.base == "datajuicer/LLaMA-1B-dj-refine-150B"
+
+
+def test_local_ni_differs_from_mira_paper_ni_in_the_algorithm_only() -> None:
+    paper, local = load_config(preset="mira-paper-ni"), load_config(preset="local-ni")
+    defaults = Config()
+    same = {"algorithm": defaults.algorithm, "graph": defaults.graph}
+    assert dump_config(paper.model_copy(update=same)) == dump_config(local.model_copy(update=same))
+
+
+def test_an_unknown_preset_is_an_error_that_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="preset 'mira-in' does not exist; did you mean 'mira-ni'"):
+        preset_description("mira-in")

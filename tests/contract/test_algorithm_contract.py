@@ -1,0 +1,164 @@
+"""What every algorithm of the table must keep: purity, order, absence, and a state that is the whole checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedmira.adapters import Adapter, digest, same_shapes
+from fedmira.algorithms import ALGORITHMS, Algorithm, AlgorithmContext, ServerState, Trained, build
+from fedmira.config.schema import AlgorithmSettings, FedAvgSettings, LocalOnlySettings, MiraSettings
+from fedmira.graphs import FixedGraph, GraphSource, LearnedGraph, random_graph
+from fedmira.messages import Reply
+
+CLIENTS = tuple(f"client-{k}" for k in range(6))
+FIXED = FixedGraph(random_graph(CLIENTS, 0))
+LEARNED = LearnedGraph(nearest=2, warmup_rounds=0)
+SETTINGS: dict[str, tuple[AlgorithmSettings, GraphSource]] = {
+    "local": (LocalOnlySettings(name="local"), FIXED),
+    "fedavg": (FedAvgSettings(name="fedavg"), FIXED),
+    "mira": (MiraSettings(), LEARNED),
+    "mira, fixed graph": (MiraSettings(), FIXED),
+    "mira, factor space": (MiraSettings(space="factor", neighbours="rescaled"), LEARNED),
+    "mira, as published": (MiraSettings(space="factor", neighbours="fresh", server_step=0.01, size_scale=0), FIXED),
+    "mira, shuffled": (MiraSettings(), LearnedGraph(warmup_rounds=0, shuffle_seed=3)),
+}
+
+
+def lora(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"m.q.lora_A.weight": (4, 12), "m.q.lora_B.weight": (10, 4), "m.v.lora_A.weight": (4, 12), "m.v.lora_B.weight": (6, 4)}
+    return {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+
+
+def start_adapter() -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) if ".lora_B." in name else tensor for name, tensor in lora(0).items()}
+
+
+@pytest.fixture(params=SETTINGS)
+def algorithm(request: pytest.FixtureRequest) -> Algorithm:
+    settings, graph = SETTINGS[request.param]
+    context = AlgorithmContext(CLIENTS, dict.fromkeys(CLIENTS, 20), dict.fromkeys(CLIENTS, 4), 16.0, graph, cohort=4)
+    return build(settings, context)
+
+
+def begin_state(algorithm: Algorithm) -> ServerState:
+    return algorithm.initial_state({client: start_adapter() for client in CLIENTS})
+
+
+def replies(algorithm: Algorithm, state: ServerState, clients: Sequence[str], round_number: int) -> list[Reply]:
+    """Both client halves around a local training that adds fixed numbers of its own for each client and round."""
+    result = []
+    for client in clients:
+        payload = algorithm.instruct(state, client)
+        begun = algorithm.begin(payload, None).adapter
+        change = lora(1000 * round_number + CLIENTS.index(client))
+        trained = {name: tensor + 0.1 * change[name] for name, tensor in begun.items()}
+        rows = 20 + CLIENTS.index(client)
+        sent, _ = algorithm.finish(payload, None, Trained(trained, rows, 5, 1e-3))
+        result.append(Reply(client, round_number, rows, sent))
+    return result
+
+
+def after_one_round(algorithm: Algorithm, clients: Sequence[str] = CLIENTS[:4]) -> ServerState:
+    state = begin_state(algorithm)
+    return algorithm.combine(state, replies(algorithm, state, clients, 1)).state
+
+
+def fingerprint(state: ServerState) -> dict[str, object]:
+    adapters: dict[str, object] = {f"adapter {name}": digest(adapter) for name, adapter in state.adapters.items()}
+    return adapters | {f"number {name}": (tensor.dtype, tensor.tolist()) for name, tensor in state.numbers.items()}
+
+
+def test_every_algorithm_of_the_table_is_under_contract() -> None:
+    assert {settings.name for settings, _ in SETTINGS.values()} == set(ALGORITHMS)
+
+
+def test_every_client_has_an_adapter_of_the_start_shape_before_and_after(algorithm: Algorithm) -> None:
+    for state in (begin_state(algorithm), after_one_round(algorithm)):
+        for client in CLIENTS:
+            assert same_shapes(algorithm.adapter_for(state, client), start_adapter())
+            assert {tensor.dtype for tensor in algorithm.adapter_for(state, client).values()} == {torch.float32}
+
+
+def test_the_first_round_starts_from_the_common_start(algorithm: Algorithm) -> None:
+    state = begin_state(algorithm)
+    for client in CLIENTS:
+        assert digest(algorithm.begin(algorithm.instruct(state, client), None).adapter) == digest(start_adapter())
+
+
+def test_combine_changes_neither_the_state_nor_the_replies(algorithm: Algorithm) -> None:
+    state = after_one_round(algorithm)
+    sent = replies(algorithm, state, CLIENTS[1:5], 2)
+    before = fingerprint(state), [digest(reply.payload.tensors["adapter"]) for reply in sent]
+    algorithm.combine(state, sent)
+    assert (fingerprint(state), [digest(reply.payload.tensors["adapter"]) for reply in sent]) == before
+
+
+def test_combine_twice_gives_the_same_bits(algorithm: Algorithm) -> None:
+    state = after_one_round(algorithm)
+    sent = replies(algorithm, state, CLIENTS[1:5], 2)
+    first, second = (algorithm.combine(state, sent) for _ in range(2))
+    assert fingerprint(first.state) == fingerprint(second.state)
+    assert first.diagnostics.clients == second.diagnostics.clients
+
+
+def test_order_of_replies_is_irrelevant(algorithm: Algorithm) -> None:
+    state = after_one_round(algorithm)
+    sent = replies(algorithm, state, CLIENTS[1:5], 2)
+    assert fingerprint(algorithm.combine(state, sent).state) == fingerprint(algorithm.combine(state, sent[::-1]).state)
+
+
+def test_a_personal_adapter_of_a_client_outside_the_round_is_the_same_object(algorithm: Algorithm) -> None:
+    state = after_one_round(algorithm)
+    after = algorithm.combine(state, replies(algorithm, state, CLIENTS[1:3], 2)).state
+    for client in (name for name in state.adapters if name in CLIENTS and name not in CLIENTS[1:3]):
+        assert after.adapters[client] is state.adapters[client]
+
+
+def test_one_client_in_a_round_is_enough(algorithm: Algorithm) -> None:
+    state = after_one_round(algorithm)
+    after = algorithm.combine(state, replies(algorithm, state, CLIENTS[:1], 2)).state
+    assert digest(algorithm.adapter_for(after, CLIENTS[0])) != digest(algorithm.adapter_for(state, CLIENTS[0]))
+
+
+def test_clients_expected_to_move_do_not_keep_what_they_trained(algorithm: Algorithm) -> None:
+    state = after_one_round(algorithm)
+    sent = replies(algorithm, state, CLIENTS[1:5], 2)
+    combined = algorithm.combine(state, sent)
+    trained: Mapping[str, Adapter] = {reply.client_id: reply.payload.tensors["adapter"] for reply in sent}
+    assert combined.diagnostics.expects_motion <= set(trained)
+    for client in combined.diagnostics.expects_motion:
+        assert digest(algorithm.adapter_for(combined.state, client)) != digest(trained[client])
+        assert combined.diagnostics.clients[client]["relative_pull"] > 0
+
+
+def saved_and_loaded(state: ServerState) -> ServerState:
+    """Through the bytes of a safetensors file, which hold named tensors in any order and nothing else."""
+    flat = {f"adapters/{client}/{name}": tensor for client, adapter in state.adapters.items() for name, tensor in adapter.items()}
+    flat |= {f"numbers/{name}": tensor for name, tensor in state.numbers.items()}
+    flat = {name: tensor.clone() for name, tensor in flat.items()}
+    adapters: dict[str, dict[str, Tensor]] = {client: {} for client in state.adapters}
+    numbers: dict[str, Tensor] = {}
+    for key, tensor in reversed(sorted(load(save(flat)).items())):
+        kind, _, rest = key.partition("/")
+        if kind == "numbers":
+            numbers[rest] = tensor
+        else:
+            client, _, name = rest.partition("/")
+            adapters[client][name] = tensor
+    return ServerState(adapters, numbers)
+
+
+def test_a_run_continues_bit_for_bit_from_a_saved_state(algorithm: Algorithm) -> None:
+    state = after_one_round(algorithm)
+    loaded = saved_and_loaded(state)
+    assert fingerprint(loaded) == fingerprint(state)
+    for round_number, clients in ((2, CLIENTS[2:]), (3, CLIENTS[:3])):
+        state = algorithm.combine(state, replies(algorithm, state, clients, round_number)).state
+        loaded = algorithm.combine(loaded, replies(algorithm, loaded, clients, round_number)).state
+    assert fingerprint(loaded) == fingerprint(state)

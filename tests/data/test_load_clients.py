@@ -1,0 +1,135 @@
+"""From settings to encoded clients."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmira.config.schema import DataSettings
+from fedmira.data import Dataset, load_clients
+from fedmira.data.sources.demo import DEMO_TEST_ROWS, demo_tasks
+from fedmira.errors import DataError
+
+
+def write_clients(folder: Path, sizes: dict[str, int]) -> DataSettings:
+    for client, size in sizes.items():
+        rows = [{"instruction": "w1", "input": f"w{i}", "output": f"w{i} w{i}"} for i in range(size)]
+        (folder / f"{client}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return DataSettings(source="jsonl", path=str(folder), prompt="plain")
+
+
+def test_the_demo_has_its_own_test_rows_and_the_sizes_of_its_tasks(words: Any) -> None:
+    data = load_clients(DataSettings(), 0, words)
+    expected = {task.name: (len(task.examples), task.category) for task in demo_tasks(0)}
+    assert {client.client_id: (len(client.train), client.category) for client in data.clients} == expected
+    assert all(len(client.test) == DEMO_TEST_ROWS == len(client.references) for client in data.clients)
+    assert data.skipped == ()
+
+
+def test_clients_are_sorted_and_the_references_are_the_test_responses(tmp_path: Path, words: Any) -> None:
+    data = load_clients(write_clients(tmp_path, {"b": 10, "a": 20}), 0, words)
+    assert [client.client_id for client in data.clients] == ["a", "b"]
+    for client in data.clients:
+        assert len(client.references) == len(client.test) > 0
+        for row, reference in zip(client.test, client.references, strict=True):
+            assert words.decode(list(row.response[:-1])).split() == reference.split()
+
+
+def test_a_client_is_the_same_whoever_else_takes_part(tmp_path: Path, words: Any) -> None:
+    settings = write_clients(tmp_path, {"a": 20})
+    alone = load_clients(settings, 3, words).clients[0]
+    write_clients(tmp_path, {"0-first": 9, "z": 30})
+    assert load_clients(settings, 3, words).clients[1] == alone
+
+
+def test_skipped_clients_are_reported(tmp_path: Path, words: Any) -> None:
+    data = load_clients(write_clients(tmp_path, {"a": 20, "tiny": 2}), 0, words)
+    assert [client.client_id for client in data.clients] == ["a"]
+    assert data.skipped == ("tiny: 2 rows; data.min_rows is 4",)
+
+
+def test_max_rows_is_given_to_the_sorted_clients_in_turn(tmp_path: Path, words: Any) -> None:
+    settings = write_clients(tmp_path, {"c": 20, "a": 20, "b": 20}).model_copy(update={"max_rows": (4, 8)})
+    assert [len(client.train) for client in load_clients(settings, 0, words).clients] == [4, 8, 4]
+
+
+def test_sample_fraction_is_a_floor(tmp_path: Path, words: Any) -> None:
+    settings = write_clients(tmp_path, {"a": 29}).model_copy(update={"sample_fraction": 0.5})
+    client = load_clients(settings, 0, words).clients[0]
+    assert len(client.train) + len(client.test) == 14
+
+
+def test_a_summary_counts_rows_and_tokens(tmp_path: Path, words: Any) -> None:
+    (summary,) = load_clients(write_clients(tmp_path, {"a": 10}), 0, words).summaries()
+    # Plain prompt: <s> w1 \n \n wI \n \n; response: wI, space, wI, </s>.
+    assert (summary.client_id, summary.train_rows, summary.validation_rows, summary.test_rows) == ("a", 8, 0, 2)
+    assert (summary.train_tokens, summary.train_response_tokens, summary.longest_row) == (8 * (7 + 4), 8 * 4, 11)
+    assert (summary.truncated_prompts, summary.truncated_responses, summary.duplicates, summary.overlaps) == (0, 0, 0, 0)
+
+
+def column_file(folder: Path, clients: list[str]) -> DataSettings:
+    rows = [{"client": client, "instruction": "w1", "input": f"w{i}", "output": "w2"} for client in clients for i in range(5)]
+    (folder / "all.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return DataSettings(source="jsonl", path=str(folder / "all.jsonl"), partition="column", prompt="plain")
+
+
+def test_client_ids_that_cannot_name_folders_are_all_named_with_a_proposal(tmp_path: Path, words: Any) -> None:
+    with pytest.raises(DataError) as error:
+        load_clients(column_file(tmp_path, ["law firm/2", "..", "fine"]), 0, words)
+    assert len(error.value.problems) == 2
+    assert "client id 'law firm/2' cannot name a folder" in str(error.value) and "for example 'law-firm-2'" in str(error.value)
+
+
+def test_client_ids_that_differ_in_case_only_are_refused(tmp_path: Path, words: Any) -> None:
+    with pytest.raises(DataError, match="client ids 'Law' and 'law' would share a folder"):
+        load_clients(column_file(tmp_path, ["law", "Law"]), 0, words)
+
+
+def test_categories_whose_client_ids_fall_together_are_refused(tmp_path: Path, words: Any) -> None:
+    rows = [{"category": name, "instruction": "w1", "input": f"w{i}", "output": "w2"} for name in ("a b", "a/b") for i in range(5)]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(DataError, match="client ids 'a-b' and 'a-b' would share a folder"):
+        load_clients(DataSettings(source="jsonl", path=str(tmp_path / "all.jsonl"), partition="category"), 0, words)
+
+
+def test_all_clients_that_cannot_be_split_are_reported_together(tmp_path: Path, words: Any) -> None:
+    settings = write_clients(tmp_path, {"a": 1, "b": 1, "c": 5}).model_copy(update={"min_rows": 1})
+    with pytest.raises(DataError) as error:
+        load_clients(settings, 0, words)
+    assert [problem.split("'")[1] for problem in error.value.problems] == ["a", "b"]
+
+
+def test_real_natural_instructions_through_a_real_tokenizer(natural_instructions_folder: Path, gpt2: Any) -> None:
+    settings = DataSettings(
+        source="natural-instructions", path=str(natural_instructions_folder), clients=3, sample_fraction=0.2, validation_fraction=0.1
+    )
+    data = load_clients(settings, 42, gpt2)
+    assert data == load_clients(settings, 42, gpt2)
+    assert [client.client_id.split("_")[0] for client in data.clients] == ["task033", "task037", "task040"]
+    for client in data.clients:  # int(0.2 * 400) = 80 rows: 8 test; 72 / 9 = 8 validation; 64 train
+        assert [len(part) for part in (client.train, client.validation, client.test)] == [64, 8, 8]
+        assert all(row.response[-1] == gpt2.eos_token_id for row in client.train)
+
+
+def test_real_dolly_in_eight_times_ten_clients(dolly_folder: Path, gpt2: Any) -> None:
+    settings = DataSettings(source="dolly", path=str(dolly_folder), partition="category", clients_per_category=10, sample_fraction=0.2)
+    data = load_clients(settings, 0, gpt2)
+    assert len(data.clients) == 80 and len({client.category for client in data.clients}) == 8
+
+
+def test_importing_the_data_room_loads_no_heavy_library() -> None:
+    code = "import sys, fedmira.data; print(sorted({'datasets', 'transformers', 'torch', 'jinja2'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_an_empty_dataset_is_not_possible(tmp_path: Path, words: Any) -> None:
+    (tmp_path / "a.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match="a.jsonl: holds no rows"):
+        load_clients(DataSettings(source="jsonl", path=str(tmp_path)), 0, words)
+    assert Dataset(()).summaries() == ()

@@ -1,0 +1,142 @@
+"""Fixed graphs: the authors' recipe, categories, files, and the shuffled control."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmira.errors import ConfigError
+from fedmira.graphs import Graph, category_graph, file_graph, graph_document, random_graph, shuffled, uniform_graph, write_graph
+from fedmira.graphs.builders import permutation_without_fixed_points
+
+CLIENTS = ("a", "b", "c", "d")
+
+
+def test_random_graph_has_the_mean_and_the_sparsity_of_the_authors_recipe() -> None:
+    """The mean of two U(0, 1) is triangular: P(below 1/4) = 2 * (1/4)^2 = 1/8, and E[x; x >= 1/4] = 1/2 - 4/3 * (1/4)^3 = 23/48."""
+    graph = random_graph([f"client-{k}" for k in range(200)], seed=3)
+    pairs = graph.weights[torch.triu(torch.ones(200, 200, dtype=torch.bool), diagonal=1)]
+    assert float((pairs == 0).double().mean()) == pytest.approx(1 / 8, abs=0.01)
+    assert float(pairs.mean()) == pytest.approx(1 / 2 - 4 / 3 / 64, abs=0.01)
+    assert float(pairs[pairs > 0].min()) >= 0.25
+    assert float(pairs.max()) <= 1
+
+
+def test_random_graph_depends_on_nothing_but_clients_and_seed() -> None:
+    first = random_graph(CLIENTS, 1)
+    torch.manual_seed(99)
+    assert torch.equal(first.weights, random_graph(CLIENTS, 1).weights)
+    assert not torch.equal(first.weights, random_graph(CLIENTS, 2).weights)
+
+
+def test_uniform_graph_joins_everybody_alike() -> None:
+    graph = uniform_graph(CLIENTS)
+    assert graph.degrees.tolist() == [3, 3, 3, 3]
+
+
+def test_category_graph_joins_clients_of_one_category() -> None:
+    graph = category_graph(CLIENTS, {"a": "law", "b": "math", "c": "law", "d": "law"})
+    assert graph.edges() == [("a", "c", 1.0), ("a", "d", 1.0), ("c", "d", 1.0)]
+
+
+def test_category_graph_without_categories_says_who_lacks_one() -> None:
+    with pytest.raises(ConfigError, match=r"2 of 4 clients have no category, such as 'b'.*graph\.kind"):
+        category_graph(CLIENTS, {"a": "law", "b": "", "c": "law"})
+
+
+def test_graph_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    graph = random_graph(CLIENTS, 0)
+    write_graph(tmp_path / "graph.json", graph, round=7)
+    document = json.loads((tmp_path / "graph.json").read_text())
+    assert document["round"] == 7
+    assert document["kind"] == "random"
+    assert len(document["edges"]) == len(graph.edges())
+    read = file_graph(tmp_path / "graph.json", CLIENTS)
+    assert torch.equal(read.weights, graph.weights)
+    swapped = file_graph(tmp_path / "graph.json", CLIENTS[::-1])
+    assert torch.equal(swapped.weights, graph.weights.flip(0, 1))
+
+
+def test_graph_file_problems_are_reported_together(tmp_path: Path) -> None:
+    path = tmp_path / "graph.json"
+    edges = [
+        {"source": "a", "target": "b", "weight": 1},
+        {"source": "b", "target": "a", "weight": 1},
+        {"source": "a", "target": "x", "weight": 1},
+        {"source": "a", "target": "c", "weight": -0.5},
+        {"source": "c", "target": "c", "weight": 1},
+        {"source": "a", "weight": 1},
+        {"source": "b", "target": "c", "weight": "1"},
+    ]
+    path.write_text(json.dumps({"kind": "file", "clients": ["a", "b", "c", "x"], "edges": edges}))
+    with pytest.raises(ConfigError) as caught:
+        file_graph(path, CLIENTS)
+    expected = ["unknown client 'x'", "missing client 'd'", "edge 2: joins", "edge 3: unknown client 'x'", "edge 4: weight is -0.5"]
+    expected += ["edge 5: client 'c' is joined to itself", "edge 6: must be an object", "edge 7: weight is '1'"]
+    assert len(caught.value.problems) == len(expected)
+    for problem, part in zip(caught.value.problems, expected, strict=True):
+        assert part in problem
+        assert str(path) in problem
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"clients": []}', '{"clients": 3, "edges": []}', "\xff"])
+def test_what_is_no_graph_document_is_a_config_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "graph.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match="graph file"):
+        file_graph(path, CLIENTS)
+
+
+def test_a_graph_file_that_is_not_there_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        file_graph(tmp_path / "none.json", CLIENTS)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 17])
+def test_shuffle_leaves_nobody_in_place(count: int) -> None:
+    for seed in range(20):
+        places = permutation_without_fixed_points(count, seed)
+        assert sorted(places.tolist()) == list(range(count))
+        assert not bool((places == torch.arange(count)).any())
+
+
+def test_shuffle_of_one_client_keeps_it() -> None:
+    assert permutation_without_fixed_points(1, 0).tolist() == [0]
+
+
+def test_shuffled_graph_has_the_same_weights_between_other_clients() -> None:
+    graph = random_graph([f"client-{k}" for k in range(12)], 5)
+    control = shuffled(graph, 5)
+    assert control.clients == graph.clients
+    assert control.kind == "random-shuffled"
+    assert torch.equal(control.weights.flatten().sort().values, graph.weights.flatten().sort().values)
+    torch.testing.assert_close(control.degrees.sort().values, graph.degrees.sort().values, rtol=1e-12, atol=0)
+    assert not torch.equal(control.weights, graph.weights)
+    assert torch.equal(control.weights, shuffled(graph, 5).weights)
+
+
+def test_document_lists_a_pair_once() -> None:
+    weights = torch.tensor([[0, 0.5], [0.5, 0]], dtype=torch.float64)
+    assert graph_document(Graph("file", ("a", "b"), weights)) == {
+        "kind": "file",
+        "clients": ["a", "b"],
+        "edges": [{"source": "a", "target": "b", "weight": 0.5}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("weights", "part"),
+    [
+        ([[0.0, 1.0]], "2 x 2"),
+        ([[0.0, -1.0], [-1.0, 0.0]], "negative"),
+        ([[0.0, float("nan")], [float("nan"), 0.0]], "not finite"),
+        ([[1.0, 0.0], [0.0, 0.0]], "diagonal"),
+        ([[0.0, 1.0], [0.5, 0.0]], "symmetric"),
+    ],
+)
+def test_graph_refuses_weights_that_are_no_graph(weights: list[list[float]], part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        Graph("file", ("a", "b"), torch.tensor(weights, dtype=torch.float64))

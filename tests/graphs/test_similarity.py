@@ -1,0 +1,119 @@
+"""The learned graph: related updates get edges, and nothing else does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedmira.graphs.similarity import centred_cosines, nearest_neighbours, remember, similarity_weights
+
+
+def everybody(count: int) -> Tensor:
+    return torch.ones(count, dtype=torch.bool)
+
+
+def updates(count: int, seed: int, size: int = 40) -> Tensor:
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_cosines_equal_those_of_centred_vectors() -> None:
+    vectors = updates(6, 0) + 5.0
+    centred = vectors - vectors.mean(dim=0)
+    unit = centred / centred.norm(dim=1, keepdim=True)
+    expected = (unit @ unit.T).fill_diagonal_(0)
+    torch.testing.assert_close(centred_cosines(vectors @ vectors.T, everybody(6)), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_mean_is_over_trained_clients_only() -> None:
+    vectors = updates(6, 1)
+    trained = torch.tensor([True, True, False, True, True, False])
+    expected = centred_cosines(vectors[trained] @ vectors[trained].T, everybody(4))
+    found = centred_cosines(vectors @ vectors.T, trained)
+    torch.testing.assert_close(found[trained][:, trained], expected)
+    assert not bool(found[~trained].any())
+    assert not bool(found[:, ~trained].any())
+
+
+def test_two_planted_groups_are_recovered_under_a_strong_common_direction() -> None:
+    """Every within-group weight is above every between-group weight, and no kept edge joins the groups."""
+    group = torch.tensor([0, 1] * 5)
+    common, directions = updates(1, 2)[0], updates(2, 3)
+    vectors = 4 * common + directions[group] + 0.4 * updates(10, 4)
+    cosines = centred_cosines(vectors @ vectors.T, everybody(10))
+    same = (group[:, None] == group[None, :]) & ~torch.eye(10, dtype=torch.bool)
+    different = group[:, None] != group[None, :]
+    assert float(cosines[same].min()) > float(cosines[different].max())
+    weights = similarity_weights(vectors @ vectors.T, everybody(10), nearest=3)
+    assert float(weights[different].max()) == 0
+    assert bool((weights.sum(dim=1) > 0).all())
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_fewer_than_three_trained_clients_have_no_edge(count: int) -> None:
+    """With two, the centred updates are d/2 and -d/2: cosine -1."""
+    vectors = updates(5, 0)
+    trained = torch.arange(5) < count
+    weights = similarity_weights(vectors @ vectors.T, trained, nearest=3)
+    assert torch.equal(weights, torch.zeros(5, 5, dtype=torch.float64))
+
+
+def test_identical_updates_have_no_direction_and_no_nan() -> None:
+    vectors = updates(1, 0).expand(4, -1)
+    assert torch.equal(similarity_weights(vectors @ vectors.T, everybody(4), 3), torch.zeros(4, 4, dtype=torch.float64))
+
+
+def test_a_client_whose_update_is_zero_has_degree_zero_and_does_not_shift_the_mean() -> None:
+    vectors = updates(6, 5)
+    vectors[2] = 0
+    weights = similarity_weights(vectors @ vectors.T, everybody(6), 2)
+    without = torch.tensor([0, 1, 3, 4, 5])
+    assert not bool(weights[2].any())
+    torch.testing.assert_close(weights[without][:, without], similarity_weights(vectors[without] @ vectors[without].T, everybody(5), 2))
+
+
+def test_all_zero_updates_give_an_empty_graph() -> None:
+    assert not bool(similarity_weights(torch.zeros(4, 4, dtype=torch.float64), everybody(4), 3).any())
+
+
+def test_rows_that_never_trained_are_not_read() -> None:
+    vectors = updates(5, 6)
+    gram = vectors @ vectors.T
+    gram[4] = gram[:, 4] = float("nan")
+    trained = torch.tensor([True, True, True, True, False])
+    assert bool(torch.isfinite(similarity_weights(gram, trained, 2)).all())
+
+
+def test_nearest_neighbours_take_the_largest_and_of_equal_ones_the_first() -> None:
+    weights = torch.tensor([[0, 0.5, 0.5, 0.2], [0.5, 0, 0.1, 0], [0.5, 0.1, 0, 0.9], [0.2, 0, 0.9, 0]], dtype=torch.float64)
+    expected = torch.tensor([[0, 0.5, 0, 0], [0.5, 0, 0, 0], [0, 0, 0, 0.9], [0, 0, 0.9, 0]], dtype=torch.float64)
+    assert torch.equal(nearest_neighbours(weights, 1), expected)
+    assert torch.equal(nearest_neighbours(weights, 10), weights)
+
+
+@settings(deadline=None, max_examples=40)
+@given(count=st.integers(1, 9), nearest=st.integers(1, 9), seed=st.integers(0, 2**20))
+def test_weights_are_a_graph_of_largest_degree_one_and_permute_with_the_clients(count: int, nearest: int, seed: int) -> None:
+    vectors = updates(count, seed, size=3)
+    gram = vectors @ vectors.T
+    weights = similarity_weights(gram, everybody(count), nearest)
+    assert torch.equal(weights, weights.T)
+    assert bool((weights >= 0).all())
+    assert not bool(weights.diagonal().any())
+    if bool(weights.any()):
+        assert float(weights.sum(dim=1).max()) == pytest.approx(1, abs=1e-12)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    permuted = similarity_weights(gram[order][:, order], everybody(count), nearest)
+    torch.testing.assert_close(permuted, weights[order][:, order], rtol=1e-7, atol=1e-7)
+
+
+def test_memory_is_a_moving_average_that_starts_with_the_first_graph() -> None:
+    """With memory 0.5 and the same new graph each round the distance to it halves; the first graph is taken whole."""
+    empty, first, later = torch.zeros(2, 2), torch.tensor([[0, 1.0], [1.0, 0]]), torch.tensor([[0, 0.2], [0.2, 0]])
+    graph = remember(empty, first, 0.5)
+    assert torch.equal(graph, first)
+    for round_number in range(1, 5):
+        graph = remember(graph, later, 0.5)
+        assert float(graph[0, 1]) == pytest.approx(0.2 + 0.8 * 0.5**round_number, rel=1e-6)
