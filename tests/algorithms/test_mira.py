@@ -410,6 +410,21 @@ def test_relative_pull_is_what_moved_over_the_update() -> None:
         assert 0 < combined.diagnostics.clients[client]["truncation"] < 1
 
 
+def test_a_client_that_learned_nothing_is_moved_by_one_whole_update() -> None:
+    federation = context(FixedGraph(uniform_graph(names(3))), 3)
+    combined = one_round(federation, {**trained(federation), "client-0": lora(4, 0, fresh=True)}, coupling=0.5)
+    assert combined.diagnostics.clients["client-0"]["relative_pull"] == 1
+    assert "client-0" in combined.diagnostics.expects_motion
+
+
+@pytest.mark.parametrize("space", ["factor", "product"])
+def test_mixing_with_equal_neighbours_counts_as_no_motion(space: str) -> None:
+    """The product is factored anew, which changes bits and rounding but not the update."""
+    federation = context(FixedGraph(uniform_graph(names(3))), 3)
+    combined = one_round(federation, dict.fromkeys(federation.clients, lora(4, 7)), coupling=0.5, space=space)
+    assert [combined.diagnostics.clients[client]["relative_pull"] for client in federation.clients] == pytest.approx([0, 0, 0], abs=1e-6)
+
+
 def test_rows_of_the_reply_set_the_size_aware_step() -> None:
     federation = context(FixedGraph(uniform_graph(names(3))), 3)
     algorithm = mira(federation, coupling=1.0, size_scale=64.0)
@@ -465,3 +480,11 @@ def test_a_graph_that_can_never_act_is_refused_while_coupling_is_on(source: Grap
     with pytest.raises(ConfigError, match=part):
         mira(context(source, count))
     mira(context(source, count), coupling=0.0)
+
+
+def test_alignment_is_on_when_coupling_or_server_step_is_above_zero() -> None:
+    federation = context(FixedGraph(uniform_graph(names(3))), 3)
+    assert mira(federation).aligns
+    assert mira(federation, server_step=0.1).aligns
+    assert not mira(federation, coupling=0.0).aligns
+    assert not mira(federation, server_step=0.0).aligns

@@ -1,57 +1,59 @@
-"""Real tokenizers and real data from the folder `shared` beside the repository; tests that need them are skipped without it."""
+"""Tokenizers and real data; what comes from the folder `shared` beside the repository skips its tests where there is none."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SHARED = Path(__file__).parents[2].parent / "shared"
 
+@pytest.fixture(scope="session")
+def load_tokenizer(shared_folder: Path) -> Callable[[str], Any]:
+    def load(folder: str) -> Any:
+        from transformers import AutoTokenizer
 
-def _shared(*parts: str) -> Path:
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"needs {path}")
-    return path
+        return AutoTokenizer.from_pretrained(shared_folder / "models" / folder)
 
-
-def _tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(_shared("models", folder))
+    return load
 
 
 @pytest.fixture(scope="session")
-def natural_instructions_folder() -> Path:
-    return _shared("data", "natural-instructions")
+def natural_instructions_folder(shared_folder: Path) -> Path:
+    return shared_folder / "data" / "natural-instructions"
 
 
 @pytest.fixture(scope="session")
-def dolly_folder() -> Path:
-    return _shared("data", "dolly")
+def dolly_folder(shared_folder: Path) -> Path:
+    return shared_folder / "data" / "dolly"
 
 
 @pytest.fixture(scope="session")
-def gpt2() -> Any:
+def gpt2(load_tokenizer: Callable[[str], Any]) -> Any:
     """Byte-level, adds no special token of its own, and has no chat template."""
-    return _tokenizer("gpt2-tokenizer")
+    return load_tokenizer("gpt2-tokenizer")
 
 
 @pytest.fixture(scope="session")
-def stories() -> Any:
+def stories(load_tokenizer: Callable[[str], Any]) -> Any:
     """512 tokens, puts <s> before every text."""
-    return _tokenizer("stories260K-hf")
+    return load_tokenizer("stories260K-hf")
+
+
+@pytest.fixture(scope="session")
+def make_words() -> Callable[..., Any]:
+    """Makes a real fast tokenizer with one token per word and one per other character: needs no file."""
+    return _word_tokenizer
 
 
 @pytest.fixture
 def words() -> Any:
-    """A real fast tokenizer with one token per word and one per other character, made here: needs no file."""
-    return word_tokenizer()
+    """Such a tokenizer that puts <s> before every text; the test may change it."""
+    return _word_tokenizer()
 
 
-def word_tokenizer(frame: str = "<s> $A") -> Any:
+def _word_tokenizer(frame: str = "<s> $A") -> Any:
     """A word-level tokenizer.
 
     Args:

@@ -54,7 +54,10 @@ def test_the_table_renders_as_the_functions_do(words: Any) -> None:
 
 
 def test_chat_uses_the_tokenizers_template_up_to_the_answer(words: Any) -> None:
-    words.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    words.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     assert chat_prompt(Example("Do.", "this", "x"), words) == "<s>[user]Do.\n\nthis[assistant]"
     assert chat_prompt(CONVERSATION, words) == "<s>[system]Be brief.[user]Hi[assistant]Hello.[user]2+2?[assistant]"
 

@@ -188,15 +188,21 @@ class Mira(PlainClient):
     def _client_log(
         self, k: int, graph: Graph, mixing: Mixing, before: Mapping[ClientId, Adapter], mixed: Mapping[ClientId, tuple[Adapter, float]]
     ) -> dict[str, float]:
-        """What happened to client k; |moved| and |update| are norms of s B A in both spaces, so that they compare."""
+        """What happened to client k; |moved| and |update| are norms of s B A in both spaces, so that they compare.
+
+        Where the update is zero and the client is moved all the same, relative_pull is 1.
+        """
         client = self.context.clients[k]
         log = {"pull": float(mixing.pulls[k]), "relative_pull": 0.0, "degree": float(graph.degrees[k]), "truncation": 0.0}
         if client in mixed:
             after, tail = mixed[client]
             pair = gram([before[client], after], [self.context.scale(client)] * 2)
-            update = max(float(pair[0, 0]), torch.finfo(torch.float32).tiny)
             moved = max(0.0, float(pair[0, 0] + pair[1, 1] - 2 * pair[0, 1]))
-            log |= {"relative_pull": math.sqrt(moved / update), "truncation": tail / math.sqrt(update)}
+            update = float(pair[0, 0]) or moved or 1.0
+            relative = math.sqrt(moved / update)
+            # Factoring a product anew costs float32 rounding; that is no motion.
+            log["relative_pull"] = relative if relative > torch.finfo(torch.float32).eps else 0.0
+            log["truncation"] = tail / math.sqrt(update)
         return log
 
 

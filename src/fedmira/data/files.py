@@ -62,7 +62,7 @@ def read_json_lines(path: Path, problems: Problems) -> Iterator[tuple[int, Mappi
             if text is None:
                 return
             offset += len(raw)
-            row = _parse_line(text, f"{path}:{number}", problems) if text.strip() else None
+            row = _parse_line(text.rstrip("\r\n"), f"{path}:{number}", problems) if text.strip() else None
             if row is not None:
                 yield number, row
 

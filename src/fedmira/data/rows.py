@@ -16,7 +16,7 @@ from typing import Any
 from fedmira.data.examples import Example
 from fedmira.data.problems import Problems
 
-__all__ = ["example_of", "key_problem", "text_of"]
+__all__ = ["Row", "example_of", "key_problem", "text_of"]
 
 Row = Mapping[str, Any]
 Messages = tuple[tuple[str, str], ...]

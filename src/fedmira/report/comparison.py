@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from fedmira.errors import RunFolderError
 from fedmira.report.charts import Series, legend, line_chart
-from fedmira.report.findings import CHANGE_LIMIT, algorithm_title, flat_settings, mean, test_curve
+from fedmira.report.findings import CHANGE_LIMIT, algorithm_title, curve_of_test_loss, flat_settings, mean
 from fedmira.report.page import render
 from fedmira.report.read import read_run
 from fedmira.report.records import Client, Run
@@ -82,7 +82,9 @@ def standing(run: Run, baseline: Run) -> Standing:
 
 def _content(runs: Mapping[str, Run], folder: Path) -> dict[str, Any]:
     columns, cells = _loss_table(runs)
-    lines = [Series(title, test_curve(run), index % 8 + 1, dashed=index % 2 == 1) for index, (title, run) in enumerate(runs.items())]
+    lines = [
+        Series(title, curve_of_test_loss(run), index % 8 + 1, dashed=index % 2 == 1) for index, (title, run) in enumerate(runs.items())
+    ]
     lines = [line for line in lines if line.points]
     clients = {frozenset(row.client for row in run.clients) for run in runs.values()}
     heat_keys = (

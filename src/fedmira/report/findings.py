@@ -23,7 +23,7 @@ __all__ = [
     "mean",
     "mean_series",
     "summary_rows",
-    "test_curve",
+    "curve_of_test_loss",
     "traffic",
 ]
 
@@ -150,7 +150,7 @@ def mean_series(run: Run, kind: str, number: str) -> list[tuple[int, float]]:
     return [(round_number, sum(values) / len(values)) for round_number, values in sorted(of_round.items())]
 
 
-def test_curve(run: Run) -> list[tuple[float, float]]:
+def curve_of_test_loss(run: Run) -> list[tuple[float, float]]:
     """The mean test loss over the rounds that were evaluated, as (round, loss); round 0 is the base model."""
     curve = [(row.round, row.test_loss) for row in run.rounds if row.test_loss is not None]
     if curve and curve[0][0] == 0:

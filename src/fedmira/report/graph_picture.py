@@ -125,13 +125,18 @@ def _spread_apart(positions: Mapping[str, Position], radii: Mapping[str, float])
 def _edges(graph: TaskGraph, positions: Mapping[str, Position]) -> list[Markup]:
     drawn = sorted(graph.edges, key=lambda edge: edge[2])[-MOST_DRAWN_EDGES:]
     strongest = max((weight for _, _, weight in drawn), default=1.0)
+    crowd = min(1.0, math.sqrt(150 / max(1, len(drawn))))  # many lines are drawn thinner and fainter
     lines = []
     for source, target, weight in drawn:
         (x1, y1), (x2, y2) = positions[source], positions[target]
         share = weight / strongest
         title = element("title", f"{source} – {target}: weight {nice_number(weight)}")
         path = f"M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}"
-        lines.append(element("path", title, d=path, class_="edge", stroke_width=0.6 + 4.4 * share, opacity=f"{0.2 + 0.6 * share:.2f}"))
+        lines.append(
+            element(
+                "path", title, d=path, class_="edge", stroke_width=crowd * (0.6 + 4.4 * share), opacity=f"{crowd * (0.2 + 0.6 * share):.2f}"
+            )
+        )
     return lines
 
 

@@ -19,11 +19,11 @@ from fedmira.report.findings import (
     algorithm_title,
     changed_settings,
     changes_by_alignment,
+    curve_of_test_loss,
     flat_settings,
     mean,
     mean_series,
     summary_rows,
-    test_curve,
     traffic,
 )
 from fedmira.report.graph_picture import MOST_DRAWN_EDGES, Node, category_styles, graph_picture
@@ -102,6 +102,7 @@ def _content(run: Run) -> dict[str, Any]:
     columns, cells, alike = client_table(run.clients, {change.client: change for change in changes})
     round_columns, round_cells = round_table(run.rounds)
     messages = _messages(run)
+    small_charts, small_legend = _small_charts(run, names)
     return {
         "title": run_title(run),
         "run": run,
@@ -112,8 +113,8 @@ def _content(run: Run) -> dict[str, Any]:
         "changes": _change_content(changes),
         "changed_settings": changed_settings(run),
         "charts": _round_charts(run),
-        "small_charts": _small_charts(run, names),
-        "small_legend": legend([Series("test", [], 1), Series("training", [], 2, dashed=True)]),
+        "small_charts": small_charts,
+        "small_legend": small_legend,
         "columns": columns,
         "cells": cells,
         "alike": alike,
@@ -187,7 +188,7 @@ def _round_charts(run: Run) -> list[tuple[str, Markup, Markup]]:
     drawn = [
         (
             "Mean loss per response token",
-            [Series("test", test_curve(run), 1), Series("training", _column(run, "train_loss"), 2, dashed=True)],
+            [Series("test", curve_of_test_loss(run), 1), Series("training", _column(run, "train_loss"), 2, dashed=True)],
         ),
         ("Pull: how far alignment moves an adapter, relative to its norm", pull if relative else [Series("pull", _column(run, "pull"), 3)]),
         (
@@ -210,21 +211,26 @@ def _column(run: Run, name: str) -> list[tuple[float, float]]:
     return [(row.round, value) for row in run.rounds if (value := getattr(row, name)) is not None]
 
 
-def _small_charts(run: Run, names: Sequence[str]) -> list[Small]:
-    """One chart a client, all with the same axes; none before two rounds were trained."""
-    train, test = run.series("train", "loss"), run.series("evaluate", "test_loss")
-    points = [point for series in (train, test) for client in names for point in series.get(client, [])]
+def _small_charts(run: Run, names: Sequence[str]) -> tuple[list[Small], Markup]:
+    """One chart a client, all with the same axes, and their legend; none before two rounds were trained."""
+    kinds = [
+        ("test", 1, False, run.series("evaluate", "test_loss")),
+        ("validation", 3, False, run.series("evaluate", "validation_loss")),
+        ("training", 2, True, run.series("train", "loss")),
+    ]
+    kinds = [kind for kind in kinds if kind[3]]
+    points = [point for _, _, _, series in kinds for client in names for point in series.get(client, [])]
     if len({number for number, _ in points}) < 3:
-        return []
+        return [], Markup("")
     rounds, losses = [number for number, _ in points], [value for _, value in points]
     bounds = {"x_bounds": (min(rounds), max(rounds)), "y_bounds": (min(losses), max(losses))}
     charts = []
     for number, client in enumerate(names, start=1):
-        lines = [Series("test", test.get(client, []), 1), Series("training", train.get(client, []), 2, dashed=True)]
+        lines = [Series(name, series.get(client, []), colour, dashed) for name, colour, dashed, series in kinds]
         chart = line_chart(lines, f"Loss of {client}", **bounds, size=SMALL, font=11, x_title="")
         if chart:
             charts.append(Small(number, client, chart))
-    return charts
+    return charts, legend([Series(name, [], colour, dashed) for name, colour, dashed, _ in kinds])
 
 
 def _graph_content(run: Run, names: Sequence[str]) -> dict[str, Any] | None:

@@ -52,16 +52,15 @@ def test_problems_carry_file_and_line(tmp_path: Path) -> None:
 
 
 def test_what_was_looked_for_is_said(tmp_path: Path) -> None:
-    for place, message in [
-        (tmp_path / "no", "does not exist; dolly needs its .jsonl file"),
-        (tmp_path, "looked for one \\*.jsonl file, found none"),
-        (write(tmp_path / "a.jsonl", []), "a.jsonl: holds no rows"),
-    ]:
+    def assert_says(place: Path, message: str) -> None:
         with pytest.raises(DataError, match=message):
             read(options(place), 0)
+
+    assert_says(tmp_path / "no", "does not exist; dolly needs its .jsonl file")
+    assert_says(tmp_path, r"looked for one \*.jsonl file, found none")
+    assert_says(write(tmp_path / "a.jsonl", []), "a.jsonl: holds no rows")
     write(tmp_path / "b.jsonl", [])
-    with pytest.raises(DataError, match="found a.jsonl, b.jsonl; set data.path to the file"):
-        read(options(tmp_path), 0)
+    assert_says(tmp_path, "found a.jsonl, b.jsonl; set data.path to the file")
 
 
 def test_the_real_file_gives_an_independent_count(dolly_folder: Path) -> None:

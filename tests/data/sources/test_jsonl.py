@@ -152,11 +152,12 @@ def test_all_row_problems_of_all_files_come_together(tmp_path: Path) -> None:
 
 def test_broken_json_and_wrong_encoding_name_line_and_byte(tmp_path: Path) -> None:
     good = json.dumps(ROW).encode() + b"\n"
-    (tmp_path / "a.jsonl").write_bytes(good + b'{"instruction": "x"\n' + good + b'{"instruction": "caf\xe9"}\n')
+    data = good + b'{"instruction": "x"\n' + good + b'{"instruction": "caf\xe9"}\n'
+    (tmp_path / "a.jsonl").write_bytes(data)
     (tmp_path / "b.jsonl").write_bytes(b"[" + good.strip() + b",\n" + good.strip() + b"]\n")
     assert problems_of(tmp_path) == (
-        f"{tmp_path}/a.jsonl:2: broken JSON: Expecting ',' delimiter (column 21)",
-        f"{tmp_path}/a.jsonl: not UTF-8 at byte {2 * len(good) + 20 + len('{') + len('instruction: caf') + 5}; save the file as UTF-8",
+        f"{tmp_path}/a.jsonl:2: broken JSON: Expecting ',' delimiter (column 20)",
+        f"{tmp_path}/a.jsonl: not UTF-8 at byte {data.index(0xE9)}; save the file as UTF-8",
         f"{tmp_path}/b.jsonl:1: broken JSON: Expecting value (column {len(good) + 2}); JSON Lines holds one object a line, not one list",
         f"{tmp_path}/b.jsonl:2: broken JSON: Extra data (column {len(good)})",
     )

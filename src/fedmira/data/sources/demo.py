@@ -15,7 +15,7 @@ from fedmira.config.schema import DataSettings
 from fedmira.data.examples import Example, RawTask, Reading
 from fedmira.data.sources.grouping import sampled
 
-__all__ = ["DEMO_TEST_ROWS", "demo_tasks", "pretraining_rows", "read"]
+__all__ = ["DEMO_TEST_ROWS", "Task", "demo_tasks", "pretraining_rows", "read"]
 
 DEMO_TEST_ROWS = 32
 

@@ -44,7 +44,7 @@ def _load(settings: DataSettings) -> Any:
         if not saved:
             return datasets.load_dataset(settings.path, split=settings.split)
         table = datasets.load_from_disk(settings.path)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, IndexError) as error:  # IndexError: saved without rows
         raise DataError(_unreachable(settings, folder, error)) from error
     if not isinstance(table, datasets.DatasetDict):
         return table

@@ -1,0 +1,87 @@
+"""Loading a base: real checkpoints, targets, defaults per architecture, and errors that help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_base, tiny_model, tiny_tokenizer
+
+from fedmira.config import ModelSettings
+from fedmira.errors import ModelError
+from fedmira.model import StackedAdapters, find_targets, from_model, load_base, start_adapter
+
+
+@pytest.mark.parametrize("name", ["stories260K-hf", "babyllama-tok105-hf"])
+def test_checkpoints_nobody_here_wrote_load_frozen_and_packed(name: str, shared_folder: Path) -> None:
+    base = load_base(ModelSettings(base=str(shared_folder / "models" / name)))
+    assert base.packed and not base.model.training and not any(p.requires_grad for p in base.model.parameters())
+    assert [target.name.rsplit(".", 1)[-1] for target in find_targets(base.model, ())] == ["q_proj", "v_proj"] * 5
+    again = load_base(ModelSettings(base=str(shared_folder / "models" / name)))
+    assert again.sha256 == base.sha256
+
+
+def test_bfloat16_base_keeps_float32_adapters(shared_folder: Path) -> None:
+    base = load_base(ModelSettings(base=str(shared_folder / "models" / "stories260K-hf"), dtype="bfloat16"))
+    assert base.dtype is torch.bfloat16 and base.packed
+    stacked = StackedAdapters(targets := find_targets(base.model, ()), [start_adapter(targets, 4, 0)], [1.0], base.device)
+    assert stacked.values.dtype is torch.float32
+
+
+@pytest.mark.parametrize(("architecture", "usual"), [("llama", {"q_proj", "v_proj"}), ("gpt2", {"c_attn"}), ("qwen2", {"q_proj", "v_proj"}), ("gemma3", {"q_proj", "v_proj"})])
+def test_every_architecture_has_usual_targets(architecture: str, usual: set[str]) -> None:
+    assert {target.name.rsplit(".", 1)[-1] for target in find_targets(tiny_model(architecture), ())} == usual
+
+
+def test_conv1d_sizes_are_inputs_and_outputs_not_rows_and_columns() -> None:
+    target = find_targets(tiny_model("gpt2"), ("c_attn",))[0]
+    assert (target.inputs, target.outputs, target.stored_transposed) == (32, 96, True)
+
+
+def test_unknown_target_lists_what_exists_and_the_head_is_not_offered() -> None:
+    with pytest.raises(ModelError, match=r"'q_projj' is no linear layer.*down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj") as caught:
+        find_targets(tiny_model("llama"), ("q_projj", "v_proj", "lm_head"))
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_the_probe_accepts_every_tested_architecture(architecture: str) -> None:
+    assert tiny_base(architecture).packed
+
+
+def test_the_probe_rejects_attention_with_soft_capping() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.5, attn_implementation="eager")
+    model = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    assert not from_model(model, tiny_tokenizer(), "gemma2").packed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (ModelSettings(base="./nowhere"), "no such folder"),
+        (ModelSettings(base="bundled", device="cuda:99"), "cannot be used here"),
+        (ModelSettings(base="bundled", device="abacus"), "cannot be used here"),
+    ],
+)
+def test_errors_name_the_base_and_the_next_step(settings: ModelSettings, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_base(settings)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load_base(ModelSettings(base=str(tmp_path)))
+
+
+def test_a_tokenizer_that_is_too_large_for_the_model_is_refused() -> None:
+    model = tiny_model("llama")
+    model.resize_token_embeddings(50)
+    with pytest.raises(ModelError, match="97 tokens but the model only 50"):
+        from_model(model, tiny_tokenizer(), "mixed up")
