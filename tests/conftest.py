@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from fedmira.model import BaseModel
 
 # derandomize: the same examples in each run; deadline: the first call of a torch function is slow.
 hypothesis.settings.register_profile("fedmira", derandomize=True, deadline=None)
@@ -22,3 +26,28 @@ def shared_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder {folder.name!r} beside the repository; it holds real data that is not part of it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama of `tiny.py` in Hugging Face format."""
+    from federation import write_base
+
+    return write_base(tmp_path_factory.mktemp("base") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def base(base_folder: Path) -> BaseModel:
+    """The same, loaded; shared by all tests, since a base is frozen."""
+    from fedmira.config import ModelSettings
+    from fedmira.model import load_base
+
+    return load_base(ModelSettings(base=str(base_folder), device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def clients_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five small clients of two categories, as JSON Lines."""
+    from federation import write_clients
+
+    return write_clients(tmp_path_factory.mktemp("data") / "clients")

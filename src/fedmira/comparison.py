@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmira.config import Config, with_algorithm
+from fedmira.config import Config, dump_config, with_algorithm
+from fedmira.errors import RunFolderError
 from fedmira.experiment import build_experiment, resume_experiment, run_experiment
 from fedmira.model import BaseModel, load_base
 from fedmira.report import write_comparison
@@ -52,7 +53,9 @@ def compare_algorithms(config: Config, algorithms: Sequence[str], seeds: Sequenc
     base: BaseModel | None = None
     for name, plan in plans:
         folder = output / name
-        if (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status") == "finished":
+        if RunFolder(folder).read_json("run.json").get("status") == "finished":
+            if (folder / "config.toml").read_text(encoding="utf-8") != dump_config(plan):
+                raise RunFolderError(f"{folder}: this run was made with other settings; choose another --output")
             continue
         base = base or load_base(config.model)
         experiment = build_experiment(plan, base)

@@ -18,7 +18,7 @@ from fedmira.evaluation import Evaluator
 from fedmira.graphs import GraphSource, graph_source
 from fedmira.messages import ClientId
 from fedmira.model import BaseModel, TargetModule, choose_token_budget, find_targets, load_base, start_adapter
-from fedmira.results import Result, write_results, write_status
+from fedmira.results import Result, check_same_ground, write_results, write_status
 from fedmira.rounds import Progress, Recorder, RunFolder, cohort_size, load_checkpoint, run_rounds, seed_for
 
 __all__ = ["Experiment", "build_experiment", "resume_experiment", "run_experiment"]
@@ -99,6 +99,7 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None, r
     recorder = Recorder(config, folder, algorithm, experiment.evaluator, lambda: engine.memories, progress or _quiet)
     checkpoint = load_checkpoint(folder.checkpoint) if resume else None
     started, before = datetime.now(UTC), folder.read_json("run.json")
+    check_same_ground(recorder, before)
     write_status(recorder, "running", started, before)
     state = algorithm.initial_state(experiment.starts)
     if checkpoint is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import platform
 import sys
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +17,7 @@ from typing import Any
 
 from fedmira.adapters import Adapter, digest
 from fedmira.algorithms import ServerState
+from fedmira.errors import RunFolderError
 from fedmira.evaluation import TokenLoss, summarise
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId
@@ -22,7 +25,7 @@ from fedmira.model import write_adapter
 from fedmira.report import write_report
 from fedmira.rounds import Recorder
 
-__all__ = ["Result", "write_results", "write_status"]
+__all__ = ["Result", "check_same_ground", "write_results", "write_status"]
 
 _LOSSES = ("base_loss", "before_align_loss", "after_align_loss")
 _TEXTS = ("rouge_l", "rouge_l_package", "exact_match")
@@ -66,12 +69,38 @@ def write_results(recorder: Recorder, starts: Mapping[ClientId, Adapter], ranks:
     for client, row in zip(ranks, rows, strict=True):
         rank = ranks[client]
         write_adapter(folder.adapters / client, chosen[client], evaluator.base, evaluator.targets, rank, config.adapter.alpha, config.adapter.dropout)
-        figures = {name: row[name] for name in (*_LOSSES, *_TEXTS) if row[name] != ""}
+        figures = {name: row[name] for name in (*_LOSSES, *_TEXTS) if row[name] != "" and math.isfinite(row[name])}
         entry = {"task": row["task"], "category": row["category"], "rank": rank, "rounds_trained": row["rounds_trained"]}
         index[client] = {**entry, "sha256": digest(chosen[client]), "base_sha256": evaluator.base.sha256, "metrics": figures}
     folder.write_json("adapters/index.json", index)
     folder.write_table("clients.csv", rows)
     return Result(folder.path, folder.path / "report.html", chosen, rows, recorder.graph, summary)
+
+
+def check_same_ground(recorder: Recorder, before: Mapping[str, Any]) -> None:
+    """Refuse to continue on another base or on other rows than the run began with.
+
+    Args:
+        before: what run.json says.
+
+    Raises:
+        RunFolderError: a hash differs.
+    """
+    hashes = {"base model": ("base", recorder.evaluator.base.sha256), "data": ("data", _data_hash(recorder))}
+    changed = [what for what, (key, present) in hashes.items() if before.get(key, {}).get("sha256", present) != present]
+    if changed:
+        raise RunFolderError(f"{recorder.folder.path}: the {' and the '.join(changed)} changed since this run began; put back what it began with, or start a new run")
+
+
+def _data_hash(recorder: Recorder) -> str:
+    """SHA-256 over ids and tokens of all clients' rows."""
+    hasher = hashlib.sha256()
+    for name, client in recorder.evaluator.clients.items():
+        for part, rows in (("train", client.train), ("validation", client.validation), ("test", client.test)):
+            hasher.update(repr((name, part, [(len(row.prompt), len(row.response)) for row in rows])).encode())
+            for row in rows:
+                hasher.update(array("q", (*row.prompt, *row.response)).tobytes())
+    return hasher.hexdigest()
 
 
 def write_status(recorder: Recorder, status: str, started: datetime, before: Mapping[str, Any], **more: object) -> None:
@@ -90,6 +119,7 @@ def write_status(recorder: Recorder, status: str, started: datetime, before: Map
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in ("fedmira", "torch", "transformers", "peft")}},
         "seed": recorder.config.seed,
         "base": {"name": base.name, "sha256": base.sha256, "parameters": base.num_parameters, "dtype": str(base.dtype).removeprefix("torch."), "packed": base.packed},
+        "data": {"sha256": _data_hash(recorder)},
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "platform": f"{platform.system()} {platform.machine()}", "device": str(base.device)},
         "started": before.get("started", started.isoformat(timespec="seconds")),
         "resumed": [*before.get("resumed", []), started.isoformat(timespec="seconds")] if before else [],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +26,8 @@ def say(text: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
+    """One JSON document on stdout; numbers that are not finite, which JSON cannot say, become null."""
+    sys.stdout.write(json.dumps(_finite(value), indent=1, default=str, allow_nan=False) + "\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -79,6 +80,14 @@ def _plain_lines(label: str, rounds: int) -> Any:
 def _shown(figures: Mapping[str, Any]) -> dict[str, str]:
     names = {"train_loss": "train", "test_loss": "test", "pull": "pull"}
     return {name: f"{label} {figures[name]:.3f}" for name, label in names.items() if isinstance(figures.get(name), float)}
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: object) -> str:

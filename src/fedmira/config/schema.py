@@ -249,3 +249,13 @@ class Config(Section):
         if self.evaluation.select == "best" and self.data.validation_fraction == 0:
             raise ValueError("evaluation.select = 'best' needs validation rows; set data.validation_fraction above 0")
         return self
+
+    @model_validator(mode="after")
+    def _kept_moments_fit_their_entries(self) -> Config:
+        mixes_products = isinstance(self.algorithm, MiraSettings) and self.algorithm.space == "product"
+        if mixes_products and self.local.optimizer_state == "kept":
+            raise ValueError(
+                "local.optimizer_state = 'kept' does not go with algorithm.space = 'product': mixed products get new factors, to whose entries "
+                "the old moments do not belong; set algorithm.space = 'factor' or local.optimizer_state = 'fresh'"
+            )
+        return self

@@ -77,7 +77,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     try:
         tensors = load_file(newest / _TENSORS)
         values = json.loads((newest / _VALUES).read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise RunFolderError(f"{newest}: the checkpoint is damaged ({error}); remove it to start the run again in a new folder") from error
     nested: dict[str, dict[str, dict[str, Tensor]]] = {}
     numbers: dict[str, Tensor] = {}

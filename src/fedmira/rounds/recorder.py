@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from fedmira.adapters import Adapter, digest
 from fedmira.algorithms import Algorithm, ServerState
 from fedmira.config import Config
@@ -77,6 +79,7 @@ class Recorder:
         self.latest = {client: TokenLoss(*loss) for client, loss in values["latest"].items()}
         if values["graph"]:
             self.folder.write_json("graph.json", values["graph"])
+            self.graph = _graph_of(values["graph"])
         self.folder.cut_back(values["sizes"])
 
     def on_round(self, outcome: RoundOutcome) -> None:
@@ -212,6 +215,17 @@ class Recorder:
             "sizes": self.folder.sizes(),
         }
         save_checkpoint(self.folder.checkpoint, Checkpoint(number, state, self.memories(), self.uploaded, self.best_adapters, values))
+
+
+def _graph_of(document: Mapping[str, Any]) -> Graph:
+    """The graph that `Recorder._graph_document` wrote."""
+    clients = tuple(document["clients"])
+    row = {client: k for k, client in enumerate(clients)}
+    weights = torch.zeros(len(clients), len(clients), dtype=torch.float64)
+    for edge in document["edges"]:
+        k, other = row[edge["source"]], row[edge["target"]]
+        weights[k, other] = weights[other, k] = edge["weight"]
+    return Graph(document["kind"], clients, weights)
 
 
 def _failure_events(outcome: RoundOutcome) -> list[dict[str, object]]:

@@ -122,7 +122,7 @@ class RunFolder:
             return {}
         try:
             value: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise RunFolderError(f"{path}: not valid JSON ({error}); restore the file or run again") from error
         return value
 

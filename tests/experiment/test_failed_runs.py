@@ -1,0 +1,191 @@
+"""Runs that go wrong: one client, all clients, or an alignment that cannot act; what was computed is always on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federation import CLIENTS, adapter_bytes, adapters_of, events_of, make_config, table_of, with_algorithm_object
+
+from fedmira.adapters import Adapter, digest
+from fedmira.algorithms import Algorithm, Combined, ServerState, Start, Trained
+from fedmira.errors import AlignmentError, ConfigError, RoundError, RunFolderError
+from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
+from fedmira.messages import ClientId, Payload, Reply
+from fedmira.model import BaseModel
+
+
+@dataclass(frozen=True)
+class Diverging:
+    """An algorithm whose chosen clients get gradients that are no numbers, so that their training really diverges.
+
+    Attributes:
+        clients: who diverges; `rounds`: when, counted in replies that the server has combined.
+    """
+
+    inner: Algorithm
+    clients: frozenset[str]
+    rounds: frozenset[int]
+
+    @property
+    def aligns(self) -> bool:
+        return self.inner.aligns
+
+    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
+        return self.inner.initial_state(starts)
+
+    def instruct(self, state: ServerState, client: ClientId) -> Payload:
+        round_number = 1 + int(state.numbers["last_round"].max()) if "last_round" in state.numbers else 1
+        spoiled = client in self.clients and round_number in self.rounds
+        return Payload(self.inner.instruct(state, client).tensors, {"spoiled": 1.0} if spoiled else {})
+
+    def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
+        return self.inner.combine(state, replies)
+
+    def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
+        return self.inner.adapter_for(state, client)
+
+    def begin(self, payload: Payload, memory: Payload | None) -> Start:
+        start = self.inner.begin(payload, memory)
+        if not payload.scalars:
+            return start
+        return Start(start.adapter, lambda gradient, _: {name: tensor * math.nan for name, tensor in gradient.items()})
+
+    def finish(self, payload: Payload, memory: Payload | None, trained: Trained) -> tuple[Payload, Payload | None]:
+        return self.inner.finish(payload, memory, trained)
+
+
+def built(base: BaseModel, base_folder: Path, clients_folder: Path, settings: Mapping[str, Any]) -> Experiment:
+    return build_experiment(make_config(base_folder, clients_folder, settings), base)
+
+
+def diverging(experiment: Experiment, clients: Sequence[str], rounds: Sequence[int]) -> Experiment:
+    return with_algorithm_object(experiment, Diverging(experiment.algorithm, frozenset(clients), frozenset(rounds)))
+
+
+def provenance_of(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return document
+
+
+def test_one_client_that_diverges_is_an_event_and_the_run_finishes(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    experiment = built(base, base_folder, clients_folder, {"graph.kind": "category"})
+    result = run_experiment(diverging(experiment, ["apple-2"], [2]), tmp_path / "run")
+    failures = events_of(result.folder, "failure")
+    assert [(event["round"], event["client"], event["stage"]) for event in failures] == [(2, "apple-2", "train")]
+    assert "non-finite" in failures[0]["reason"] and "local.learning_rate" in failures[0]["reason"]
+    saved = {(event["round"], event["client"]): event["saved_hash"] for event in events_of(result.folder, "align")}
+    loaded = {(event["round"], event["client"]): event["loaded_hash"] for event in events_of(result.folder, "train")}
+    assert (2, "apple-2") not in saved and loaded[3, "apple-2"] == saved[1, "apple-2"], "it keeps its adapter"
+    assert {row["client"]: row["rounds_trained"] for row in table_of(result.folder, "clients")} == {client: "2" if client == "apple-2" else "3" for client in CLIENTS}
+    assert [row["clients"] for row in table_of(result.folder, "rounds")] == ["5", "4", "5"]
+    assert provenance_of(result.folder)["status"] == "finished"
+    assert result.report.is_file()
+
+
+def test_a_client_that_diverges_does_not_touch_the_others(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    experiment = built(base, base_folder, clients_folder, {"algorithm.name": "local"})
+    healthy = run_experiment(experiment, tmp_path / "healthy")
+    spoiled = run_experiment(diverging(experiment, ["birch-1"], [1]), tmp_path / "spoiled")
+    assert len(events_of(spoiled.folder, "failure")) == 3, "local training has no last_round: the client fails in every round"
+    for client in CLIENTS:
+        expected = experiment.starts[client] if client == "birch-1" else healthy.adapters[client]
+        for name, tensor in spoiled.adapters[client].items():
+            assert float((tensor - expected[name]).abs().max()) < (1e-30 if client == "birch-1" else 5e-5)
+    row = next(row for row in table_of(spoiled.folder, "clients") if row["client"] == "birch-1")
+    assert row["rounds_trained"] == "0" and row["before_align_loss"] == "", "there is no adapter before alignment of a client that never replied"
+    assert float(row["after_align_loss"]) == float(row["base_loss"])
+
+
+def test_when_all_clients_fail_the_last_good_round_is_saved(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    settings = {"graph.kind": "category", "rounds.count": 2}
+    expected = run_experiment(built(base, base_folder, clients_folder, settings), tmp_path / "two rounds")
+    experiment = diverging(built(base, base_folder, clients_folder, {**settings, "rounds.count": 4}), list(CLIENTS), [3])
+    with pytest.raises(RoundError, match="round 3: none of 5 clients sent a usable reply"):
+        run_experiment(experiment, tmp_path / "run")
+    folder = tmp_path / "run"
+    assert adapter_bytes(folder).keys() == adapter_bytes(expected.folder).keys()
+    for client in CLIENTS:
+        name = f"adapters/{client}/adapter_model.safetensors"
+        assert adapter_bytes(folder)[name] == adapter_bytes(expected.folder)[name]
+    provenance = provenance_of(folder)
+    assert provenance["status"] == "failed" and provenance["rounds_done"] == 2
+    assert provenance["error"].startswith("round 3: none of 5 clients")
+    assert len(events_of(folder, "failure")) == 5
+    assert "round 3: none of 5 clients" in (folder / "report.html").read_text(encoding="utf-8")
+    assert [row["round"] for row in table_of(folder, "rounds")] == ["1", "2"]
+
+
+def test_a_failed_run_continues_once_the_cause_is_gone(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    settings = {"graph.kind": "category", "rounds.count": 3}
+    experiment = built(base, base_folder, clients_folder, settings)
+    with pytest.raises(RoundError):
+        run_experiment(diverging(experiment, list(CLIENTS), [2]), tmp_path / "run")
+    resumed = resume_experiment(experiment, tmp_path / "run")
+    straight = run_experiment(experiment, tmp_path / "straight")
+    assert adapter_bytes(resumed.folder) == adapter_bytes(straight.folder)
+    assert events_of(resumed.folder, timing=False) == events_of(straight.folder, timing=False)
+    provenance = provenance_of(resumed.folder)
+    assert (provenance["status"], provenance["error"], len(provenance["resumed"])) == ("finished", None, 1)
+
+
+def test_a_learning_rate_beyond_reason_fails_every_client_and_saves_the_start(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    experiment = built(base, base_folder, clients_folder, {"local.learning_rate": 1e30, "graph.kind": "uniform"})
+    with pytest.raises(RoundError, match=r"learning_rate 1e\+30.*the adapters of round 0 are kept"):
+        run_experiment(experiment, tmp_path / "run")
+    for client, adapter in adapters_of(tmp_path / "run").items():
+        assert all((adapter[name] == tensor.double().numpy()).all() for name, tensor in experiment.starts[client].items())
+    index = json.loads((tmp_path / "run" / "adapters" / "index.json").read_text(encoding="utf-8"))
+    assert {entry["rounds_trained"] for entry in index.values()} == {0}
+    assert {entry["sha256"] for entry in index.values()} == {digest(experiment.starts["apple-1"])}
+
+
+def test_losses_that_are_no_numbers_are_written_down_without_breaking_a_file(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    """One step of an absurd size: the adapter is finite, its loss is not."""
+    settings = {"local.learning_rate": 1e30, "local.steps": 1, "algorithm.name": "local", "rounds.count": 1, "evaluation.select": "best"}
+    result = run_experiment(built(base, base_folder, clients_folder, settings), tmp_path / "run")
+    for event in events_of(result.folder, "evaluate"):
+        assert (event["test_loss"] is None) == (event["round"] == 1)
+    assert {row["best_round"] for row in result.clients} == {0}, "a loss that is no number is never the best"
+    assert all(math.isfinite(row["after_align_loss"]) for row in result.clients) and not any(math.isfinite(row["before_align_loss"]) for row in result.clients)
+    index = json.loads((result.folder / "adapters" / "index.json").read_text(encoding="utf-8"))
+    assert all(set(entry["metrics"]) == {"base_loss", "after_align_loss"} for entry in index.values())
+    assert result.report.is_file()
+
+
+@pytest.mark.parametrize("settings", [{"rounds.count": 1}, {"rounds.count": 2, "graph.warmup_rounds": 5}], ids=["one round", "long warm-up"])
+def test_a_run_that_ends_within_the_warm_up_is_an_error_with_everything_saved(
+    settings: dict[str, Any], base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AlignmentError, match=r"alignment is on, yet in \d rounds no client was pulled.*graph.warmup_rounds"):
+        run_experiment(built(base, base_folder, clients_folder, settings), tmp_path / "run")
+    alone = run_experiment(built(base, base_folder, clients_folder, {**settings, "algorithm.name": "local"}), tmp_path / "alone")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(alone.folder), "what was trained is there"
+    provenance = provenance_of(tmp_path / "run")
+    assert provenance["status"] == "failed" and "no client was pulled" in provenance["error"]
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert len(table_of(tmp_path / "run", "rounds")) == settings["rounds.count"]
+
+
+def test_nothing_is_written_where_settings_cannot_work(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    for settings, message in (
+        ({"adapter.ranks": {"cherry-1": 2}}, "there is no client 'cherry-1'; the clients are apple-1"),
+        ({"data.max_length": 4096}, "data.max_length is 4096, but .* reads at most 128 tokens"),
+        ({"rounds.participation": 0.1, "algorithm.neighbours": "fresh"}, "1 client a round has no neighbours"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            built(base, base_folder, clients_folder, settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_folder_is_left_as_it_is(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(RunFolderError, match="never overwritten"):
+        run_experiment(built(base, base_folder, clients_folder, {}), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]

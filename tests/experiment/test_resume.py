@@ -1,0 +1,148 @@
+"""A run that was cut off anywhere continues to the same bytes; one that was tampered with is refused. (Killed processes: tests/cli.)"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federation import adapter_bytes, events_of, make_config, table_of, write_base, write_clients
+
+from fedmira.config import ModelSettings
+from fedmira.errors import RunFolderError
+from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
+from fedmira.model import BaseModel, load_base
+from fedmira.results import Result
+
+FEDERATIONS: dict[str, dict[str, Any]] = {
+    "learned graph, some clients": {"rounds.participation": 0.6, "rounds.count": 5, "evaluation.every": 2, "evaluation.select": "best"},
+    "factors with kept moments": {
+        "graph.kind": "random",
+        "algorithm.space": "factor",
+        "local.optimizer_state": "kept",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+        "adapter.dropout": 0.2,
+    },
+    "fedavg with kept moments": {"algorithm.name": "fedavg", "local.optimizer_state": "kept", "rounds.participation": 0.6, "rounds.count": 4},
+    "ranks that differ": {"graph.kind": "category", "adapter.ranks": {"apple-1": 2}, "rounds.count": 3, "evaluation.every": 1},
+}
+
+
+class PowerCut(Exception):
+    """Raised in the middle of a run, where no clean-up happens."""
+
+
+def cut_at(number: int) -> Any:
+    """A progress callback that ends the run right after round `number` (0: after the base was evaluated)."""
+
+    def progress(what: str, figures: Mapping[str, Any]) -> None:
+        if figures["round"] == number and (what == "round" or number == 0):
+            raise PowerCut
+
+    return progress
+
+
+def built(base: BaseModel, base_folder: Path, clients_folder: Path, settings: Mapping[str, Any]) -> Experiment:
+    return build_experiment(make_config(base_folder, clients_folder, settings), base)
+
+
+@pytest.fixture(scope="module")
+def straight(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Every federation without an interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    return {name: run_experiment(built(base, base_folder, clients_folder, settings), folder / name) for name, settings in FEDERATIONS.items()}
+
+
+def assert_equal_runs(found: Path, expected: Path) -> None:
+    assert adapter_bytes(found) == adapter_bytes(expected)
+    assert table_of(found, "clients") == table_of(expected, "clients")
+    assert table_of(found, "rounds", timing=False) == table_of(expected, "rounds", timing=False)
+    assert events_of(found, timing=False) == events_of(expected, timing=False)
+    graphs = [folder / "graph.json" for folder in (found, expected)]
+    assert graphs[0].exists() == graphs[1].exists()
+    if graphs[0].exists():
+        assert graphs[0].read_bytes() == graphs[1].read_bytes()
+
+
+@pytest.mark.parametrize("name", FEDERATIONS)
+def test_a_run_that_is_cut_off_after_every_round_ends_in_the_same_bytes(
+    name: str, straight: dict[str, Result], base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    count = FEDERATIONS[name]["rounds.count"]
+    folder = tmp_path / "run"
+    with pytest.raises(PowerCut):
+        run_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder, cut_at(0))
+    assert list((folder / "checkpoint").iterdir()) == [], "cut off before anything could be kept"
+    for number in range(1, count + 1):
+        with pytest.raises(PowerCut):
+            resume_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder, cut_at(number))
+        assert [path.name for path in (folder / "checkpoint").iterdir()] == [f"round-{number:06d}"]
+    result = resume_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder)
+    assert_equal_runs(folder, straight[name].folder)
+    assert result.clients == straight[name].clients and result.summary == straight[name].summary
+    expected = straight[name].graph
+    assert (result.graph is None) == (expected is None)
+    if result.graph is not None and expected is not None:
+        assert (result.graph.kind, result.graph.clients) == (expected.kind, expected.clients) and torch.equal(result.graph.weights, expected.weights)
+    assert len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["resumed"]) == count + 1
+
+
+def test_lines_of_a_round_that_was_not_finished_are_dropped(
+    straight: dict[str, Result], base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    name = "learned graph, some clients"
+    folder = tmp_path / "run"
+    with pytest.raises(PowerCut):
+        run_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder, cut_at(2))
+    with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"event": "train", "round": 3, "client": "apple-1", "loss": 1.0}\n{"event": "tra')
+    with (folder / "metrics" / "rounds.csv").open("a", encoding="utf-8") as file:
+        file.write("3,3,1.5\n")
+    (folder / "checkpoint" / "round-000003.partial").mkdir()
+    resume_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder)
+    assert_equal_runs(folder, straight[name].folder)
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    straight: dict[str, Result], base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    name = "ranks that differ"
+    result = run_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), tmp_path / "run")
+    before = (result.folder / "events.jsonl").read_bytes(), (result.folder / "metrics" / "rounds.csv").read_bytes()
+    again = resume_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), tmp_path / "run")
+    assert ((result.folder / "events.jsonl").read_bytes(), (result.folder / "metrics" / "rounds.csv").read_bytes()) == before
+    assert_equal_runs(again.folder, straight[name].folder)
+
+
+def test_another_config_another_base_and_other_rows_are_refused(base: BaseModel, tmp_path: Path) -> None:
+    base_folder, data = write_base(tmp_path / "base"), write_clients(tmp_path / "data")
+    settings = {"rounds.count": 2, "graph.kind": "uniform"}
+    with pytest.raises(PowerCut):
+        run_experiment(built(base, base_folder, data, settings), tmp_path / "run", cut_at(1))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    with pytest.raises(RunFolderError, match="made with other settings"):
+        resume_experiment(built(base, base_folder, data, {**settings, "local.steps": 3}), tmp_path / "run")
+
+    from tiny import tiny_model
+
+    tiny_model("llama", seed=5).save_pretrained(base_folder)
+    other = load_base(ModelSettings(base=str(base_folder), device="cpu"))
+    with pytest.raises(RunFolderError, match="the base model changed since this run began"):
+        resume_experiment(built(other, base_folder, data, settings), tmp_path / "run")
+
+    lines = (data / "apple-1" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    (data / "apple-1" / "train.jsonl").write_text("\n".join([lines[0].replace('"output": "w', '"output": "w1 w'), *lines[1:]]), encoding="utf-8")
+    with pytest.raises(RunFolderError, match="the data changed since this run began"):
+        resume_experiment(built(base, base_folder, data, settings), tmp_path / "run")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before, "a refusal changes nothing"
+
+
+def test_there_must_be_a_run_to_resume(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="no run folder"):
+        resume_experiment(built(base, base_folder, clients_folder, {}), tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
