@@ -1,21 +1,22 @@
-"""Small federations: a tiny base on disk, clients as JSON Lines that are made up here, settings for runs of seconds, and readers of run folders."""
+"""Small federations: a tiny base on disk, made-up clients as JSON Lines, settings for runs of seconds, and readers of run folders."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
-from tiny import tiny_model, tiny_tokenizer
 
 from fedmira.algorithms import Algorithm, ServerState
 from fedmira.clients import Cohort, CohortSettings
@@ -24,12 +25,15 @@ from fedmira.engines import Engine, InProcessEngine
 from fedmira.experiment import Experiment, build_experiment
 from fedmira.model import BaseModel
 from fedmira.rounds import RoundOutcome, run_rounds
+from tiny import tiny_model, tiny_tokenizer
 
 __all__ = [
     "CLIENTS",
+    "Ended",
     "PROGRAM",
     "adapter_bytes",
     "adapters_of",
+    "call_main",
     "cohort_of",
     "command",
     "environment",
@@ -184,3 +188,28 @@ def environment() -> dict[str, str]:
 def command(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """`fedmira` in a process of its own."""
     return subprocess.run([PROGRAM, *map(str, arguments)], capture_output=True, text=True, env=environment(), timeout=timeout, check=False)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call_main(*arguments: str | Path) -> Ended:
+    """The command line's own `main` inside this process, which needs no start of a process."""
+    from fedmira.cli import main
+
+    before, out, err, code = sys.argv, io.StringIO(), io.StringIO(), 0
+    sys.argv = ["fedmira", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as ending:
+        code = int(ending.code or 0)
+    finally:
+        sys.argv = before
+    return Ended(code, out.getvalue(), err.getvalue())

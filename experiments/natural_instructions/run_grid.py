@@ -26,24 +26,24 @@ METHODS = {
     "mira-category": ["graph.kind=category"],
     "mira-random": ["graph.kind=random"],
 }
-LOCAL_ROUNDS = 10  # rounds in which each client trains, on average, whatever the participation
+LOCAL_ROUNDS = 6  # rounds in which each client trains, on average, whatever the participation
 PARTICIPATIONS = (1.0, 0.25)
 COMMON = [
     "data.source=natural-instructions",
     "data.train_fraction=0.6",
-    "data.validation_fraction=0.15",
-    "data.test_rows=24",
+    "data.validation_fraction=0.12",
+    "data.test_rows=16",
     "data.max_rows=[16, 32, 64, 128]",
     "data.max_length=256",
     "local.steps=5",
-    "local.batch_size=8",
+    "local.batch_size=4",
     "evaluation.rouge=false",
 ]
 
 
 def settings(tasks: Path, method: str, participation: float, seed: int, extra: list[str]) -> Config:
     rounds = round(LOCAL_ROUNDS / participation)
-    own = [f"seed={seed}", f"data.path={tasks}", f"rounds.count={rounds}", f"rounds.participation={participation}", f"evaluation.every={rounds // 5}"]
+    own = [f"seed={seed}", f"data.path={tasks}", f"rounds.count={rounds}", f"rounds.participation={participation}", f"evaluation.every={rounds // 3}"]
     return load_config(None, None, [*COMMON, *own, *METHODS[method], *extra])
 
 
@@ -59,8 +59,8 @@ def main() -> None:
     arguments = parser.parse_args()
     plan = [
         (method, float(participation), int(seed))
-        for seed in arguments.seeds.split(",")
         for participation in arguments.participations.split(",")
+        for seed in arguments.seeds.split(",")
         for method in arguments.methods.split(",")
     ]
     own, of = map(int, arguments.share.split("/"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,5 +45,7 @@ def run(
 
 
 def _toml_value(value: Any) -> str:
-    """A Python value as TOML, on one line."""
+    """A Python value as TOML that can stand behind an equals sign."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(part)}" for key, part in value.items()) + "}"
     return tomli_w.dumps({"value": value}, multiline_strings=False).removeprefix("value = ").strip()

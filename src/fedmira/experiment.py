@@ -13,7 +13,7 @@ from fedmira.clients import Cohort, CohortSettings
 from fedmira.config import Config, dump_config
 from fedmira.data import Dataset, load_clients
 from fedmira.engines import Engine, InProcessEngine
-from fedmira.errors import AlignmentError, ConfigError, FedmiraError, RunFolderError
+from fedmira.errors import AlignmentError, ConfigError, FedmiraError, RunError, RunFolderError
 from fedmira.evaluation import Evaluator
 from fedmira.graphs import GraphSource, graph_source
 from fedmira.messages import ClientId
@@ -64,6 +64,8 @@ def build_experiment(config: Config, base: BaseModel | None = None) -> Experimen
     rows = {name: len(client.train) for name, client in clients.items()}
     context = AlgorithmContext(tuple(clients), rows, ranks, config.adapter.alpha, graph, cohort_size(len(clients), config.rounds))
     algorithm = build(config.algorithm, context)
+    if algorithm.aligns and not graph.acts(config.rounds.count):
+        raise ConfigError(f"graph.warmup_rounds is {config.graph.warmup_rounds} and rounds.count {config.rounds.count}: the graph would never act; set rounds.count above the warm-up, or graph.warmup_rounds to 0")
 
     budget = choose_token_budget(base) if config.engine.token_budget == "auto" else config.engine.token_budget
     cohort = Cohort(algorithm, base, targets, clients, CohortSettings(config.local, scales, config.adapter.dropout, budget))
@@ -115,17 +117,28 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None, r
         if algorithm.aligns and not recorder.ever_moved:
             raise AlignmentError(
                 f"{config.algorithm.name}: alignment is on, yet in {config.rounds.count} rounds no client was pulled: the graph has no edge between "
-                "clients that trained, or the rounds ended within graph.warmup_rounds; run more rounds or choose another graph.kind"
+                "clients that trained; run more rounds or choose another graph.kind"
             )
     except FedmiraError as error:
         last = load_checkpoint(folder.checkpoint)
         assert last is not None, "the recorder writes a checkpoint before round 1"
-        write_results(recorder, experiment.starts, experiment.ranks, last.state, generate=False)
+        write_results(recorder, experiment.ranks, last.state, generate=False)
         write_status(recorder, "failed", started, before, error=str(error), rounds_done=last.round, clients=len(clients))
         raise
-    result = write_results(recorder, experiment.starts, experiment.ranks, state, generate=config.evaluation.rouge)
-    write_status(recorder, "finished", started, before, rounds_done=config.rounds.count, clients=len(clients), summary=result.summary)
+    result = write_results(recorder, experiment.ranks, state, generate=config.evaluation.rouge)
+    reason = _divergence(result)
+    write_status(recorder, "failed" if reason else "finished", started, before, error=reason, rounds_done=config.rounds.count, clients=len(clients), summary=result.summary)
+    if reason:
+        raise RunError(reason)
     return result
+
+
+def _divergence(result: Result) -> str | None:
+    """Why the figures must not be trusted, or None."""
+    if not result.diverged:
+        return None
+    names = ", ".join(result.diverged[:5])
+    return f"{len(result.diverged)} of {len(result.adapters)} clients diverged: their test loss is not finite ({names}); the means leave them out. Lower local.learning_rate, or set model.dtype to 'float32'"
 
 
 def _quiet(what: str, figures: Mapping[str, object]) -> None:

@@ -41,6 +41,7 @@ class Result:
         clients: the rows of metrics/clients.csv.
         graph: the graph of the last round, or None where the algorithm has none.
         summary: figure -> mean, weighted_mean, worst_tenth, spread.
+        diverged: clients whose adapter gives no finite test loss.
     """
 
     folder: Path
@@ -49,19 +50,20 @@ class Result:
     clients: list[dict[str, Any]]
     graph: Graph | None
     summary: Mapping[str, Mapping[str, float]]
+    diverged: tuple[ClientId, ...] = ()
 
 
-def write_results(recorder: Recorder, starts: Mapping[ClientId, Adapter], ranks: Mapping[ClientId, int], state: ServerState, *, generate: bool) -> Result:
+def write_results(recorder: Recorder, ranks: Mapping[ClientId, int], state: ServerState, *, generate: bool) -> Result:
     """Evaluate each client's own adapter, save it as a PEFT folder, and write the tables."""
     config, folder, evaluator = recorder.config, recorder.folder, recorder.evaluator
     last = {client: recorder.algorithm.adapter_for(state, client) for client in ranks}
     best = config.evaluation.select == "best"
     chosen = {client: recorder.best_adapters.get(client, adapter) if best else adapter for client, adapter in last.items()}
-    losses = {
-        "base_loss": evaluator.losses(starts),
-        "before_align_loss": evaluator.losses(recorder.uploaded),
-        "after_align_loss": evaluator.losses(chosen),
-    }
+    measured = not best and recorder.latest_round == config.rounds.count
+    after = recorder.latest if measured else evaluator.losses(chosen)
+    # The best round's upload is not kept, so with "best" there is no "before" that would compare.
+    before = {} if best else _before(recorder, last, after)
+    losses = {"base_loss": recorder.base_losses, "before_align_loss": before, "after_align_loss": after}
     texts = evaluator.text_scores(chosen, config.evaluation.max_new_tokens) if generate else {}
     rows = [_client_row(recorder, client, ranks[client], losses, texts.get(client, {})) for client in ranks]
     summary = _summary(rows)
@@ -74,7 +76,15 @@ def write_results(recorder: Recorder, starts: Mapping[ClientId, Adapter], ranks:
         index[client] = {**entry, "sha256": digest(chosen[client]), "base_sha256": evaluator.base.sha256, "metrics": figures}
     folder.write_json("adapters/index.json", index)
     folder.write_table("clients.csv", rows)
-    return Result(folder.path, folder.path / "report.html", chosen, rows, recorder.graph, summary)
+    diverged = tuple(client for client, loss in after.items() if not math.isfinite(loss.total))
+    return Result(folder.path, folder.path / "report.html", chosen, rows, recorder.graph, summary, diverged)
+
+
+def _before(recorder: Recorder, last: Mapping[ClientId, Adapter], after: Mapping[ClientId, TokenLoss]) -> dict[ClientId, TokenLoss]:
+    """Losses of each client's last upload; a client that alignment did not move since then has the loss it ended with."""
+    moved = {client: adapter for client, adapter in recorder.uploaded.items() if digest(adapter) != digest(last[client])}
+    own = recorder.evaluator.losses(moved)
+    return {client: own[client] if client in moved else after[client] for client in recorder.uploaded}
 
 
 def check_same_ground(recorder: Recorder, before: Mapping[str, Any]) -> None:

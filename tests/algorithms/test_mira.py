@@ -473,7 +473,7 @@ def test_factors_of_different_ranks_cannot_be_mixed() -> None:
     ("source", "count", "part"),
     [
         (FixedGraph(category_graph(names(3), dict(zip(names(3), "xyz", strict=True)))), 3, "has no edge"),
-        (LearnedGraph(), 2, "similarity graph of 2 clients never has an edge"),
+        (LearnedGraph(), 1, "graph of 1 client has no edge"),
     ],
 )
 def test_a_graph_that_can_never_act_is_refused_while_coupling_is_on(source: GraphSource, count: int, part: str) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from federation import cohort_of, make_config
 
+from federation import cohort_of, make_config
 from fedmira.adapters import Adapter, digest
 from fedmira.algorithms import Algorithm, Combined, ServerState, Start, Trained
 from fedmira.experiment import Experiment, build_experiment
@@ -59,7 +59,9 @@ class Scribbling:
 
     def finish(self, payload: Payload, memory: Payload | None, trained: Trained) -> tuple[Payload, Payload | None]:
         visits = (memory.scalars["visits"] if memory else 0.0) + 1
-        return Payload({"adapter": trained.adapter}, {"steps": float(trained.num_steps)}), Payload({"own": trained.adapter}, {"visits": visits})
+        return Payload({"adapter": trained.adapter}, {"steps": float(trained.num_steps)}), Payload(
+            {"own": trained.adapter}, {"visits": visits}
+        )
 
 
 def test_the_first_loss_is_that_of_the_adapter_that_was_sent(base: BaseModel, base_folder: Path, clients_folder: Path) -> None:
@@ -77,7 +79,9 @@ def test_the_first_loss_is_that_of_the_adapter_that_was_sent(base: BaseModel, ba
 def test_every_client_trains_at_its_own_rank(base: BaseModel, base_folder: Path, clients_folder: Path) -> None:
     experiment = built(base, base_folder, clients_folder, {"adapter.ranks": {"apple-1": 2, "birch-2": 8}})
     ranks = {}
-    for request, (answer, _) in zip(requests_of(experiment), cohort_of(experiment, experiment.algorithm).work(requests_of(experiment), {}), strict=True):
+    for request, (answer, _) in zip(
+        requests_of(experiment), cohort_of(experiment, experiment.algorithm).work(requests_of(experiment), {}), strict=True
+    ):
         assert isinstance(answer, Reply)
         ranks[request.client_id] = {tensor.shape[0] for name, tensor in answer.payload.tensors["adapter"].items() if ".lora_A." in name}
     assert ranks == {"apple-1": {2}, "apple-2": {4}, "apple-3": {4}, "birch-1": {4}, "birch-2": {8}}
@@ -85,13 +89,17 @@ def test_every_client_trains_at_its_own_rank(base: BaseModel, base_folder: Path,
 
 
 def test_the_client_half_of_the_algorithm_is_obeyed(base: BaseModel, base_folder: Path, clients_folder: Path) -> None:
-    experiment = built(base, base_folder, clients_folder, {"local.optimizer": "sgd", "local.learning_rate": 1.0, "local.max_grad_norm": 0.0})
+    experiment = built(
+        base, base_folder, clients_folder, {"local.optimizer": "sgd", "local.learning_rate": 1.0, "local.max_grad_norm": 0.0}
+    )
     held = cohort_of(experiment, Scribbling(experiment.algorithm, 0.0)).work(requests_of(experiment), {})
     for answer, memory in held:
         assert isinstance(answer, Reply) and memory is not None
         assert digest(answer.payload.tensors["adapter"]) == digest(experiment.starts[answer.client_id]), "a zero gradient moves nothing"
         assert answer.payload.scalars == {"steps": 2.0} and memory.scalars == {"visits": 1.0}
-    again = cohort_of(experiment, Scribbling(experiment.algorithm, 1.0)).work(requests_of(experiment), {"apple-1": Payload({}, {"visits": 4.0})})
+    again = cohort_of(experiment, Scribbling(experiment.algorithm, 1.0)).work(
+        requests_of(experiment), {"apple-1": Payload({}, {"visits": 4.0})}
+    )
     visits = {answer.client_id: memory.scalars["visits"] for answer, memory in again if memory is not None}
     assert visits == {"apple-1": 5.0, "apple-2": 1.0, "apple-3": 1.0, "birch-1": 1.0, "birch-2": 1.0}
 
@@ -103,12 +111,16 @@ def test_a_memory_of_the_algorithm_and_kept_moments_live_side_by_side(base: Base
     kept = {client: memory for client, memory in first.items() if memory is not None}
     assert {name for memory in kept.values() for name in memory.tensors} == {"own", "optimizer.first", "optimizer.second"}
     second = dict((answer.client_id, memory) for answer, memory in cohort.work(requests_of(experiment), kept))
-    assert {(memory.scalars["visits"], memory.scalars["optimizer.steps"]) for memory in second.values() if memory is not None} == {(2.0, 4.0)}
+    assert {(memory.scalars["visits"], memory.scalars["optimizer.steps"]) for memory in second.values() if memory is not None} == {
+        (2.0, 4.0)
+    }
 
 
 def test_gradients_that_run_away_are_a_failure_and_no_reply(base: BaseModel, base_folder: Path, clients_folder: Path) -> None:
     experiment = built(base, base_folder, clients_folder, {})
-    answers = cohort_of(experiment, Scribbling(experiment.algorithm, float("inf"))).work(requests_of(experiment), {"apple-1": Payload({}, {"visits": 4.0})})
+    answers = cohort_of(experiment, Scribbling(experiment.algorithm, float("inf"))).work(
+        requests_of(experiment), {"apple-1": Payload({}, {"visits": 4.0})}
+    )
     for answer, memory in answers:
         assert isinstance(answer, Failure) and answer.stage == "train"
         assert (memory is not None) == (answer.client_id == "apple-1"), "after a failure a client has the memory it had before"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from federation import cohort_of, make_config
 
+from federation import cohort_of, make_config
 from fedmira.adapters import Adapter, digest
 from fedmira.algorithms import ServerState
 from fedmira.engines import Engine, InProcessEngine
@@ -44,7 +44,10 @@ def built(base: BaseModel, base_folder: Path, clients_folder: Path, **settings: 
 def requests_of(experiment: Experiment, round_number: int = 1, state: ServerState | None = None) -> list[Request]:
     algorithm = experiment.algorithm
     state = state or algorithm.initial_state(experiment.starts)
-    return [Request(client, round_number, seed_for(0, "train", round_number, client), algorithm.instruct(state, client)) for client in experiment.ranks]
+    return [
+        Request(client, round_number, seed_for(0, "train", round_number, client), algorithm.instruct(state, client))
+        for client in experiment.ranks
+    ]
 
 
 def replies_of(answers: list[Reply | Failure]) -> dict[str, Adapter]:
@@ -89,7 +92,9 @@ def test_the_same_request_twice_gives_the_same_reply(make_engine: Any, experimen
     engine, requests = make_engine(experiment, 64), requests_of(experiment)
     first, second = engine.exchange(requests), engine.exchange(requests)
     assert hashes(replies_of(first)) == hashes(replies_of(second))
-    assert [answer.metrics for answer in first if isinstance(answer, Reply)] == [answer.metrics for answer in second if isinstance(answer, Reply)]
+    assert [answer.metrics for answer in first if isinstance(answer, Reply)] == [
+        answer.metrics for answer in second if isinstance(answer, Reply)
+    ]
 
 
 def test_what_is_trained_in_between_leaves_no_trace(make_engine: Any, experiment: Experiment) -> None:
@@ -107,7 +112,11 @@ def test_the_order_of_requests_and_the_company_change_rounding_only(
     requests = requests_of(experiment)
     together = replies_of(make_engine(experiment, 64).exchange(requests))
     backwards = replies_of(make_engine(experiment, 64).exchange(requests[::-1]))
-    alone = {request.client_id: adapter for request in requests for adapter in replies_of(make_engine(experiment, 64).exchange([request])).values()}
+    alone = {
+        request.client_id: adapter
+        for request in requests
+        for adapter in replies_of(make_engine(experiment, 64).exchange([request])).values()
+    }
     assert largest_difference(together, backwards) < TOLERANCE
     assert largest_difference(together, alone) < TOLERANCE
 

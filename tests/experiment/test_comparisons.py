@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import make_config, table_of
 
+from federation import make_config, table_of
 from fedmira.comparison import Comparison, compare_algorithms
 from fedmira.config import Config
 from fedmira.errors import RunFolderError
@@ -66,14 +66,20 @@ def test_every_algorithm_runs_with_every_seed_on_the_same_rows(compared: Compari
 
 
 def test_figures_are_means_over_clients_and_seeds(compared: Comparison) -> None:
-    losses = {name: {row["client"]: float(row["after_align_loss"]) for row in table_of(folder, "clients")} for name, folder in compared.runs.items()}
+    losses = {
+        name: {row["client"]: float(row["after_align_loss"]) for row in table_of(folder, "clients")}
+        for name, folder in compared.runs.items()
+    }
     for row in compared.rows:
         runs = [losses[f"{row['algorithm']}-seed{seed}"] for seed in (0, 1)]
         assert row["seeds"] == 2
         assert row["test_loss"] == pytest.approx(sum(sum(run.values()) / 5 for run in runs) / 2, rel=1e-12)
         assert row["worst_tenth"] == pytest.approx(sum(max(run.values()) for run in runs) / 2, rel=1e-12)
         ratios = [run[client] / losses[f"local-seed{seed}"][client] for seed, run in enumerate(runs) for client in run]
-        assert (row["better_than_local"], row["worse_than_local"]) == (sum(ratio < 0.98 for ratio in ratios), sum(ratio > 1.02 for ratio in ratios))
+        assert (row["better_than_local"], row["worse_than_local"]) == (
+            sum(ratio < 0.98 for ratio in ratios),
+            sum(ratio > 1.02 for ratio in ratios),
+        )
     assert (compared.rows[0]["better_than_local"], compared.rows[0]["worse_than_local"]) == (0, 0)
 
 

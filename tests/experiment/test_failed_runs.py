@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import CLIENTS, adapter_bytes, adapters_of, events_of, make_config, table_of, with_algorithm_object
 
+from federation import CLIENTS, adapter_bytes, adapters_of, events_of, make_config, table_of, with_algorithm_object
 from fedmira.adapters import Adapter, digest
 from fedmira.algorithms import Algorithm, Combined, ServerState, Start, Trained
 from fedmira.errors import AlignmentError, ConfigError, RoundError, RunFolderError
@@ -73,7 +73,9 @@ def provenance_of(folder: Path) -> dict[str, Any]:
     return document
 
 
-def test_one_client_that_diverges_is_an_event_and_the_run_finishes(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+def test_one_client_that_diverges_is_an_event_and_the_run_finishes(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
     experiment = built(base, base_folder, clients_folder, {"graph.kind": "category"})
     result = run_experiment(diverging(experiment, ["apple-2"], [2]), tmp_path / "run")
     failures = events_of(result.folder, "failure")
@@ -82,7 +84,9 @@ def test_one_client_that_diverges_is_an_event_and_the_run_finishes(base: BaseMod
     saved = {(event["round"], event["client"]): event["saved_hash"] for event in events_of(result.folder, "align")}
     loaded = {(event["round"], event["client"]): event["loaded_hash"] for event in events_of(result.folder, "train")}
     assert (2, "apple-2") not in saved and loaded[3, "apple-2"] == saved[1, "apple-2"], "it keeps its adapter"
-    assert {row["client"]: row["rounds_trained"] for row in table_of(result.folder, "clients")} == {client: "2" if client == "apple-2" else "3" for client in CLIENTS}
+    assert {row["client"]: row["rounds_trained"] for row in table_of(result.folder, "clients")} == {
+        client: "2" if client == "apple-2" else "3" for client in CLIENTS
+    }
     assert [row["clients"] for row in table_of(result.folder, "rounds")] == ["5", "4", "5"]
     assert provenance_of(result.folder)["status"] == "finished"
     assert result.report.is_file()
@@ -98,11 +102,15 @@ def test_a_client_that_diverges_does_not_touch_the_others(base: BaseModel, base_
         for name, tensor in spoiled.adapters[client].items():
             assert float((tensor - expected[name]).abs().max()) < (1e-30 if client == "birch-1" else 5e-5)
     row = next(row for row in table_of(spoiled.folder, "clients") if row["client"] == "birch-1")
-    assert row["rounds_trained"] == "0" and row["before_align_loss"] == "", "there is no adapter before alignment of a client that never replied"
+    assert row["rounds_trained"] == "0" and row["before_align_loss"] == "", (
+        "there is no adapter before alignment of a client that never replied"
+    )
     assert float(row["after_align_loss"]) == float(row["base_loss"])
 
 
-def test_when_all_clients_fail_the_last_good_round_is_saved(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+def test_when_all_clients_fail_the_last_good_round_is_saved(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
     settings = {"graph.kind": "category", "rounds.count": 2}
     expected = run_experiment(built(base, base_folder, clients_folder, settings), tmp_path / "two rounds")
     experiment = diverging(built(base, base_folder, clients_folder, {**settings, "rounds.count": 4}), list(CLIENTS), [3])
@@ -134,7 +142,9 @@ def test_a_failed_run_continues_once_the_cause_is_gone(base: BaseModel, base_fol
     assert (provenance["status"], provenance["error"], len(provenance["resumed"])) == ("finished", None, 1)
 
 
-def test_a_learning_rate_beyond_reason_fails_every_client_and_saves_the_start(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+def test_a_learning_rate_beyond_reason_fails_every_client_and_saves_the_start(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
     experiment = built(base, base_folder, clients_folder, {"local.learning_rate": 1e30, "graph.kind": "uniform"})
     with pytest.raises(RoundError, match=r"learning_rate 1e\+30.*the adapters of round 0 are kept"):
         run_experiment(experiment, tmp_path / "run")
@@ -145,20 +155,27 @@ def test_a_learning_rate_beyond_reason_fails_every_client_and_saves_the_start(ba
     assert {entry["sha256"] for entry in index.values()} == {digest(experiment.starts["apple-1"])}
 
 
-def test_losses_that_are_no_numbers_are_written_down_without_breaking_a_file(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
-    """One step of an absurd size: the adapter is finite, its loss is not."""
-    settings = {"local.learning_rate": 1e30, "local.steps": 1, "algorithm.name": "local", "rounds.count": 1, "evaluation.select": "best"}
+def test_losses_that_are_no_numbers_are_written_down_without_breaking_a_file(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    """One step of an absurd size: the adapter is finite, the activations overflow float32."""
+    absurd = {"local.learning_rate": 1e30, "adapter.alpha": 1e12}
+    settings = {**absurd, "local.steps": 1, "algorithm.name": "local", "rounds.count": 1, "evaluation.select": "best"}
     result = run_experiment(built(base, base_folder, clients_folder, settings), tmp_path / "run")
     for event in events_of(result.folder, "evaluate"):
         assert (event["test_loss"] is None) == (event["round"] == 1)
     assert {row["best_round"] for row in result.clients} == {0}, "a loss that is no number is never the best"
-    assert all(math.isfinite(row["after_align_loss"]) for row in result.clients) and not any(math.isfinite(row["before_align_loss"]) for row in result.clients)
+    assert all(math.isfinite(row["after_align_loss"]) for row in result.clients) and not any(
+        math.isfinite(row["before_align_loss"]) for row in result.clients
+    )
     index = json.loads((result.folder / "adapters" / "index.json").read_text(encoding="utf-8"))
     assert all(set(entry["metrics"]) == {"base_loss", "after_align_loss"} for entry in index.values())
     assert result.report.is_file()
 
 
-@pytest.mark.parametrize("settings", [{"rounds.count": 1}, {"rounds.count": 2, "graph.warmup_rounds": 5}], ids=["one round", "long warm-up"])
+@pytest.mark.parametrize(
+    "settings", [{"rounds.count": 1}, {"rounds.count": 2, "graph.warmup_rounds": 5}], ids=["one round", "long warm-up"]
+)
 def test_a_run_that_ends_within_the_warm_up_is_an_error_with_everything_saved(
     settings: dict[str, Any], base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation import CLIENTS, adapters_of, events_of, laplacian_of, make_config, table_of
 
+from federation import CLIENTS, adapters_of, events_of, laplacian_of, make_config, table_of
 from fedmira.experiment import build_experiment, run_experiment
 from fedmira.model import BaseModel
 
@@ -56,7 +56,9 @@ def products_of(adapter: dict[str, Matrix], scale: float) -> dict[str, Matrix]:
 @pytest.mark.parametrize("graph", ["category", "random"])
 @pytest.mark.parametrize("coupling", [0.3, 1.0])
 @pytest.mark.parametrize("size_scale", [0.0, 64.0])
-def test_factors_on_disk_are_those_of_local_training_times_i_minus_gamma_l(run: Run, graph: str, coupling: float, size_scale: float) -> None:
+def test_factors_on_disk_are_those_of_local_training_times_i_minus_gamma_l(
+    run: Run, graph: str, coupling: float, size_scale: float
+) -> None:
     shared = {"algorithm__space": "factor", "algorithm__size_scale": size_scale, "graph__kind": graph}
     trained, aligned = adapters_of(run(**shared, algorithm__coupling=0.0)), adapters_of(run(**shared, algorithm__coupling=coupling))
     mixing = mixing_of(run(**shared, algorithm__coupling=coupling), coupling, size_scale)
@@ -72,11 +74,15 @@ def test_factors_on_disk_are_those_of_local_training_times_i_minus_gamma_l(run: 
 
 
 def test_the_graph_on_disk_is_the_one_that_the_settings_ask_for(run: Run) -> None:
-    laplacian, max_degree = laplacian_of(run(algorithm__space="factor", algorithm__size_scale=0.0, algorithm__coupling=1.0, graph__kind="category"), NAMES)
+    laplacian, max_degree = laplacian_of(
+        run(algorithm__space="factor", algorithm__size_scale=0.0, algorithm__coupling=1.0, graph__kind="category"), NAMES
+    )
     # Three apples joined to each other, two birches joined to each other.
     assert max_degree == 2 and laplacian.diagonal().tolist() == [2, 2, 2, 1, 1]
     assert laplacian[0].tolist() == [2, -1, -1, 0, 0]
-    laplacian, max_degree = laplacian_of(run(algorithm__space="factor", algorithm__size_scale=0.0, algorithm__coupling=1.0, graph__kind="random"), NAMES)
+    laplacian, max_degree = laplacian_of(
+        run(algorithm__space="factor", algorithm__size_scale=0.0, algorithm__coupling=1.0, graph__kind="random"), NAMES
+    )
     assert len({round(degree, 6) for degree in laplacian.diagonal()}) == 5 and max_degree == laplacian.diagonal().max()
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from federation import adapter_bytes, events_of, make_config, table_of, write_base, write_clients
 
+from federation import adapter_bytes, events_of, make_config, table_of, write_base, write_clients
 from fedmira.config import ModelSettings
 from fedmira.errors import RunFolderError
 from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
@@ -27,7 +27,12 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.count": 4,
         "adapter.dropout": 0.2,
     },
-    "fedavg with kept moments": {"algorithm.name": "fedavg", "local.optimizer_state": "kept", "rounds.participation": 0.6, "rounds.count": 4},
+    "fedavg with kept moments": {
+        "algorithm.name": "fedavg",
+        "local.optimizer_state": "kept",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
     "ranks that differ": {"graph.kind": "category", "adapter.ranks": {"apple-1": 2}, "rounds.count": 3, "evaluation.every": 1},
 }
 
@@ -54,7 +59,9 @@ def built(base: BaseModel, base_folder: Path, clients_folder: Path, settings: Ma
 def straight(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """Every federation without an interruption."""
     folder = tmp_path_factory.mktemp("straight")
-    return {name: run_experiment(built(base, base_folder, clients_folder, settings), folder / name) for name, settings in FEDERATIONS.items()}
+    return {
+        name: run_experiment(built(base, base_folder, clients_folder, settings), folder / name) for name, settings in FEDERATIONS.items()
+    }
 
 
 def assert_equal_runs(found: Path, expected: Path) -> None:
@@ -87,7 +94,9 @@ def test_a_run_that_is_cut_off_after_every_round_ends_in_the_same_bytes(
     expected = straight[name].graph
     assert (result.graph is None) == (expected is None)
     if result.graph is not None and expected is not None:
-        assert (result.graph.kind, result.graph.clients) == (expected.kind, expected.clients) and torch.equal(result.graph.weights, expected.weights)
+        assert (result.graph.kind, result.graph.clients) == (expected.kind, expected.clients) and torch.equal(
+            result.graph.weights, expected.weights
+        )
     assert len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["resumed"]) == count + 1
 
 
@@ -136,7 +145,9 @@ def test_another_config_another_base_and_other_rows_are_refused(base: BaseModel,
         resume_experiment(built(other, base_folder, data, settings), tmp_path / "run")
 
     lines = (data / "apple-1" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    (data / "apple-1" / "train.jsonl").write_text("\n".join([lines[0].replace('"output": "w', '"output": "w1 w'), *lines[1:]]), encoding="utf-8")
+    (data / "apple-1" / "train.jsonl").write_text(
+        "\n".join([lines[0].replace('"output": "w', '"output": "w1 w'), *lines[1:]]), encoding="utf-8"
+    )
     with pytest.raises(RunFolderError, match="the data changed since this run began"):
         resume_experiment(built(base, base_folder, data, settings), tmp_path / "run")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before, "a refusal changes nothing"

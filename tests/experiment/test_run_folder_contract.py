@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from federation import CLIENTS, adapters_of, events_of, make_config, table_of
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from federation import CLIENTS, adapters_of, events_of, make_config, table_of
 from fedmira.config import load_config
 from fedmira.errors import ConfigError, RunFolderError
 from fedmira.experiment import Experiment, build_experiment, run_experiment
@@ -30,7 +30,13 @@ PEFT_WARNING = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is
 @pytest.fixture(scope="module")
 def finished(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A run with all parts: learned graph, several ranks, evaluation on the way, generation at the end."""
-    settings = {"evaluation.every": 1, "evaluation.rouge": True, "adapter.ranks": {"birch-1": 2}, "rounds.participation": 0.8, "rounds.count": 4}
+    settings = {
+        "evaluation.every": 1,
+        "evaluation.rouge": True,
+        "adapter.ranks": {"birch-1": 2},
+        "rounds.participation": 0.8,
+        "rounds.count": 4,
+    }
     experiment = build_experiment(make_config(base_folder, clients_folder, settings), base)
     return experiment, run_experiment(experiment, tmp_path_factory.mktemp("contract") / "run")
 
@@ -59,8 +65,16 @@ def test_the_config_on_disk_is_the_one_that_ran(finished: Finished, folder: Path
 def test_run_json_says_what_ran_where(finished: Finished, folder: Path) -> None:
     experiment, result = finished
     provenance = document(folder / "run.json")
-    assert (provenance["status"], provenance["error"], provenance["seed"], provenance["rounds_done"], provenance["clients"]) == ("finished", None, 0, 4, 5)
-    assert {"fedmira", "python", "torch", "transformers", "peft"} <= set(provenance["versions"]) and provenance["versions"]["torch"] == torch.__version__
+    assert (provenance["status"], provenance["error"], provenance["seed"], provenance["rounds_done"], provenance["clients"]) == (
+        "finished",
+        None,
+        0,
+        4,
+        5,
+    )
+    assert {"fedmira", "python", "torch", "transformers", "peft"} <= set(provenance["versions"]) and provenance["versions"][
+        "torch"
+    ] == torch.__version__
     assert provenance["base"]["sha256"] == experiment.base.sha256 and len(experiment.base.sha256) == 64
     assert provenance["base"]["parameters"] == sum(parameter.numel() for parameter in experiment.base.model.parameters())
     assert {"cpu", "cores", "platform", "device"} <= set(provenance["machine"]) and provenance["machine"]["device"] == "cpu"
@@ -70,7 +84,18 @@ def test_run_json_says_what_ran_where(finished: Finished, folder: Path) -> None:
 
 def test_clients_csv_has_the_promised_columns_and_the_headline_is_their_mean(finished: Finished, folder: Path) -> None:
     rows = table_of(folder, "clients")
-    promised = ["client", "task", "category", "rank", "train_rows", "test_rows", "test_tokens", "base_loss", "before_align_loss", "after_align_loss"]
+    promised = [
+        "client",
+        "task",
+        "category",
+        "rank",
+        "train_rows",
+        "test_rows",
+        "test_tokens",
+        "base_loss",
+        "before_align_loss",
+        "after_align_loss",
+    ]
     assert set(promised) | {"rouge_l", "rouge_l_package", "exact_match", "best_round", "rounds_trained"} <= set(rows[0])
     assert [row["client"] for row in rows] == sorted(CLIENTS) and [row["rank"] for row in rows] == ["4", "4", "4", "2", "4"]
     assert [row["category"] for row in rows] == ["apple"] * 3 + ["birch"] * 2
@@ -88,7 +113,8 @@ def test_clients_csv_has_the_promised_columns_and_the_headline_is_their_mean(fin
 def test_rounds_csv_has_a_row_a_round_that_follows_from_the_events(folder: Path) -> None:
     rows = table_of(folder, "rounds")
     assert [row["round"] for row in rows] == ["1", "2", "3", "4"]
-    columns = "train_loss train_loss_weighted test_loss test_loss_weighted disagreement_before disagreement_after pull train_seconds evaluate_seconds tokens_per_second"
+    columns = "train_loss train_loss_weighted test_loss test_loss_weighted disagreement_before disagreement_after pull"
+    columns += " train_seconds evaluate_seconds tokens_per_second"
     assert set(columns.split()) <= set(rows[0])
     for row in rows:
         trains = [event for event in events_of(folder, "train") if event["round"] == int(row["round"])]
@@ -157,12 +183,16 @@ def test_python_gets_what_is_on_disk(finished: Finished, folder: Path) -> None:
 
 
 @PEFT_WARNING
-def test_saved_adapters_give_the_reported_loss_with_plain_peft_and_padded_batches(finished: Finished, folder: Path, base_folder: Path) -> None:
+def test_saved_adapters_give_the_reported_loss_with_plain_peft_and_padded_batches(
+    finished: Finished, folder: Path, base_folder: Path
+) -> None:
     reported = {row["client"]: float(row["after_align_loss"]) for row in table_of(folder, "clients")}
     for client in CLIENTS:
         settings = document(folder / "adapters" / client / "adapter_config.json")
         assert settings["peft_type"] == "LORA" and settings["base_model_name_or_path"] == str(base_folder)
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32), folder / "adapters" / client).eval()
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32), folder / "adapters" / client
+        ).eval()
         rows = finished[0].evaluator.clients[client].test
         size = max(len(row.prompt) + len(row.response) for row in rows)
         ids, labels, seen = (torch.full((len(rows), size), fill) for fill in (0, -100, 0))
@@ -205,7 +235,9 @@ def test_a_finished_run_is_measured_again_with_the_same_figures(saved: Any, fold
 def test_a_client_answers_as_its_adapter_does_with_plain_peft(saved: Any, folder: Path, base_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     instruction = saved.evaluator.clients["apple-2"].instruction
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32), folder / "adapters" / "apple-2").eval()
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32), folder / "adapters" / "apple-2"
+    ).eval()
     for text in ("w5 w6", "w70 w1 w33"):
         ids = tokenizer(f"{instruction} {text}", add_special_tokens=False)["input_ids"]
         start = len(ids)

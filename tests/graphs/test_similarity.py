@@ -21,7 +21,7 @@ def updates(count: int, seed: int, size: int = 40) -> Tensor:
 
 def test_cosines_equal_those_of_centred_vectors() -> None:
     vectors = updates(6, 0) + 5.0
-    centred = vectors - vectors.mean(dim=0)
+    centred = vectors - (1 - 2 / 6) * vectors.mean(dim=0)  # the share of six clients
     unit = centred / centred.norm(dim=1, keepdim=True)
     expected = (unit @ unit.T).fill_diagonal_(0)
     torch.testing.assert_close(centred_cosines(vectors @ vectors.T, everybody(6)), expected, rtol=1e-9, atol=1e-9)
@@ -51,18 +51,29 @@ def test_two_planted_groups_are_recovered_under_a_strong_common_direction() -> N
     assert bool((weights.sum(dim=1) > 0).all())
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_fewer_than_three_trained_clients_have_no_edge(count: int) -> None:
-    """With two, the centred updates are d/2 and -d/2: cosine -1."""
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_trained_clients_have_no_edge(count: int) -> None:
     vectors = updates(5, 0)
     trained = torch.arange(5) < count
     weights = similarity_weights(vectors @ vectors.T, trained, nearest=3)
     assert torch.equal(weights, torch.zeros(5, 5, dtype=torch.float64))
 
 
-def test_identical_updates_have_no_direction_and_no_nan() -> None:
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_a_few_related_clients_are_joined_and_a_few_strangers_are_not(count: int) -> None:
+    """Orthogonal updates have negative cosines once a share of the mean is out; a strong common direction survives it."""
+    strangers = torch.eye(count, 8, dtype=torch.float64)
+    assert not bool(similarity_weights(strangers @ strangers.T, everybody(count), 3).any())
+    relatives = strangers + 4 * torch.ones(8, dtype=torch.float64)
+    weights = similarity_weights(relatives @ relatives.T, everybody(count), 3)
+    assert bool((weights.sum(dim=1) > 0).all())
+
+
+def test_identical_updates_are_all_related() -> None:
+    """Half of the common update of four is left: every cosine is 1, three neighbours each, divided by the degree 3."""
     vectors = updates(1, 0).expand(4, -1)
-    assert torch.equal(similarity_weights(vectors @ vectors.T, everybody(4), 3), torch.zeros(4, 4, dtype=torch.float64))
+    expected = (torch.ones(4, 4, dtype=torch.float64) / 3).fill_diagonal_(0)
+    torch.testing.assert_close(similarity_weights(vectors @ vectors.T, everybody(4), 3), expected)
 
 
 def test_a_client_whose_update_is_zero_has_degree_zero_and_does_not_shift_the_mean() -> None:

@@ -53,7 +53,6 @@ def largest_difference(left: Adapter, right: Adapter) -> float:
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers for it
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_a_cohort_of_different_ranks_and_lengths_equals_peft_one_by_one(architecture: str) -> None:
     base = tiny_base(architecture)
@@ -71,7 +70,6 @@ def test_a_cohort_of_different_ranks_and_lengths_equals_peft_one_by_one(architec
         assert largest_difference(outcome.adapter, job.start) > 100 * TOLERANCE
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("settings", [LocalSettings(optimizer="adam", weight_decay=0.1), LocalSettings(optimizer="sgd", learning_rate=0.5, max_grad_norm=0.3), LocalSettings(epochs=2, batch_size=3)])
 def test_every_optimizer_and_epochs_equal_torch(settings: LocalSettings) -> None:
     base = tiny_base()

@@ -23,8 +23,13 @@ def adapter(seed: int) -> dict[str, Tensor]:
 
 def checkpoint(round_number: int = 4) -> Checkpoint:
     shared = adapter(1)  # clients may hold the very same tensors, as all do before round 1
-    state = ServerState({"a": shared, "b": shared, "c": adapter(2)}, {"graph": torch.rand(3, 3, dtype=torch.float64), "last_round": torch.tensor([1, 0, 4])})
-    memories = {"a": Payload({"optimizer.first": adapter(3), "optimizer.second": adapter(4)}, {"optimizer.steps": 7.0}), "b": Payload({}, {"n": 0.1})}
+    state = ServerState(
+        {"a": shared, "b": shared, "c": adapter(2)}, {"graph": torch.rand(3, 3, dtype=torch.float64), "last_round": torch.tensor([1, 0, 4])}
+    )
+    memories = {
+        "a": Payload({"optimizer.first": adapter(3), "optimizer.second": adapter(4)}, {"optimizer.steps": 7.0}),
+        "b": Payload({}, {"n": 0.1}),
+    }
     return Checkpoint(round_number, state, memories, {"a": adapter(5)}, {"b": adapter(6)}, {"best": {"a": [1, 0.25]}, "graph": None})
 
 

@@ -13,5 +13,13 @@ def test_a_seed_is_48_bits_of_blake2s_over_the_run_seed_and_the_purpose() -> Non
 
 
 def test_run_purpose_round_and_client_each_give_another_stream() -> None:
-    keys = [(0, "train", 1, "a"), (1, "train", 1, "a"), (0, "sample", 1, "a"), (0, "train", 2, "a"), (0, "train", 1, "b"), (0, "train", "1", "a"), (0, "train", 1)]
+    keys = [
+        (0, "train", 1, "a"),
+        (1, "train", 1, "a"),
+        (0, "sample", 1, "a"),
+        (0, "train", 2, "a"),
+        (0, "train", 1, "b"),
+        (0, "train", "1", "a"),
+        (0, "train", 1),
+    ]
     assert len({seed_for(*key) for key in keys}) == len(keys)

@@ -49,7 +49,11 @@ def test_growing_files_are_cut_back_to_the_bytes_of_a_checkpoint(tmp_path: Path)
     with folder.events.open("a", encoding="utf-8") as file:
         file.write('{"event": "rou')  # a crash in the middle of a line
     folder.cut_back(sizes)
-    assert (folder.events.read_bytes(), folder.rounds_csv.read_bytes()) == before == (b'{"event": "round", "round": 1}\n', b"round,test_loss\n1,2.5\n")
+    assert (
+        (folder.events.read_bytes(), folder.rounds_csv.read_bytes())
+        == before
+        == (b'{"event": "round", "round": 1}\n', b"round,test_loss\n1,2.5\n")
+    )
 
 
 def test_cutting_back_to_nothing_brings_the_header_back(tmp_path: Path) -> None:

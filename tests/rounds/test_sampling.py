@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from federation import make_config, run_loop
 
+from federation import make_config, run_loop
 from fedmira.config import RoundsSettings
 from fedmira.model import BaseModel
 from fedmira.rounds import cohort_size, sample_clients

@@ -216,7 +216,7 @@ def build_mira(settings: MiraSettings, context: AlgorithmContext) -> Mira:
 
     Raises:
         ConfigError: alignment is on and could never move anything (a cohort of one without stale neighbours, a graph without edges,
-            a learned graph of fewer than three clients), or factors of different ranks would be mixed; all of these together.
+            a single client), or factors of different ranks would be mixed; all of these together.
     """
     graph, count = context.graph, len(context.clients)
     weights = graph.initial(context.clients)
@@ -227,10 +227,10 @@ def build_mira(settings: MiraSettings, context: AlgorithmContext) -> Mira:
             f"mira: 1 client a round has no neighbours when algorithm.neighbours = {settings.neighbours!r}; needs at least 2 "
             "(set it to 'stale', or raise rounds.participation)"
         )
-    if strength > 0 and graph.learned and count < 3:
+    if strength > 0 and graph.learned and count < 2:
         problems.append(
-            f"mira: a similarity graph of {count} clients never has an edge, because updates are compared with their mean; "
-            "needs at least 3 (set graph.kind to 'uniform', or algorithm.coupling to 0)"
+            f"mira: a graph of {count} client has no edge, so alignment cannot act; needs at least 2 "
+            "(set algorithm.name to 'local', or algorithm.coupling to 0)"
         )
     if strength > 0 and not graph.learned and not bool(weights.any()):
         problems.append(

@@ -11,6 +11,8 @@ from fedmira.errors import FedmiraError, InputError
 
 __all__ = ["app", "main"]
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="fedmira",
     help="Federated multi-task fine-tuning: one LoRA adapter per client, pulled together along a task graph.\n\nStart with: fedmira run",
@@ -34,6 +36,7 @@ def main() -> None:
     except FedmiraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; continue the run with --resume", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ending:
+        if ending.code == _INTERRUPTED:  # typer ends an interrupt from the keyboard without a word
+            print("interrupted; continue the run with --resume", file=sys.stderr)
+        raise

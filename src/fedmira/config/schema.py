@@ -105,6 +105,12 @@ class DataSettings(Section):
     prompt: Literal["alpaca", "chat", "plain"] = "alpaca"
 
     @model_validator(mode="after")
+    def _path_has_a_reader(self) -> DataSettings:
+        if self.source == "demo" and self.path:
+            raise ValueError(f"path is {self.path!r}, but source 'demo' reads no files; set source to 'jsonl', 'natural-instructions', 'dolly' or 'hub'")
+        return self
+
+    @model_validator(mode="after")
     def _leaves_test_rows(self) -> DataSettings:
         if self.train_fraction + self.validation_fraction >= 1:
             total = self.train_fraction + self.validation_fraction

@@ -43,7 +43,7 @@ class Evaluator:
             totals = torch.zeros(len(names), dtype=torch.float64)
             with torch.no_grad(), branch:
                 for losses in response_losses(self.base, branch, batches, self.token_budget):
-                    totals.index_add_(0, losses.clients.cpu(), losses.values.double().cpu())
+                    totals.index_add_(0, losses.clients.cpu(), losses.values.cpu().double())
             for i, name in enumerate(names):
                 result[name] = TokenLoss(float(totals[i]), sum(len(row.response) for row in batches[i][1]))
         return result

@@ -1,8 +1,11 @@
 """The learned graph: tasks whose updates point the same way are related.
 
-With V the updates s B A minus their mean over clients, C_kl = <v_k, v_l> / (|v_k| |v_l|); negative values are cut to 0, each
-client keeps its nearest few, the result is made symmetric by the larger value and divided by its largest degree, and a
-moving average over rounds is kept. Only the Gram matrix of the updates is needed.
+With V the updates s B A minus a share 1 - 2/K of their mean over the K clients that trained, C_kl = <v_k, v_l> / (|v_k| |v_l|);
+negative values are cut to 0, each client keeps its nearest few, the result is made symmetric by the larger value and divided by
+its largest degree, and a moving average over rounds is kept. Only the Gram matrix of the updates is needed.
+
+The share is ours. Taking the whole mean out makes all cosines of a few related clients negative, as if they were strangers: the
+mean of a few cannot tell what everybody learns from what relatives learn. With two clients nothing is taken out, with many nearly all.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ NO_NORM = 1e-12
 
 
 def centred_cosines(gram: Tensor, trained: Tensor) -> Tensor:
-    """Cosines between updates from which the mean update has been subtracted.
+    """Cosines between updates from which the share 1 - 2/K of the mean update has been subtracted.
 
     Centring takes out what all tasks learn alike (the form of an answer), which would make every pair look related.
 
@@ -35,8 +38,9 @@ def centred_cosines(gram: Tensor, trained: Tensor) -> Tensor:
         return cosines
     inner = gram[taking_part][:, taking_part]
     inner = (inner + inner.T) / 2
-    to_mean = inner.mean(dim=1)
-    centred = inner - to_mean[:, None] - to_mean[None, :] + to_mean.mean()
+    share = max(0.0, 1 - 2 / len(taking_part))
+    to_mean = share * inner.mean(dim=1)
+    centred = inner - to_mean[:, None] - to_mean[None, :] + share * to_mean.mean()
     squared = centred.diagonal()
     has_direction = squared > NO_NORM * inner.diagonal().max()
     inverse_norm = torch.where(has_direction, squared.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
@@ -57,8 +61,6 @@ def nearest_neighbours(weights: Tensor, nearest: int) -> Tensor:
 
 def similarity_weights(gram: Tensor, trained: Tensor, nearest: int) -> Tensor:
     """The graph of one round from the Gram matrix of the updates.
-
-    With fewer than three trained clients there is no edge: two centred updates always point in opposite directions.
 
     Args:
         gram: inner products of the updates, float64 [K, K]; rows of clients that never trained are not read.

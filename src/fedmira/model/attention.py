@@ -42,13 +42,18 @@ def packed_attention(
 
     Args:
         query: [1, heads, N, size]; key, value: [1, key heads, N, size], N tokens as `pack` lays them out.
-        options: `sliding_window` is honoured; soft-capping is not, and the probe then rejects the packed path.
+        options: `sliding_window` is honoured.
+
+    Raises:
+        NotImplementedError: the architecture caps its scores or has attention sinks; the probe then chooses the padded path.
 
     Returns:
         [1, N, heads, size], and None for the weights.
     """
     layout = _layout.get()
     assert layout is not None, "packed attention is only used inside packed_layout"
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise NotImplementedError("soft-capped scores and attention sinks are not packed")
     window = options.get("sliding_window")
     outputs: list[Tensor] = []
     for segment, start in zip(layout.segments, layout.starts, strict=True):
@@ -86,7 +91,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, offset: int, window: int 
     return result.reshape(rows, heads, size, width)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=32)
 def _mask(size: int, offset: int, share: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Additive mask [share * size, offset + size]: 0 where a query sees a key, minus infinity elsewhere."""
     own = torch.arange(offset, offset + size, device=device)[:, None]

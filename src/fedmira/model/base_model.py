@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -27,7 +28,6 @@ _USUAL_TARGETS: tuple[tuple[str, ...], ...] = (
     ("qkv_proj",),
     ("Wqkv",),
     ("query", "value"),
-    ("c_attn", "c_proj"),
 )
 
 
@@ -96,8 +96,8 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """
     location = _location(settings.base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(_cannot_load("tokenizer", settings.base, error)) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.base {settings.base!r}: its tokenizer has no end-of-sequence token, so a response could never end; set eos_token in its tokenizer_config.json")
@@ -118,14 +118,20 @@ def load_base(settings: ModelSettings) -> BaseModel:
     location = _location(settings.base)
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(_cannot_load("model", settings.base, error)) from error
-    return from_model(model.to(device), tokenizer, settings.base, location)
+    # Hashed as it is stored: the same base has the same hash on every device and in every dtype.
+    return from_model(model, tokenizer, settings.base, location, dtype, device)
 
 
-def from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, location: str = "") -> BaseModel:
+def from_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, location: str = "", dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> BaseModel:
     """Freeze a model that is already in memory and wrap it.
+
+    Args:
+        dtype, device: where it shall compute; None leaves it as it is.
 
     Raises:
         ModelError: the tokenizer has more tokens than the model has embeddings.
@@ -135,6 +141,11 @@ def from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
     if len(tokenizer) > embeddings:
         raise ModelError(f"model.base {name!r}: the tokenizer has {len(tokenizer)} tokens but the model only {embeddings} embeddings; they do not belong together")
     base = BaseModel(model, tokenizer, name, location or name, _hash(model.state_dict()))
+    model.to(dtype=dtype or base.dtype, device=device or base.device)
+    # Generation is greedy for everybody: penalties and beams of the checkpoint would be taken up silently.
+    model.generation_config = GenerationConfig(
+        eos_token_id=model.generation_config.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+    )
     from fedmira.model.probe import packed_agrees
 
     return replace(base, packed=packed_agrees(base))
@@ -181,7 +192,7 @@ def _location(base: str) -> str:
     if path.exists():
         if not (path / "config.json").is_file():
             raise ModelError(f"model.base {base!r}: the folder has no config.json; give a folder in Hugging Face format")
-        return str(path)
+        return str(path.resolve())
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         raise ModelError(f"model.base {base!r}: there is no such folder; give 'bundled', a local Hugging Face folder, or a hub id")
     return base

@@ -102,7 +102,8 @@ def train_cohort(base: BaseModel, targets: Sequence[TargetModule], tasks: Sequen
     """Train all tasks side by side; each result is what plain PEFT training of that client alone gives, to float rounding.
 
     Args:
-        dropout: of the LoRA branch; the frozen base never drops anything.
+        dropout: of the LoRA branch; the frozen base never drops anything. Rows then share no prefix, so that each draws its own;
+            which draws a client gets depends on its own rows and on `budget`, never on who shares its cohort.
         budget: most token positions in one forward pass.
 
     Returns:
@@ -170,11 +171,12 @@ class _Cohort:
         counts = torch.ones(len(self.tasks), device=self.base.device)
         for client, rows in batches.items():
             counts[client] = sum(len(row.response) for row in rows)
-        totals = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.base.device)
+        totals = torch.zeros(len(self.tasks), dtype=torch.float64)
         for losses in response_losses(self.base, branch, list(batches.items()), self.budget):
             (losses.values / counts[losses.clients]).sum().backward()  # type: ignore[no-untyped-call]
-            totals.index_add_(0, losses.clients, losses.values.detach().double())
-            shares = torch.bincount(losses.clients, minlength=len(self.tasks)).double()
+            owners = losses.clients.cpu()
+            totals.index_add_(0, owners, losses.values.detach().cpu().double())
+            shares = torch.bincount(owners, minlength=len(self.tasks)).double()
             for client, share in enumerate((shares / shares.sum()).tolist()):
                 self.tokens[client] += share * losses.num_tokens
         sums, sizes = totals.tolist(), counts.tolist()

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedmira.model.attention import packed_layout
 from fedmira.model.base_model import BaseModel
 from fedmira.model.lora import LoraBranch
-from fedmira.model.packing import Row, gather, pack, segment_rows
+from fedmira.model.packing import PackedBatch, Row, gather, pack, segment_rows
 
 __all__ = ["TokenLosses", "response_losses"]
 
@@ -43,34 +43,43 @@ def response_losses(base: BaseModel, branch: LoraBranch, batches: Sequence[tuple
 
 
 def _packed(base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int) -> Iterator[TokenLosses]:
-    segments = [segment for client, rows in batches for segment in segment_rows(client, rows, budget)]
+    share_prefix = not (branch.dropout and torch.is_grad_enabled())  # rows that drop inputs each draw their own
+    segments = [segment for client, rows in batches for segment in segment_rows(client, rows, budget, share_prefix)]
     for chosen in gather(segments, budget):
-        batch = pack(chosen).to(base.device)
-        ends = [*batch.starts[1:], len(batch.ids)]
-        owners = [(segment.client, slice(start, end)) for segment, start, end in zip(chosen, batch.starts, ends, strict=True)]
-        with packed_layout(base.model, batch), branch.tokens(owners):
-            hidden = base.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).last_hidden_state
-        logits = base.model.get_output_embeddings()(hidden[0, batch.predict_at])
-        values = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
-        yield TokenLosses(values, batch.clients, batch.rows, len(batch.ids))
+        yield _packed_pass(base, branch, pack(chosen).to(base.device))
+
+
+def _packed_pass(base: BaseModel, branch: LoraBranch, batch: PackedBatch) -> TokenLosses:
+    """One forward pass; a function of its own, so that its logits are gone before the next pass begins."""
+    ends = [*batch.starts[1:], len(batch.ids)]
+    owners = [(segment.client, slice(start, end)) for segment, start, end in zip(batch.segments, batch.starts, ends, strict=True)]
+    with packed_layout(base.model, batch), branch.tokens(owners):
+        hidden = base.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).last_hidden_state
+    logits = base.model.get_output_embeddings()(hidden[0, batch.predict_at])
+    values = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+    return TokenLosses(values, batch.clients, batch.rows, len(batch.ids))
 
 
 def _padded(base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int) -> Iterator[TokenLosses]:
     """The plain path: one client at a time, rows padded on the right, the model's own attention and head."""
-    padding = base.tokenizer.pad_token_id
     for client, rows in batches:
         for chosen in _padded_chunks(rows, budget):
-            sequences = [[*rows[i].prompt, *rows[i].response] for i in chosen]
-            size = max(map(len, sequences))
-            ids = torch.tensor([sequence + [padding] * (size - len(sequence)) for sequence in sequences], device=base.device)
-            seen = torch.tensor([[1] * len(sequence) + [0] * (size - len(sequence)) for sequence in sequences], device=base.device)
-            with branch.tokens([(client, slice(None))]):
-                logits = base.model(input_ids=ids, attention_mask=seen, use_cache=False).logits
-            owner = torch.tensor([i for i in chosen for _ in rows[i].response], device=base.device)
-            at_row = torch.tensor([j for j, i in enumerate(chosen) for _ in rows[i].response], device=base.device)
-            at = torch.tensor([len(rows[i].prompt) - 1 + j for i in chosen for j in range(len(rows[i].response))], device=base.device)
-            values = functional.cross_entropy(logits[at_row, at].float(), ids[at_row, at + 1], reduction="none")
-            yield TokenLosses(values, torch.full_like(owner, client), owner, ids.numel())
+            yield _padded_pass(base, branch, client, rows, chosen)
+
+
+def _padded_pass(base: BaseModel, branch: LoraBranch, client: int, rows: Sequence[Row], chosen: Sequence[int]) -> TokenLosses:
+    padding = base.tokenizer.pad_token_id
+    sequences = [[*rows[i].prompt, *rows[i].response] for i in chosen]
+    size = max(map(len, sequences))
+    ids = torch.tensor([sequence + [padding] * (size - len(sequence)) for sequence in sequences], device=base.device)
+    seen = torch.tensor([[1] * len(sequence) + [0] * (size - len(sequence)) for sequence in sequences], device=base.device)
+    with branch.tokens([(client, slice(None))]):
+        logits = base.model(input_ids=ids, attention_mask=seen, use_cache=False).logits
+    owner = torch.tensor([i for i in chosen for _ in rows[i].response], device=base.device)
+    at_row = torch.tensor([j for j, i in enumerate(chosen) for _ in rows[i].response], device=base.device)
+    at = torch.tensor([len(rows[i].prompt) - 1 + j for i in chosen for j in range(len(rows[i].response))], device=base.device)
+    values = functional.cross_entropy(logits[at_row, at].float(), ids[at_row, at + 1], reduction="none")
+    return TokenLosses(values, torch.full_like(owner, client), owner, ids.numel())
 
 
 def _padded_chunks(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:

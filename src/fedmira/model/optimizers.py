@@ -46,7 +46,7 @@ class CohortOptimizer:
         value, gradient = values[rows], gradients[rows]
         first, second = moments.first[rows], moments.second[rows]
         moments.steps[rows] += 1
-        OPTIMIZERS[self.name](self, value, gradient, first, second, moments.steps[rows].to(value.dtype)[:, None])
+        OPTIMIZERS[self.name](self, value, gradient, first, second, moments.steps[rows].double()[:, None])
         if not everyone:
             values[rows], moments.first[rows], moments.second[rows] = value, first, second
 
@@ -71,8 +71,10 @@ def _adam(settings: CohortOptimizer, value: Tensor, gradient: Tensor, first: Ten
 def _adam_step(settings: CohortOptimizer, value: Tensor, gradient: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> None:
     first.lerp_(gradient, 1 - _BETA1)
     second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
-    denominator = second.sqrt().div_((1 - _BETA2**steps).sqrt()).add_(_EPSILON)
-    value.sub_(first / denominator * (settings.learning_rate / (1 - _BETA1**steps)))
+    # The corrections are small differences of numbers near 1: float64, then the dtype of the values.
+    step_size, second_share = ((settings.learning_rate / (1 - _BETA1**steps)), (1 - _BETA2**steps).sqrt())
+    denominator = second.sqrt().div_(second_share.to(value.dtype)).add_(_EPSILON)
+    value.sub_(first / denominator * step_size.to(value.dtype))
 
 
 def _sgd(settings: CohortOptimizer, value: Tensor, gradient: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> None:

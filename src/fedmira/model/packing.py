@@ -103,14 +103,14 @@ def common_prefix(rows: Sequence[Row]) -> int:
     return shared
 
 
-def segment_rows(client: int, rows: Sequence[Row], budget: int) -> list[Segment]:
-    """Lay a client's batch out in as few segments as fit `budget` tokens each; one row always fits, however long."""
-    whole = _segment(client, rows, range(len(rows)))
+def segment_rows(client: int, rows: Sequence[Row], budget: int, share_prefix: bool = True) -> list[Segment]:
+    """Lay a client's batch out in few segments of at most `budget` tokens each; one row always fits, however long."""
+    whole = _segment(client, rows, range(len(rows)), share_prefix)
     if whole.num_tokens <= budget or len(rows) == 1:
         return [whole]
     half = (len(rows) + 1) // 2
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + len(rows[i].response), i))
-    return [part for chosen in (order[:half], order[half:]) for part in _split(client, rows, chosen, budget)]
+    return [part for chosen in (order[:half], order[half:]) for part in _split(client, rows, chosen, budget, share_prefix)]
 
 
 def pack(segments: Sequence[Segment]) -> PackedBatch:
@@ -155,17 +155,17 @@ def gather(segments: Sequence[Segment], budget: int) -> Iterator[list[Segment]]:
         yield batch
 
 
-def _split(client: int, rows: Sequence[Row], chosen: Sequence[int], budget: int) -> list[Segment]:
-    part = _segment(client, rows, chosen)
+def _split(client: int, rows: Sequence[Row], chosen: Sequence[int], budget: int, share_prefix: bool) -> list[Segment]:
+    part = _segment(client, rows, chosen, share_prefix)
     if part.num_tokens <= budget or len(chosen) == 1:
         return [part]
     half = (len(chosen) + 1) // 2
-    return [*_split(client, rows, chosen[:half], budget), *_split(client, rows, chosen[half:], budget)]
+    return [part for side in (chosen[:half], chosen[half:]) for part in _split(client, rows, side, budget, share_prefix)]
 
 
-def _segment(client: int, rows: Sequence[Row], chosen: Sequence[int]) -> Segment:
+def _segment(client: int, rows: Sequence[Row], chosen: Sequence[int], share_prefix: bool) -> Segment:
     own = tuple(rows[i] for i in chosen)
-    prefix = common_prefix(own) if len(own) > 1 else 0
+    prefix = common_prefix(own) if share_prefix and len(own) > 1 else 0
     return Segment(client, own, tuple(chosen), prefix, tuple(_groups([len(row.prompt) - prefix + len(row.response) - 1 for row in own])))
 
 

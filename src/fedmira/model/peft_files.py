@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,15 @@ def write_adapter(folder: Path, adapter: Adapter, base: BaseModel, targets: Sequ
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
+    _sort_targets(folder / "adapter_config.json")
     save_file({name: tensor.contiguous() for name, tensor in sorted(adapter.items())}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _sort_targets(path: Path) -> None:
+    """PEFT writes the targets in the order of a set, which differs from process to process; equal runs shall have equal files."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["target_modules"] = sorted(settings["target_modules"])
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -11,6 +11,9 @@ __all__ = ["packed_agrees"]
 
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
+_SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Settings of architectures that change the logits behind their head."""
+
 
 class _Row:
     def __init__(self, prompt: list[int], response: list[int]) -> None:
@@ -24,6 +27,9 @@ def packed_agrees(base: BaseModel) -> bool:
     """
     from fedmira.model.loss import _packed, _padded
 
+    config = base.model.config.get_text_config()
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _SCALED_LOGITS):
+        return False
     limit = min(base.model.get_input_embeddings().weight.shape[0], len(base.tokenizer))
     draw = torch.Generator().manual_seed(0)
     head, *tails = (torch.randint(0, limit, (size,), generator=draw).tolist() for size in (9, 8, 14, 5))
@@ -34,7 +40,7 @@ def packed_agrees(base: BaseModel) -> bool:
         (padded,) = _padded(base, branch, [(0, rows)], 10_000)
         try:
             (packed,) = _packed(base, branch, [(0, rows)], 10_000)
-        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, NotImplementedError):
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError):
             return False
     by_row = [torch.cat([losses.values[losses.rows == i] for i in range(len(rows))]) for losses in (padded, packed)]
     return by_row[0].shape == by_row[1].shape and bool(torch.allclose(*by_row, rtol=0, atol=_TOLERANCE.get(base.dtype, 2e-3)))

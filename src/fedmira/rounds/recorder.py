@@ -46,6 +46,7 @@ class Recorder:
         best_adapters, best: each client's adapter at its lowest validation loss, and the figures of that round.
         rounds_trained: rounds in which each client's reply was used.
         ever_moved: whether alignment has moved any adapter so far.
+        base_losses: test losses before round 1; `latest`: those of round `latest_round`.
     """
 
     config: Config
@@ -62,11 +63,14 @@ class Recorder:
     warned: bool = False
     graph: Graph | None = None
     figures: dict[str, float] = field(default_factory=dict)
+    base_losses: dict[ClientId, TokenLoss] = field(default_factory=dict)
     latest: dict[ClientId, TokenLoss] = field(default_factory=dict)
+    latest_round: int = -1
 
     def begin(self, state: ServerState) -> None:
         """Evaluate the start adapters (the base model) and write the checkpoint of round 0."""
         self.folder.append_events(self._evaluate(0, state))
+        self.base_losses = dict(self.latest)
         self._checkpoint(0, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -77,6 +81,8 @@ class Recorder:
         self.rounds_trained = dict(values["rounds_trained"])
         self.ever_moved, self.warned, self.figures = values["ever_moved"], values["warned"], dict(values["figures"])
         self.latest = {client: TokenLoss(*loss) for client, loss in values["latest"].items()}
+        self.base_losses = {client: TokenLoss(*loss) for client, loss in values["base_losses"].items()}
+        self.latest_round = values["latest_round"]
         if values["graph"]:
             self.folder.write_json("graph.json", values["graph"])
             self.graph = _graph_of(values["graph"])
@@ -154,7 +160,7 @@ class Recorder:
         adapters = {client: self.algorithm.adapter_for(state, client) for client in self.evaluator.clients}
         test = self.evaluator.losses(adapters, "test")
         validation = self.evaluator.losses(adapters, "validation")
-        self.latest = test
+        self.latest, self.latest_round = test, number
         events: list[dict[str, object]] = []
         for client, loss in test.items():
             own = validation[client].per_token if client in validation else None
@@ -211,6 +217,8 @@ class Recorder:
             "warned": self.warned,
             "figures": self.figures,
             "latest": {client: [loss.total, loss.tokens] for client, loss in self.latest.items()},
+            "latest_round": self.latest_round,
+            "base_losses": {client: [loss.total, loss.tokens] for client, loss in self.base_losses.items()},
             "graph": self._graph_document(number),
             "sizes": self.folder.sizes(),
         }

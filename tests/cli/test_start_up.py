@@ -1,0 +1,65 @@
+"""Starting is quick, and nothing calls out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from federation import environment
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "numpy")
+
+NO_NETWORK = """
+import socket, sys
+
+def refuse(*arguments, **options):
+    raise AssertionError(f"something calls out: {arguments}")
+
+socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
+from fedmira.cli import main
+main()
+"""
+
+
+def python(code: str, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in environment().items() if not name.startswith("HF_")} | more
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=variables, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fedmira",
+        "from fedmira.cli import main",
+        "import sys; sys.argv = ['fedmira', '--help']\ntry:\n    from fedmira.cli import main; main()\nexcept SystemExit: pass",
+        "import sys; sys.argv = ['fedmira', 'presets']\ntry:\n    from fedmira.cli import main; main()\nexcept SystemExit: pass",
+    ],
+    ids=["import fedmira", "import fedmira.cli", "fedmira --help", "fedmira presets"],
+)
+def test_the_heavy_libraries_wait_until_they_are_needed(code: str) -> None:
+    ended = python(f"{code}\nimport sys; print('loaded:', *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.splitlines()[-1].strip() == "loaded:"
+
+
+def test_the_demo_runs_without_a_network(tmp_path: Path) -> None:
+    """The bundled base and the demo data, with every way out of the process blocked and no variable that asks for it."""
+    settings = (
+        "data.clients=3",
+        "rounds.count=2",
+        "local.steps=1",
+        "local.batch_size=2",
+        "data.max_rows=4",
+        "data.test_rows=2",
+        "evaluation.max_new_tokens=2",
+    )
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    overrides += ["--set", "graph.kind=uniform"]
+    ended = python(NO_NETWORK, "run", *overrides, "--output", tmp_path / "run", HF_HOME=str(tmp_path / "empty-cache"))
+    assert ended.returncode == 0, ended.stderr
+    assert "calls out" not in ended.stderr and (tmp_path / "run" / "report.html").is_file()

@@ -1,0 +1,99 @@
+"""README's commands and Python blocks run, in their order, on made-up data; only sizes are cut down."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from federation import call_main, write_clients
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"```python\n(.*?)```|((?:^    [^\n]*\n)+)", re.MULTILINE | re.DOTALL)
+PLACES = ("NI", "BASE", "DATA")
+"""Variables that the reader is asked to set."""
+SMALL = "rounds.count=2 local.steps=1 local.batch_size=2 data.max_rows=8 data.test_rows=2 evaluation.max_new_tokens=2".split()
+
+
+def write_tasks(folder: Path) -> None:
+    """Four tasks of 24 rows in the format of Natural Instructions."""
+    folder.mkdir()
+    for number, verb in enumerate(("Repeat", "Reverse", "Shout", "Count"), start=1):
+        draw = random.Random(number)
+        words = [" ".join(draw.choice(("red", "green", "blue", "grey")) + str(draw.randrange(99)) for _ in range(3)) for _ in range(24)]
+        rows = [{"id": f"{verb}-{i}", "input": text, "output": [text.upper()]} for i, text in enumerate(words)]
+        document = {"Definition": [f"{verb} the words."], "Categories": [verb], "Instances": rows}
+        (folder / f"task{number:03d}_{verb.lower()}.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def expanded(line: str, before: list[str]) -> list[str]:
+    """The words of a command line as bash hands them over, after the assignments before it."""
+    script = "\n".join(["set -eu", *before, f"printf '%s\\0' {line.partition('   #')[0]}"])
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env={**os.environ})
+    return ended.stdout.split("\0")[:-1]
+
+
+def run_command(words: list[str]) -> None:
+    """`fedmira ...`, made small where it trains from settings."""
+    if words[1] in ("run", "compare") and "--resume" not in words:
+        words = [*words, *(part for setting in SMALL for part in ("--set", setting))]
+    elif words[1] == "check":
+        words = [*words, "--set", "data.clients=4"]
+    ended = call_main(*words[1:])
+    assert ended.code == 0, f"{' '.join(words)}: {ended.err}"
+    assert ended.out
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like the repository's root, with what README's variables stand for."""
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    write_tasks(tmp_path / "ni")
+    write_clients(tmp_path / "clients")
+    monkeypatch.chdir(tmp_path)
+    full = fedmira.api.run
+
+    def small(config: dict[str, Any], **more: Any) -> Any:
+        return full({**config, **{key: int(value) for key, value in (setting.split("=") for setting in SMALL)}}, **more)
+
+    monkeypatch.setattr(fedmira.api, "run", small)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers for it
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
+)  # README opens a file in one line
+def test_everything_in_the_readme_runs_in_its_order(workplace: Path) -> None:
+    places = {"NI": workplace / "ni", "BASE": ROOT / "src" / "fedmira" / "bundled" / "base", "DATA": workplace / "clients"}
+    assignments: list[str] = []
+    ran: list[str] = []
+    for python, indented in BLOCK.findall(README):
+        if python:
+            exec(compile(python, "README.md", "exec"), {"__name__": "readme"})
+            ran.append("python")
+        for line in (line.strip() for line in indented.splitlines()):
+            name = re.match(r"([A-Z]+)=", line)
+            if name:
+                assignments.append(f"{name[1]}={places[name[1]]}" if name[1] in PLACES else line)
+            elif line.startswith("fedmira "):
+                run_command(expanded(line, assignments))
+                ran.append(line.split()[1])
+    assert {"run", "check", "compare", "evaluate", "generate", "python"} <= set(ran)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["own_data.py", str(tmp_path / "out")])
+    runpy.run_path(str(ROOT / "examples" / "own_data.py"), run_name="__main__")
+    assert "loads with plain PEFT" in capsys.readouterr().out
