@@ -84,7 +84,7 @@ def write_base(folder: Path) -> Path:
 
 
 def write_clients(folder: Path, clients: Mapping[str, int] | None = None) -> Path:
-    """FOLDER/<client>/train.jsonl: clients of a category share an instruction and answer with the words of the input, moved on alike."""
+    """FOLDER/<client>/train.jsonl: clients of a category share an instruction and two of the three words that they answer."""
     for name, count in (CLIENTS if clients is None else clients).items():
         category = name.partition("-")[0]
         family = sorted({other.partition("-")[0] for other in CLIENTS} | {category}).index(category)
@@ -95,7 +95,7 @@ def write_clients(folder: Path, clients: Mapping[str, int] | None = None) -> Pat
             row = {
                 "instruction": " ".join(f"w{10 * family + i}" for i in range(6)),
                 "input": " ".join(f"w{word}" for word in words),
-                "output": " ".join(f"w{(word + 7 * family + 1) % 90}" for word in words[:3]),
+                "output": f"w{60 + 8 * family} w{61 + 8 * family} w{(words[0] + 7 * family + 1) % 90}",
                 "category": category,
             }
             lines.append(json.dumps(row) + "\n")

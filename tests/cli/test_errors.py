@@ -150,6 +150,7 @@ def test_a_run_that_fails_has_exit_code_3_and_keeps_what_it_has(config_file: Pat
     assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "adapters" / "index.json").is_file()
 
 
-def test_an_alignment_that_cannot_act_has_exit_code_3(config_file: Path, fedmira: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_graph_that_would_never_act_is_refused(config_file: Path, fedmira: Callable[..., Any], tmp_path: Path) -> None:
     ended = fedmira("run", config_file, "--set", "rounds.count=1", "--output", tmp_path / "run")
-    assert ended.code == 3 and "error: mira: alignment is on, yet in 1 rounds no client was pulled" in ended.err
+    assert_refused(ended, r"graph\.warmup_rounds is 1 and rounds\.count 1: the graph would never act; set rounds\.count above the warm-up")
+    assert not (tmp_path / "run").exists()

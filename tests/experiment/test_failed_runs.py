@@ -14,10 +14,11 @@ import pytest
 from federation import CLIENTS, adapter_bytes, adapters_of, events_of, make_config, table_of, with_algorithm_object
 from fedmira.adapters import Adapter, digest
 from fedmira.algorithms import Algorithm, Combined, ServerState, Start, Trained
-from fedmira.errors import AlignmentError, ConfigError, RoundError, RunFolderError
+from fedmira.errors import AlignmentError, ConfigError, RoundError, RunError, RunFolderError
 from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.model import BaseModel
+from fedmira.rounds import sample_clients
 
 
 @dataclass(frozen=True)
@@ -155,44 +156,57 @@ def test_a_learning_rate_beyond_reason_fails_every_client_and_saves_the_start(
     assert {entry["sha256"] for entry in index.values()} == {digest(experiment.starts["apple-1"])}
 
 
-def test_losses_that_are_no_numbers_are_written_down_without_breaking_a_file(
+ABSURD = {"local.learning_rate": 1e30, "adapter.alpha": 1e12, "local.steps": 1, "algorithm.name": "local", "rounds.count": 1}
+"""One step of such a size that the adapter is finite and the activations overflow float32."""
+
+
+def test_losses_that_are_no_numbers_fail_the_run_and_break_no_file(
     base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:
-    """One step of an absurd size: the adapter is finite, the activations overflow float32."""
-    absurd = {"local.learning_rate": 1e30, "adapter.alpha": 1e12}
-    settings = {**absurd, "local.steps": 1, "algorithm.name": "local", "rounds.count": 1, "evaluation.select": "best"}
-    result = run_experiment(built(base, base_folder, clients_folder, settings), tmp_path / "run")
-    for event in events_of(result.folder, "evaluate"):
+    with pytest.raises(RunError, match=r"5 of 5 clients diverged: their test loss is not finite \(apple-1, .*Lower local\.learning_rate"):
+        run_experiment(built(base, base_folder, clients_folder, ABSURD), tmp_path / "run")
+    for event in events_of(tmp_path / "run", "evaluate"):
         assert (event["test_loss"] is None) == (event["round"] == 1)
-    assert {row["best_round"] for row in result.clients} == {0}, "a loss that is no number is never the best"
-    assert all(math.isfinite(row["after_align_loss"]) for row in result.clients) and not any(
-        math.isfinite(row["before_align_loss"]) for row in result.clients
-    )
-    index = json.loads((result.folder / "adapters" / "index.json").read_text(encoding="utf-8"))
-    assert all(set(entry["metrics"]) == {"base_loss", "after_align_loss"} for entry in index.values())
-    assert result.report.is_file()
+    provenance = provenance_of(tmp_path / "run")
+    assert provenance["status"] == "failed" and "5 of 5 clients diverged" in provenance["error"]
+    index = json.loads((tmp_path / "run" / "adapters" / "index.json").read_text(encoding="utf-8"))
+    assert all(set(entry["metrics"]) == {"base_loss"} for entry in index.values()), "a number that is none is left out"
+    assert not any(math.isfinite(float(row["after_align_loss"])) for row in table_of(tmp_path / "run", "clients"))
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
-@pytest.mark.parametrize(
-    "settings", [{"rounds.count": 1}, {"rounds.count": 2, "graph.warmup_rounds": 5}], ids=["one round", "long warm-up"]
-)
-def test_a_run_that_ends_within_the_warm_up_is_an_error_with_everything_saved(
-    settings: dict[str, Any], base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+def test_a_round_that_diverged_is_never_the_best(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    experiment = built(base, base_folder, clients_folder, {**ABSURD, "evaluation.select": "best"})
+    result = run_experiment(experiment, tmp_path / "run")
+    assert {row["best_round"] for row in result.clients} == {0}
+    assert all(row["after_align_loss"] == row["base_loss"] for row in result.clients)
+    assert {digest(adapter) for adapter in result.adapters.values()} == {digest(experiment.starts["apple-1"])}
+
+
+def test_an_alignment_that_pulled_nobody_is_an_error_with_everything_saved(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(AlignmentError, match=r"alignment is on, yet in \d rounds no client was pulled.*graph.warmup_rounds"):
-        run_experiment(built(base, base_folder, clients_folder, settings), tmp_path / "run")
+    """The only edge joins two clients that are not drawn in the one round there is."""
+    settings = {"rounds.count": 1, "rounds.participation": 0.6}
+    config = make_config(base_folder, clients_folder, settings)
+    absent = sorted(set(CLIENTS) - set(sample_clients(sorted(CLIENTS), config.rounds, config.seed, 1)))
+    edges = [{"source": absent[0], "target": absent[1], "weight": 1.0}]
+    (tmp_path / "graph.json").write_text(json.dumps({"clients": sorted(CLIENTS), "edges": edges}), encoding="utf-8")
+    graph = {"graph.kind": "file", "graph.path": str(tmp_path / "graph.json")}
+    with pytest.raises(AlignmentError, match=r"alignment is on, yet in 1 rounds no client was pulled.*choose another graph\.kind"):
+        run_experiment(built(base, base_folder, clients_folder, {**settings, **graph}), tmp_path / "run")
     alone = run_experiment(built(base, base_folder, clients_folder, {**settings, "algorithm.name": "local"}), tmp_path / "alone")
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(alone.folder), "what was trained is there"
     provenance = provenance_of(tmp_path / "run")
     assert provenance["status"] == "failed" and "no client was pulled" in provenance["error"]
-    assert (tmp_path / "run" / "report.html").is_file()
-    assert len(table_of(tmp_path / "run", "rounds")) == settings["rounds.count"]
+    assert (tmp_path / "run" / "report.html").is_file() and len(table_of(tmp_path / "run", "rounds")) == 1
 
 
 def test_nothing_is_written_where_settings_cannot_work(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
     for settings, message in (
         ({"adapter.ranks": {"cherry-1": 2}}, "there is no client 'cherry-1'; the clients are apple-1"),
         ({"data.max_length": 4096}, "data.max_length is 4096, but .* reads at most 128 tokens"),
+        ({"rounds.count": 1}, "graph.warmup_rounds is 1 and rounds.count 1: the graph would never act"),
         ({"rounds.participation": 0.1, "algorithm.neighbours": "fresh"}, "1 client a round has no neighbours"),
     ):
         with pytest.raises(ConfigError, match=message):

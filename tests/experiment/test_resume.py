@@ -18,7 +18,14 @@ from fedmira.model import BaseModel, load_base
 from fedmira.results import Result
 
 FEDERATIONS: dict[str, dict[str, Any]] = {
-    "learned graph, some clients": {"rounds.participation": 0.6, "rounds.count": 5, "evaluation.every": 2, "evaluation.select": "best"},
+    "learned graph, some clients": {"rounds.participation": 0.6, "rounds.count": 5, "evaluation.every": 2},
+    "best of rounds that get worse": {
+        "algorithm.name": "local",
+        "rounds.count": 4,
+        "evaluation.every": 1,
+        "evaluation.select": "best",
+        "local.learning_rate": 0.6,
+    },
     "factors with kept moments": {
         "graph.kind": "random",
         "algorithm.space": "factor",
@@ -90,6 +97,8 @@ def test_a_run_that_is_cut_off_after_every_round_ends_in_the_same_bytes(
         assert [path.name for path in (folder / "checkpoint").iterdir()] == [f"round-{number:06d}"]
     result = resume_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder)
     assert_equal_runs(folder, straight[name].folder)
+    if FEDERATIONS[name].get("evaluation.select") == "best":
+        assert {row["best_round"] for row in result.clients} != {count}, "the case must be one in which an earlier adapter was kept"
     assert result.clients == straight[name].clients and result.summary == straight[name].summary
     expected = straight[name].graph
     assert (result.graph is None) == (expected is None)

@@ -128,10 +128,11 @@ def test_dropout_is_still_active_after_an_evaluation(run: Run) -> None:
     common = {"evaluation__every": 1, "algorithm__name": "local"}
     with_dropout, without = run(adapter__dropout=0.3, **common), run(**common)
     for number in (1, 2, 3):
-        losses = [
+        left, right = (
             [event["loss"] for event in events_of(result.folder, "train") if event["round"] == number] for result in (with_dropout, without)
-        ]
-        assert all(left != right for left, right in zip(*losses, strict=True))
+        )
+        # More than the rounding by which the two layouts of a batch differ.
+        assert all(abs(one - other) > 1e-4 for one, other in zip(left, right, strict=True))
 
 
 def test_the_evaluated_loss_does_not_depend_on_the_token_budget(run: Run, base: BaseModel, base_folder: Path, clients_folder: Path) -> None:
@@ -148,7 +149,7 @@ def test_the_evaluated_loss_does_not_depend_on_the_token_budget(run: Run, base: 
 
 def test_the_best_validation_round_is_what_is_saved(run: Run, base: BaseModel, base_folder: Path, clients_folder: Path) -> None:
     """A learning rate at which clients get worse again, so that the best round is not the last for all of them."""
-    settings = {"local.learning_rate": 0.3, "rounds.count": 4, "evaluation.every": 1, "algorithm.name": "local"}
+    settings = {"local.learning_rate": 0.6, "rounds.count": 4, "evaluation.every": 1, "algorithm.name": "local"}
     result = run(**{key.replace(".", "__"): value for key, value in settings.items()}, evaluation__select="best")
     validation: dict[str, dict[int, float]] = {client: {} for client in CLIENTS}
     test: dict[tuple[str, int], float] = {}
@@ -157,7 +158,10 @@ def test_the_best_validation_round_is_what_is_saved(run: Run, base: BaseModel, b
         test[event["client"], event["round"]] = event["test_loss"]
     best = {client: min(losses, key=lambda number: (losses[number], number)) for client, losses in validation.items()}
     assert set(best.values()) != {4}, "the case must be one in which the choice matters"
-    _, states, _ = run_loop(make_config(base_folder, clients_folder, settings), base)
+    experiment, states, _ = run_loop(make_config(base_folder, clients_folder, settings), base)
+    for number, state in enumerate(states):
+        for client, loss in experiment.evaluator.losses(state.adapters, "validation").items():
+            assert loss.per_token == validation[client][number]
     for row in table_of(result.folder, "clients"):
         client = row["client"]
         assert set(validation[client]) == {0, 1, 2, 3, 4} and int(row["best_round"]) == best[client]
