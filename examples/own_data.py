@@ -35,7 +35,13 @@ def main() -> None:
     """Run the example."""
     output = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/departments")
     write_parties(output / "data")
-    settings = {"data.source": "jsonl", "data.path": str(output / "data"), "rounds.count": 6, "evaluation.every": 0, "evaluation.rouge": False}
+    settings = {
+        "data.source": "jsonl",
+        "data.path": str(output / "data"),
+        "rounds.count": 6,
+        "evaluation.every": 0,
+        "evaluation.rouge": False,
+    }
     result = fedmira.run(settings, output=output / "run")
     for row in result.clients:
         print(f"{row['client']}: {row['base_loss']:.2f} before training, {row['after_align_loss']:.2f} with its own adapter")

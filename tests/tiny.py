@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -20,19 +21,27 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedmira.model import BaseModel, from_model
 
 __all__ = ["ARCHITECTURES", "VOCABULARY", "TinyRow", "draw_rows", "tiny_base", "tiny_model", "tiny_tokenizer"]
 
 VOCABULARY = 97
-_SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
 _GROUPED = {**_SHAPE, "num_key_value_heads": 2}
 
 ARCHITECTURES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GROUPED)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2)
+    ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_GROUPED)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GROUPED, head_dim=8)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=16)),

@@ -63,7 +63,16 @@ def main() -> None:
                 figures["output"][1] += len(example.output.encode())
                 rows += 1
     result = {name: round(total / math.log(2) / size, 4) for name, (total, size) in figures.items()}
-    print(json.dumps({"base": arguments.base, "rows": rows, "bits_per_byte_text": result["text"], "bits_per_byte_output_after_prompt": result["output"]}))
+    print(
+        json.dumps(
+            {
+                "base": arguments.base,
+                "rows": rows,
+                "bits_per_byte_text": result["text"],
+                "bits_per_byte_output_after_prompt": result["output"],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,13 @@ COMMON = [
 
 def settings(tasks: Path, method: str, participation: float, seed: int, extra: list[str]) -> Config:
     rounds = round(LOCAL_ROUNDS / participation)
-    own = [f"seed={seed}", f"data.path={tasks}", f"rounds.count={rounds}", f"rounds.participation={participation}", f"evaluation.every={rounds // 3}"]
+    own = [
+        f"seed={seed}",
+        f"data.path={tasks}",
+        f"rounds.count={rounds}",
+        f"rounds.participation={participation}",
+        f"evaluation.every={rounds // 3}",
+    ]
     return load_config(None, None, [*COMMON, *own, *METHODS[method], *extra])
 
 
@@ -74,7 +80,9 @@ def main() -> None:
         begun = time.monotonic()
         start = resume_experiment if (folder / "config.toml").exists() else run_experiment
         result = start(build_experiment(config, base), folder)
-        print(f"{folder.name}: test loss {result.summary['after_align_loss']['mean']:.4f} after {time.monotonic() - begun:.0f} s", flush=True)
+        print(
+            f"{folder.name}: test loss {result.summary['after_align_loss']['mean']:.4f} after {time.monotonic() - begun:.0f} s", flush=True
+        )
 
 
 if __name__ == "__main__":

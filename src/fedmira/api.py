@@ -18,7 +18,12 @@ __all__ = ["run"]
 
 
 def run(
-    config: Config | str | Path | Mapping[str, Any] | None = None, *, preset: str | None = None, output: str | Path, resume: bool = False, progress: Progress | None = None
+    config: Config | str | Path | Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    output: str | Path,
+    resume: bool = False,
+    progress: Progress | None = None,
 ) -> Result:
     """Run a federation and return its adapters, metrics and graph.
 

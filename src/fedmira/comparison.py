@@ -49,7 +49,9 @@ def compare_algorithms(config: Config, algorithms: Sequence[str], seeds: Sequenc
         InputError: a setting is wrong, or a folder of another comparison is in the way.
         RunError: a run failed; call again to continue.
     """
-    plans = [(f"{name}-seed{seed}", with_algorithm(config, name).model_copy(update={"seed": seed})) for seed in seeds for name in algorithms]
+    plans = [
+        (f"{name}-seed{seed}", with_algorithm(config, name).model_copy(update={"seed": seed})) for seed in seeds for name in algorithms
+    ]
     base: BaseModel | None = None
     for name, plan in plans:
         folder = output / name
@@ -78,7 +80,12 @@ def _row(algorithm: str, seeds: Sequence[int], losses: Mapping[str, Mapping[str,
     per_seed = [losses[f"{algorithm}-seed{seed}"] for seed in seeds]
     means = [sum(values.values()) / len(values) for values in per_seed]
     worst = [sum(sorted(values.values())[-tenth:]) / tenth for values in per_seed for tenth in [-(-len(values) // 10)]]
-    row: dict[str, Any] = {"algorithm": algorithm, "seeds": len(seeds), "test_loss": sum(means) / len(means), "worst_tenth": sum(worst) / len(worst)}
+    row: dict[str, Any] = {
+        "algorithm": algorithm,
+        "seeds": len(seeds),
+        "test_loss": sum(means) / len(means),
+        "worst_tenth": sum(worst) / len(worst),
+    }
     against = [losses.get(f"local-seed{seed}") for seed in seeds]
     pairs = [(values[client], alone[client]) for values, alone in zip(per_seed, against, strict=True) if alone for client in values]
     if pairs:

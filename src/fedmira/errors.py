@@ -19,7 +19,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-__all__ = ["AlignmentError", "ConfigError", "DataError", "FedmiraError", "InputError", "ModelError", "RoundError", "RunError", "RunFolderError"]
+__all__ = [
+    "AlignmentError",
+    "ConfigError",
+    "DataError",
+    "FedmiraError",
+    "InputError",
+    "ModelError",
+    "RoundError",
+    "RunError",
+    "RunFolderError",
+]
 
 
 class FedmiraError(Exception):

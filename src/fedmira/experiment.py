@@ -65,11 +65,24 @@ def build_experiment(config: Config, base: BaseModel | None = None) -> Experimen
     context = AlgorithmContext(tuple(clients), rows, ranks, config.adapter.alpha, graph, cohort_size(len(clients), config.rounds))
     algorithm = build(config.algorithm, context)
     if algorithm.aligns and not graph.acts(config.rounds.count):
-        raise ConfigError(f"graph.warmup_rounds is {config.graph.warmup_rounds} and rounds.count {config.rounds.count}: the graph would never act; set rounds.count above the warm-up, or graph.warmup_rounds to 0")
+        raise ConfigError(
+            f"graph.warmup_rounds is {config.graph.warmup_rounds} and rounds.count {config.rounds.count}: the graph would never act; set rounds.count above the warm-up, or graph.warmup_rounds to 0"
+        )
 
     budget = choose_token_budget(base) if config.engine.token_budget == "auto" else config.engine.token_budget
     cohort = Cohort(algorithm, base, targets, clients, CohortSettings(config.local, scales, config.adapter.dropout, budget))
-    return Experiment(config, base, targets, dataset, ranks, starts, graph, algorithm, InProcessEngine(cohort), Evaluator(base, targets, clients, scales, budget))
+    return Experiment(
+        config,
+        base,
+        targets,
+        dataset,
+        ranks,
+        starts,
+        graph,
+        algorithm,
+        InProcessEngine(cohort),
+        Evaluator(base, targets, clients, scales, budget),
+    )
 
 
 def run_experiment(experiment: Experiment, output: Path, progress: Progress | None = None) -> Result:
@@ -92,7 +105,9 @@ def resume_experiment(experiment: Experiment, output: Path, progress: Progress |
     """
     folder = RunFolder.reopen(output)
     if (output / "config.toml").read_text(encoding="utf-8") != dump_config(experiment.config):
-        raise RunFolderError(f"{output}: this run was made with other settings; --resume continues it as it was: leave the config and --set away")
+        raise RunFolderError(
+            f"{output}: this run was made with other settings; --resume continues it as it was: leave the config and --set away"
+        )
     return _run(experiment, folder, progress, resume=True)
 
 
@@ -127,7 +142,16 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None, r
         raise
     result = write_results(recorder, experiment.ranks, state, generate=config.evaluation.rouge)
     reason = _divergence(result)
-    write_status(recorder, "failed" if reason else "finished", started, before, error=reason, rounds_done=config.rounds.count, clients=len(clients), summary=result.summary)
+    write_status(
+        recorder,
+        "failed" if reason else "finished",
+        started,
+        before,
+        error=reason,
+        rounds_done=config.rounds.count,
+        clients=len(clients),
+        summary=result.summary,
+    )
     if reason:
         raise RunError(reason)
     return result
@@ -148,10 +172,17 @@ def _quiet(what: str, figures: Mapping[str, object]) -> None:
 def _ranks(config: Config, clients: list[ClientId]) -> dict[ClientId, int]:
     unknown = sorted(set(config.adapter.ranks) - set(clients))
     if unknown:
-        raise ConfigError([f"adapter.ranks: there is no client {client!r}; the clients are {', '.join(clients[:8])}{' ...' if len(clients) > 8 else ''}" for client in unknown])
+        raise ConfigError(
+            [
+                f"adapter.ranks: there is no client {client!r}; the clients are {', '.join(clients[:8])}{' ...' if len(clients) > 8 else ''}"
+                for client in unknown
+            ]
+        )
     return {client: config.adapter.ranks.get(client, config.adapter.rank) for client in clients}
 
 
 def _check_length(config: Config, base: BaseModel) -> None:
     if base.max_positions is not None and config.data.max_length > base.max_positions:
-        raise ConfigError(f"data.max_length is {config.data.max_length}, but {config.model.base!r} reads at most {base.max_positions} tokens; set data.max_length to {base.max_positions} or less")
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but {config.model.base!r} reads at most {base.max_positions} tokens; set data.max_length to {base.max_positions} or less"
+        )

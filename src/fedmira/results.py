@@ -70,7 +70,9 @@ def write_results(recorder: Recorder, ranks: Mapping[ClientId, int], state: Serv
     index: dict[str, object] = {}
     for client, row in zip(ranks, rows, strict=True):
         rank = ranks[client]
-        write_adapter(folder.adapters / client, chosen[client], evaluator.base, evaluator.targets, rank, config.adapter.alpha, config.adapter.dropout)
+        write_adapter(
+            folder.adapters / client, chosen[client], evaluator.base, evaluator.targets, rank, config.adapter.alpha, config.adapter.dropout
+        )
         figures = {name: row[name] for name in (*_LOSSES, *_TEXTS) if row[name] != "" and math.isfinite(row[name])}
         entry = {"task": row["task"], "category": row["category"], "rank": rank, "rounds_trained": row["rounds_trained"]}
         index[client] = {**entry, "sha256": digest(chosen[client]), "base_sha256": evaluator.base.sha256, "metrics": figures}
@@ -99,7 +101,9 @@ def check_same_ground(recorder: Recorder, before: Mapping[str, Any]) -> None:
     hashes = {"base model": ("base", recorder.evaluator.base.sha256), "data": ("data", _data_hash(recorder))}
     changed = [what for what, (key, present) in hashes.items() if before.get(key, {}).get("sha256", present) != present]
     if changed:
-        raise RunFolderError(f"{recorder.folder.path}: the {' and the '.join(changed)} changed since this run began; put back what it began with, or start a new run")
+        raise RunFolderError(
+            f"{recorder.folder.path}: the {' and the '.join(changed)} changed since this run began; put back what it began with, or start a new run"
+        )
 
 
 def _data_hash(recorder: Recorder) -> str:
@@ -126,11 +130,25 @@ def write_status(recorder: Recorder, status: str, started: datetime, before: Map
     document = {
         "status": status,
         "error": None,
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in ("fedmira", "torch", "transformers", "peft")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("fedmira", "torch", "transformers", "peft")},
+        },
         "seed": recorder.config.seed,
-        "base": {"name": base.name, "sha256": base.sha256, "parameters": base.num_parameters, "dtype": str(base.dtype).removeprefix("torch."), "packed": base.packed},
+        "base": {
+            "name": base.name,
+            "sha256": base.sha256,
+            "parameters": base.num_parameters,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "packed": base.packed,
+        },
         "data": {"sha256": _data_hash(recorder)},
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "platform": f"{platform.system()} {platform.machine()}", "device": str(base.device)},
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "platform": f"{platform.system()} {platform.machine()}",
+            "device": str(base.device),
+        },
         "started": before.get("started", started.isoformat(timespec="seconds")),
         "resumed": [*before.get("resumed", []), started.isoformat(timespec="seconds")] if before else [],
         "wall_seconds": round(spent, 2),

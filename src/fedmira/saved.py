@@ -43,7 +43,9 @@ def reload_run(path: Path) -> SavedRun:
     for client, entry in index.items():
         trained_on = entry["base_sha256"] if isinstance(entry, dict) else ""
         if trained_on != experiment.base.sha256:
-            raise RunFolderError(f"{path}: the adapter of {client!r} was trained on another base (sha256 {trained_on[:12]}, {config.model.base!r} has {experiment.base.sha256[:12]}); give the base it was trained on")
+            raise RunFolderError(
+                f"{path}: the adapter of {client!r} was trained on another base (sha256 {trained_on[:12]}, {config.model.base!r} has {experiment.base.sha256[:12]}); give the base it was trained on"
+            )
     return SavedRun(config, experiment.evaluator, {client: read_adapter(folder.adapters / client) for client in index})
 
 
@@ -54,7 +56,9 @@ def answer(saved: SavedRun, client: ClientId, text: str, instruction: str | None
         ConfigError: there is no such client.
     """
     if client not in saved.adapters:
-        raise ConfigError(f"there is no client {client!r} in this run; its clients are {', '.join(list(saved.adapters)[:12])}{' ...' if len(saved.adapters) > 12 else ''}")
+        raise ConfigError(
+            f"there is no client {client!r} in this run; its clients are {', '.join(list(saved.adapters)[:12])}{' ...' if len(saved.adapters) > 12 else ''}"
+        )
     evaluator = saved.evaluator
     own = evaluator.clients[client].instruction if instruction is None else instruction
     example = Example(own, text, "") if own else Example(text, "", "")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_base, tiny_model, tiny_tokenizer
 
 from fedmira.config import ModelSettings
 from fedmira.errors import ModelError
 from fedmira.model import StackedAdapters, find_targets, from_model, load_base, start_adapter
+from tiny import ARCHITECTURES, tiny_base, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", ["stories260K-hf", "babyllama-tok105-hf"])
@@ -29,7 +29,10 @@ def test_bfloat16_base_keeps_float32_adapters(shared_folder: Path) -> None:
     assert stacked.values.dtype is torch.float32
 
 
-@pytest.mark.parametrize(("architecture", "usual"), [("llama", {"q_proj", "v_proj"}), ("gpt2", {"c_attn"}), ("qwen2", {"q_proj", "v_proj"}), ("gemma3", {"q_proj", "v_proj"})])
+@pytest.mark.parametrize(
+    ("architecture", "usual"),
+    [("llama", {"q_proj", "v_proj"}), ("gpt2", {"c_attn"}), ("qwen2", {"q_proj", "v_proj"}), ("gemma3", {"q_proj", "v_proj"})],
+)
 def test_every_architecture_has_usual_targets(architecture: str, usual: set[str]) -> None:
     assert {target.name.rsplit(".", 1)[-1] for target in find_targets(tiny_model(architecture), ())} == usual
 
@@ -40,7 +43,9 @@ def test_conv1d_sizes_are_inputs_and_outputs_not_rows_and_columns() -> None:
 
 
 def test_unknown_target_lists_what_exists_and_the_head_is_not_offered() -> None:
-    with pytest.raises(ModelError, match=r"'q_projj' is no linear layer.*down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj") as caught:
+    with pytest.raises(
+        ModelError, match=r"'q_projj' is no linear layer.*down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    ) as caught:
         find_targets(tiny_model("llama"), ("q_projj", "v_proj", "lm_head"))
     assert len(caught.value.problems) == 2
 
@@ -54,7 +59,17 @@ def test_the_probe_rejects_attention_with_soft_capping() -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
-    config = Gemma2Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.5, attn_implementation="eager")
+    config = Gemma2Config(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        attn_logit_softcapping=0.5,
+        attn_implementation="eager",
+    )
     model = Gemma2ForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():

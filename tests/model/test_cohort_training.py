@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import peft
 import pytest
 import torch
-from tiny import ARCHITECTURES, TinyRow, draw_rows, tiny_base, tiny_model
 
 from fedmira.adapters import Adapter
 from fedmira.config import LocalSettings
 from fedmira.model import LocalTask, find_targets, start_adapter, train_cohort
 from fedmira.model.local_training import LocalOutcome, batch_indices
+from tiny import ARCHITECTURES, TinyRow, draw_rows, tiny_base, tiny_model
 
 TOLERANCE = 5e-5  # float32: after 5 Adam steps of 5e-3, the largest difference of any adapter entry
 TARGETS = {"gpt2": ("c_attn", "c_proj")}
@@ -70,7 +70,14 @@ def test_a_cohort_of_different_ranks_and_lengths_equals_peft_one_by_one(architec
         assert largest_difference(outcome.adapter, job.start) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("settings", [LocalSettings(optimizer="adam", weight_decay=0.1), LocalSettings(optimizer="sgd", learning_rate=0.5, max_grad_norm=0.3), LocalSettings(epochs=2, batch_size=3)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LocalSettings(optimizer="adam", weight_decay=0.1),
+        LocalSettings(optimizer="sgd", learning_rate=0.5, max_grad_norm=0.3),
+        LocalSettings(epochs=2, batch_size=3),
+    ],
+)
 def test_every_optimizer_and_epochs_equal_torch(settings: LocalSettings) -> None:
     base = tiny_base()
     targets = find_targets(base.model, ())
@@ -129,7 +136,9 @@ def test_smaller_ranks_keep_their_shape_and_the_zero_padding_stays_zero() -> Non
     small, large = task(targets, draw_rows(6, 5, 1), rank=2), task(targets, draw_rows(6, 5, 2), rank=8)
     outcomes = train_cohort(base, targets, [small, large], LocalSettings(weight_decay=0.1), 0.0, 400)
     for job, outcome in zip((small, large), outcomes, strict=True):
-        assert {name: tensor.shape for name, tensor in outcome.adapter.items()} == {name: tensor.shape for name, tensor in job.start.items()}
+        assert {name: tensor.shape for name, tensor in outcome.adapter.items()} == {
+            name: tensor.shape for name, tensor in job.start.items()
+        }
     alone = train_cohort(base, targets, [small], LocalSettings(weight_decay=0.1), 0.0, 400)[0]
     assert largest_difference(alone.adapter, outcomes[0].adapter) < TOLERANCE
 

@@ -8,10 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny import ARCHITECTURES, TinyRow, draw_rows, tiny_base, tiny_model
 
 from fedmira.adapters import Adapter
-from fedmira.model import BaseModel, LoraBranch, StackedAdapters, TargetModule, find_targets, generate, read_adapter, response_losses, start_adapter, write_adapter
+from fedmira.model import (
+    BaseModel,
+    LoraBranch,
+    StackedAdapters,
+    TargetModule,
+    find_targets,
+    generate,
+    read_adapter,
+    response_losses,
+    start_adapter,
+    write_adapter,
+)
+from tiny import ARCHITECTURES, TinyRow, draw_rows, tiny_base, tiny_model
 
 ALPHA = 8.0
 

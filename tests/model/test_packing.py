@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import TinyRow, draw_rows
 
 from fedmira.model.packing import common_prefix, gather, pack, segment_rows
+from tiny import TinyRow, draw_rows
 
 
 def test_prefix_is_shared_by_all_rows_and_leaves_each_row_its_last_prompt_token() -> None:

@@ -25,8 +25,20 @@ def check(config: ConfigFile = None, preset: PresetName = None, overrides: Overr
     if format is Format.json:
         print_json({"plan": asdict(plan), "clients": summaries, "skipped": experiment.dataset.skipped})
         return
-    columns = {"client_id": "client", "category": "category", "train_rows": "train", "validation_rows": "val", "test_rows": "test", "train_response_tokens": "response tokens"}
-    more = {"longest_row": "longest", "truncated_prompts": "cut prompts", "truncated_responses": "cut responses", "duplicates": "duplicates"}
+    columns = {
+        "client_id": "client",
+        "category": "category",
+        "train_rows": "train",
+        "validation_rows": "val",
+        "test_rows": "test",
+        "train_response_tokens": "response tokens",
+    }
+    more = {
+        "longest_row": "longest",
+        "truncated_prompts": "cut prompts",
+        "truncated_responses": "cut responses",
+        "duplicates": "duplicates",
+    }
     table = {**columns, **more}
     print_table(f"{len(summaries)} clients", list(table.values()), [[row[name] for name in table] for row in summaries])
     for note in experiment.dataset.skipped:

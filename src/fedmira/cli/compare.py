@@ -40,7 +40,11 @@ def compare(
         print_json({"folder": str(folder), "report": str(comparison.page), "algorithms": comparison.rows})
         return
     columns = list(comparison.rows[-1])
-    print_table("test loss per response token; clients against local, beyond 2 %", columns, [[row.get(column, "") for column in columns] for row in comparison.rows])
+    print_table(
+        "test loss per response token; clients against local, beyond 2 %",
+        columns,
+        [[row.get(column, "") for column in columns] for row in comparison.rows],
+    )
     print(f"report: {comparison.page}")
 
 

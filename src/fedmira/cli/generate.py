@@ -16,8 +16,12 @@ def generate(
     run: RunPath,
     prompt: Annotated[str, typer.Argument(help="The input, or the whole request where the client's task has no instruction.")],
     client: Annotated[str, typer.Option("--client", help="Whose adapter answers.")],
-    instruction: Annotated[str | None, typer.Option("--instruction", help="Default: the instruction of the client's first training row.", show_default=False)] = None,
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Default: the run's setting.", show_default=False)] = None,
+    instruction: Annotated[
+        str | None, typer.Option("--instruction", help="Default: the instruction of the client's first training row.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Default: the run's setting.", show_default=False)
+    ] = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Answer a prompt with a client's adapter, in the prompt form the run was trained with.

@@ -22,10 +22,20 @@ class Format(StrEnum):
     json = "json"
 
 
-ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings in TOML. With neither this nor --preset: the demo.", show_default=False)]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[CONFIG.toml]", help="Settings in TOML. With neither this nor --preset: the demo.", show_default=False),
+]
 PresetName = Annotated[str | None, typer.Option("--preset", help="A named set of settings; see: fedmira presets", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, e.g. --set rounds.count=5. May be repeated.", show_default=False)]
-OutputFolder = Annotated[Path | None, typer.Option("--output", "-o", help="The run folder. Default: a new folder in runs/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override one setting, e.g. --set rounds.count=5. May be repeated.", show_default=False
+    ),
+]
+OutputFolder = Annotated[
+    Path | None, typer.Option("--output", "-o", help="The run folder. Default: a new folder in runs/.", show_default=False)
+]
 FormatOption = Annotated[Format, typer.Option("--format", help="text, or one JSON document on stdout.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 

@@ -49,7 +49,11 @@ def run(
 def print_summary(title: str, summary: Any) -> None:
     """The headline figures of a run as a table."""
     columns = ["figure", "mean over clients", "weighted mean", "worst tenth", "spread"]
-    print_table(title, columns, [[name, *(values[key] for key in ("mean", "weighted_mean", "worst_tenth", "spread"))] for name, values in summary.items()])
+    print_table(
+        title,
+        columns,
+        [[name, *(values[key] for key in ("mean", "weighted_mean", "worst_tenth", "spread"))] for name, values in summary.items()],
+    )
 
 
 def _resumed_config(config: Path | None, preset: str | None, overrides: list[str] | None, output: Path | None) -> Path:

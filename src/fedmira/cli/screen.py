@@ -47,7 +47,14 @@ def show_progress(label: str, rounds: int) -> Iterator[Any]:
     if not _err.is_terminal:
         yield _plain_lines(label, rounds)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=_err) as bar:
         task = bar.add_task(f"{label} (evaluating the base)", total=rounds, figures="")
         shown: dict[str, str] = {}

@@ -49,7 +49,9 @@ class Cohort:
         starts = [self.algorithm.begin(request.payload, memories.get(request.client_id)) for request in requests]
         tasks = [self._task(request, start, memories.get(request.client_id)) for request, start in zip(requests, starts, strict=True)]
         outcomes = train_cohort(self.base, self.targets, tasks, self.settings.local, self.settings.dropout, self.settings.token_budget)
-        return [self._finish(request, outcome, memories.get(request.client_id)) for request, outcome in zip(requests, outcomes, strict=True)]
+        return [
+            self._finish(request, outcome, memories.get(request.client_id)) for request, outcome in zip(requests, outcomes, strict=True)
+        ]
 
     def _task(self, request: Request, start: Start, memory: Payload | None) -> LocalTask:
         client = request.client_id

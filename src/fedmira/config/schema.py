@@ -107,7 +107,9 @@ class DataSettings(Section):
     @model_validator(mode="after")
     def _path_has_a_reader(self) -> DataSettings:
         if self.source == "demo" and self.path:
-            raise ValueError(f"path is {self.path!r}, but source 'demo' reads no files; set source to 'jsonl', 'natural-instructions', 'dolly' or 'hub'")
+            raise ValueError(
+                f"path is {self.path!r}, but source 'demo' reads no files; set source to 'jsonl', 'natural-instructions', 'dolly' or 'hub'"
+            )
         return self
 
     @model_validator(mode="after")

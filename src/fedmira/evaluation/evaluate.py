@@ -34,7 +34,9 @@ class Evaluator:
     scales: Mapping[ClientId, float]
     token_budget: int
 
-    def losses(self, adapters: Mapping[ClientId, Adapter], split: Literal["test", "validation", "train"] = "test") -> dict[ClientId, TokenLoss]:
+    def losses(
+        self, adapters: Mapping[ClientId, Adapter], split: Literal["test", "validation", "train"] = "test"
+    ) -> dict[ClientId, TokenLoss]:
         """The response loss of each given client's adapter on its rows of `split`; clients without such rows are left out."""
         result: dict[ClientId, TokenLoss] = {}
         asked = {client: adapter for client, adapter in adapters.items() if getattr(self.clients[client], split)}
@@ -68,5 +70,7 @@ class Evaluator:
         everyone = list(adapters)
         for start in range(0, len(everyone), _CLIENTS_AT_ONCE):
             names = everyone[start : start + _CLIENTS_AT_ONCE]
-            stacked = StackedAdapters(self.targets, [adapters[name] for name in names], [self.scales[name] for name in names], self.base.device)
+            stacked = StackedAdapters(
+                self.targets, [adapters[name] for name in names], [self.scales[name] for name in names], self.base.device
+            )
             yield names, LoraBranch(self.base.model, stacked)

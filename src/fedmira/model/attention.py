@@ -36,7 +36,14 @@ def packed_layout(model: PreTrainedModel, batch: PackedBatch) -> Iterator[None]:
 
 
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention for transformers' AttentionInterface.
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -100,7 +100,9 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(_cannot_load("tokenizer", settings.base, error)) from error
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"model.base {settings.base!r}: its tokenizer has no end-of-sequence token, so a response could never end; set eos_token in its tokenizer_config.json")
+        raise ModelError(
+            f"model.base {settings.base!r}: its tokenizer has no end-of-sequence token, so a response could never end; set eos_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -126,7 +128,12 @@ def load_base(settings: ModelSettings) -> BaseModel:
 
 
 def from_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, location: str = "", dtype: torch.dtype | None = None, device: torch.device | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    location: str = "",
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> BaseModel:
     """Freeze a model that is already in memory and wrap it.
 
@@ -139,7 +146,9 @@ def from_model(
     model.eval().requires_grad_(False)
     embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embeddings:
-        raise ModelError(f"model.base {name!r}: the tokenizer has {len(tokenizer)} tokens but the model only {embeddings} embeddings; they do not belong together")
+        raise ModelError(
+            f"model.base {name!r}: the tokenizer has {len(tokenizer)} tokens but the model only {embeddings} embeddings; they do not belong together"
+        )
     base = BaseModel(model, tokenizer, name, location or name, _hash(model.state_dict()))
     model.to(dtype=dtype or base.dtype, device=device or base.device)
     # Generation is greedy for everybody: penalties and beams of the checkpoint would be taken up silently.
@@ -157,7 +166,9 @@ def find_targets(model: nn.Module, wanted: Sequence[str]) -> list[TargetModule]:
     Raises:
         ModelError: a wanted name matches nothing, or matches something that is not linear; lists what exists.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and not _is_head(model, module)}
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and not _is_head(model, module)
+    }
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if not wanted:
         wanted = next((usual for usual in _USUAL_TARGETS if set(usual) <= set(suffixes)), ())
@@ -165,7 +176,12 @@ def find_targets(model: nn.Module, wanted: Sequence[str]) -> list[TargetModule]:
             raise ModelError(f"adapter.targets: no usual layer was found in {type(model).__name__}; choose from {', '.join(suffixes)}")
     unknown = [name for name in wanted if not any(_matches(path, name) for path in linear)]
     if unknown:
-        raise ModelError([f"adapter.targets: {name!r} is no linear layer of {type(model).__name__}; choose from {', '.join(suffixes)}" for name in unknown])
+        raise ModelError(
+            [
+                f"adapter.targets: {name!r} is no linear layer of {type(model).__name__}; choose from {', '.join(suffixes)}"
+                for name in unknown
+            ]
+        )
     return [_describe(path, module) for path, module in linear.items() if any(_matches(path, name) for name in wanted)]
 
 

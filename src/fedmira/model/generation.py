@@ -13,7 +13,9 @@ from fedmira.model.lora import LoraBranch
 __all__ = ["generate"]
 
 
-def generate(base: BaseModel, branch: LoraBranch, prompts: Sequence[tuple[int, Sequence[int]]], max_new_tokens: int, batch_size: int = 64) -> list[str]:
+def generate(
+    base: BaseModel, branch: LoraBranch, prompts: Sequence[tuple[int, Sequence[int]]], max_new_tokens: int, batch_size: int = 64
+) -> list[str]:
     """Continue (client, prompt token ids) pairs until the end of sequence or `max_new_tokens`; texts in the order given.
 
     Prompts are sorted by length so that little is padded; padding stands on the left. An answer also ends where the model's context

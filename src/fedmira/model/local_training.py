@@ -98,7 +98,9 @@ def choose_token_budget(base: BaseModel) -> int:
     return _CPU_BUDGET if base.device.type == "cpu" else _ACCELERATOR_BUDGET
 
 
-def train_cohort(base: BaseModel, targets: Sequence[TargetModule], tasks: Sequence[LocalTask], settings: LocalSettings, dropout: float, budget: int) -> list[LocalOutcome]:
+def train_cohort(
+    base: BaseModel, targets: Sequence[TargetModule], tasks: Sequence[LocalTask], settings: LocalSettings, dropout: float, budget: int
+) -> list[LocalOutcome]:
     """Train all tasks side by side; each result is what plain PEFT training of that client alone gives, to float rounding.
 
     Args:
@@ -119,7 +121,15 @@ def train_cohort(base: BaseModel, targets: Sequence[TargetModule], tasks: Sequen
 class _Cohort:
     """The moving parts of `train_cohort`: stacked adapters, moments, batches and figures of K clients."""
 
-    def __init__(self, base: BaseModel, targets: Sequence[TargetModule], tasks: Sequence[LocalTask], settings: LocalSettings, dropout: float, budget: int) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        targets: Sequence[TargetModule],
+        tasks: Sequence[LocalTask],
+        settings: LocalSettings,
+        dropout: float,
+        budget: int,
+    ) -> None:
         self.base, self.tasks, self.settings, self.budget = base, tasks, settings, budget
         self.stacked = StackedAdapters(targets, [task.start for task in tasks], [task.scale for task in tasks], base.device)
         self.optimizer = CohortOptimizer(settings.optimizer, settings.learning_rate, settings.weight_decay)
@@ -133,7 +143,13 @@ class _Cohort:
 
     def step(self, branch: LoraBranch) -> bool:
         """One local step of every client that has a batch left; False when nobody has."""
-        batches = {client: self._rows(client, chosen) for client in range(len(self.tasks)) if not self.failures[client] for chosen in [next(self.batches[client], None)] if chosen}
+        batches = {
+            client: self._rows(client, chosen)
+            for client in range(len(self.tasks))
+            if not self.failures[client]
+            for chosen in [next(self.batches[client], None)]
+            if chosen
+        }
         if not batches:
             return False
         self.stacked.gradients.zero_()
@@ -160,7 +176,15 @@ class _Cohort:
         kept = self._kept_moments(client) if self.settings.optimizer_state == "kept" and not failure else None
         start = self.tasks[client].start
         return LocalOutcome(
-            dict(start) if failure else adapter, failure, self.steps[client], total / tokens, per_step[0], per_step[-1], tokens, round(self.tokens[client]), kept
+            dict(start) if failure else adapter,
+            failure,
+            self.steps[client],
+            total / tokens,
+            per_step[0],
+            per_step[-1],
+            tokens,
+            round(self.tokens[client]),
+            kept,
         )
 
     def _rows(self, client: int, chosen: list[int]) -> list[Row]:
@@ -195,7 +219,9 @@ class _Cohort:
                 healthy.append(client)
                 continue
             what = "gradient" if loss == loss and abs(loss) != float("inf") else "loss"
-            self.failures[client] = f"non-finite {what} at local step {self.steps[client] + 1} (learning_rate {self.settings.learning_rate:g}); lower local.learning_rate or set local.max_grad_norm"
+            self.failures[client] = (
+                f"non-finite {what} at local step {self.steps[client] + 1} (learning_rate {self.settings.learning_rate:g}); lower local.learning_rate or set local.max_grad_norm"
+            )
             self.stacked.gradients[client] = 0
         return healthy
 
@@ -219,5 +245,8 @@ class _Cohort:
         return moments
 
     def _kept_moments(self, client: int) -> tuple[Adapter, Adapter, int]:
-        first, second = ({name: view.detach().cpu().clone() for name, view in self.stacked.views(part, client).items()} for part in (self.moments.first, self.moments.second))
+        first, second = (
+            {name: view.detach().cpu().clone() for name, view in self.stacked.views(part, client).items()}
+            for part in (self.moments.first, self.moments.second)
+        )
         return first, second, int(self.moments.steps[client])

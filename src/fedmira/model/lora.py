@@ -109,7 +109,9 @@ class StackedAdapters:
         for name, view in self.views(self.values, client).items():
             if name not in adapter or adapter[name].shape != view.shape:
                 found = tuple(adapter[name].shape) if name in adapter else "nothing"
-                raise ModelError(f"adapter of client number {client}: {name} must have shape {tuple(view.shape)}; found {found}. It was made for other targets or another base")
+                raise ModelError(
+                    f"adapter of client number {client}: {name} must have shape {tuple(view.shape)}; found {found}. It was made for other targets or another base"
+                )
             view.copy_(adapter[name])
 
 
@@ -161,7 +163,10 @@ class LoraBranch:
         gathered = {}
         for target in self.adapters.targets:
             name_a, name_b = adapter_names(target)
-            gathered[name_a] = (self.adapters.stacked(name_a)[index].transpose(1, 2), (self.adapters.stacked(name_b)[index] * scales).transpose(1, 2))
+            gathered[name_a] = (
+                self.adapters.stacked(name_a)[index].transpose(1, 2),
+                (self.adapters.stacked(name_b)[index] * scales).transpose(1, 2),
+            )
         self._rows, self._gathered = index, gathered
         try:
             yield

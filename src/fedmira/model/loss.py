@@ -33,7 +33,9 @@ class TokenLosses:
     num_tokens: int
 
 
-def response_losses(base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int) -> Iterator[TokenLosses]:
+def response_losses(
+    base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int
+) -> Iterator[TokenLosses]:
     """Response losses of (client, rows) batches, a forward pass of at most `budget` tokens at a time.
 
     A single row longer than the budget is computed on its own. The caller must use (backward) each result before the next.

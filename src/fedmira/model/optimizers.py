@@ -81,4 +81,8 @@ def _sgd(settings: CohortOptimizer, value: Tensor, gradient: Tensor, first: Tens
     value.sub_(gradient.add(value, alpha=settings.weight_decay), alpha=settings.learning_rate)
 
 
-OPTIMIZERS: dict[str, Callable[[CohortOptimizer, Tensor, Tensor, Tensor, Tensor, Tensor], None]] = {"adamw": _adamw, "adam": _adam, "sgd": _sgd}
+OPTIMIZERS: dict[str, Callable[[CohortOptimizer, Tensor, Tensor, Tensor, Tensor, Tensor], None]] = {
+    "adamw": _adamw,
+    "adam": _adam,
+    "sgd": _sgd,
+}

@@ -19,7 +19,9 @@ __all__ = ["ADAPTER_WEIGHTS", "read_adapter", "write_adapter"]
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def write_adapter(folder: Path, adapter: Adapter, base: BaseModel, targets: Sequence[TargetModule], rank: int, alpha: float, dropout: float) -> None:
+def write_adapter(
+    folder: Path, adapter: Adapter, base: BaseModel, targets: Sequence[TargetModule], rank: int, alpha: float, dropout: float
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors into `folder`."""
     config = LoraConfig(
         task_type="CAUSAL_LM",

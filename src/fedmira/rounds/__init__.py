@@ -7,4 +7,16 @@ from fedmira.rounds.recorder import Progress, Recorder
 from fedmira.rounds.run_folder import RunFolder
 from fedmira.rounds.sampling import cohort_size, sample_clients
 
-__all__ = ["Checkpoint", "Progress", "Recorder", "RoundOutcome", "RunFolder", "cohort_size", "load_checkpoint", "run_rounds", "sample_clients", "save_checkpoint", "seed_for"]
+__all__ = [
+    "Checkpoint",
+    "Progress",
+    "Recorder",
+    "RoundOutcome",
+    "RunFolder",
+    "cohort_size",
+    "load_checkpoint",
+    "run_rounds",
+    "sample_clients",
+    "save_checkpoint",
+    "seed_for",
+]

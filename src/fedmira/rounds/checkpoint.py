@@ -52,7 +52,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     # Clients may hold the very same tensors; safetensors wants every entry on its own.
     save_file({name: tensor.contiguous().clone() for name, tensor in _flatten(checkpoint)}, partial / _TENSORS)
     scalars = {client: dict(memory.scalars) for client, memory in checkpoint.memories.items()}
-    (partial / _VALUES).write_text(json.dumps({"round": checkpoint.round, "scalars": scalars, "values": dict(checkpoint.values)}), encoding="utf-8")
+    (partial / _VALUES).write_text(
+        json.dumps({"round": checkpoint.round, "scalars": scalars, "values": dict(checkpoint.values)}), encoding="utf-8"
+    )
     for path in (partial / _TENSORS, partial / _VALUES, partial):
         _flush(path)
     if final.exists():
@@ -87,7 +89,9 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             numbers[owner] = tensor
         else:
             nested.setdefault(kind, {}).setdefault(owner, {})["|".join(rest)] = tensor
-    memories = {client: Payload(_unfold(nested.get("memories", {}).get(client, {})), scalars) for client, scalars in values["scalars"].items()}
+    memories = {
+        client: Payload(_unfold(nested.get("memories", {}).get(client, {})), scalars) for client, scalars in values["scalars"].items()
+    }
     state = ServerState(nested.get("adapters", {}), numbers)
     return Checkpoint(values["round"], state, memories, nested.get("uploaded", {}), nested.get("best", {}), values["values"])
 

@@ -51,7 +51,9 @@ def run_rounds(
     """
     for number in range(first_round, settings.count + 1):
         chosen = sample_clients(clients, settings, run_seed, number)
-        requests = [Request(client, number, seed_for(run_seed, "train", number, client), algorithm.instruct(state, client)) for client in chosen]
+        requests = [
+            Request(client, number, seed_for(run_seed, "train", number, client), algorithm.instruct(state, client)) for client in chosen
+        ]
         begun = time.perf_counter()
         answers = engine.exchange(requests)
         trained = time.perf_counter()
@@ -60,7 +62,9 @@ def run_rounds(
         if not replies:
             on_round(RoundOutcome(number, requests, (), failures, Combined(state), trained - begun, 0.0))
             reasons = "; ".join(f"{failure.client_id}: {failure.reason}" for failure in failures[:3])
-            raise RoundError(f"round {number}: none of {len(chosen)} clients sent a usable reply ({reasons}); the adapters of round {number - 1} are kept")
+            raise RoundError(
+                f"round {number}: none of {len(chosen)} clients sent a usable reply ({reasons}); the adapters of round {number - 1} are kept"
+            )
         combined = algorithm.combine(state, replies)
         _check_motion(number, combined)
         state = combined.state
@@ -73,4 +77,6 @@ def _check_motion(number: int, combined: Combined) -> None:
     diagnostics = combined.diagnostics
     stuck = [client for client in sorted(diagnostics.expects_motion) if diagnostics.clients[client].get("relative_pull", 0.0) == 0.0]
     if stuck:
-        raise AlignmentError(f"round {number}: alignment is on but did not move {', '.join(stuck[:5])}; the pull is below float32's resolution: raise algorithm.coupling or algorithm.server_step")
+        raise AlignmentError(
+            f"round {number}: alignment is on but did not move {', '.join(stuck[:5])}; the pull is below float32's resolution: raise algorithm.coupling or algorithm.server_step"
+        )

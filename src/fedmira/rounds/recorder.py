@@ -167,7 +167,16 @@ class Recorder:
             if own is not None and math.isfinite(own) and (client not in self.best or own < self.best[client].validation_loss):
                 self.best[client] = Best(number, own, loss.per_token)
                 self.best_adapters[client] = adapters[client]
-            events.append({"event": "evaluate", "round": number, "client": client, "test_loss": _finite(loss.per_token), "validation_loss": _finite(own), "test_tokens": loss.tokens})
+            events.append(
+                {
+                    "event": "evaluate",
+                    "round": number,
+                    "client": client,
+                    "test_loss": _finite(loss.per_token),
+                    "validation_loss": _finite(own),
+                    "test_tokens": loss.tokens,
+                }
+            )
         self.progress("evaluate", {"round": number, "test_loss": sum(loss.per_token for loss in test.values()) / len(test)})
         return events
 
@@ -211,7 +220,10 @@ class Recorder:
 
     def _checkpoint(self, number: int, state: ServerState) -> None:
         values = {
-            "best": {client: {"round": best.round, "validation_loss": best.validation_loss, "test_loss": best.test_loss} for client, best in self.best.items()},
+            "best": {
+                client: {"round": best.round, "validation_loss": best.validation_loss, "test_loss": best.test_loss}
+                for client, best in self.best.items()
+            },
             "rounds_trained": self.rounds_trained,
             "ever_moved": self.ever_moved,
             "warned": self.warned,
@@ -237,7 +249,10 @@ def _graph_of(document: Mapping[str, Any]) -> Graph:
 
 
 def _failure_events(outcome: RoundOutcome) -> list[dict[str, object]]:
-    return [{"event": "failure", "round": outcome.round, "client": failure.client_id, "stage": failure.stage, "reason": failure.reason} for failure in outcome.failures]
+    return [
+        {"event": "failure", "round": outcome.round, "client": failure.client_id, "stage": failure.stage, "reason": failure.reason}
+        for failure in outcome.failures
+    ]
 
 
 def _finite(value: float | None) -> float | None:

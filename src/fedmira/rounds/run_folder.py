@@ -31,7 +31,9 @@ class RunFolder:
             RunFolderError: the path is taken.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunFolderError(f"{path}: the run folder exists already and is never overwritten; choose another --output, or continue it with --resume")
+            raise RunFolderError(
+                f"{path}: the run folder exists already and is never overwritten; choose another --output, or continue it with --resume"
+            )
         folder = cls(path)
         for part in (path, folder.metrics, folder.adapters, folder.checkpoint):
             part.mkdir(parents=True, exist_ok=True)

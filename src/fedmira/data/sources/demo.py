@@ -23,7 +23,11 @@ NAMES = "Ada Bruno Clara David Elena Farid Grace Hugo Ines Jonas Karin Leo Mira 
 CITIES = "Porto Lyon Oslo Graz Turin Ghent Malaga Bergen Leeds Krakow Riga Split Basel Cork Tampere Aarhus".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-GOODS = "apples|bricks|candles|carpets|chairs|coffee|cotton|flour|glass|honey|lamps|olives|paper|rice|shoes|soap|tiles|toys|wine|wool".split("|")
+GOODS = (
+    "apples|bricks|candles|carpets|chairs|coffee|cotton|flour|glass|honey|lamps|olives|paper|rice|shoes|soap|tiles|toys|wine|wool".split(
+        "|"
+    )
+)
 PACKS = "boxes crates bags pallets barrels".split()
 THINGS = "the report|the invoice|the contract|the photos|the keys|the samples|the tickets|the drawings|the price list|the letter".split("|")
 DEEDS = "send|sign|check|print|translate|copy|return|collect".split("|")
@@ -37,11 +41,41 @@ DEPARTMENTS = {
     "pulmonology": ["a dry cough", "shortness of breath", "wheezing", "coughing at night", "noisy breathing"],
 }
 DESKS = {
-    "cards": ["my card was swallowed by the machine", "my card does not work abroad", "I forgot my pin", "my new card has not arrived", "the card chip is broken"],
-    "fraud": ["I see a payment I never made", "someone used my account", "a stranger asked for my password", "I got a strange link", "money is missing"],
-    "loans": ["I want to borrow money for a house", "I would like to pay my loan back early", "my interest rate seems wrong", "I need credit for a car", "my instalment is too high"],
-    "transfers": ["my transfer did not arrive", "I sent money to the wrong person", "I want to pay a bill abroad", "my standing order failed", "a payment was booked twice"],
-    "accounts": ["I want to open an account", "please close my account", "I moved to a new address", "my name has changed", "I need a statement"],
+    "cards": [
+        "my card was swallowed by the machine",
+        "my card does not work abroad",
+        "I forgot my pin",
+        "my new card has not arrived",
+        "the card chip is broken",
+    ],
+    "fraud": [
+        "I see a payment I never made",
+        "someone used my account",
+        "a stranger asked for my password",
+        "I got a strange link",
+        "money is missing",
+    ],
+    "loans": [
+        "I want to borrow money for a house",
+        "I would like to pay my loan back early",
+        "my interest rate seems wrong",
+        "I need credit for a car",
+        "my instalment is too high",
+    ],
+    "transfers": [
+        "my transfer did not arrive",
+        "I sent money to the wrong person",
+        "I want to pay a bill abroad",
+        "my standing order failed",
+        "a payment was booked twice",
+    ],
+    "accounts": [
+        "I want to open an account",
+        "please close my account",
+        "I moved to a new address",
+        "my name has changed",
+        "I need a statement",
+    ],
 }
 SHELVES = {
     "garden": ["a rake", "tulip bulbs", "a watering can", "a hedge trimmer"],
@@ -90,7 +124,13 @@ def _shipment(answer: str, wording: str) -> Callable[[random.Random], Row]:
 
 def _person(answer: str, wording: str) -> Callable[[random.Random], Row]:
     def draw(rng: random.Random) -> Row:
-        slots = {"name": rng.choice(NAMES), "age": str(rng.randint(18, 90)), "city": rng.choice(CITIES), "month": rng.choice(MONTHS), "day": rng.choice(DAYS)}
+        slots = {
+            "name": rng.choice(NAMES),
+            "age": str(rng.randint(18, 90)),
+            "city": rng.choice(CITIES),
+            "month": rng.choice(MONTHS),
+            "day": rng.choice(DAYS),
+        }
         return wording.format(**slots), answer.format(**slots)
 
     return draw
@@ -111,48 +151,160 @@ def _code_words(rng: random.Random) -> Row:
 
 FAMILIES: dict[str, list[Task]] = {
     "triage": [
-        Task("clinic-north", "Read the patient note and name the department that should see the patient.", _label(DEPARTMENTS, ["Since {day} the patient has {}.", "{name} reports {} since {day}."]), 16),
-        Task("clinic-south", "Which hospital department is responsible for this complaint?", _label(DEPARTMENTS, ["Complaint: {}.", "The main complaint is {}."]), 24),
-        Task("clinic-east", "Route the call to a department.", _label(DEPARTMENTS, ["Hello, this is {name} from {city}. I have had {} since {day}."]), 48),
-        Task("clinic-west", "Choose the department for the referral letter.", _label(DEPARTMENTS, ["Dear colleague, {name} came to us with {}. Please advise."]), 96),
+        Task(
+            "clinic-north",
+            "Read the patient note and name the department that should see the patient.",
+            _label(DEPARTMENTS, ["Since {day} the patient has {}.", "{name} reports {} since {day}."]),
+            16,
+        ),
+        Task(
+            "clinic-south",
+            "Which hospital department is responsible for this complaint?",
+            _label(DEPARTMENTS, ["Complaint: {}.", "The main complaint is {}."]),
+            24,
+        ),
+        Task(
+            "clinic-east",
+            "Route the call to a department.",
+            _label(DEPARTMENTS, ["Hello, this is {name} from {city}. I have had {} since {day}."]),
+            48,
+        ),
+        Task(
+            "clinic-west",
+            "Choose the department for the referral letter.",
+            _label(DEPARTMENTS, ["Dear colleague, {name} came to us with {}. Please advise."]),
+            96,
+        ),
     ],
     "banking": [
-        Task("bank-app", "Decide which desk of the bank answers the message.", _label(DESKS, ["Hi, {}.", "{}, please help."], "desk: {}"), 16),
+        Task(
+            "bank-app", "Decide which desk of the bank answers the message.", _label(DESKS, ["Hi, {}.", "{}, please help."], "desk: {}"), 16
+        ),
         Task("bank-mail", "Sort the e-mail to a desk.", _label(DESKS, ["Dear bank, {}. Regards, {name}"], "desk: {}"), 24),
         Task("bank-phone", "Name the desk for this phone note.", _label(DESKS, ["Caller {name} from {city} says: {}."], "desk: {}"), 48),
-        Task("bank-branch", "The branch noted a request. Which desk is it for?", _label(DESKS, ["Visit on {day}. Customer: {}."], "desk: {}"), 96),
+        Task(
+            "bank-branch",
+            "The branch noted a request. Which desk is it for?",
+            _label(DESKS, ["Visit on {day}. Customer: {}."], "desk: {}"),
+            96,
+        ),
     ],
     "logistics": [
-        Task("depot-goods", "Write what is shipped and how much of it.", _shipment("goods={goods}; amount={number}", "Order {order}: {number} {pack} of {goods} for {city} on {day}."), 16),
-        Task("depot-route", "Write where the shipment goes and when.", _shipment("city={city}; day={day}", "On {day} {number} {pack} of {goods} leave for {city}."), 24),
-        Task("depot-label", "Write the label of the shipment.", _shipment("goods={goods}; city={city}", "{name} sends {number} {pack} of {goods} to {city}."), 48),
-        Task("depot-plan", "Write the plan entry for the shipment.", _shipment("day={day}; goods={goods}; city={city}", "Please deliver {number} {pack} of {goods} to {city} by {day}."), 96),
+        Task(
+            "depot-goods",
+            "Write what is shipped and how much of it.",
+            _shipment("goods={goods}; amount={number}", "Order {order}: {number} {pack} of {goods} for {city} on {day}."),
+            16,
+        ),
+        Task(
+            "depot-route",
+            "Write where the shipment goes and when.",
+            _shipment("city={city}; day={day}", "On {day} {number} {pack} of {goods} leave for {city}."),
+            24,
+        ),
+        Task(
+            "depot-label",
+            "Write the label of the shipment.",
+            _shipment("goods={goods}; city={city}", "{name} sends {number} {pack} of {goods} to {city}."),
+            48,
+        ),
+        Task(
+            "depot-plan",
+            "Write the plan entry for the shipment.",
+            _shipment("day={day}; goods={goods}; city={city}", "Please deliver {number} {pack} of {goods} to {city} by {day}."),
+            96,
+        ),
     ],
     "records": [
-        Task("registry-birth", "Turn the record into a sentence.", _person("{name} was born in {month} and lives in {city}.", "name: {name} | born: {month} | city: {city}"), 16),
-        Task("registry-move", "Turn the record into a sentence.", _person("{name} is {age} years old and lives in {city}.", "name: {name} | age: {age} | city: {city}"), 24),
-        Task("registry-visit", "Write the record as a sentence.", _person("{name} from {city} visits on {day}.", "name: {name} | city: {city} | visit: {day}"), 48),
-        Task("registry-full", "Write one sentence for the record.", _person("{name} is {age} years old, was born in {month} and lives in {city}.", "name: {name} | age: {age} | born: {month} | city: {city}"), 96),
+        Task(
+            "registry-birth",
+            "Turn the record into a sentence.",
+            _person("{name} was born in {month} and lives in {city}.", "name: {name} | born: {month} | city: {city}"),
+            16,
+        ),
+        Task(
+            "registry-move",
+            "Turn the record into a sentence.",
+            _person("{name} is {age} years old and lives in {city}.", "name: {name} | age: {age} | city: {city}"),
+            24,
+        ),
+        Task(
+            "registry-visit",
+            "Write the record as a sentence.",
+            _person("{name} from {city} visits on {day}.", "name: {name} | city: {city} | visit: {day}"),
+            48,
+        ),
+        Task(
+            "registry-full",
+            "Write one sentence for the record.",
+            _person(
+                "{name} is {age} years old, was born in {month} and lives in {city}.",
+                "name: {name} | age: {age} | born: {month} | city: {city}",
+            ),
+            96,
+        ),
     ],
     "replies": [
-        Task("office-decline", "Decline the request politely.", _reply("I am sorry, but I cannot {deed} {thing} on {day}.", "Could you {deed} {thing} on {day}?"), 16),
-        Task("office-accept", "Accept the request.", _reply("Of course, I will {deed} {thing} on {day}.", "Can you {deed} {thing} on {day}, please?"), 24),
-        Task("office-ask", "Ask who will do it.", _reply("Who will {deed} {thing} on {day}?", "Someone has to {deed} {thing} on {day}."), 48),
-        Task("office-remind", "Write a short reminder.", _reply("Dear {name}, please {deed} {thing} on {day}.", "{name} should {deed} {thing} on {day}."), 96),
+        Task(
+            "office-decline",
+            "Decline the request politely.",
+            _reply("I am sorry, but I cannot {deed} {thing} on {day}.", "Could you {deed} {thing} on {day}?"),
+            16,
+        ),
+        Task(
+            "office-accept",
+            "Accept the request.",
+            _reply("Of course, I will {deed} {thing} on {day}.", "Can you {deed} {thing} on {day}, please?"),
+            24,
+        ),
+        Task(
+            "office-ask", "Ask who will do it.", _reply("Who will {deed} {thing} on {day}?", "Someone has to {deed} {thing} on {day}."), 48
+        ),
+        Task(
+            "office-remind",
+            "Write a short reminder.",
+            _reply("Dear {name}, please {deed} {thing} on {day}.", "{name} should {deed} {thing} on {day}."),
+            96,
+        ),
     ],
     "outlier": [Task("code-words", "Write the code of the three words.", _code_words, 32)],
 }
 
 # Families that only the bundled base is trained on: the same kinds of work with other tables and wordings.
 PRETRAINING: list[Task] = [
-    Task("shop-shelf", "Name the part of the shop where the customer finds it.", _label(SHELVES, ["Where do I find {}?", "{name} is looking for {}."]), 0),
-    Task("shop-note", "Sort the wish to a part of the shop.", _label(SHELVES, ["Customer from {city}: do you have {}?", "On {day} we need {}."], "shelf: {}"), 0),
+    Task(
+        "shop-shelf",
+        "Name the part of the shop where the customer finds it.",
+        _label(SHELVES, ["Where do I find {}?", "{name} is looking for {}."]),
+        0,
+    ),
+    Task(
+        "shop-note",
+        "Sort the wish to a part of the shop.",
+        _label(SHELVES, ["Customer from {city}: do you have {}?", "On {day} we need {}."], "shelf: {}"),
+        0,
+    ),
     Task("parcel-city", "Write the city of the parcel.", _shipment("{city}", "Parcel {order} with {goods} travels to {city}."), 0),
     Task("parcel-count", "How many are there?", _shipment("{number} {pack}", "{name} has {number} {pack} of {goods} in {city}."), 0),
-    Task("parcel-day", "Write the day and the order.", _shipment("order={order}; day={day}", "Order {order} must arrive in {city} on {day}."), 0),
+    Task(
+        "parcel-day",
+        "Write the day and the order.",
+        _shipment("order={order}; day={day}", "Order {order} must arrive in {city} on {day}."),
+        0,
+    ),
     Task("form-short", "Shorten the form.", _person("{name}, {city}", "name: {name} | age: {age} | city: {city}"), 0),
-    Task("form-long", "Write the form for the person.", _person("name: {name} | city: {city} | month: {month}", "{name} comes from {city} and arrives in {month}."), 0),
-    Task("chat-thanks", "Thank the person.", _reply("Thank you, {name}, for offering to {deed} {thing}.", "{name} offers to {deed} {thing} on {day}."), 0),
+    Task(
+        "form-long",
+        "Write the form for the person.",
+        _person("name: {name} | city: {city} | month: {month}", "{name} comes from {city} and arrives in {month}."),
+        0,
+    ),
+    Task(
+        "chat-thanks",
+        "Thank the person.",
+        _reply("Thank you, {name}, for offering to {deed} {thing}.", "{name} offers to {deed} {thing} on {day}."),
+        0,
+    ),
     Task("chat-when", "Say when it happens.", _reply("On {day}.", "We will {deed} {thing} on {day}."), 0),
 ]
 
