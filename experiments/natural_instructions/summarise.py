@@ -91,7 +91,8 @@ def row(method: str, read_out: str, participation: str, runs: dict[tuple[str, st
     better, worse = verdicts(mine, alone, list(mine[0]))
     spread = stdev(means) if len(means) > 1 else 0.0
     by_size = [fmean(losses[client] for losses in mine for client in clients) for clients in bins.values()]
-    head = f"| {method} | {len(seeds)} | {fmean(means):.3f} | {spread:.3f} | {difference:+.3f} | {fmean(map(worst_tenth, mine)):.3f} | {better:.0%} | {worse:.0%} | "
+    head = f"| {method} | {len(seeds)} | {fmean(means):.3f} | {spread:.3f} | {difference:+.3f} | {fmean(map(worst_tenth, mine)):.3f} | "
+    f"{better:.0%} | {worse:.0%} | "
     return head + " | ".join(f"{value:.3f}" for value in by_size) + " |"
 
 

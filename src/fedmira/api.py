@@ -10,6 +10,7 @@ from typing import Any
 import tomli_w
 
 from fedmira.config import Config, load_config
+from fedmira.errors import ConfigError
 from fedmira.experiment import build_experiment, resume_experiment, run_experiment
 from fedmira.results import Result
 from fedmira.rounds import Progress
@@ -39,6 +40,10 @@ def run(
     """
     if resume and config is None and preset is None:
         config = Path(output) / "config.toml"
+    if isinstance(config, Config) and preset is not None:
+        raise ConfigError(
+            f"preset {preset!r} cannot lie under a Config, which is complete; give the settings that differ as a mapping instead"
+        )
     if isinstance(config, Mapping):
         overrides = [f"{key}={_toml_value(value)}" for key, value in config.items()]
         config = load_config(None, preset, overrides)

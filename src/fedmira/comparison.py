@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.config import Config, dump_config, with_algorithm
-from fedmira.errors import RunFolderError
+from fedmira.errors import RunError, RunFolderError
 from fedmira.experiment import build_experiment, resume_experiment, run_experiment
 from fedmira.model import BaseModel, load_base
 from fedmira.report import write_comparison
@@ -47,12 +47,13 @@ def compare_algorithms(config: Config, algorithms: Sequence[str], seeds: Sequenc
 
     Raises:
         InputError: a setting is wrong, or a folder of another comparison is in the way.
-        RunError: a run failed; call again to continue.
+        RunError: a run failed; the table holds the algorithms whose runs all finished. Call again to continue.
     """
     plans = [
         (f"{name}-seed{seed}", with_algorithm(config, name).model_copy(update={"seed": seed})) for seed in seeds for name in algorithms
     ]
     base: BaseModel | None = None
+    failures: dict[str, RunError] = {}
     for name, plan in plans:
         folder = output / name
         if RunFolder(folder).read_json("run.json").get("status") == "finished":
@@ -62,13 +63,21 @@ def compare_algorithms(config: Config, algorithms: Sequence[str], seeds: Sequenc
         base = base or load_base(config.model)
         experiment = build_experiment(plan, base)
         start = resume_experiment if (folder / "config.toml").exists() else run_experiment
-        with watch(name, plan.rounds.count) as progress:
-            start(experiment, folder, progress)
-    runs = {name: output / name for name, _ in plans}
+        try:
+            with watch(name, plan.rounds.count) as progress:
+                start(experiment, folder, progress)
+        except RunError as error:  # the other algorithms are still worth comparing
+            failures[name] = error
+    runs = {name: output / name for name, _ in plans if name not in failures}
     losses = {name: _client_losses(folder) for name, folder in runs.items()}
-    rows = [_row(name, seeds, losses) for name in algorithms]
-    _write(output, rows)
-    return Comparison(write_comparison(runs, output / "comparison.html"), rows, runs)
+    rows = [_row(name, seeds, losses) for name in algorithms if all(f"{name}-seed{seed}" in losses for seed in seeds)]
+    comparison = Comparison(write_comparison(runs, output / "comparison.html") if runs else output, rows, runs)
+    if rows:
+        _write(output, rows)
+    if failures:
+        reasons = "; ".join(f"{name}: {error}" for name, error in failures.items())
+        raise RunError(f"{len(failures)} of {len(plans)} runs failed ({reasons}); the others are compared in {comparison.page}")
+    return comparison
 
 
 def _client_losses(folder: Path) -> dict[str, float]:

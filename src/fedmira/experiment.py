@@ -66,7 +66,8 @@ def build_experiment(config: Config, base: BaseModel | None = None) -> Experimen
     algorithm = build(config.algorithm, context)
     if algorithm.aligns and not graph.acts(config.rounds.count):
         raise ConfigError(
-            f"graph.warmup_rounds is {config.graph.warmup_rounds} and rounds.count {config.rounds.count}: the graph would never act; set rounds.count above the warm-up, or graph.warmup_rounds to 0"
+            f"graph.warmup_rounds is {config.graph.warmup_rounds} and rounds.count {config.rounds.count}: the graph would never "
+            "act; set rounds.count above the warm-up, or graph.warmup_rounds to 0"
         )
 
     budget = choose_token_budget(base) if config.engine.token_budget == "auto" else config.engine.token_budget
@@ -131,7 +132,8 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None, r
         state = run_rounds(algorithm, engine, state, clients, config.rounds, config.seed, recorder.on_round, first)
         if algorithm.aligns and not recorder.ever_moved:
             raise AlignmentError(
-                f"{config.algorithm.name}: alignment is on, yet in {config.rounds.count} rounds no client was pulled: the graph has no edge between "
+                f"{config.algorithm.name}: alignment is on, yet in {config.rounds.count} rounds no client was pulled: the graph "
+                "has no edge between "
                 "clients that trained; run more rounds or choose another graph.kind"
             )
     except FedmiraError as error:
@@ -162,7 +164,8 @@ def _divergence(result: Result) -> str | None:
     if not result.diverged:
         return None
     names = ", ".join(result.diverged[:5])
-    return f"{len(result.diverged)} of {len(result.adapters)} clients diverged: their test loss is not finite ({names}); the means leave them out. Lower local.learning_rate, or set model.dtype to 'float32'"
+    return f"{len(result.diverged)} of {len(result.adapters)} clients diverged: their test loss is not finite ({names}); the means leave "
+    "them out. Lower local.learning_rate, or set model.dtype to 'float32'"
 
 
 def _quiet(what: str, figures: Mapping[str, object]) -> None:
@@ -174,7 +177,8 @@ def _ranks(config: Config, clients: list[ClientId]) -> dict[ClientId, int]:
     if unknown:
         raise ConfigError(
             [
-                f"adapter.ranks: there is no client {client!r}; the clients are {', '.join(clients[:8])}{' ...' if len(clients) > 8 else ''}"
+                f"adapter.ranks: there is no client {client!r}; the clients are "
+                f"{', '.join(clients[:8])}{' ...' if len(clients) > 8 else ''}"
                 for client in unknown
             ]
         )
@@ -184,5 +188,6 @@ def _ranks(config: Config, clients: list[ClientId]) -> dict[ClientId, int]:
 def _check_length(config: Config, base: BaseModel) -> None:
     if base.max_positions is not None and config.data.max_length > base.max_positions:
         raise ConfigError(
-            f"data.max_length is {config.data.max_length}, but {config.model.base!r} reads at most {base.max_positions} tokens; set data.max_length to {base.max_positions} or less"
+            f"data.max_length is {config.data.max_length}, but {config.model.base!r} reads at most {base.max_positions} tokens; "
+            f"set data.max_length to {base.max_positions} or less"
         )

@@ -21,7 +21,8 @@ class Plan:
         server_mib: memory of all clients' adapters on the server.
         upload_mib: float32 MiB of one client, one way, at the largest rank.
         local_steps: optimizer steps of a client with the most rows in one round.
-        max_degree, largest_step: of a fixed graph: its largest degree and the largest server step that never overshoots; None for a learned one.
+        max_degree, largest_step: of a fixed graph: its largest degree and the largest server step that never overshoots (None without an
+            edge); both None for a learned graph.
     """
 
     base: str
@@ -44,11 +45,14 @@ class Plan:
     def lines(self) -> list[str]:
         """The same for people."""
         graph = "graph: learned in the run; rows of its mixing matrix are convex, so every coupling within 0..1 is stable"
-        if self.max_degree is not None:
+        if self.max_degree is not None and self.largest_step is None:
+            graph = "graph: no edge between any two clients"
+        elif self.max_degree is not None:
             graph = f"graph: largest degree {self.max_degree:.3g}; server steps up to {self.largest_step:.3g} never overshoot (coupling 1)"
         return [
             f"base: {self.base}, {self.parameters:,} parameters, {self.base_mib:.1f} MiB, {'packed' if self.packed else 'padded'} steps",
-            f"adapter: {self.targets} layers, {self.adapter_parameters:,} parameters, {self.upload_mib:.2f} MiB float32 each way per client and round",
+            f"adapter: {self.targets} layers, {self.adapter_parameters:,} parameters, {self.upload_mib:.2f} MiB float32 each way "
+            "per client and round",
             f"rounds: {self.rounds} with {self.clients_per_round} of {self.clients} clients, at most {self.local_steps} local steps each",
             f"memory beside activations of {self.token_budget} tokens: cohort {self.cohort_mib:.1f} MiB, server {self.server_mib:.1f} MiB",
             graph,

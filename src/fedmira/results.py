@@ -102,7 +102,8 @@ def check_same_ground(recorder: Recorder, before: Mapping[str, Any]) -> None:
     changed = [what for what, (key, present) in hashes.items() if before.get(key, {}).get("sha256", present) != present]
     if changed:
         raise RunFolderError(
-            f"{recorder.folder.path}: the {' and the '.join(changed)} changed since this run began; put back what it began with, or start a new run"
+            f"{recorder.folder.path}: the {' and the '.join(changed)} changed since this run began; put back what it began with, "
+            "or start a new run"
         )
 
 

@@ -44,7 +44,8 @@ def reload_run(path: Path) -> SavedRun:
         trained_on = entry["base_sha256"] if isinstance(entry, dict) else ""
         if trained_on != experiment.base.sha256:
             raise RunFolderError(
-                f"{path}: the adapter of {client!r} was trained on another base (sha256 {trained_on[:12]}, {config.model.base!r} has {experiment.base.sha256[:12]}); give the base it was trained on"
+                f"{path}: the adapter of {client!r} was trained on another base (sha256 {trained_on[:12]}, {config.model.base!r} "
+                f"has {experiment.base.sha256[:12]}); give the base it was trained on"
             )
     return SavedRun(config, experiment.evaluator, {client: read_adapter(folder.adapters / client) for client in index})
 
@@ -57,7 +58,8 @@ def answer(saved: SavedRun, client: ClientId, text: str, instruction: str | None
     """
     if client not in saved.adapters:
         raise ConfigError(
-            f"there is no client {client!r} in this run; its clients are {', '.join(list(saved.adapters)[:12])}{' ...' if len(saved.adapters) > 12 else ''}"
+            f"there is no client {client!r} in this run; its clients are "
+            f"{', '.join(list(saved.adapters)[:12])}{' ...' if len(saved.adapters) > 12 else ''}"
         )
     evaluator = saved.evaluator
     own = evaluator.clients[client].instruction if instruction is None else instruction

@@ -16,6 +16,7 @@ from rich.table import Table
 
 __all__ = ["print_json", "print_table", "say", "show_progress"]
 
+_PIPE_WIDTH = 400
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -31,14 +32,17 @@ def print_json(value: object) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout; numbers are right-aligned with three decimals."""
+    """A table on stdout; numbers are right-aligned with three decimals and never cut, names fold where the terminal is narrow."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
         numeric = any(isinstance(row[i], (int, float)) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=i == 0)
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    _out.print(table)
+    if _out.is_terminal:
+        _out.print(table)
+    else:  # a pipe has no width to keep to
+        _out.print(table, width=_PIPE_WIDTH, crop=False)
 
 
 @contextmanager

@@ -263,7 +263,8 @@ class Config(Section):
         mixes_products = isinstance(self.algorithm, MiraSettings) and self.algorithm.space == "product"
         if mixes_products and self.local.optimizer_state == "kept":
             raise ValueError(
-                "local.optimizer_state = 'kept' does not go with algorithm.space = 'product': mixed products get new factors, to whose entries "
+                "local.optimizer_state = 'kept' does not go with algorithm.space = 'product': mixed products get new factors, to "
+                "whose entries "
                 "the old moments do not belong; set algorithm.space = 'factor' or local.optimizer_state = 'fresh'"
             )
         return self

@@ -83,7 +83,7 @@ def packed_attention(
 
 def _by_row(tensor: Tensor, rows: int, size: int) -> Tensor:
     """[heads, rows * size, width] -> [rows, heads, size, width]."""
-    return tensor.unflatten(1, (rows, size)).transpose(0, 1)
+    return tensor.view(len(tensor), rows, size, tensor.shape[-1]).transpose(0, 1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, offset: int, window: int | None, scaling: float | None) -> Tensor:

@@ -82,6 +82,11 @@ class BaseModel:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
+    def num_embeddings(self) -> int:
+        """Number of tokens it has embeddings for."""
+        return _num_embeddings(self.model)
+
+    @property
     def max_positions(self) -> int | None:
         """The longest sequence it can read, or None where its config does not say."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -101,7 +106,8 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         raise ModelError(_cannot_load("tokenizer", settings.base, error)) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"model.base {settings.base!r}: its tokenizer has no end-of-sequence token, so a response could never end; set eos_token in its tokenizer_config.json"
+            f"model.base {settings.base!r}: its tokenizer has no end-of-sequence token, so a response could never end; set "
+            "eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -118,7 +124,7 @@ def load_base(settings: ModelSettings) -> BaseModel:
     dtype = _dtype(settings.dtype, device)
     tokenizer = load_tokenizer(settings)
     location = _location(settings.base)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
@@ -143,16 +149,17 @@ def from_model(
     Raises:
         ModelError: the tokenizer has more tokens than the model has embeddings.
     """
-    model.eval().requires_grad_(False)
-    embeddings = model.get_input_embeddings().weight.shape[0]
+    model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+    embeddings = _num_embeddings(model)
     if len(tokenizer) > embeddings:
         raise ModelError(
-            f"model.base {name!r}: the tokenizer has {len(tokenizer)} tokens but the model only {embeddings} embeddings; they do not belong together"
+            f"model.base {name!r}: the tokenizer has {len(tokenizer)} tokens but the model only {embeddings} embeddings; they do "
+            "not belong together"
         )
     base = BaseModel(model, tokenizer, name, location or name, _hash(model.state_dict()))
-    model.to(dtype=dtype or base.dtype, device=device or base.device)
+    model.to(dtype=dtype or base.dtype, device=device or base.device)  # type: ignore[call-arg]
     # Generation is greedy for everybody: penalties and beams of the checkpoint would be taken up silently.
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=model.generation_config.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
     from fedmira.model.probe import packed_agrees
@@ -185,6 +192,12 @@ def find_targets(model: nn.Module, wanted: Sequence[str]) -> list[TargetModule]:
     return [_describe(path, module) for path, module in linear.items() if any(_matches(path, name) for name in wanted)]
 
 
+def _num_embeddings(model: PreTrainedModel) -> int:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
+
+
 def _matches(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
@@ -198,7 +211,7 @@ def _describe(path: str, module: nn.Module) -> TargetModule:
 
 
 def _is_head(model: nn.Module, module: nn.Module) -> bool:
-    return isinstance(model, PreTrainedModel) and module is model.get_output_embeddings()
+    return isinstance(model, PreTrainedModel) and module is model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
 
 def _location(base: str) -> str:
@@ -216,7 +229,8 @@ def _location(base: str) -> str:
 
 def _cannot_load(what: str, base: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"model.base {base!r}: the {what} cannot be loaded ({reason}); give 'bundled', a local Hugging Face folder, or a hub id that can be reached"
+    return f"model.base {base!r}: the {what} cannot be loaded ({reason}); give 'bundled', a local Hugging Face folder, or a hub id that "
+    "can be reached"
 
 
 def _device(name: str) -> torch.device:

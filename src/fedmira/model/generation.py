@@ -37,9 +37,11 @@ def _batch(base: BaseModel, branch: LoraBranch, prompts: Sequence[tuple[int, Seq
     room = max_new_tokens if base.max_positions is None else min(max_new_tokens, base.max_positions - size)
     ids = torch.tensor([[padding] * (size - len(sequence)) + sequence for sequence in sequences], device=base.device)
     seen = torch.tensor([[0] * (size - len(sequence)) + [1] * len(sequence) for sequence in sequences], device=base.device)
-    settings = GenerationConfig(max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=padding, eos_token_id=_ends(base))
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=padding, eos_token_id=_ends(base)
+    )
     with torch.no_grad(), branch.rows([client for client, _ in prompts]):
-        output = base.model.generate(ids, attention_mask=seen, generation_config=settings)
+        output = base.model.generate(ids, attention_mask=seen, generation_config=settings)  # type: ignore[operator]
     texts: list[str] = base.tokenizer.batch_decode(output[:, size:], skip_special_tokens=True)
     return [text.strip() for text in texts]
 

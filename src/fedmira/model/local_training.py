@@ -220,7 +220,8 @@ class _Cohort:
                 continue
             what = "gradient" if loss == loss and abs(loss) != float("inf") else "loss"
             self.failures[client] = (
-                f"non-finite {what} at local step {self.steps[client] + 1} (learning_rate {self.settings.learning_rate:g}); lower local.learning_rate or set local.max_grad_norm"
+                f"non-finite {what} at local step {self.steps[client] + 1} (learning_rate {self.settings.learning_rate:g}); lower "
+                "local.learning_rate or set local.max_grad_norm"
             )
             self.stacked.gradients[client] = 0
         return healthy

@@ -110,7 +110,8 @@ class StackedAdapters:
             if name not in adapter or adapter[name].shape != view.shape:
                 found = tuple(adapter[name].shape) if name in adapter else "nothing"
                 raise ModelError(
-                    f"adapter of client number {client}: {name} must have shape {tuple(view.shape)}; found {found}. It was made for other targets or another base"
+                    f"adapter of client number {client}: {name} must have shape {tuple(view.shape)}; found {found}. It was made "
+                    "for other targets or another base"
                 )
             view.copy_(adapter[name])
 

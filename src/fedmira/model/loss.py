@@ -57,7 +57,7 @@ def _packed_pass(base: BaseModel, branch: LoraBranch, batch: PackedBatch) -> Tok
     owners = [(segment.client, slice(start, end)) for segment, start, end in zip(batch.segments, batch.starts, ends, strict=True)]
     with packed_layout(base.model, batch), branch.tokens(owners):
         hidden = base.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).last_hidden_state
-    logits = base.model.get_output_embeddings()(hidden[0, batch.predict_at])
+    logits = base.model.get_output_embeddings()(hidden[0, batch.predict_at])  # type: ignore[no-untyped-call]
     values = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
     return TokenLosses(values, batch.clients, batch.rows, len(batch.ids))
 

@@ -53,7 +53,7 @@ class CohortOptimizer:
 
 def clip_rows(gradients: Tensor, limit: float) -> Tensor:
     """Scale each client's gradient row in place to a norm of at most `limit` (0 = no limit); returns the norms before, [K]."""
-    norms = torch.linalg.vector_norm(gradients, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(gradients, dim=1)
     if limit:
         gradients.mul_((limit / (norms + 1e-6)).clamp(max=1.0)[:, None])
     return norms

@@ -55,9 +55,9 @@ def read_adapter(folder: Path) -> Adapter:
     """
     path = folder / ADAPTER_WEIGHTS
     try:
-        adapter: dict[str, object] = load_file(path)
+        adapter: Adapter = load_file(path)
     except FileNotFoundError as error:
         raise RunFolderError(f"{path}: there is no adapter; the run may not have finished its first checkpoint") from error
     except SafetensorError as error:
         raise RunFolderError(f"{path}: the file is damaged ({error}); run again or take it from a copy") from error
-    return adapter  # type: ignore[return-value]
+    return adapter

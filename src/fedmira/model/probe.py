@@ -30,7 +30,7 @@ def packed_agrees(base: BaseModel) -> bool:
     config = base.model.config.get_text_config()
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _SCALED_LOGITS):
         return False
-    limit = min(base.model.get_input_embeddings().weight.shape[0], len(base.tokenizer))
+    limit = min(base.num_embeddings, len(base.tokenizer))
     draw = torch.Generator().manual_seed(0)
     head, *tails = (torch.randint(0, limit, (size,), generator=draw).tolist() for size in (9, 8, 14, 5))
     rows = [_Row(head + tail[:-3], tail[-3:]) for tail in tails]
@@ -43,7 +43,8 @@ def packed_agrees(base: BaseModel) -> bool:
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError):
             return False
     by_row = [torch.cat([losses.values[losses.rows == i] for i in range(len(rows))]) for losses in (padded, packed)]
-    return by_row[0].shape == by_row[1].shape and bool(torch.allclose(*by_row, rtol=0, atol=_TOLERANCE.get(base.dtype, 2e-3)))
+    left, right = by_row
+    return left.shape == right.shape and bool(torch.allclose(left, right, rtol=0, atol=_TOLERANCE.get(base.dtype, 2e-3)))
 
 
 def _any_target(base: BaseModel) -> list[TargetModule]:

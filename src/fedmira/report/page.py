@@ -39,7 +39,7 @@ SMALL = (200, 120)  # a chart of one client
 
 
 @dataclass(frozen=True, slots=True)
-class Small:
+class _Small:
     """A client's small chart."""
 
     number: int
@@ -211,7 +211,7 @@ def _column(run: Run, name: str) -> list[tuple[float, float]]:
     return [(row.round, value) for row in run.rounds if (value := getattr(row, name)) is not None]
 
 
-def _small_charts(run: Run, names: Sequence[str]) -> tuple[list[Small], Markup]:
+def _small_charts(run: Run, names: Sequence[str]) -> tuple[list[_Small], Markup]:
     """One chart a client, all with the same axes, and their legend; none before two rounds were trained."""
     kinds = [
         ("test", 1, False, run.series("evaluate", "test_loss")),
@@ -229,7 +229,7 @@ def _small_charts(run: Run, names: Sequence[str]) -> tuple[list[Small], Markup]:
         lines = [Series(name, series.get(client, []), colour, dashed) for name, colour, dashed, series in kinds]
         chart = line_chart(lines, f"Loss of {client}", **bounds, size=SMALL, font=11, x_title="")
         if chart:
-            charts.append(Small(number, client, chart))
+            charts.append(_Small(number, client, chart))
     return charts, legend([Series(name, [], colour, dashed) for name, colour, dashed, _ in kinds])
 
 

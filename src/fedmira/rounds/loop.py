@@ -63,7 +63,8 @@ def run_rounds(
             on_round(RoundOutcome(number, requests, (), failures, Combined(state), trained - begun, 0.0))
             reasons = "; ".join(f"{failure.client_id}: {failure.reason}" for failure in failures[:3])
             raise RoundError(
-                f"round {number}: none of {len(chosen)} clients sent a usable reply ({reasons}); the adapters of round {number - 1} are kept"
+                f"round {number}: none of {len(chosen)} clients sent a usable reply ({reasons}); the adapters of round "
+                f"{number - 1} are kept"
             )
         combined = algorithm.combine(state, replies)
         _check_motion(number, combined)
@@ -78,5 +79,6 @@ def _check_motion(number: int, combined: Combined) -> None:
     stuck = [client for client in sorted(diagnostics.expects_motion) if diagnostics.clients[client].get("relative_pull", 0.0) == 0.0]
     if stuck:
         raise AlignmentError(
-            f"round {number}: alignment is on but did not move {', '.join(stuck[:5])}; the pull is below float32's resolution: raise algorithm.coupling or algorithm.server_step"
+            f"round {number}: alignment is on but did not move {', '.join(stuck[:5])}; the pull is below float32's resolution: "
+            "raise algorithm.coupling or algorithm.server_step"
         )
