@@ -91,9 +91,9 @@ def row(method: str, read_out: str, participation: str, runs: dict[tuple[str, st
     better, worse = verdicts(mine, alone, list(mine[0]))
     spread = stdev(means) if len(means) > 1 else 0.0
     by_size = [fmean(losses[client] for losses in mine for client in clients) for clients in bins.values()]
-    head = f"| {method} | {len(seeds)} | {fmean(means):.3f} | {spread:.3f} | {difference:+.3f} | {fmean(map(worst_tenth, mine)):.3f} | "
-    f"{better:.0%} | {worse:.0%} | "
-    return head + " | ".join(f"{value:.3f}" for value in by_size) + " |"
+    cells = [method, str(len(seeds)), f"{fmean(means):.3f}", f"{spread:.3f}", f"{difference:+.3f}", f"{fmean(map(worst_tenth, mine)):.3f}"]
+    cells += [f"{better:.0%}", f"{worse:.0%}", *(f"{value:.3f}" for value in by_size)]
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

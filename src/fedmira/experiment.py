@@ -164,8 +164,10 @@ def _divergence(result: Result) -> str | None:
     if not result.diverged:
         return None
     names = ", ".join(result.diverged[:5])
-    return f"{len(result.diverged)} of {len(result.adapters)} clients diverged: their test loss is not finite ({names}); the means leave "
-    "them out. Lower local.learning_rate, or set model.dtype to 'float32'"
+    return (
+        f"{len(result.diverged)} of {len(result.adapters)} clients diverged: their test loss is not finite ({names}); the means leave "
+        "them out. Lower local.learning_rate, or set model.dtype to 'float32'"
+    )
 
 
 def _quiet(what: str, figures: Mapping[str, object]) -> None:

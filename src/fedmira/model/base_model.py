@@ -229,8 +229,10 @@ def _location(base: str) -> str:
 
 def _cannot_load(what: str, base: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"model.base {base!r}: the {what} cannot be loaded ({reason}); give 'bundled', a local Hugging Face folder, or a hub id that "
-    "can be reached"
+    return (
+        f"model.base {base!r}: the {what} cannot be loaded ({reason}); give 'bundled', a local Hugging Face folder, or a hub id that "
+        "can be reached"
+    )
 
 
 def _device(name: str) -> torch.device:
