@@ -1,8 +1,9 @@
 """The demo data set: clients in families of related tasks, written by code from small grammars.
 
 Every row is generated; no text of others is used. A family is a mapping that its tasks share (symptom -> department,
-message -> desk, sentence -> slot), and each task words it in its own way, so a party with 16 rows of its own can learn the
-rest of the mapping from its relatives. `code-words` is like no other task: it is there to show that an outlier is not harmed.
+message -> desk, goods -> customs group), and each task words it in its own way, so a party with 16 rows of its own can learn the
+rest of the mapping from its relatives; `records` only copies, which a party learns alone, and `code-words` is like no other task:
+they show whether those who have nothing to gain are harmed.
 """
 
 from __future__ import annotations
@@ -84,6 +85,21 @@ SHELVES = {
     "sports": ["a football", "a yoga mat", "running socks", "a tennis racket"],
 }
 
+GROUPS = {
+    "food": ["apples", "coffee", "flour", "honey", "olives", "rice", "wine"],
+    "textiles": ["carpets", "cotton", "shoes", "wool"],
+    "building": ["bricks", "glass", "tiles"],
+    "household": ["candles", "chairs", "lamps", "paper", "soap", "toys"],
+}
+GROUP_OF = {goods: group for group, members in GROUPS.items() for goods in members}
+OFFICES = {
+    "finance": ["the invoice", "the price list", "the refund", "the budget"],
+    "legal": ["the contract", "the permit", "the licence", "the patent"],
+    "travel": ["the tickets", "the hotel", "the visa", "the rental car"],
+    "design": ["the drawings", "the photos", "the logo", "the brochure"],
+    "facility": ["the keys", "the heating", "the broken window", "the parking space"],
+}
+
 Row = tuple[str, str]  # input, output
 
 
@@ -117,6 +133,7 @@ def _shipment(answer: str, wording: str) -> Callable[[random.Random], Row]:
             "order": str(rng.randint(100, 999)),
             "name": rng.choice(NAMES),
         }
+        slots["group"] = GROUP_OF[slots["goods"]]
         return wording.format(**slots), answer.format(**slots)
 
     return draw
@@ -190,30 +207,10 @@ FAMILIES: dict[str, list[Task]] = {
         ),
     ],
     "logistics": [
-        Task(
-            "depot-goods",
-            "Write what is shipped and how much of it.",
-            _shipment("goods={goods}; amount={number}", "Order {order}: {number} {pack} of {goods} for {city} on {day}."),
-            16,
-        ),
-        Task(
-            "depot-route",
-            "Write where the shipment goes and when.",
-            _shipment("city={city}; day={day}", "On {day} {number} {pack} of {goods} leave for {city}."),
-            24,
-        ),
-        Task(
-            "depot-label",
-            "Write the label of the shipment.",
-            _shipment("goods={goods}; city={city}", "{name} sends {number} {pack} of {goods} to {city}."),
-            48,
-        ),
-        Task(
-            "depot-plan",
-            "Write the plan entry for the shipment.",
-            _shipment("day={day}; goods={goods}; city={city}", "Please deliver {number} {pack} of {goods} to {city} by {day}."),
-            96,
-        ),
+        Task("depot-north", "Name the customs group of the goods and write how many pieces there are.", _shipment("group={group}; pieces={number}", "Order {order}: {number} {pack} of {goods} for {city} on {day}."), 16),
+        Task("depot-south", "Which customs group is it, and where does it go?", _shipment("group={group}; city={city}", "On {day} {number} {pack} of {goods} leave for {city}."), 24),
+        Task("depot-east", "Write the customs group of the shipment.", _shipment("group={group}", "{name} sends {number} {pack} of {goods} to {city}."), 48),
+        Task("depot-west", "Write the customs group and the day.", _shipment("group={group}; day={day}", "Please deliver {number} {pack} of {goods} to {city} by {day}."), 96),
     ],
     "records": [
         Task(
@@ -244,28 +241,11 @@ FAMILIES: dict[str, list[Task]] = {
             96,
         ),
     ],
-    "replies": [
-        Task(
-            "office-decline",
-            "Decline the request politely.",
-            _reply("I am sorry, but I cannot {deed} {thing} on {day}.", "Could you {deed} {thing} on {day}?"),
-            16,
-        ),
-        Task(
-            "office-accept",
-            "Accept the request.",
-            _reply("Of course, I will {deed} {thing} on {day}.", "Can you {deed} {thing} on {day}, please?"),
-            24,
-        ),
-        Task(
-            "office-ask", "Ask who will do it.", _reply("Who will {deed} {thing} on {day}?", "Someone has to {deed} {thing} on {day}."), 48
-        ),
-        Task(
-            "office-remind",
-            "Write a short reminder.",
-            _reply("Dear {name}, please {deed} {thing} on {day}.", "{name} should {deed} {thing} on {day}."),
-            96,
-        ),
+    "requests": [
+        Task("office-mail", "Which office of the company takes care of the request?", _label(OFFICES, ["Could you look after {} by {day}?", "{name} asks about {}."], "office {}"), 16),
+        Task("office-desk", "Name the office that the visitor needs.", _label(OFFICES, ["A visitor from {city} comes because of {}.", "{name} is here about {}."], "office {}"), 24),
+        Task("office-phone", "Forward the call.", _label(OFFICES, ["Caller {name} from {city} on {day}: a question about {}."], "office {}"), 48),
+        Task("office-chat", "Tag the chat message with the office.", _label(OFFICES, ["hi, {name} here, who can help me with {}?", "is anybody working on {} this {day}?"], "office {}"), 96),
     ],
     "outlier": [Task("code-words", "Write the code of the three words.", _code_words, 32)],
 }
