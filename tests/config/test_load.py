@@ -61,15 +61,15 @@ def test_a_later_override_of_a_key_wins() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("data.path=folder/with = sign", "folder/with = sign"),
-        ("data.path=", ""),
-        ('data.path="3"', "3"),
-        ("data.path='C:\\data'", "C:\\data"),
-        ("data.path=C:\\data", "C:\\data"),
+        ("data.column=folder/with = sign", "folder/with = sign"),
+        ("data.column=", ""),
+        ('data.column="3"', "3"),
+        ("data.column='C:\\data'", "C:\\data"),
+        ("data.column=C:\\data", "C:\\data"),
     ],
 )
 def test_an_override_is_toml_or_else_plain_text(override: str, expected: str) -> None:
-    assert load_config(overrides=[override]).data.path == expected
+    assert load_config(overrides=[override]).data.column == expected
 
 
 def test_overrides_take_lists_tables_and_quoted_names() -> None:
@@ -79,8 +79,8 @@ def test_overrides_take_lists_tables_and_quoted_names() -> None:
 
 
 def test_an_override_does_not_reach_other_keys() -> None:
-    assert load_config(overrides=["data.path=a\nseed = 3"]).data.path == "a\nseed = 3"
-    assert load_config(overrides=["data.path=1\nseed = 3"]).seed == 0
+    assert load_config(overrides=["data.column=a\nseed = 3"]).data.column == "a\nseed = 3"
+    assert load_config(overrides=["data.column=1\nseed = 3"]).seed == 0
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
@@ -253,7 +253,9 @@ configs = st.builds(
         targets=st.lists(names, max_size=3).map(tuple),
         ranks=st.dictionaries(names, st.integers(1, 64), max_size=3),
     ),
-    data=st.builds(DataSettings, path=names, max_rows=st.integers(0, 99) | st.lists(st.integers(0, 99), min_size=1, max_size=4).map(tuple)),
+    data=st.builds(
+        DataSettings, column=names, max_rows=st.integers(0, 99) | st.lists(st.integers(0, 99), min_size=1, max_size=4).map(tuple)
+    ),
     algorithm=st.one_of(
         st.just(LocalOnlySettings(name="local")),
         st.just(FedAvgSettings(name="fedavg")),

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from federation import make_config, table_of
+from federation import CLIENTS, make_config, table_of
 from fedmira.comparison import Comparison, compare_algorithms
 from fedmira.config import Config
-from fedmira.errors import RunFolderError
+from fedmira.errors import RunError, RunFolderError
+from fedmira.rounds import sample_clients
 
 NAMES = ("local", "fedavg", "mira")
 
@@ -121,3 +122,28 @@ def test_finished_runs_of_other_settings_are_not_taken_for_these(compared: Compa
 def test_without_local_training_nothing_is_counted_against_it(compared: Comparison, config: Config) -> None:
     rows = compare_algorithms(config, ("mira",), (0, 1), compared.page.parent, Watch()).rows
     assert set(rows[0]) == {"algorithm", "seeds", "test_loss", "worst_tenth"}
+
+
+def test_a_run_that_fails_leaves_the_others_compared(config: Config, tmp_path: Path) -> None:
+    """The only edge joins two clients that are not drawn in the one round there is, so MIRA can pull nobody."""
+    rounds = config.rounds.model_copy(update={"count": 1, "participation": 0.6})
+    absent = sorted(set(CLIENTS) - set(sample_clients(sorted(CLIENTS), rounds, 0, 1)))
+    document = {"clients": sorted(CLIENTS), "edges": [{"source": absent[0], "target": absent[1], "weight": 1.0}]}
+    (tmp_path / "graph.json").write_text(json.dumps(document), encoding="utf-8")
+    graph = config.graph.model_copy(update={"kind": "file", "path": str(tmp_path / "graph.json")})
+    stuck = config.model_copy(update={"rounds": rounds, "graph": graph})
+    watch = Watch()
+    with pytest.raises(
+        RunError, match=r"1 of 3 runs failed \(mira-seed0: .*no client was pulled.*; the others are compared in .*comparison\.html"
+    ):
+        compare_algorithms(stuck, ("local", "mira", "fedavg"), (0,), tmp_path / "all", watch)
+    assert watch.began == ["local-seed0", "mira-seed0", "fedavg-seed0"]
+    rows = json.loads((tmp_path / "all" / "comparison.json").read_text(encoding="utf-8"))
+    assert [row["algorithm"] for row in rows] == ["local", "fedavg"] and (tmp_path / "all" / "comparison.html").is_file()
+
+
+def test_when_every_run_fails_there_is_nothing_to_compare(config: Config, tmp_path: Path) -> None:
+    hopeless = config.model_copy(update={"local": config.local.model_copy(update={"learning_rate": 1e30})})
+    with pytest.raises(RunError, match=r"2 of 2 runs failed \(local-seed0: round 1: none of 5 clients"):
+        compare_algorithms(hopeless, ("local", "mira"), (0,), tmp_path / "all", Watch())
+    assert not (tmp_path / "all" / "comparison.json").exists()
