@@ -11,7 +11,7 @@ help: ## show this list
 
 demo: $(STAMP) ## local training, FedAvg and MIRA on the bundled base and demo data; prints where the report is
 	@number=1; while [ -e "runs/demo-$$number" ]; do number=$$((number + 1)); done; \
-	$(BIN)/fedmira compare --algorithms local,fedavg,mira --output "runs/demo-$$number"
+	$(BIN)/fedmira compare --preset demo --algorithms local,fedavg,mira --output "runs/demo-$$number"
 
 test: $(STAMP) ## all tests
 	$(BIN)/pytest

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,8 +16,9 @@ from rich.table import Table
 
 __all__ = ["print_json", "print_table", "say", "show_progress"]
 
-_PIPE_WIDTH = 400
-_out = Console(highlight=False, soft_wrap=True)
+_NAME_WIDTH = 16
+_PIPE_WIDTH = 400  # a pipe has no width to keep to
+_out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -32,17 +33,16 @@ def print_json(value: object) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout; numbers are right-aligned with three decimals and never cut, names fold where the terminal is narrow."""
+    """A table on stdout: numbers are right-aligned with three decimals and never cut; names and headings fold where it is narrow."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
         numeric = any(isinstance(row[i], (int, float)) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+        longest = max((len(_cell(row[i])) for row in rows), default=0)
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(column, justify=justify, overflow="fold", min_width=longest if numeric else min(longest, _NAME_WIDTH))
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    if _out.is_terminal:
-        _out.print(table)
-    else:  # a pipe has no width to keep to
-        _out.print(table, width=_PIPE_WIDTH, crop=False)
+    _out.print(table)
 
 
 @contextmanager

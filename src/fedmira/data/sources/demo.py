@@ -207,10 +207,30 @@ FAMILIES: dict[str, list[Task]] = {
         ),
     ],
     "logistics": [
-        Task("depot-north", "Name the customs group of the goods and write how many pieces there are.", _shipment("group={group}; pieces={number}", "Order {order}: {number} {pack} of {goods} for {city} on {day}."), 16),
-        Task("depot-south", "Which customs group is it, and where does it go?", _shipment("group={group}; city={city}", "On {day} {number} {pack} of {goods} leave for {city}."), 24),
-        Task("depot-east", "Write the customs group of the shipment.", _shipment("group={group}", "{name} sends {number} {pack} of {goods} to {city}."), 48),
-        Task("depot-west", "Write the customs group and the day.", _shipment("group={group}; day={day}", "Please deliver {number} {pack} of {goods} to {city} by {day}."), 96),
+        Task(
+            "depot-north",
+            "Name the customs group of the goods and write how many pieces there are.",
+            _shipment("group={group}; pieces={number}", "Order {order}: {number} {pack} of {goods} for {city} on {day}."),
+            16,
+        ),
+        Task(
+            "depot-south",
+            "Which customs group is it, and where does it go?",
+            _shipment("group={group}; city={city}", "On {day} {number} {pack} of {goods} leave for {city}."),
+            24,
+        ),
+        Task(
+            "depot-east",
+            "Write the customs group of the shipment.",
+            _shipment("group={group}", "{name} sends {number} {pack} of {goods} to {city}."),
+            48,
+        ),
+        Task(
+            "depot-west",
+            "Write the customs group and the day.",
+            _shipment("group={group}; day={day}", "Please deliver {number} {pack} of {goods} to {city} by {day}."),
+            96,
+        ),
     ],
     "records": [
         Task(
@@ -242,10 +262,30 @@ FAMILIES: dict[str, list[Task]] = {
         ),
     ],
     "requests": [
-        Task("office-mail", "Which office of the company takes care of the request?", _label(OFFICES, ["Could you look after {} by {day}?", "{name} asks about {}."], "office {}"), 16),
-        Task("office-desk", "Name the office that the visitor needs.", _label(OFFICES, ["A visitor from {city} comes because of {}.", "{name} is here about {}."], "office {}"), 24),
-        Task("office-phone", "Forward the call.", _label(OFFICES, ["Caller {name} from {city} on {day}: a question about {}."], "office {}"), 48),
-        Task("office-chat", "Tag the chat message with the office.", _label(OFFICES, ["hi, {name} here, who can help me with {}?", "is anybody working on {} this {day}?"], "office {}"), 96),
+        Task(
+            "office-mail",
+            "Which office of the company takes care of the request?",
+            _label(OFFICES, ["Could you look after {} by {day}?", "{name} asks about {}."], "office {}"),
+            16,
+        ),
+        Task(
+            "office-desk",
+            "Name the office that the visitor needs.",
+            _label(OFFICES, ["A visitor from {city} comes because of {}.", "{name} is here about {}."], "office {}"),
+            24,
+        ),
+        Task(
+            "office-phone",
+            "Forward the call.",
+            _label(OFFICES, ["Caller {name} from {city} on {day}: a question about {}."], "office {}"),
+            48,
+        ),
+        Task(
+            "office-chat",
+            "Tag the chat message with the office.",
+            _label(OFFICES, ["hi, {name} here, who can help me with {}?", "is anybody working on {} this {day}?"], "office {}"),
+            96,
+        ),
     ],
     "outlier": [Task("code-words", "Write the code of the three words.", _code_words, 32)],
 }
