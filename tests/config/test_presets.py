@@ -8,6 +8,7 @@ from fedmira.config import Config, MiraSettings, dump_config, load_config, prese
 from fedmira.errors import ConfigError
 
 every_preset = pytest.mark.parametrize("name", preset_names())
+every_preset_on_files = pytest.mark.parametrize("name", [name for name in preset_names() if name != "demo"])
 
 
 def test_the_presets_are_found() -> None:
@@ -24,10 +25,10 @@ def test_a_preset_opens_with_what_it_is_and_the_command_that_runs_it(name: str) 
     description, command, *_ = preset_path(name).read_text(encoding="utf-8").splitlines()
     assert description == f"# {preset_description(name)}"
     assert preset_description(name).endswith(".")
-    assert command.startswith(f"# fedmira run --preset {name} --set data.path=")
+    assert command.startswith((f"# fedmira run --preset {name} --set data.path=", f"# fedmira compare --preset {name} "))
 
 
-@every_preset
+@every_preset_on_files
 def test_the_data_path_of_a_preset_is_left_to_the_user(name: str) -> None:
     assert load_config(preset=name).data.path == ""
     assert load_config(preset=name, overrides=["data.path=here"]).data.path == "here"
