@@ -109,6 +109,8 @@ def test_an_interrupt_from_the_keyboard_says_how_to_continue(command_run: Any, t
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs with the interrupt ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while not begun(folder) and process.poll() is None:
             time.sleep(0.005)
