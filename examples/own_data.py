@@ -1,9 +1,9 @@
-"""Your own data from Python: three parties with a folder each, one adapter each, and a question to one of them.
+"""Your own data from Python: four parties with a folder each, and an adapter for each of them.
 
     python examples/own_data.py [OUTPUT]
 
 Writes a small federation (JSON Lines, one folder a party) into OUTPUT/data, runs MIRA on it with the bundled base, and loads
-one of the adapters with plain PEFT. Takes about ten seconds.
+one of the adapters with plain PEFT. Takes about half a minute.
 """
 
 from __future__ import annotations

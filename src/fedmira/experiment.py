@@ -133,8 +133,7 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None, r
         if algorithm.aligns and not recorder.ever_moved:
             raise AlignmentError(
                 f"{config.algorithm.name}: alignment is on, yet in {config.rounds.count} rounds no client was pulled: the graph "
-                "has no edge between "
-                "clients that trained; run more rounds or choose another graph.kind"
+                "has no edge between clients that trained; run more rounds or choose another graph.kind"
             )
     except FedmiraError as error:
         last = load_checkpoint(folder.checkpoint)
