@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, product
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,13 +24,12 @@ def test_every_row_can_be_read_back_from_the_packed_row(count: int, shared: int,
     batch = pack([segment])
     assert len(batch.ids) == segment.num_tokens
     place = segment.prefix
-    for group in segment.groups:
-        for index in group.rows:
-            whole = [*batch.ids[: segment.prefix].tolist(), *batch.ids[place : place + group.size].tolist()]
-            read = [*rows[index].prompt, *rows[index].response[:-1]]  # the last response token is only predicted
-            assert whole[: len(read)] == read
-            assert batch.positions[place : place + group.size].tolist() == list(range(segment.prefix, segment.prefix + group.size))
-            place += group.size
+    for row, index, length in zip(segment.rows, segment.indices, segment.lengths, strict=True):
+        assert row is rows[index]
+        read = [*row.prompt, *row.response[:-1]]  # the last response token is only predicted
+        assert [*batch.ids[: segment.prefix].tolist(), *batch.ids[place : place + length].tolist()] == read
+        assert batch.positions[place : place + length].tolist() == list(range(segment.prefix, len(read)))
+        place += length
     assert place == len(batch.ids)
 
 
@@ -45,10 +46,37 @@ def test_response_tokens_are_predicted_once_whatever_the_budget(count: int, shar
     assert found == {i: list(row.response) for i, row in enumerate(rows)}
 
 
-def test_ragged_rows_are_grouped_by_length_so_that_little_is_padded() -> None:
-    rows = [TinyRow((4,) * 10 + (5 + i,), (6,) * length) for i, length in enumerate((5, 60, 6, 58, 5, 61))]
+def test_ragged_rows_are_not_padded() -> None:
+    lengths = (5, 60, 6, 58, 5, 61)
+    rows = [TinyRow((4,) * 10 + (5 + i,), (6,) * length) for i, length in enumerate(lengths)]
     (segment,) = segment_rows(0, rows, 10_000)
-    real = segment.prefix + sum(1 + length - 1 for length in (5, 60, 6, 58, 5, 61))
-    padded = segment.num_tokens - real
-    assert len(segment.groups) == 2
-    assert padded == (6 - 5) * 2 + (61 - 60) + (61 - 58)
+    assert segment.num_tokens == 10 + sum(1 + length - 1 for length in lengths)
+
+
+def test_a_batch_of_two_tasks_becomes_a_segment_for_each_when_that_computes_less() -> None:
+    first, second = (1,) * 100, (2,) * 100
+    rows = [TinyRow((9, *task, 50 + i), (6,)) for i in range(3) for task in (first, second)]
+    segments = segment_rows(0, rows, 10_000)
+    assert [segment.prefix for segment in segments] == [101, 101]
+    assert [sorted(segment.indices) for segment in segments] == [[0, 2, 4], [1, 3, 5]]
+    assert sum(segment.num_tokens for segment in segments) == 2 * (101 + 3)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(1, 4)), min_size=1, max_size=7), st.integers(20, 400))
+def test_no_other_cut_of_the_ordered_rows_computes_fewer_tokens(shapes: list[tuple[int, int, int]], budget: int) -> None:
+    """Rows of two levels of shared text, 30 and 20 tokens; all 2^(n-1) cuts of the ordered rows are tried."""
+    rows = [TinyRow((*[10 + task] * 30, *[20 + part] * 20, 100 + i), (6,) * size) for i, (task, part, size) in enumerate(shapes)]
+    ordered = sorted(rows, key=lambda row: row.prompt)
+
+    def tokens(part: list[TinyRow]) -> int:
+        shared = common_prefix(part) if len(part) > 1 else 0
+        return shared + sum(len(row.prompt) + len(row.response) - 1 - shared for row in part)
+
+    costs = []
+    for cuts in product((False, True), repeat=len(rows) - 1):
+        edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(rows)]
+        parts = [ordered[start:end] for start, end in pairwise(edges)]
+        if all(len(part) == 1 or tokens(part) <= budget for part in parts):
+            costs.append(sum(tokens(part) + 16 for part in parts))
+    found = segment_rows(0, rows, budget)
+    assert sum(segment.num_tokens + 16 for segment in found) == min(costs)

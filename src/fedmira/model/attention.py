@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -14,19 +15,39 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from fedmira.model.cpu_attention import attend_on_cpu
 from fedmira.model.packing import PackedBatch
+from fedmira.model.varlen_attention import Sequences, attend_on_cuda, sequences_of, varlen_available
 
 __all__ = ["PACKED_ATTENTION", "packed_attention", "packed_layout"]
 
 PACKED_ATTENTION = "fedmira_packed"
-_layout: ContextVar[PackedBatch | None] = ContextVar("packed layout", default=None)
+
+
+@dataclass
+class _Layout:
+    """What the layers of one pass share."""
+
+    batch: PackedBatch
+    last_layer: int | None
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        return sequences_of(self.batch)
+
+
+_layout: ContextVar[_Layout | None] = ContextVar("packed layout", default=None)
 
 
 @contextmanager
-def packed_layout(model: PreTrainedModel, batch: PackedBatch) -> Iterator[None]:
-    """Within the block the model reads one flat packed row; its own attention is put back afterwards."""
+def packed_layout(model: PreTrainedModel, batch: PackedBatch, last_layer: int | None = None) -> Iterator[None]:
+    """Within the block the model reads one flat packed row; its own attention is put back afterwards.
+
+    Args:
+        last_layer: index of a layer whose result is read at `batch.predict_at` only; None reads every place.
+    """
     usual = model.config._attn_implementation
-    token = _layout.set(batch)
+    token = _layout.set(_Layout(batch, last_layer))
     model.set_attn_implementation(PACKED_ATTENTION)
     try:
         yield
@@ -61,41 +82,48 @@ def packed_attention(
     assert layout is not None, "packed attention is only used inside packed_layout"
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise NotImplementedError("soft-capped scores and attention sinks are not packed")
+    batch = layout.batch
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")
+    if window and window >= max(segment.prefix + max(segment.lengths) for segment in batch.segments):
+        window = None
+    same_size = query.shape[-1] == value.shape[-1]
+    if same_size and varlen_available(query):
+        return attend_on_cuda(query, key, value, layout.sequences, scale, window), None
+    if same_size and query.device.type == "cpu" and not window:
+        # What the prefix attends to in the last layer is not read: there it only gives keys and values.
+        return attend_on_cpu(query, key, value, batch, scale, module.layer_idx == layout.last_layer), None
+    return _attend_by_row(query, key, value, batch, scale, window), None
+
+
+def _attend_by_row(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale: float, window: int | None) -> Tensor:
+    """The plain way, for every device: one call for a prefix and one for each remainder."""
     outputs: list[Tensor] = []
-    for segment, start in zip(layout.segments, layout.starts, strict=True):
-        prefix, place = segment.prefix, start + segment.prefix
-        prefix_key, prefix_value = key[0, :, start:place], value[0, :, start:place]
-        if prefix:
-            outputs.append(_attend(query[:, :, start:place], prefix_key[None], prefix_value[None], 0, window, scaling)[0])
-        for group in segment.groups:
-            rows, size = len(group.rows), group.size
-            span = slice(place, place + rows * size)
-            own_query, own_key, own_value = (_by_row(tensor[0, :, span], rows, size) for tensor in (query, key, value))
-            if prefix:
-                own_key = torch.cat([prefix_key.expand(rows, -1, -1, -1), own_key], dim=2)
-                own_value = torch.cat([prefix_value.expand(rows, -1, -1, -1), own_value], dim=2)
-            attended = _attend(own_query, own_key, own_value, prefix, window, scaling)
-            outputs.append(attended.transpose(0, 1).flatten(1, 2))
-            place = span.stop
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+    for segment, start in zip(batch.segments, batch.starts, strict=True):
+        place = start + segment.prefix
+        prefix_key, prefix_value = key[:, :, start:place], value[:, :, start:place]
+        if segment.prefix:
+            outputs.append(_attend(query[:, :, start:place], prefix_key, prefix_value, 0, window, scale))
+        for length in segment.lengths:
+            own = slice(place, place + length)
+            own_key, own_value = (
+                torch.cat([head, tensor[:, :, own]], dim=2) for head, tensor in ((prefix_key, key), (prefix_value, value))
+            )
+            outputs.append(_attend(query[:, :, own], own_key, own_value, segment.prefix, window, scale))
+            place = own.stop
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _by_row(tensor: Tensor, rows: int, size: int) -> Tensor:
-    """[heads, rows * size, width] -> [rows, heads, size, width]."""
-    return tensor.view(len(tensor), rows, size, tensor.shape[-1]).transpose(0, 1)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, offset: int, window: int | None, scaling: float | None) -> Tensor:
-    """query [R, heads, S, width] at positions offset.., key and value [R, key heads, offset + S, width] -> [R, heads, S, width]."""
-    rows, heads, size, width = query.shape
+def _attend(query: Tensor, key: Tensor, value: Tensor, offset: int, window: int | None, scale: float) -> Tensor:
+    """query [1, heads, S, size] at positions offset.., key and value [1, key heads, offset + S, size] -> [1, heads, S, size]."""
+    _, heads, length, size = query.shape
     groups = key.shape[1]
     share = heads // groups
     # Query heads that share a key head are folded into its rows, so keys are not copied.
-    folded = query.reshape(rows, groups, share * size, width)
-    mask = _mask(size, offset, share, window or 0, query.device, query.dtype)
-    result = functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return result.reshape(rows, heads, size, width)
+    folded = query.reshape(1, groups, share * length, size)
+    mask = _mask(length, offset, share, window or 0, query.device, query.dtype)
+    result = functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+    return result.reshape(1, heads, length, value.shape[-1])
 
 
 @lru_cache(maxsize=32)

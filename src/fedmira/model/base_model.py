@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedmira.config import ModelSettings
 from fedmira.errors import ModelError
+from fedmira.model.last_layer import LastLayer
 
 __all__ = ["BaseModel", "TargetModule", "find_targets", "from_model", "load_base", "load_tokenizer"]
 
@@ -57,6 +58,7 @@ class BaseModel:
         name: what the user called it; `location` is the folder or hub id it was loaded from.
         sha256: hash of names, shapes and bytes of all its parameters.
         packed: whether packed steps give this architecture's own result (probed); if not, the padded path is used.
+        last_layer: where packed steps leave work out whose result nobody reads, or None where the probe found a difference.
     """
 
     model: PreTrainedModel
@@ -65,6 +67,7 @@ class BaseModel:
     location: str
     sha256: str
     packed: bool = False
+    last_layer: LastLayer | None = None
 
     @property
     def device(self) -> torch.device:
@@ -162,9 +165,9 @@ def from_model(
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=model.generation_config.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
-    from fedmira.model.probe import packed_agrees
+    from fedmira.model.probe import choose_path
 
-    return replace(base, packed=packed_agrees(base))
+    return choose_path(base)
 
 
 def find_targets(model: nn.Module, wanted: Sequence[str]) -> list[TargetModule]:

@@ -59,12 +59,20 @@ class StackedAdapters:
         adapters: one per client; names and layer sizes agree, ranks may differ.
         scales: alpha / rank of each client.
         device: where the matrix lives.
+        trainable: whether there are gradients; without them nothing is allocated for training.
 
     Raises:
         ModelError: an adapter does not fit `targets`.
     """
 
-    def __init__(self, targets: Sequence[TargetModule], adapters: Sequence[Adapter], scales: Sequence[float], device: torch.device) -> None:
+    def __init__(
+        self,
+        targets: Sequence[TargetModule],
+        adapters: Sequence[Adapter],
+        scales: Sequence[float],
+        device: torch.device,
+        trainable: bool = True,
+    ) -> None:
         self.targets = tuple(targets)
         self.scales = tuple(scales)
         first_a = adapter_names(self.targets[0])[0]
@@ -72,21 +80,22 @@ class StackedAdapters:
         self._slots = _slots(self.targets, max(self.ranks))
         width = sum(math.prod(slot.shape) for slot in self._slots.values())
         self.values = torch.zeros(len(adapters), width, device=device)
-        self.gradients = torch.zeros_like(self.values)
-        self._leaves = [{name: self._leaf(client, name) for name in self._slots} for client in range(len(adapters))]
+        self.gradients = torch.zeros_like(self.values) if trainable else self.values.new_empty(0)
+        # Branches write their gradients into `gradients` themselves; this stands for them in the autograd graph.
+        self.anchor = torch.zeros(0, device=device, requires_grad=trainable)
         for client, adapter in enumerate(adapters):
             self._fill(client, adapter)
 
     def __len__(self) -> int:
         return len(self.ranks)
 
-    def leaf(self, client: int, name: str) -> Tensor:
-        """A client's factor, padded, as an autograd leaf that shares memory with `values`; its gradient goes to `gradients`."""
-        return self._leaves[client][name]
-
     def stacked(self, name: str) -> Tensor:
         """A factor of all clients, padded: [K, rank, inputs] or [K, outputs, rank]; shares memory."""
         return self._part(self.values, name)
+
+    def factor(self, matrix: Tensor, client: int, name: str) -> Tensor:
+        """A client's factor in a [K, P] matrix (values, gradients, moments) as a view at its own rank."""
+        return self._part(matrix, name)[client].narrow(self._slots[name].rank_axis, 0, self.ranks[client])
 
     def adapter(self, client: int) -> Adapter:
         """A copy of a client's adapter at its own rank, on the CPU."""
@@ -94,16 +103,11 @@ class StackedAdapters:
 
     def views(self, matrix: Tensor, client: int) -> Adapter:
         """A client's row of a [K, P] matrix (values, gradients, moments) as named views at its own rank."""
-        return {name: self._part(matrix, name)[client].narrow(slot.rank_axis, 0, self.ranks[client]) for name, slot in self._slots.items()}
+        return {name: self.factor(matrix, client, name) for name in self._slots}
 
     def _part(self, matrix: Tensor, name: str) -> Tensor:
         slot = self._slots[name]
         return matrix[:, slot.offset : slot.offset + math.prod(slot.shape)].view(len(self), *slot.shape)
-
-    def _leaf(self, client: int, name: str) -> Tensor:
-        leaf = self._part(self.values, name)[client].detach().requires_grad_()
-        leaf.grad = self._part(self.gradients, name)[client]
-        return leaf
 
     def _fill(self, client: int, adapter: Adapter) -> None:
         for name, view in self.views(self.values, client).items():
@@ -125,13 +129,14 @@ class LoraBranch:
     Attributes:
         dropout: probability of dropping an input of the branch in training.
         generators: one random stream per client for dropout, so that nobody's draws depend on who shares the cohort.
+        owners: which tokens belong to whom, as `tokens` was told.
     """
 
     model: nn.Module
     adapters: StackedAdapters
     dropout: float = 0.0
     generators: Sequence[torch.Generator] = ()
-    _owners: Sequence[tuple[int, slice]] = ()
+    owners: Sequence[tuple[int, slice]] = ()
     _rows: Tensor | None = None
     _gathered: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
@@ -150,11 +155,11 @@ class LoraBranch:
     @contextmanager
     def tokens(self, owners: Sequence[tuple[int, slice]]) -> Iterator[None]:
         """Tokens of a flat row [1, N, ...] belong to clients by slices that follow each other; one owner owns any shape."""
-        self._owners = owners
+        self.owners = owners
         try:
             yield
         finally:
-            self._owners = ()
+            self.owners = ()
 
     @contextmanager
     def rows(self, clients: Sequence[int]) -> Iterator[None]:
@@ -180,22 +185,74 @@ class LoraBranch:
             if self._rows is not None:
                 factor_a, factor_b = self._gathered[name_a]
                 branch = torch.bmm(torch.bmm(inputs.float(), factor_a), factor_b)
-            elif len(self._owners) == 1:
-                branch = self._branch(self._owners[0][0], inputs, name_a, name_b)
-            else:
-                branch = torch.cat([self._branch(client, inputs[:, part], name_a, name_b) for client, part in self._owners], dim=1)
-            return (output + branch).to(output.dtype)
+                return (output + branch).to(output.dtype)
+            sites = [self._site(client, part, name_a, name_b) for client, part in self.owners]
+            if self.dropout and torch.is_grad_enabled():
+                inputs = self._dropped(inputs)
+            result: Tensor = _AddBranches.apply(self.adapters.anchor, inputs, output, sites)  # type: ignore[no-untyped-call]
+            return result
 
         return add_branch
 
-    def _branch(self, client: int, inputs: Tensor, name_a: str, name_b: str) -> Tensor:
-        inputs = inputs.float()
-        if self.dropout and torch.is_grad_enabled():
-            generator = self.generators[client]
-            kept = torch.rand(inputs.shape, generator=generator, device=generator.device).to(inputs.device) >= self.dropout
-            inputs = inputs * kept / (1 - self.dropout)
-        factor_a, factor_b = self.adapters.leaf(client, name_a), self.adapters.leaf(client, name_b)
-        return (inputs @ factor_a.T) @ factor_b.T * self.adapters.scales[client]
+    def _site(self, client: int, tokens: slice, name_a: str, name_b: str) -> _Site:
+        adapters = self.adapters
+        factors = (adapters.factor(adapters.values, client, name) for name in (name_a, name_b))
+        gradients = (adapters.factor(adapters.gradients, client, name) for name in (name_a, name_b)) if len(adapters.gradients) else ()
+        return _Site(tokens, adapters.scales[client], tuple(factors), tuple(gradients))
+
+    def _dropped(self, inputs: Tensor) -> Tensor:
+        """Inputs of the branch with some entries dropped, each client's by its own stream."""
+        keep = torch.empty_like(inputs).flatten(0, -2)
+        for client, tokens in self.owners:
+            generator, part = self.generators[client], keep[tokens]
+            kept = torch.rand(part.shape, generator=generator, device=generator.device).to(inputs.device) >= self.dropout
+            part.copy_(kept / (1 - self.dropout))
+        return inputs * keep.view(inputs.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """A client's branch at one layer: its tokens, its factors A [r, inputs] and B [outputs, r], and where their gradients go."""
+
+    tokens: slice
+    scale: float
+    factors: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+
+
+class _AddBranches(torch.autograd.Function):
+    """Adds s B A x to the layer's output in place; the factors' gradients are summed where they are kept, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, inputs: Tensor, output: Tensor, sites: list[_Site]) -> Tensor:
+        tokens, result = inputs.flatten(0, -2), output.flatten(0, -2)
+        down = []
+        for site in sites:
+            factor_a, factor_b = (factor.to(inputs.dtype) for factor in site.factors)
+            down.append(tokens[site.tokens] @ factor_a.T)
+            result[site.tokens].addmm_(down[-1], factor_b.T, alpha=site.scale)
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(inputs, *down)
+        ctx.sites = sites
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, *down = ctx.saved_tensors
+        tokens, of_output = inputs.flatten(0, -2), grad.flatten(0, -2)
+        to_inputs = torch.empty_like(tokens) if ctx.needs_input_grad[1] else None
+        for site, down_of in zip(ctx.sites, down, strict=True):
+            factor_a, factor_b = (factor.to(grad.dtype) for factor in site.factors)
+            part, of_part = tokens[site.tokens], of_output[site.tokens]
+            to_down = (of_part @ factor_b).mul_(site.scale)
+            for total, left, right, scale in zip(site.gradients, (to_down, of_part), (part, down_of), (1.0, site.scale), strict=True):
+                if total.dtype == grad.dtype:
+                    total.addmm_(left.T, right, alpha=scale)
+                else:
+                    total.add_(left.T @ right, alpha=scale)
+            if to_inputs is not None:
+                torch.mm(to_down, factor_a, out=to_inputs[site.tokens])
+        return None, None if to_inputs is None else to_inputs.view(inputs.shape), grad, None
 
 
 def _slots(targets: Sequence[TargetModule], rank: int) -> dict[str, _Slot]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as functional
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from fedmira.model.attention import packed_layout
 from fedmira.model.base_model import BaseModel
+from fedmira.model.last_layer import read_only_at
 from fedmira.model.lora import LoraBranch
 from fedmira.model.packing import PackedBatch, Row, gather, pack, segment_rows
 
@@ -55,11 +58,22 @@ def _packed_pass(base: BaseModel, branch: LoraBranch, batch: PackedBatch) -> Tok
     """One forward pass; a function of its own, so that its logits are gone before the next pass begins."""
     ends = [*batch.starts[1:], len(batch.ids)]
     owners = [(segment.client, slice(start, end)) for segment, start, end in zip(batch.segments, batch.starts, ends, strict=True)]
-    with packed_layout(base.model, batch), branch.tokens(owners):
+    index = base.last_layer.index if base.last_layer else None
+    with ExitStack() as stack:
+        stack.enter_context(packed_layout(base.model, batch, index))
+        stack.enter_context(branch.tokens(owners))
+        if base.last_layer:
+            stack.enter_context(read_only_at(base.last_layer, batch.predict_at, branch, _readers(batch)))
         hidden = base.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).last_hidden_state
     logits = base.model.get_output_embeddings()(hidden[0, batch.predict_at])  # type: ignore[no-untyped-call]
     values = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
     return TokenLosses(values, batch.clients, batch.rows, len(batch.ids))
+
+
+def _readers(batch: PackedBatch) -> list[tuple[int, slice]]:
+    """Which of the M response tokens belong to which client; segments follow each other."""
+    stops = list(accumulate(sum(len(row.response) for row in segment.rows) for segment in batch.segments))
+    return [(segment.client, slice(start, stop)) for segment, start, stop in zip(batch.segments, [0, *stops], stops, strict=False)]
 
 
 def _padded(base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int) -> Iterator[TokenLosses]:

@@ -2,21 +2,25 @@
 
     [prefix][remainder 1][remainder 2]...        an example attends to the prefix and to itself, nothing else
 
-Under causal attention this is exactly the padded batch. Remainders of similar length form a group, padded on the right to one
-size; right padding needs no mask because no real token looks ahead. Segments of different clients follow each other in one
-flat row, so linear layers see plain tokens and nothing is padded to another client's shape.
+Under causal attention this is exactly the padded batch, and nothing is padded. A batch whose rows share more among some of them
+than all of them do (several tasks in one client) becomes several segments, cut so that the fewest tokens are computed. Segments
+of different clients follow each other in one flat row, so linear layers see plain tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Group", "PackedBatch", "Row", "Segment", "common_prefix", "gather", "pack", "segment_rows"]
+__all__ = ["PackedBatch", "Row", "Segment", "common_prefix", "gather", "pack", "segment_rows"]
+
+_SEGMENT_COST = 16
+"""What one more segment costs in attention calls, in tokens."""
 
 
 class Row(Protocol):
@@ -34,14 +38,6 @@ class Row(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Remainders of similar length: `rows` index the segment's rows, each padded to `size` tokens."""
-
-    rows: tuple[int, ...]
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
 class Segment:
     """Some rows of one client behind one shared prefix.
 
@@ -49,19 +45,19 @@ class Segment:
         client: position of the client in the cohort.
         rows: the rows, and `indices` their positions in the client's batch.
         prefix: number of shared leading prompt tokens.
-        groups: how the remainders are laid out.
+        lengths: tokens of each row behind the prefix; the last response token is predicted, never read.
     """
 
     client: int
     rows: tuple[Row, ...]
     indices: tuple[int, ...]
     prefix: int
-    groups: tuple[Group, ...]
+    lengths: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
-        """Token positions computed, padding included."""
-        return self.prefix + sum(len(group.rows) * group.size for group in self.groups)
+        """Token positions computed."""
+        return self.prefix + sum(self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +89,40 @@ class PackedBatch:
 
 def common_prefix(rows: Sequence[Row]) -> int:
     """Number of leading prompt tokens that all rows share, short of each row's last prompt token, which predicts."""
-    limit = min(len(row.prompt) for row in rows) - 1
-    first = rows[0].prompt
-    last = max(rows, key=lambda row: tuple(row.prompt[:limit])).prompt
-    least = min(rows, key=lambda row: tuple(row.prompt[:limit])).prompt
-    shared = 0
-    while shared < limit and first[shared] == last[shared] == least[shared]:
-        shared += 1
-    return shared
+    prompts = [row.prompt for row in rows]
+    limit = min(map(len, prompts)) - 1
+    least, last = min(prompts), max(prompts)  # what the first and the last in order share, all between them share
+    return next((i for i in range(limit) if least[i] != last[i]), limit)
 
 
 def segment_rows(client: int, rows: Sequence[Row], budget: int, share_prefix: bool = True) -> list[Segment]:
-    """Lay a client's batch out in few segments of at most `budget` tokens each; one row always fits, however long."""
-    whole = _segment(client, rows, range(len(rows)), share_prefix)
-    if whole.num_tokens <= budget or len(rows) == 1:
-        return [whole]
-    half = (len(rows) + 1) // 2
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + len(rows[i].response), i))
-    return [part for chosen in (order[:half], order[half:]) for part in _split(client, rows, chosen, budget, share_prefix)]
+    """Lay a client's batch out in segments of at most `budget` tokens that together compute the fewest tokens.
+
+    Rows in the order of their prompts lie beside those they share most with, so the best cut into runs of that order is found by
+    dynamic programming: a run costs its shared prefix once and the rest of each row, and `_SEGMENT_COST`. One row always fits,
+    however long.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (tuple(rows[i].prompt), i)) if share_prefix else list(range(len(rows)))
+    sizes = [len(rows[i].prompt) + len(rows[i].response) - 1 for i in order]
+    shared = [common_prefix((rows[i], rows[j])) if share_prefix else 0 for i, j in pairwise(order)]
+    best, cut = [0], [0]  # of the first rows of the order: the least cost, and where the last run begins
+    for end in range(1, len(order) + 1):
+        best.append(best[end - 1] + sizes[end - 1] + _SEGMENT_COST)
+        cut.append(end - 1)
+        total, prefix = sizes[end - 1], len(rows[order[end - 1]].prompt)
+        for begin in range(end - 2, -1, -1):
+            total, prefix = total + sizes[begin], min(prefix, shared[begin])
+            tokens = total - (end - begin - 1) * prefix
+            if tokens > budget:
+                break
+            if best[begin] + tokens + _SEGMENT_COST <= best[end]:
+                best[end], cut[end] = best[begin] + tokens + _SEGMENT_COST, begin
+    segments = []
+    end = len(order)
+    while end:
+        segments.append(_segment(client, rows, order[cut[end] : end], share_prefix))
+        end = cut[end]
+    return segments[::-1]
 
 
 def pack(segments: Sequence[Segment]) -> PackedBatch:
@@ -126,17 +138,15 @@ def pack(segments: Sequence[Segment]) -> PackedBatch:
         starts.append(len(ids))
         ids += segment.rows[0].prompt[: segment.prefix]
         positions += range(segment.prefix)
-        for group in segment.groups:
-            for index in group.rows:
-                row = segment.rows[index]
-                remainder = [*row.prompt[segment.prefix :], *row.response[:-1]]  # the last response token is predicted, never read
-                first = len(ids) + len(row.prompt) - segment.prefix - 1
-                predict_at += range(first, first + len(row.response))
-                targets += row.response
-                clients += [segment.client] * len(row.response)
-                rows += [segment.indices[index]] * len(row.response)
-                ids += remainder + [remainder[-1]] * (group.size - len(remainder))
-                positions += range(segment.prefix, segment.prefix + group.size)
+        for row, index, length in zip(segment.rows, segment.indices, segment.lengths, strict=True):
+            first = len(ids) + len(row.prompt) - segment.prefix - 1
+            predict_at += range(first, first + len(row.response))
+            targets += row.response
+            clients += [segment.client] * len(row.response)
+            rows += [index] * len(row.response)
+            ids += row.prompt[segment.prefix :]
+            ids += row.response[:-1]
+            positions += range(segment.prefix, segment.prefix + length)
     tensors = (torch.tensor(values, dtype=torch.long) for values in (ids, positions, predict_at, targets, clients, rows))
     return PackedBatch(tuple(segments), tuple(starts), *tensors)
 
@@ -155,27 +165,7 @@ def gather(segments: Sequence[Segment], budget: int) -> Iterator[list[Segment]]:
         yield batch
 
 
-def _split(client: int, rows: Sequence[Row], chosen: Sequence[int], budget: int, share_prefix: bool) -> list[Segment]:
-    part = _segment(client, rows, chosen, share_prefix)
-    if part.num_tokens <= budget or len(chosen) == 1:
-        return [part]
-    half = (len(chosen) + 1) // 2
-    return [part for side in (chosen[:half], chosen[half:]) for part in _split(client, rows, side, budget, share_prefix)]
-
-
 def _segment(client: int, rows: Sequence[Row], chosen: Sequence[int], share_prefix: bool) -> Segment:
     own = tuple(rows[i] for i in chosen)
     prefix = common_prefix(own) if share_prefix and len(own) > 1 else 0
-    return Segment(client, own, tuple(chosen), prefix, tuple(_groups([len(row.prompt) - prefix + len(row.response) - 1 for row in own])))
-
-
-def _groups(lengths: Sequence[int]) -> Iterator[Group]:
-    """Longest first; a row joins a group while its padding stays small against the cost of one more attention call."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    members: list[int] = []
-    for index in order:
-        if members and lengths[members[0]] - lengths[index] > 8 + lengths[members[0]] // 8:
-            yield Group(tuple(members), lengths[members[0]])
-            members = []
-        members.append(index)
-    yield Group(tuple(members), lengths[members[0]])
+    return Segment(client, own, tuple(chosen), prefix, tuple(len(row.prompt) - prefix + len(row.response) - 1 for row in own))

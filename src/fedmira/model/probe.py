@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 
 from fedmira.model.base_model import BaseModel, TargetModule, find_targets
+from fedmira.model.last_layer import find_last_layer
 from fedmira.model.lora import LoraBranch, StackedAdapters, start_adapter
 
-__all__ = ["packed_agrees"]
+__all__ = ["choose_path"]
 
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
@@ -20,31 +24,43 @@ class _Row:
         self.prompt, self.response = prompt, response
 
 
-def packed_agrees(base: BaseModel) -> bool:
-    """Whether packed and padded losses of three short rows agree token by token.
+def choose_path(base: BaseModel) -> BaseModel:
+    """The base with the fastest path whose losses and gradients of three short rows agree with the padded path's.
 
-    Architectures with their own attention, positions, soft-capping or scaled logits do not, or raise; they take the padded path.
+    Architectures with their own attention, positions, soft-capping or scaled logits do not agree when packed, or raise; they take
+    the padded path.
     """
-    from fedmira.model.loss import _packed, _padded
-
     config = base.model.config.get_text_config()
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _SCALED_LOGITS):
-        return False
+        return base
+    losses, gradient = _trial(base)
+    tolerance = _TOLERANCE.get(base.dtype, 2e-3)
+    for last_layer in dict.fromkeys((find_last_layer(base.model), None)):
+        packed = replace(base, packed=True, last_layer=last_layer)
+        try:
+            own_losses, own_gradient = _trial(packed)
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError):
+            continue
+        close = torch.allclose(losses, own_losses, rtol=0, atol=tolerance)
+        if close and float((gradient - own_gradient).norm()) <= tolerance * float(gradient.norm()):
+            return packed
+    return base
+
+
+def _trial(base: BaseModel) -> tuple[Tensor, Tensor]:
+    """Losses of three rows, and the gradient of an adapter, whichever path the base takes."""
+    from fedmira.model.loss import response_losses
+
     limit = min(base.num_embeddings, len(base.tokenizer))
     draw = torch.Generator().manual_seed(0)
     head, *tails = (torch.randint(0, limit, (size,), generator=draw).tolist() for size in (9, 8, 14, 5))
     rows = [_Row(head + tail[:-3], tail[-3:]) for tail in tails]
     targets = _any_target(base)
     stacked = StackedAdapters(targets, [start_adapter(targets, 1, 0)], [1.0], base.device)
-    with torch.no_grad(), LoraBranch(base.model, stacked) as branch:
-        (padded,) = _padded(base, branch, [(0, rows)], 10_000)
-        try:
-            (packed,) = _packed(base, branch, [(0, rows)], 10_000)
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError):
-            return False
-    by_row = [torch.cat([losses.values[losses.rows == i] for i in range(len(rows))]) for losses in (padded, packed)]
-    left, right = by_row
-    return left.shape == right.shape and bool(torch.allclose(left, right, rtol=0, atol=_TOLERANCE.get(base.dtype, 2e-3)))
+    with LoraBranch(base.model, stacked) as branch:
+        (losses,) = response_losses(base, branch, [(0, rows)], 10_000)
+        losses.values.sum().backward()  # type: ignore[no-untyped-call]
+    return torch.cat([losses.values.detach()[losses.rows == i] for i in range(len(rows))]), stacked.gradients
 
 
 def _any_target(base: BaseModel) -> list[TargetModule]:
