@@ -2,9 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCH_BIN := .venv-bench/bin
+BENCH_STAMP := .venv-bench/.installed
+SIZE ?= small
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test check format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,8 +29,16 @@ format: $(STAMP) ## rewrite the files in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## remove .venv and caches; runs/ stays
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+bench: $(BENCH_STAMP) ## fedmira beside other tools, into benchmarks/results/ (minutes; SIZE=full: hours)
+	$(BENCH_BIN)/python benchmarks/run.py --size $(SIZE) --output benchmarks/results/$(SIZE).json
+	$(BENCH_BIN)/python benchmarks/generation.py --size $(SIZE) --output benchmarks/results/generation-$(SIZE).json
+ifeq ($(SIZE),full)
+	$(BENCH_BIN)/python benchmarks/curves.py --output benchmarks/results/curves.json
+	$(BENCH_BIN)/python benchmarks/profile_step.py --output benchmarks/results/profile.json
+endif
+
+clean: ## remove virtual environments and caches; runs/ stays
+	rm -rf .venv .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Redone when the dependencies change.
@@ -36,4 +47,14 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "fedmira needs Python 3.11 or newer; '$(PYTHON)' is not: $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# A peer that cannot be installed takes only its own tools away; the result says so.
+$(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv .venv-bench
+	$(BENCH_BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@sed -e 's/#.*//' -e '/^ *$$/d' benchmarks/requirements-peers.txt | while read -r peer; do \
+		$(BENCH_BIN)/python -m pip install --quiet -c constraints.txt "$$peer" || \
+			echo "$$peer cannot be installed here; the tools that need it are left out" >&2; \
+	done
 	@touch $@

@@ -52,3 +52,9 @@ def clients_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from federation import write_clients
 
     return write_clients(tmp_path_factory.mktemp("data") / "clients")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests, and the processes that they start, neither read nor write the user's cache."""
+    os.environ["FEDMIRA_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedmira.adapters import Adapter, scale, truncate_rank
+from fedmira.adapters import Adapter, AdapterTable, scale, truncate_rank
 from fedmira.algorithms import Algorithm, AlgorithmContext, build
 from fedmira.clients import Cohort, CohortSettings
 from fedmira.config import Config, dump_config
 from fedmira.data import Dataset, load_clients
-from fedmira.engines import Engine, InProcessEngine
+from fedmira.engines import Engine, InProcessEngine, MemoryTable
 from fedmira.errors import AlignmentError, ConfigError, FedmiraError, RunError, RunFolderError
 from fedmira.evaluation import Evaluator
 from fedmira.graphs import GraphSource, graph_source
 from fedmira.messages import ClientId
-from fedmira.model import BaseModel, TargetModule, choose_token_budget, find_targets, load_base, start_adapter
-from fedmira.results import Result, check_same_ground, write_results, write_status
-from fedmira.rounds import Progress, Recorder, RunFolder, cohort_size, load_checkpoint, run_rounds, seed_for
+from fedmira.model import BaseModel, TargetModule, choose_token_budget, find_targets, load_base, start_adapter, with_engine_options
+from fedmira.results import Provenance, Result, write_results
+from fedmira.rounds import CheckpointFolder, Progress, Recorder, RunFolder, cohort_size, run_rounds, seed_for
 
 __all__ = ["Experiment", "build_experiment", "resume_experiment", "run_experiment"]
 
@@ -51,13 +50,15 @@ def build_experiment(config: Config, base: BaseModel | None = None) -> Experimen
     """
     base = base or load_base(config.model)
     targets = find_targets(base.model, config.adapter.targets)
+    base = with_engine_options(base, config.engine, targets)
     _check_length(config, base)
     dataset = load_clients(config.data, config.seed, base.tokenizer)
     clients = {client.client_id: client for client in dataset.clients}
     ranks = _ranks(config, list(clients))
     scales = {client: scale(config.adapter.alpha, rank) for client, rank in ranks.items()}
     common = start_adapter(targets, max(ranks.values()), seed_for(config.seed, "start"))
-    starts = {client: common if rank == max(ranks.values()) else truncate_rank(common, rank) for client, rank in ranks.items()}
+    of_rank = {rank: common if rank == max(ranks.values()) else truncate_rank(common, rank) for rank in set(ranks.values())}
+    starts = {client: of_rank[rank] for client, rank in ranks.items()}
 
     categories = {client.client_id: client.category for client in dataset.clients}
     graph = graph_source(config.graph, tuple(clients), categories, seed_for(config.seed, "graph"))
@@ -70,7 +71,7 @@ def build_experiment(config: Config, base: BaseModel | None = None) -> Experimen
             "act; set rounds.count above the warm-up, or graph.warmup_rounds to 0"
         )
 
-    budget = choose_token_budget(base) if config.engine.token_budget == "auto" else config.engine.token_budget
+    budget = choose_token_budget(base, targets) if config.engine.token_budget == "auto" else config.engine.token_budget
     cohort = Cohort(algorithm, base, targets, clients, CohortSettings(config.local, scales, config.adapter.dropout, budget))
     return Experiment(
         config,
@@ -94,7 +95,7 @@ def run_experiment(experiment: Experiment, output: Path, progress: Progress | No
         RunError: the run failed; what was computed is in the folder.
     """
     folder = RunFolder.create(output, dump_config(experiment.config))
-    return _run(experiment, folder, progress, resume=False)
+    return _run(experiment, folder, progress)
 
 
 def resume_experiment(experiment: Experiment, output: Path, progress: Progress | None = None) -> Result:
@@ -109,24 +110,37 @@ def resume_experiment(experiment: Experiment, output: Path, progress: Progress |
         raise RunFolderError(
             f"{output}: this run was made with other settings; --resume continues it as it was: leave the config and --set away"
         )
-    return _run(experiment, folder, progress, resume=True)
+    return _run(experiment, folder, progress)
 
 
-def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None, resume: bool) -> Result:
+def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None) -> Result:
+    """Go on from the folder's checkpoint, or from the start in one that has none."""
     config, algorithm, engine = experiment.config, experiment.algorithm, experiment.engine
-    recorder = Recorder(config, folder, algorithm, experiment.evaluator, lambda: engine.memories, progress or _quiet)
-    checkpoint = load_checkpoint(folder.checkpoint) if resume else None
-    started, before = datetime.now(UTC), folder.read_json("run.json")
-    check_same_ground(recorder, before)
-    write_status(recorder, "running", started, before)
-    state = algorithm.initial_state(experiment.starts)
+    checkpoints, before = CheckpointFolder(folder.checkpoint), folder.read_json("run.json")
+    recorder = Recorder(
+        config,
+        folder,
+        algorithm,
+        experiment.evaluator,
+        checkpoints,
+        lambda: engine.memories,
+        progress or _quiet,
+        float(before.get("wall_seconds", 0.0)),  # type: ignore[arg-type]
+    )
+    checkpoint, provenance = checkpoints.load(), Provenance(recorder, before)
+    provenance.check_same_ground()
+    checkpoints.tidy(checkpoint)
+    if checkpoint is not None:
+        recorder.restore(checkpoint)
+    provenance.write("running")
+    engine.restore(checkpoint.memories if checkpoint else MemoryTable(checkpoints.store, {}))
     if checkpoint is None:
+        start = algorithm.initial_state(experiment.starts)
+        state = replace(start, adapters=AdapterTable.of(checkpoints.store, start.adapters))
         folder.cut_back({})
         recorder.begin(state)
     else:
         state = checkpoint.state
-        engine.restore(checkpoint.memories)
-        recorder.restore(checkpoint)
     clients, first = list(experiment.ranks), checkpoint.round + 1 if checkpoint else 1
     try:
         state = run_rounds(algorithm, engine, state, clients, config.rounds, config.seed, recorder.on_round, first)
@@ -136,22 +150,15 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None, r
                 "has no edge between clients that trained; run more rounds or choose another graph.kind"
             )
     except FedmiraError as error:
-        last = load_checkpoint(folder.checkpoint)
+        last = checkpoints.load()
         assert last is not None, "the recorder writes a checkpoint before round 1"
         write_results(recorder, experiment.ranks, last.state, generate=False)
-        write_status(recorder, "failed", started, before, error=str(error), rounds_done=last.round, clients=len(clients))
+        provenance.write("failed", error=str(error), rounds_done=last.round, clients=len(clients))
         raise
     result = write_results(recorder, experiment.ranks, state, generate=config.evaluation.rouge)
     reason = _divergence(result)
-    write_status(
-        recorder,
-        "failed" if reason else "finished",
-        started,
-        before,
-        error=reason,
-        rounds_done=config.rounds.count,
-        clients=len(clients),
-        summary=result.summary,
+    provenance.write(
+        "failed" if reason else "finished", error=reason, rounds_done=config.rounds.count, clients=len(clients), summary=result.summary
     )
     if reason:
         raise RunError(reason)

@@ -18,7 +18,7 @@ class Plan:
 
     Attributes:
         base_mib, cohort_mib: memory of the frozen base, and of the stacked adapters, gradients and moments of a round's clients.
-        server_mib: memory of all clients' adapters on the server.
+        server_mib: disk that all clients' adapters take on the server; in memory there are a round's and a bounded cache.
         upload_mib: float32 MiB of one client, one way, at the largest rank.
         local_steps: optimizer steps of a client with the most rows in one round.
         max_degree, largest_step: of a fixed graph: its largest degree and the largest server step that never overshoots (None without an
@@ -54,7 +54,8 @@ class Plan:
             f"adapter: {self.targets} layers, {self.adapter_parameters:,} parameters, {self.upload_mib:.2f} MiB float32 each way "
             "per client and round",
             f"rounds: {self.rounds} with {self.clients_per_round} of {self.clients} clients, at most {self.local_steps} local steps each",
-            f"memory beside activations of {self.token_budget} tokens: cohort {self.cohort_mib:.1f} MiB, server {self.server_mib:.1f} MiB",
+            f"memory beside activations of {self.token_budget} tokens: cohort {self.cohort_mib:.1f} MiB; "
+            f"disk for all adapters: {self.server_mib:.1f} MiB",
             graph,
         ]
 

@@ -11,21 +11,23 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fedmira.adapters import Adapter, digest
+from fedmira.adapters import Adapter, LazyAdapters, content_hash
 from fedmira.algorithms import ServerState
+from fedmira.data import ClientData
 from fedmira.errors import RunFolderError
 from fedmira.evaluation import TokenLoss, summarise
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId
-from fedmira.model import write_adapter
+from fedmira.model import read_adapter, write_adapter
 from fedmira.report import write_report
 from fedmira.rounds import Recorder
 
-__all__ = ["Result", "check_same_ground", "write_results", "write_status"]
+__all__ = ["Provenance", "Result", "write_results"]
 
 _LOSSES = ("base_loss", "before_align_loss", "after_align_loss")
 _TEXTS = ("rouge_l", "rouge_l_package", "exact_match")
@@ -37,7 +39,7 @@ class Result:
 
     Attributes:
         folder: the run folder; `report` is its page.
-        adapters: each client's adapter as saved.
+        adapters: each client's adapter as saved, read from its folder when it is asked for.
         clients: the rows of metrics/clients.csv.
         graph: the graph of the last round, or None where the algorithm has none.
         summary: figure -> mean, weighted_mean, worst_tenth, spread.
@@ -54,11 +56,13 @@ class Result:
 
 
 def write_results(recorder: Recorder, ranks: Mapping[ClientId, int], state: ServerState, *, generate: bool) -> Result:
-    """Evaluate each client's own adapter, save it as a PEFT folder, and write the tables."""
+    """Evaluate each client's own adapter, save it as a PEFT folder, and write the tables; adapters are read one after another."""
     config, folder, evaluator = recorder.config, recorder.folder, recorder.evaluator
-    last = {client: recorder.algorithm.adapter_for(state, client) for client in ranks}
+    settings = config.adapter
+    last = LazyAdapters(ranks, partial(recorder.algorithm.adapter_for, state))
     best = config.evaluation.select == "best"
-    chosen = {client: recorder.best_adapters.get(client, adapter) if best else adapter for client, adapter in last.items()}
+    kept = recorder.best_adapters
+    chosen = LazyAdapters(ranks, lambda client: kept[client] if best and client in kept else last[client])
     measured = not best and recorder.latest_round == config.rounds.count
     after = recorder.latest if measured else evaluator.losses(chosen)
     # The best round's upload is not kept, so with "best" there is no "before" that would compare.
@@ -69,96 +73,103 @@ def write_results(recorder: Recorder, ranks: Mapping[ClientId, int], state: Serv
     summary = _summary(rows)
     index: dict[str, object] = {}
     for client, row in zip(ranks, rows, strict=True):
-        rank = ranks[client]
-        write_adapter(
-            folder.adapters / client, chosen[client], evaluator.base, evaluator.targets, rank, config.adapter.alpha, config.adapter.dropout
-        )
+        rank, adapter = ranks[client], chosen[client]
+        write_adapter(folder.adapters / client, adapter, evaluator.base, evaluator.targets, rank, settings.alpha, settings.dropout)
         figures = {name: row[name] for name in (*_LOSSES, *_TEXTS) if row[name] != "" and math.isfinite(row[name])}
         entry = {"task": row["task"], "category": row["category"], "rank": rank, "rounds_trained": row["rounds_trained"]}
-        index[client] = {**entry, "sha256": digest(chosen[client]), "base_sha256": evaluator.base.sha256, "metrics": figures}
+        index[client] = {**entry, "sha256": content_hash(adapter), "base_sha256": evaluator.base.sha256, "metrics": figures}
     folder.write_json("adapters/index.json", index)
     folder.write_table("clients.csv", rows)
     diverged = tuple(client for client, loss in after.items() if not math.isfinite(loss.total))
-    return Result(folder.path, folder.path / "report.html", chosen, rows, recorder.graph, summary, diverged)
+    saved = LazyAdapters(ranks, lambda client: read_adapter(folder.adapters / client))
+    return Result(folder.path, folder.path / "report.html", saved, rows, recorder.graph, summary, diverged)
 
 
 def _before(recorder: Recorder, last: Mapping[ClientId, Adapter], after: Mapping[ClientId, TokenLoss]) -> dict[ClientId, TokenLoss]:
     """Losses of each client's last upload; a client that alignment did not move since then has the loss it ended with."""
-    moved = {client: adapter for client, adapter in recorder.uploaded.items() if digest(adapter) != digest(last[client])}
-    own = recorder.evaluator.losses(moved)
-    return {client: own[client] if client in moved else after[client] for client in recorder.uploaded}
+    uploaded = recorder.uploaded
+    moved = [client for client in uploaded if uploaded.hashes[client] != content_hash(last[client])]
+    own = recorder.evaluator.losses(LazyAdapters(moved, uploaded.__getitem__))
+    return {client: own.get(client, after[client]) for client in uploaded}
 
 
-def check_same_ground(recorder: Recorder, before: Mapping[str, Any]) -> None:
-    """Refuse to continue on another base or on other rows than the run began with.
+class Provenance:
+    """run.json of one part of a run: a run that was resumed has several.
 
     Args:
-        before: what run.json says.
-
-    Raises:
-        RunFolderError: a hash differs.
+        recorder: of the run.
+        before: what run.json said when this part began.
     """
-    hashes = {"base model": ("base", recorder.evaluator.base.sha256), "data": ("data", _data_hash(recorder))}
-    changed = [what for what, (key, present) in hashes.items() if before.get(key, {}).get("sha256", present) != present]
-    if changed:
-        raise RunFolderError(
-            f"{recorder.folder.path}: the {' and the '.join(changed)} changed since this run began; put back what it began with, "
-            "or start a new run"
-        )
+
+    def __init__(self, recorder: Recorder, before: Mapping[str, Any]) -> None:
+        self._recorder = recorder
+        self._before = before
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._data_sha256 = _hash_of_rows(recorder.evaluator.clients)
+
+    def check_same_ground(self) -> None:
+        """Refuse to continue on another base or on other rows than the run began with.
+
+        Raises:
+            RunFolderError: a hash differs.
+        """
+        hashes = {"base model": ("base", self._recorder.evaluator.base.sha256), "data": ("data", self._data_sha256)}
+        changed = [what for what, (key, present) in hashes.items() if self._before.get(key, {}).get("sha256", present) != present]
+        if changed:
+            raise RunFolderError(
+                f"{self._recorder.folder.path}: the {' and the '.join(changed)} changed since this run began; put back what it began "
+                "with, or start a new run"
+            )
+
+    def write(self, status: str, **more: object) -> None:
+        """Write run.json, and the report once the run has ended.
+
+        Args:
+            status: "running", "finished" or "failed".
+        """
+        folder, base = self._recorder.folder, self._recorder.evaluator.base
+        document = {
+            "status": status,
+            "error": None,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: metadata.version(name) for name in ("fedmira", "torch", "transformers", "peft")},
+            },
+            "seed": self._recorder.config.seed,
+            "base": {
+                "name": base.name,
+                "sha256": base.sha256,
+                "parameters": base.num_parameters,
+                "dtype": str(base.dtype).removeprefix("torch."),
+                "packed": base.packed,
+            },
+            "data": {"sha256": self._data_sha256},
+            "machine": {
+                "cpu": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
+                "platform": f"{platform.system()} {platform.machine()}",
+                "device": str(base.device),
+            },
+            "started": self._before.get("started", self._started),
+            "resumed": [*self._before.get("resumed", []), self._started] if self._before else [],
+            "wall_seconds": round(self._recorder.wall_seconds, 2),
+            "command": " ".join(Path(part).name if i == 0 else part for i, part in enumerate(sys.argv)),
+            **more,
+        }
+        folder.write_json("run.json", document)
+        if status != "running":
+            write_report(folder.path)
 
 
-def _data_hash(recorder: Recorder) -> str:
+def _hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:
     """SHA-256 over ids and tokens of all clients' rows."""
     hasher = hashlib.sha256()
-    for name, client in recorder.evaluator.clients.items():
+    for name, client in clients.items():
         for part, rows in (("train", client.train), ("validation", client.validation), ("test", client.test)):
             hasher.update(repr((name, part, [(len(row.prompt), len(row.response)) for row in rows])).encode())
             for row in rows:
                 hasher.update(array("q", (*row.prompt, *row.response)).tobytes())
     return hasher.hexdigest()
-
-
-def write_status(recorder: Recorder, status: str, started: datetime, before: Mapping[str, Any], **more: object) -> None:
-    """Write run.json, and the report once the run has ended.
-
-    Args:
-        status: "running", "finished" or "failed".
-        started: when this part of the run began.
-        before: what run.json said then; wall time adds up over resumes.
-    """
-    folder, base = recorder.folder, recorder.evaluator.base
-    spent = float(before.get("wall_seconds", 0.0)) + (datetime.now(UTC) - started).total_seconds()
-    document = {
-        "status": status,
-        "error": None,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("fedmira", "torch", "transformers", "peft")},
-        },
-        "seed": recorder.config.seed,
-        "base": {
-            "name": base.name,
-            "sha256": base.sha256,
-            "parameters": base.num_parameters,
-            "dtype": str(base.dtype).removeprefix("torch."),
-            "packed": base.packed,
-        },
-        "data": {"sha256": _data_hash(recorder)},
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "platform": f"{platform.system()} {platform.machine()}",
-            "device": str(base.device),
-        },
-        "started": before.get("started", started.isoformat(timespec="seconds")),
-        "resumed": [*before.get("resumed", []), started.isoformat(timespec="seconds")] if before else [],
-        "wall_seconds": round(spent, 2),
-        "command": " ".join(Path(part).name if i == 0 else part for i, part in enumerate(sys.argv)),
-        **more,
-    }
-    folder.write_json("run.json", document)
-    if status != "running":
-        write_report(folder.path)
 
 
 def _client_row(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmira.adapters import Adapter
+from fedmira.adapters import Adapter, LazyAdapters
 from fedmira.config import Config, load_config
 from fedmira.data import Encoder, Example
 from fedmira.errors import ConfigError, RunFolderError
@@ -21,7 +21,7 @@ __all__ = ["SavedRun", "answer", "reload_run"]
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run as it lies on disk, ready to be measured or asked."""
+    """A run as it lies on disk, ready to be measured or asked; adapters are read when they are asked for."""
 
     config: Config
     evaluator: Evaluator
@@ -29,7 +29,7 @@ class SavedRun:
 
 
 def reload_run(path: Path) -> SavedRun:
-    """Build what the run was made of and read its adapters.
+    """Build what the run was made of.
 
     Raises:
         RunFolderError: it is no run folder, has no adapters, or the base model has changed since.
@@ -47,7 +47,7 @@ def reload_run(path: Path) -> SavedRun:
                 f"{path}: the adapter of {client!r} was trained on another base (sha256 {trained_on[:12]}, {config.model.base!r} "
                 f"has {experiment.base.sha256[:12]}); give the base it was trained on"
             )
-    return SavedRun(config, experiment.evaluator, {client: read_adapter(folder.adapters / client) for client in index})
+    return SavedRun(config, experiment.evaluator, LazyAdapters(index, lambda client: read_adapter(folder.adapters / client)))
 
 
 def answer(saved: SavedRun, client: ClientId, text: str, instruction: str | None = None, max_new_tokens: int | None = None) -> str:

@@ -48,6 +48,10 @@ def context(graph: GraphSource, count: int, ranks: Sequence[int] | None = None, 
     )
 
 
+def laplacian(graph: Graph) -> Tensor:
+    return torch.from_numpy(graph.laplacian.toarray())
+
+
 def mira(federation: AlgorithmContext, **chosen: Any) -> Algorithm:
     return build(MiraSettings(**{"size_scale": 0.0, **chosen}), federation)
 
@@ -81,7 +85,7 @@ def test_factor_space_is_identity_minus_gamma_laplacian_tensor_by_tensor() -> No
     after = one_round(federation, adapters, server_step=0.1, space="factor").state.adapters
     for name in adapters["client-0"]:
         stacked = torch.stack([adapters[client][name].double() for client in federation.clients])
-        expected = torch.einsum("kl,lij->kij", torch.eye(6, dtype=torch.float64) - 0.1 * graph.laplacian, stacked)
+        expected = torch.einsum("kl,lij->kij", torch.eye(6, dtype=torch.float64) - 0.1 * laplacian(graph), stacked)
         for k, client in enumerate(federation.clients):
             torch.testing.assert_close(after[client][name].double(), expected[k], rtol=1e-6, atol=1e-6)
 
@@ -106,8 +110,8 @@ def test_product_space_conserves_the_mean_update_when_the_rank_holds_it() -> Non
 
 
 def test_two_clients_keep_one_minus_two_gamma_a_of_their_difference() -> None:
-    weights = torch.tensor([[0, 0.5], [0.5, 0]], dtype=torch.float64)
-    federation = context(FixedGraph(Graph("file", names(2), weights)), 2)
+    graph = Graph.from_edges("file", names(2), [("client-0", "client-1", 0.5)])
+    federation = context(FixedGraph(graph), 2)
     adapters = trained(federation)
     after = one_round(federation, adapters, server_step=0.6, space="factor").state.adapters
     left, right = adapters.values()
@@ -121,7 +125,7 @@ def test_product_space_with_ranks_4_8_16_equals_dense_mixing_cut_to_each_rank() 
     federation = context(FixedGraph(graph), 3, ranks=ranks)
     adapters = trained(federation)
     combined = one_round(federation, adapters, coupling=0.9)
-    matrix = torch.eye(3, dtype=torch.float64) - 0.9 / float(graph.degrees.max()) * graph.laplacian
+    matrix = torch.eye(3, dtype=torch.float64) - 0.9 / float(graph.degrees.max()) * laplacian(graph)
     full = [dense(adapters[client], scale(ALPHA, rank)) for client, rank in zip(federation.clients, ranks, strict=True)]
     for k, (client, rank) in enumerate(zip(federation.clients, ranks, strict=True)):
         after = combined.state.adapters[client]
@@ -163,7 +167,7 @@ def test_product_mixing_does_not_depend_on_the_factorisation() -> None:
 
 @pytest.mark.parametrize("space", ["factor", "product"])
 def test_weights_of_one_over_k_and_step_one_are_the_mean(space: str) -> None:
-    federation = context(FixedGraph(Graph("file", names(4), uniform_graph(names(4)).weights / 4)), 4, ranks=[12] * 4)
+    federation = context(FixedGraph(Graph.from_matrix("file", names(4), uniform_graph(names(4)).matrix() / 4)), 4, ranks=[12] * 4)
     adapters = trained(federation)
     after = one_round(federation, adapters, server_step=1.0, space=space).state.adapters
     everyone = list(adapters.values())
@@ -275,7 +279,7 @@ def test_fixed_point_of_quadratic_clients_is_the_linear_solution() -> None:
 
     eye = torch.eye(2 * size, dtype=torch.float64)
     left_over = torch.block_diag(*[torch.linalg.matrix_power(eye - step * curvature[k], repeats) for k in range(count)])
-    mixing = torch.kron(torch.eye(count, dtype=torch.float64) - 0.3 * graph.laplacian, eye)
+    mixing = torch.kron(torch.eye(count, dtype=torch.float64) - 0.3 * laplacian(graph), eye)
     everything = torch.eye(count * 2 * size, dtype=torch.float64)
     expected = torch.linalg.solve(everything - mixing @ left_over, mixing @ (everything - left_over) @ centres.flatten())
     torch.testing.assert_close(found.double().flatten(), expected, rtol=1e-4, atol=1e-5)
@@ -321,7 +325,7 @@ def test_learned_graph_finds_planted_groups_and_first_only_learns() -> None:
     assert warm.diagnostics.graph is None
     assert warm.diagnostics.round["server_step"] == 0
     assert all(warm.state.adapters[client] is adapters[client] for client in federation.clients)
-    assert bool(warm.state.numbers["graph"].any())
+    assert len(warm.state.numbers["graph"]) > 0
 
     acting = algorithm.combine(warm.state, replies_of(adapters, round_number=2))
     assert acting.diagnostics.graph is not None
@@ -353,10 +357,10 @@ def test_shuffled_control_mixes_strangers_and_remembers_the_true_graph(learned: 
 
 def test_learned_graph_leaves_out_clients_that_never_trained() -> None:
     federation = context(LearnedGraph(warmup_rounds=0), 6, cohort=4)
-    adapters = trained(federation, clients=names(6)[:4])
+    adapters = {client: adapter for client, adapter in grouped(federation).items() if client in names(6)[:4]}
     combined = one_round(federation, adapters)
-    assert not bool(combined.state.numbers["graph"][4:].any())
-    assert combined.state.numbers["graph"].shape == (6, 6)
+    assert len(combined.state.numbers["graph"]) > 0
+    assert float(combined.state.numbers["graph"][:, :2].max()) < 4
 
 
 @pytest.mark.parametrize("space", ["factor", "product"])
@@ -446,7 +450,7 @@ def test_first_updates_of_zero_do_not_break_anything() -> None:
     federation = context(LearnedGraph(warmup_rounds=0), 4)
     idle = dict.fromkeys(federation.clients, lora(4, 0, fresh=True))
     combined = one_round(federation, idle)
-    assert not bool(combined.state.numbers["graph"].any())
+    assert len(combined.state.numbers["graph"]) == 0
     uniform = context(FixedGraph(uniform_graph(names(4))), 4)
     mixed = one_round(uniform, idle)
     assert all(digest(mixed.state.adapters[client]) == digest(idle[client]) for client in uniform.clients)

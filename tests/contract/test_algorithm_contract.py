@@ -26,6 +26,8 @@ SETTINGS: dict[str, tuple[AlgorithmSettings, GraphSource]] = {
     "mira, factor space": (MiraSettings(space="factor", neighbours="rescaled"), LEARNED),
     "mira, as published": (MiraSettings(space="factor", neighbours="fresh", server_step=0.01, size_scale=0), FIXED),
     "mira, shuffled": (MiraSettings(), LearnedGraph(warmup_rounds=0, shuffle_seed=3)),
+    "mira, sketched": (MiraSettings(), LearnedGraph(nearest=2, warmup_rounds=0, sketch=32)),
+    "mira, sketched factors": (MiraSettings(space="factor"), LearnedGraph(nearest=2, warmup_rounds=0, sketch=32)),
 }
 
 

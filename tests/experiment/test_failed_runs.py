@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from federation import CLIENTS, adapter_bytes, adapters_of, events_of, make_config, table_of, with_algorithm_object
-from fedmira.adapters import Adapter, digest
+from fedmira.adapters import Adapter, content_hash, digest
 from fedmira.algorithms import Algorithm, Combined, ServerState, Start, Trained
 from fedmira.errors import AlignmentError, ConfigError, RoundError, RunError, RunFolderError
 from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
@@ -153,7 +153,7 @@ def test_a_learning_rate_beyond_reason_fails_every_client_and_saves_the_start(
         assert all((adapter[name] == tensor.double().numpy()).all() for name, tensor in experiment.starts[client].items())
     index = json.loads((tmp_path / "run" / "adapters" / "index.json").read_text(encoding="utf-8"))
     assert {entry["rounds_trained"] for entry in index.values()} == {0}
-    assert {entry["sha256"] for entry in index.values()} == {digest(experiment.starts["apple-1"])}
+    assert {entry["sha256"] for entry in index.values()} == {content_hash(experiment.starts["apple-1"])}
 
 
 ABSURD = {"local.learning_rate": 1e30, "adapter.alpha": 1e12, "local.steps": 1, "algorithm.name": "local", "rounds.count": 1}

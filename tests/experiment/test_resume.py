@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,11 @@ def test_a_run_that_is_cut_off_after_every_round_ends_in_the_same_bytes(
     folder = tmp_path / "run"
     with pytest.raises(PowerCut):
         run_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder, cut_at(0))
-    assert list((folder / "checkpoint").iterdir()) == [], "cut off before anything could be kept"
+    assert not list((folder / "checkpoint").glob("round-*")), "cut off before anything could be kept"
     for number in range(1, count + 1):
         with pytest.raises(PowerCut):
             resume_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder, cut_at(number))
-        assert [path.name for path in (folder / "checkpoint").iterdir()] == [f"round-{number:06d}"]
+        assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["adapters", f"round-{number:06d}"]
     result = resume_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder)
     assert_equal_runs(folder, straight[name].folder)
     if FEDERATIONS[name].get("evaluation.select") == "best":
@@ -104,9 +105,12 @@ def test_a_run_that_is_cut_off_after_every_round_ends_in_the_same_bytes(
     assert (result.graph is None) == (expected is None)
     if result.graph is not None and expected is not None:
         assert (result.graph.kind, result.graph.clients) == (expected.kind, expected.clients) and torch.equal(
-            result.graph.weights, expected.weights
+            result.graph.edge_list, expected.edge_list
         )
     assert len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["resumed"]) == count + 1
+    named = json.loads((folder / "checkpoint" / f"round-{count:06d}" / "values.json").read_text(encoding="utf-8"))
+    keys = {key for table in named["tables"].values() for key in table.values()} | {entry[0] for entry in named["memories"].values()}
+    assert {path.stem for path in (folder / "checkpoint" / "adapters").iterdir()} == keys, "nothing stays that nobody needs"
 
 
 def test_lines_of_a_round_that_was_not_finished_are_dropped(
@@ -166,3 +170,29 @@ def test_there_must_be_a_run_to_resume(base: BaseModel, base_folder: Path, clien
     with pytest.raises(RunFolderError, match="no run folder"):
         resume_experiment(built(base, base_folder, clients_folder, {}), tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_wall_time_adds_up_over_parts_that_were_cut_off(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    settings, folder, begun = {"algorithm.name": "local", "rounds.count": 3}, tmp_path / "run", time.monotonic()
+
+    def seconds() -> float:
+        return float(json.loads((folder / "run.json").read_text(encoding="utf-8"))["wall_seconds"])
+
+    def slow(what: str, figures: Mapping[str, Any]) -> None:
+        time.sleep(0.3 if what == "round" else 0.0)
+        cut_at(2)(what, figures)
+
+    with pytest.raises(PowerCut):
+        run_experiment(built(base, base_folder, clients_folder, settings), folder, slow)
+    assert seconds() < 0.3, "a part that was cut off could not write down what it took"
+    resume_experiment(built(base, base_folder, clients_folder, settings), folder)
+    assert 0.3 <= seconds() <= time.monotonic() - begun, "the checkpoint of round 2 knows of the wait after round 1"
+
+
+def test_an_experiment_that_is_run_again_remembers_nothing_of_the_first_time(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    settings = {"algorithm.name": "local", "local.optimizer_state": "kept", "rounds.count": 2}
+    experiment = built(base, base_folder, clients_folder, settings)
+    first, second = (run_experiment(experiment, tmp_path / name) for name in ("first", "second"))
+    assert adapter_bytes(first.folder) == adapter_bytes(second.folder)

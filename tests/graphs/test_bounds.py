@@ -14,6 +14,12 @@ def names(count: int) -> tuple[str, ...]:
     return tuple(f"client-{k}" for k in range(count))
 
 
+def path_graph(count: int) -> Graph:
+    """Client k is joined to client k + 1."""
+    clients = names(count)
+    return Graph.from_edges("file", clients, zip(clients, clients[1:], [1.0] * (count - 1), strict=False))
+
+
 def test_uniform_graph_has_eigenvalues_zero_and_k() -> None:
     """The Laplacian of the complete graph is K I - 1 1^T."""
     bounds = graph_bounds(uniform_graph(names(5)))
@@ -27,8 +33,7 @@ def test_uniform_graph_has_eigenvalues_zero_and_k() -> None:
 
 
 def test_path_of_three_has_eigenvalues_zero_one_three() -> None:
-    weights = torch.tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]], dtype=torch.float64)
-    bounds = graph_bounds(Graph("file", names(3), weights))
+    bounds = graph_bounds(path_graph(3))
     assert (bounds.connectivity, bounds.largest_eigenvalue) == (pytest.approx(1), pytest.approx(3))
 
 
@@ -41,7 +46,7 @@ def test_a_graph_in_parts_has_no_connectivity() -> None:
 
 
 def test_a_graph_without_edges_has_no_largest_step() -> None:
-    bounds = graph_bounds(Graph("file", names(3), torch.zeros(3, 3, dtype=torch.float64)))
+    bounds = graph_bounds(Graph.from_edges("file", names(3), []))
     assert bounds.parts == 3
     assert bounds.largest_convex_step is None
     assert bounds.largest_stable_step is None
@@ -59,9 +64,23 @@ def test_gershgorin_bounds_the_largest_eigenvalue_and_the_convex_step_is_stable(
 def test_disagreement_shrinks_by_one_minus_gamma_lambda_two_at_least() -> None:
     graph = random_graph(names(8), 1)
     bounds = graph_bounds(graph)
+    assert bounds.connectivity is not None
     gamma = 1 / bounds.largest_eigenvalue
     values = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     apart = values - values.mean(dim=0)
-    after = apart - gamma * graph.laplacian @ apart
+    after = apart - gamma * torch.from_numpy(graph.laplacian @ apart.numpy())
     assert float(after.norm()) <= (1 - gamma * bounds.connectivity) * float(apart.norm()) * (1 + 1e-12)
     assert math.isclose(float(after.mean()), float(apart.mean()), abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("count", [3, 600])
+def test_largest_eigenvalue_and_parts_of_small_and_large_graphs(count: int) -> None:
+    """The Laplacian of a path has the eigenvalues 2 - 2 cos(pi k / K); a lone client is a part of its own."""
+    bounds = graph_bounds(path_graph(count))
+    expected = 2 - 2 * math.cos(math.pi * (count - 1) / count)
+    assert bounds.largest_eigenvalue == pytest.approx(expected, rel=1e-5)
+    assert bounds.largest_stable_step == pytest.approx(2 / expected, rel=1e-5)
+    assert bounds.parts == 1
+    assert bounds.connectivity == (None if count > 512 else pytest.approx(2 - 2 * math.cos(math.pi / count)))
+    apart = graph_bounds(path_graph(count).among(torch.arange(count) < count - 1))
+    assert (apart.parts, apart.connectivity) == (2, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ CLIENTS = ("a", "b", "c", "d")
 def test_random_graph_has_the_mean_and_the_sparsity_of_the_authors_recipe() -> None:
     """The mean of two U(0, 1) is triangular: P(below 1/4) = 2 * (1/4)^2 = 1/8, and E[x; x >= 1/4] = 1/2 - 4/3 * (1/4)^3 = 23/48."""
     graph = random_graph([f"client-{k}" for k in range(200)], seed=3)
-    pairs = graph.weights[torch.triu(torch.ones(200, 200, dtype=torch.bool), diagonal=1)]
+    pairs = graph.matrix()[torch.triu(torch.ones(200, 200, dtype=torch.bool), diagonal=1)]
     assert float((pairs == 0).double().mean()) == pytest.approx(1 / 8, abs=0.01)
     assert float(pairs.mean()) == pytest.approx(1 / 2 - 4 / 3 / 64, abs=0.01)
     assert float(pairs[pairs > 0].min()) >= 0.25
@@ -28,8 +29,8 @@ def test_random_graph_has_the_mean_and_the_sparsity_of_the_authors_recipe() -> N
 def test_random_graph_depends_on_nothing_but_clients_and_seed() -> None:
     first = random_graph(CLIENTS, 1)
     torch.manual_seed(99)
-    assert torch.equal(first.weights, random_graph(CLIENTS, 1).weights)
-    assert not torch.equal(first.weights, random_graph(CLIENTS, 2).weights)
+    assert torch.equal(first.edge_list, random_graph(CLIENTS, 1).edge_list)
+    assert not torch.equal(first.edge_list, random_graph(CLIENTS, 2).edge_list)
 
 
 def test_uniform_graph_joins_everybody_alike() -> None:
@@ -55,9 +56,9 @@ def test_graph_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert document["kind"] == "random"
     assert len(document["edges"]) == len(graph.edges())
     read = file_graph(tmp_path / "graph.json", CLIENTS)
-    assert torch.equal(read.weights, graph.weights)
+    assert torch.equal(read.edge_list, graph.edge_list)
     swapped = file_graph(tmp_path / "graph.json", CLIENTS[::-1])
-    assert torch.equal(swapped.weights, graph.weights.flip(0, 1))
+    assert torch.equal(swapped.matrix(), graph.matrix().flip(0, 1))
 
 
 def test_graph_file_problems_are_reported_together(tmp_path: Path) -> None:
@@ -112,31 +113,38 @@ def test_shuffled_graph_has_the_same_weights_between_other_clients() -> None:
     control = shuffled(graph, 5)
     assert control.clients == graph.clients
     assert control.kind == "random-shuffled"
-    assert torch.equal(control.weights.flatten().sort().values, graph.weights.flatten().sort().values)
+    assert torch.equal(control.edge_weights.sort().values, graph.edge_weights.sort().values)
     torch.testing.assert_close(control.degrees.sort().values, graph.degrees.sort().values, rtol=1e-12, atol=0)
-    assert not torch.equal(control.weights, graph.weights)
-    assert torch.equal(control.weights, shuffled(graph, 5).weights)
+    assert not torch.equal(control.edge_list, graph.edge_list)
+    assert torch.equal(control.edge_list, shuffled(graph, 5).edge_list)
 
 
 def test_document_lists_a_pair_once() -> None:
-    weights = torch.tensor([[0, 0.5], [0.5, 0]], dtype=torch.float64)
-    assert graph_document(Graph("file", ("a", "b"), weights)) == {
+    assert graph_document(Graph.from_edges("file", ("a", "b"), [("b", "a", 0.5)])) == {
         "kind": "file",
         "clients": ["a", "b"],
         "edges": [{"source": "a", "target": "b", "weight": 0.5}],
     }
 
 
-@pytest.mark.parametrize(
-    ("weights", "part"),
-    [
-        ([[0.0, 1.0]], "2 x 2"),
-        ([[0.0, -1.0], [-1.0, 0.0]], "negative"),
-        ([[0.0, float("nan")], [float("nan"), 0.0]], "not finite"),
-        ([[1.0, 0.0], [0.0, 0.0]], "diagonal"),
-        ([[0.0, 1.0], [0.5, 0.0]], "symmetric"),
-    ],
-)
-def test_graph_refuses_weights_that_are_no_graph(weights: list[list[float]], part: str) -> None:
-    with pytest.raises(ConfigError, match=part):
-        Graph("file", ("a", "b"), torch.tensor(weights, dtype=torch.float64))
+def test_shuffle_gives_each_client_the_weights_of_the_one_whose_place_it_takes() -> None:
+    graph = random_graph(CLIENTS, 5)
+    places = permutation_without_fixed_points(4, 5)
+    assert torch.equal(shuffled(graph, 5).matrix(), graph.matrix()[places][:, places])
+
+
+@pytest.mark.parametrize("build", [uniform_graph, lambda clients: random_graph(clients, 0)], ids=["uniform", "random"])
+def test_a_rule_that_relates_too_many_pairs_names_their_number_and_what_to_do(build: Callable[[list[str]], Graph]) -> None:
+    clients = [f"client-{k}" for k in range(10_000)]
+    with pytest.raises(ConfigError, match=r"relates 49,995,000 pairs of 10,000 clients; at most 2,000,000 .*'similarity'"):
+        build(clients)
+
+
+def test_categories_of_thousands_of_clients_are_counted_before_they_are_joined() -> None:
+    """1,000 categories of 10 clients have 1,000 * 45 pairs; 2 categories of 5,000 have 2 * 12,497,500."""
+    clients = [f"client-{k}" for k in range(10_000)]
+    graph = category_graph(clients, {client: str(k % 1000) for k, client in enumerate(clients)})
+    assert len(graph.edge_list) == 45_000
+    assert graph.degrees.tolist() == [9.0] * 10_000
+    with pytest.raises(ConfigError, match="24,995,000 pairs"):
+        category_graph(clients, {client: str(k % 2) for k, client in enumerate(clients)})

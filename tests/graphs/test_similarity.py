@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmira.graphs.similarity import centred_cosines, nearest_neighbours, remember, similarity_weights
+from fedmira.graphs.edges import NO_EDGES, list_of_matrix
+from fedmira.graphs.similarity import centred_cosines, nearest_neighbours, remember, similarity_weights, sketched_similarity
 
 
 def everybody(count: int) -> Tensor:
@@ -122,9 +123,43 @@ def test_weights_are_a_graph_of_largest_degree_one_and_permute_with_the_clients(
 
 def test_memory_is_a_moving_average_that_starts_with_the_first_graph() -> None:
     """With memory 0.5 and the same new graph each round the distance to it halves; the first graph is taken whole."""
-    empty, first, later = torch.zeros(2, 2), torch.tensor([[0, 1.0], [1.0, 0]]), torch.tensor([[0, 0.2], [0.2, 0]])
-    graph = remember(empty, first, 0.5)
+    first, later = torch.tensor([[0, 1, 1.0]], dtype=torch.float64), torch.tensor([[0, 1, 0.2], [1, 2, 0.4]], dtype=torch.float64)
+    graph = remember(NO_EDGES, first, 0.5, 3)
     assert torch.equal(graph, first)
     for round_number in range(1, 5):
-        graph = remember(graph, later, 0.5)
-        assert float(graph[0, 1]) == pytest.approx(0.2 + 0.8 * 0.5**round_number, rel=1e-6)
+        graph = remember(graph, later, 0.5, 3)
+        left = 0.5**round_number
+        expected = torch.tensor([[0, 1, 0.2 + 0.8 * left], [1, 2, 0.4 * (1 - left)]], dtype=torch.float64)
+        torch.testing.assert_close(graph, expected, rtol=1e-12, atol=0)
+    assert torch.equal(remember(graph, NO_EDGES, 0.5, 3)[:, 2], graph[:, 2] / 2)
+
+
+def test_memory_forgets_weights_below_the_smallest_share_of_the_largest() -> None:
+    old = torch.tensor([[0, 1, 1.0], [0, 2, 3e-6], [1, 2, 1e-6]], dtype=torch.float64)
+    new = torch.tensor([[0, 1, 1.0]], dtype=torch.float64)
+    kept = remember(old, new, 0.5, 3, smallest_share=1e-6)
+    assert kept[:, :2].tolist() == [[0, 1], [0, 2]]
+    assert len(remember(old, new, 0.5, 3)) == 3
+
+
+@settings(deadline=None, max_examples=40)
+@given(count=st.integers(0, 9), nearest=st.integers(1, 9), seed=st.integers(0, 2**20), rows=st.integers(1, 5))
+def test_sketches_that_are_the_updates_themselves_give_the_exact_graph(count: int, nearest: int, seed: int, rows: int) -> None:
+    """Whatever the number of rows in a block."""
+    vectors = updates(count, seed, size=12)
+    trained = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedmira.graphs.similarity.BLOCK_ROWS", rows)
+        found = sketched_similarity(vectors.float(), trained, nearest)
+    expected = list_of_matrix(similarity_weights(vectors @ vectors.T, trained, nearest))
+    assert torch.equal(found[:, :2], expected[:, :2])
+    torch.testing.assert_close(found[:, 2], expected[:, 2], rtol=0, atol=1e-5)
+
+
+def test_equal_and_zero_sketches_are_handled_like_equal_and_zero_updates() -> None:
+    """Half of the common update of four is left, so all are related; a fifth whose update is zero takes no part."""
+    vectors = torch.cat([updates(1, 0).expand(4, -1), torch.zeros(1, 40, dtype=torch.float64)]).float()
+    edges = sketched_similarity(vectors, everybody(5), 3)
+    assert edges[:, :2].tolist() == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+    torch.testing.assert_close(edges[:, 2], torch.full((6,), 1 / 3, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert len(sketched_similarity(torch.zeros(4, 8), everybody(4), 2)) == 0

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmira.config import ModelSettings
+from fedmira.config import LocalSettings, ModelSettings
 from fedmira.errors import ModelError
-from fedmira.model import StackedAdapters, find_targets, from_model, load_base, start_adapter
-from tiny import ARCHITECTURES, tiny_base, tiny_model, tiny_tokenizer
+from fedmira.model import LocalTask, StackedAdapters, find_targets, from_model, load_base, start_adapter, train_cohort
+from tiny import ARCHITECTURES, draw_rows, tiny_base, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", ["stories260K-hf", "babyllama-tok105-hf"])
@@ -100,3 +100,22 @@ def test_a_tokenizer_that_is_too_large_for_the_model_is_refused() -> None:
     model.resize_token_embeddings(50)
     with pytest.raises(ModelError, match="97 tokens but the model only 50"):
         from_model(model, tiny_tokenizer(), "mixed up")
+
+
+def test_a_quantised_base_needs_a_cuda_device(base_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.quantization '4bit' needs a CUDA device, and model\.device is 'cpu' here"):
+        load_base(ModelSettings(base=str(base_folder), device="cpu", quantization="4bit"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantised_base_trains_close_to_the_whole_one(bits: str, base_folder: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra fedmira[quantized]")
+    outcomes = []
+    for quantization in ("none", bits):
+        base = load_base(ModelSettings(base=str(base_folder), device="cuda", quantization=quantization))  # type: ignore[arg-type]
+        targets = find_targets(base.model, ())
+        task = LocalTask(start_adapter(targets, 4, 1), 2.0, draw_rows(8, 9, 1), 1)
+        outcomes.append(train_cohort(base, targets, [task], LocalSettings(steps=3), 0.0, 500)[0])
+    assert outcomes[1].last_loss < outcomes[1].first_loss
+    assert abs(outcomes[0].first_loss - outcomes[1].first_loss) < 0.3

@@ -16,7 +16,6 @@ from fedmira.model import (
     StackedAdapters,
     TargetModule,
     find_targets,
-    generate,
     read_adapter,
     response_losses,
     start_adapter,
@@ -75,27 +74,6 @@ def test_the_loss_does_not_depend_on_how_rows_are_batched(budget: int) -> None:
     rows = draw_rows(8, 12, 3)
     one_by_one = sum(float(losses_of(base, LoraBranch(base.model, stacked), [(0, [row])], 10_000)[0]) for row in rows)
     assert float(losses_of(base, LoraBranch(base.model, stacked), [(0, rows)], budget)[0]) == pytest.approx(one_by_one, rel=1e-5)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
-def test_generation_for_many_clients_equals_generation_one_by_one_with_peft(architecture: str, tmp_path: Path) -> None:
-    base = tiny_base(architecture)
-    targets = find_targets(base.model, ())
-    adapters = [noisy(targets, 4, seed) for seed in (1, 2)]
-    branch = LoraBranch(base.model, StackedAdapters(targets, adapters, [ALPHA / 4] * 2, base.device))
-    prompts = [(client, row.prompt) for client in (0, 1, 0) for row in draw_rows(3, 4, client + 5)]
-    with branch:
-        texts = generate(base, branch, prompts, max_new_tokens=6, batch_size=4)
-    models = [plain_peft(architecture, base, targets, adapter, 4, tmp_path / str(i)) for i, adapter in enumerate(adapters)]
-    for (client, prompt), text in zip(prompts, texts, strict=True):
-        ids = list(prompt)
-        for _ in range(6):
-            with torch.no_grad():
-                following = int(models[client](input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-            if following == base.tokenizer.eos_token_id:
-                break
-            ids.append(following)
-        assert text == base.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
 
 
 def test_hooks_leave_no_trace_on_the_base() -> None:

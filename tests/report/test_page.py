@@ -192,6 +192,45 @@ def test_validation_losses_are_drawn_where_there_are_any(run_folder: Folders) ->
     assert page_of(made.write()).source.count("validation, round 20: 1.625") == 2
 
 
+def test_of_very_many_clients_the_worst_are_shown_and_the_page_says_so(run_folder: Folders) -> None:
+    made = run_folder(clients=12)
+    made.client_rows = [
+        made.client_rows[index % 12] | {"client": f"client-{index:04d}", "after_align_loss": 1 + (index * 7 % 1200) / 1000}
+        for index in range(1200)
+    ]
+    made.names = [row["client"] for row in made.client_rows]
+    made.graph = lambda: {
+        "kind": "similarity",
+        "clients": made.names,
+        "edges": [{"source": "client-0000", "target": "client-0700", "weight": 1}],
+    }
+    page = page_of(made.write())
+    assert page.sections == ["headline", "gains", "rounds", "clients", "graph", "traffic", "settings", "provenance"]
+    assert "These are the 500 of 1,200 clients with the highest loss at the end; metrics/clients.csv holds all." in page.text
+    assert "Too many clients to draw; graph.json holds the graph." in page.text
+    assert "one bar for every 3 clients" in page.text
+    assert "The first 500 of 1,200; adapters/index.json holds all." in page.text
+    table = page.source[page.source.index('id="clients"') : page.source.index('id="graph"')]
+    shown = {name for name in made.names if f">{name}<" in table}
+    assert shown == {row["client"] for row in made.client_rows if row["after_align_loss"] >= 1 + 700 / 1000}
+    assert sum(tag == "rect" and attributes.get("class", "").startswith("bar ") for tag, attributes in page.elements) == 1200 // 3
+    assert len(page.source) < 1_000_000
+
+
+def test_a_chart_of_its_own_is_drawn_for_the_worst_of_many(run_folder: Folders) -> None:
+    made = run_folder(clients=130)
+    made.events = [event for event in made.events if event["round"] < 4]
+    page = page_of(made.write())
+    worst = sorted(made.client_rows, key=lambda row: -row["after_align_loss"])[:100]
+    charts = [
+        attributes["aria-label"]
+        for tag, attributes in page.elements
+        if tag == "svg" and attributes.get("aria-label", "").startswith("Loss of ")
+    ]
+    assert sorted(charts) == sorted(f"Loss of {row['client']}" for row in worst)
+    assert "Of 130 clients, the 100 with the highest loss at the end are drawn; events.jsonl holds all." in page.text
+
+
 def test_a_report_can_be_written_again(run_folder: Folders) -> None:
     folder = run_folder(clients=3).write()
     first = write_report(folder).read_text(encoding="utf-8")

@@ -32,6 +32,21 @@ def test_a_taken_path_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
+def test_a_folder_whose_maker_was_killed_at_once_can_be_used(tmp_path: Path) -> None:
+    """Killed while it wrote config.toml: nothing is lost, start again. Killed right after: resume finds what it needs."""
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "config.toml.partial").write_text("seed", encoding="utf-8")
+    RunFolder.create(tmp_path / "early", "seed = 3\n")
+    assert not list((tmp_path / "early").glob("*.partial"))
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "config.toml").write_text("seed = 3\n", encoding="utf-8")
+    folder = RunFolder.reopen(tmp_path / "late")
+    folder.append_events([{"event": "round", "round": 1}])
+    folder.append_round({"round": 1, "test_loss": 2.5})
+    folder.write_json("adapters/index.json", {})
+    assert folder.sizes() == {"events.jsonl": len(folder.events.read_bytes()), "rounds.csv": len("round,test_loss\n1,2.5\n")}
+
+
 def test_only_a_run_folder_can_be_reopened(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(RunFolderError, match=r"no run folder \(config.toml is missing\)"):

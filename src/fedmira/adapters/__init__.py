@@ -2,7 +2,9 @@
 
 from fedmira.adapters.arithmetic import (
     Adapter,
+    HashedAdapter,
     all_finite,
+    content_hash,
     digest,
     distance,
     dot_products,
@@ -12,24 +14,35 @@ from fedmira.adapters.arithmetic import (
     subtract,
     weighted_sum,
 )
-from fedmira.adapters.low_rank import Mixed, Split, cross_gram, gram, inner, mix, modules, product_norm, scale, truncate_rank
+from fedmira.adapters.low_rank import Mixed, Split, cross_gram, gram, inner, mix, module_grams, modules, product_norm, scale, truncate_rank
+from fedmira.adapters.sketch import factor_sketches, product_sketches
+from fedmira.adapters.table import AdapterStore, AdapterTable, LazyAdapters, replaced
 
 __all__ = [
     "Adapter",
+    "AdapterStore",
+    "AdapterTable",
+    "HashedAdapter",
+    "LazyAdapters",
     "Mixed",
     "Split",
     "all_finite",
+    "content_hash",
     "cross_gram",
     "digest",
     "distance",
     "dot_products",
+    "factor_sketches",
     "gram",
     "inner",
     "map_tensors",
     "mix",
+    "module_grams",
     "modules",
     "norm",
     "product_norm",
+    "product_sketches",
+    "replaced",
     "same_shapes",
     "scale",
     "subtract",

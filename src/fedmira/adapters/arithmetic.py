@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Adapter", "all_finite", "digest", "distance", "dot_products", "map_tensors", "norm", "same_shapes", "subtract", "weighted_sum"]
+__all__ = [
+    "Adapter",
+    "DIGEST_DIGITS",
+    "HashedAdapter",
+    "all_finite",
+    "content_hash",
+    "digest",
+    "distance",
+    "dot_products",
+    "map_tensors",
+    "norm",
+    "same_shapes",
+    "subtract",
+    "weighted_sum",
+]
 
 Adapter = Mapping[str, Tensor]
 """Parameter name -> float32 CPU tensor: exactly the trainable part."""
+
+DIGEST_DIGITS = 16
+"""Of the 64 hex digits of a content hash, those that stand in events.jsonl."""
 
 
 def map_tensors(function: Callable[..., Tensor], *adapters: Adapter) -> dict[str, Tensor]:
@@ -70,11 +87,47 @@ def same_shapes(left: Adapter, right: Adapter) -> bool:
     return {name: tensor.shape for name, tensor in left.items()} == {name: tensor.shape for name, tensor in right.items()}
 
 
-def digest(adapter: Adapter) -> str:
-    """First 16 hex digits of a SHA-256 over names, shapes and bytes, in order of the names."""
+class HashedAdapter(Mapping[str, Tensor]):
+    """An adapter that knows its content hash, so that it is computed once; its tensors must not be changed in place.
+
+    Args:
+        tensors: the adapter.
+        sha256: its `content_hash`.
+    """
+
+    __slots__ = ("_tensors", "sha256")
+
+    def __init__(self, tensors: Adapter, sha256: str) -> None:
+        self._tensors = dict(tensors)
+        self.sha256 = sha256
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def content_hash(adapter: Adapter) -> str:
+    """SHA-256 in 64 hex digits over names, shapes and bytes, in order of the names."""
+    if isinstance(adapter, HashedAdapter):
+        return adapter.sha256
     hasher = hashlib.sha256()
     for name in sorted(adapter):
         tensor = adapter[name].detach().contiguous()
         hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        hasher.update(tensor.numpy().tobytes())
-    return hasher.hexdigest()[:16]
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def digest(adapter: Adapter) -> str:
+    """The first DIGEST_DIGITS hex digits of the content hash."""
+    return content_hash(adapter)[:DIGEST_DIGITS]

@@ -8,7 +8,7 @@ so whatever compares or averages tasks is measured on products: inner products b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from fedmira.adapters.arithmetic import Adapter
 from fedmira.errors import ConfigError
 
-__all__ = ["Mixed", "Split", "cross_gram", "gram", "inner", "mix", "modules", "product_norm", "scale", "truncate_rank"]
+__all__ = ["Mixed", "Split", "cross_gram", "gram", "inner", "mix", "module_grams", "modules", "product_norm", "scale", "truncate_rank"]
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 BLOCK_ENTRIES = 2**23
@@ -120,6 +120,16 @@ def _module_gram(
     return torch.cat(blocks)
 
 
+def module_grams(
+    rows: Sequence[Adapter], row_scales: Sequence[float], columns: Sequence[Adapter], column_scales: Sequence[float]
+) -> Iterator[Tensor]:
+    """Inner products of one module after the other, float64 [rows, columns] each, in order of the modules' names."""
+    row_modules, column_modules = [modules(adapter) for adapter in rows], [modules(adapter) for adapter in columns]
+    for name in sorted(row_modules[0]) if rows and columns else ():
+        row_parts, column_parts = [each[name] for each in row_modules], [each[name] for each in column_modules]
+        yield _module_gram(row_parts, row_scales, column_parts, column_scales)
+
+
 def cross_gram(rows: Sequence[Adapter], row_scales: Sequence[float], columns: Sequence[Adapter], column_scales: Sequence[float]) -> Tensor:
     """Inner products <s_i B_i A_i, t_j D_j C_j> between two lists of adapters, summed over modules.
 
@@ -130,12 +140,8 @@ def cross_gram(rows: Sequence[Adapter], row_scales: Sequence[float], columns: Se
         float64 [rows, columns].
     """
     total = torch.zeros(len(rows), len(columns), dtype=torch.float64)
-    if not rows or not columns:
-        return total
-    row_modules, column_modules = [modules(adapter) for adapter in rows], [modules(adapter) for adapter in columns]
-    for name in sorted(row_modules[0]):
-        row_parts, column_parts = [each[name] for each in row_modules], [each[name] for each in column_modules]
-        total += _module_gram(row_parts, row_scales, column_parts, column_scales)
+    for products in module_grams(rows, row_scales, columns, column_scales):
+        total += products
     return total
 
 

@@ -23,7 +23,8 @@ class ServerState:
     """All that the server remembers between rounds; the checkpoint is this value.
 
     Attributes:
-        adapters: by client id, or by a name of the algorithm's own such as "shared".
+        adapters: by client id, or by a name of the algorithm's own such as "shared". In a run they lie on disk: change them with
+            `fedmira.adapters.replaced`, and read one at a time.
         numbers: small tensors such as the learned graph or the round each client last trained in.
     """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedmira.adapters import Adapter, weighted_sum
+from fedmira.adapters import Adapter, replaced, weighted_sum
 from fedmira.algorithms.base import Combined, PlainClient, ServerState
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.config.schema import FedAvgSettings
@@ -36,7 +36,7 @@ class FedAvg(PlainClient):
         total = sum(reply.num_examples for reply in ordered)
         weights = [reply.num_examples / total for reply in ordered]
         mean = weighted_sum([reply.payload.tensors["adapter"] for reply in ordered], weights)
-        return Combined(ServerState(adapters={SHARED: mean}, numbers=state.numbers))
+        return Combined(ServerState(adapters=replaced(state.adapters, {SHARED: mean}), numbers=state.numbers))
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
         """The shared adapter."""

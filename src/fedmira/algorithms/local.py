@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedmira.adapters import Adapter
+from fedmira.adapters import Adapter, replaced
 from fedmira.algorithms.base import Combined, PlainClient, ServerState
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.config.schema import LocalOnlySettings
@@ -27,7 +27,7 @@ class LocalOnly(PlainClient):
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Keep what each client trained."""
         trained = {reply.client_id: reply.payload.tensors["adapter"] for reply in replies}
-        return Combined(ServerState(adapters={**state.adapters, **trained}, numbers=state.numbers))
+        return Combined(ServerState(adapters=replaced(state.adapters, trained), numbers=state.numbers))
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
         """The client's own adapter."""

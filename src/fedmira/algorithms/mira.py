@@ -14,13 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapter, cross_gram, dot_products, gram, mix, weighted_sum
+from fedmira.adapters import Adapter, gram, mix, replaced, weighted_sum
 from fedmira.algorithms.base import Combined, Diagnostics, PlainClient, ServerState
 from fedmira.algorithms.context import AlgorithmContext
+from fedmira.algorithms.kept_products import KeptProducts, Take, Taken
 from fedmira.algorithms.mixing import Mixing, mixing_matrix
 from fedmira.config.schema import MiraSettings
 from fedmira.errors import ConfigError
@@ -30,11 +32,6 @@ from fedmira.messages import ClientId, Payload, Reply
 __all__ = ["Mira", "build_mira"]
 
 LAST_ROUND, GRAPH = "last_round", "graph"
-NO_DIFFERENCE = 1e-12
-"""A squared difference below this share of the largest squared norm is rounding."""
-
-Taken = tuple[list[Adapter], list[float]]
-"""Adapters and the scale alpha / rank of each."""
 
 
 def _mix_products(taken: Taken, weights: list[float], rank: int, scale: float, own: Adapter) -> tuple[Adapter, float]:
@@ -52,27 +49,25 @@ _MIX: Mapping[str, Callable[[Taken, list[float], int, float, Adapter], tuple[Ada
     "product": _mix_products,
     "factor": _mix_factors,
 }
-_INNER_PRODUCTS: Mapping[str, Callable[[Taken, Taken], Tensor]] = {
-    "product_gram": lambda rows, columns: cross_gram(*rows, *columns),
-    "factor_gram": lambda rows, columns: dot_products(rows[0], columns[0]),
-}
-"""Names in the state's numbers -> inner products [rows, columns]."""
 
 
-def _disagreement(weights: Tensor, trained: Tensor, products: Tensor) -> float:
-    """1/2 sum_kl a_kl |x_k - x_l|^2 over clients that have trained, from inner products: the trace of L G."""
-    among = weights * (trained[:, None] & trained[None, :])
-    laplacian = torch.diag(among.sum(dim=1)) - among
-    return max(0.0, float((laplacian * products).sum()))
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A client that is moved: what it trained, what it becomes, the norm that its rank could not hold, and whether it must differ."""
+
+    before: Adapter
+    after: Adapter
+    tail: float
+    neighbours_differ: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Mira(PlainClient):
     """The server half.
 
-    The state holds an adapter a client, and as numbers "last_round" (int64 [K], 0 = never trained), "product_gram" or
-    "factor_gram" (float64 [K, K], inner products of the adapters that have trained, kept so that a round computes only the
-    rows of its own clients), and "graph" (float64 [K, K], the memory of a learned graph).
+    The state holds an adapter a client, and as numbers "last_round" (int64 [K], 0 = never trained), what `KeptProducts` keeps of
+    the adapters that have trained so that a round reads few of them, and "graph" (float64 [E, 3], the edges that a learned
+    graph remembers).
 
     Attributes:
         settings: the [algorithm] section.
@@ -88,17 +83,18 @@ class Mira(PlainClient):
         return _strength(self.settings) > 0
 
     @property
-    def _gram(self) -> str:
-        """Name of the inner products of the space that is mixed."""
-        return f"{self.settings.space}_gram"
+    def _kept(self) -> KeptProducts:
+        """Inner products of the space that is mixed, and of the products where a graph is learned from them."""
+        spaces = {self.settings.space, "product"} if self.context.graph.learned else {self.settings.space}
+        return KeptProducts(tuple(sorted(spaces)), self.context.graph.sketch)
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """Each client's start, nobody trained, no graph learned."""
         clients, graph = self.context.clients, self.context.graph
-        numbers = {self._gram: torch.zeros(len(clients), len(clients), dtype=torch.float64)}
+        numbers = {LAST_ROUND: torch.zeros(len(clients), dtype=torch.int64), **self._kept.initial(len(clients))}
         if graph.learned:
-            numbers |= {"product_gram": torch.zeros(len(clients), len(clients), dtype=torch.float64), GRAPH: graph.initial(clients)}
-        return ServerState(dict(starts), {LAST_ROUND: torch.zeros(len(clients), dtype=torch.int64), **numbers})
+            numbers[GRAPH] = graph.initial(clients)
+        return ServerState(dict(starts), numbers)
 
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
         """The client's own adapter."""
@@ -109,101 +105,99 @@ class Mira(PlainClient):
         return state.adapters[client]
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
-        """Write the replies in, learn the graph, and move the clients of the round towards their neighbours."""
-        clients, source = self.context.clients, self.context.graph
-        round_number, row = replies[0].round, {client: k for k, client in enumerate(clients)}
+        """Write the replies in, learn the graph, and move the clients of the round towards their neighbours.
+
+        Only the adapters of these clients and their neighbours are read; with exact inner products, also those of all that have trained.
+        The logged disagreement is an estimate where inner products are sketched; all else that is logged is exact.
+        """
+        clients, source, kept = self.context.clients, self.context.graph, self._kept
+        row = {client: k for k, client in enumerate(clients)}
         cohort = sorted(row[reply.client_id] for reply in replies)
-        snapshot = {**state.adapters, **{reply.client_id: reply.payload.tensors["adapter"] for reply in replies}}
+        changes = {reply.client_id: reply.payload.tensors["adapter"] for reply in replies}
+        take = partial(self._taken, state.adapters, changes)
         last_round = state.numbers[LAST_ROUND].clone()
-        last_round[cohort] = round_number
+        last_round[cohort] = replies[0].round
         trained = last_round > 0
-        numbers = {**state.numbers, LAST_ROUND: last_round, **self._grams(state.numbers, snapshot, cohort, trained)}
+        numbers = {**state.numbers, LAST_ROUND: last_round, **kept.copied(state.numbers)}
+        kept.refresh(numbers, cohort, trained, take)
         memory = source.initial(clients)
         if source.learned:
-            numbers[GRAPH] = memory = source.update(numbers[GRAPH], numbers["product_gram"], trained)
-        graph, acts = source.graph(memory, clients), source.acts(round_number)
-        mixing = self._mixing(graph.weights if acts else torch.zeros_like(graph.weights), cohort, trained, replies)
+            numbers[GRAPH] = memory = source.update(numbers[GRAPH], kept.of(numbers, "product"), trained)
+        graph, acts = source.graph(memory, clients), source.acts(replies[0].round)
+        mixing = self._mixing(graph if acts else graph.without_edges(), cohort, trained, replies)
 
+        laplacian, products = graph.among(trained).laplacian, kept.of(numbers, self.settings.space)
+        before = products.trace(laplacian)
         moving = [k for k in cohort if float(mixing.pulls[k]) > 0]
-        mixed = {clients[k]: self._mixed(k, mixing, snapshot) for k in moving}
-        adapters = {**snapshot, **{client: adapter for client, (adapter, _) in mixed.items()}}
-        before = numbers[self._gram]
-        numbers |= self._grams(numbers, adapters, moving, trained)
+        moves = {clients[k]: self._move(k, mixing, take, numbers) for k in moving}
+        after = {**changes, **{client: move.after for client, move in moves.items()}}
+        kept.refresh(numbers, moving, trained, partial(self._taken, state.adapters, after))
+        degrees = graph.degrees
         round_log = {
             "server_step": mixing.server_step,
-            "max_degree": float(graph.degrees.max()),
+            "max_degree": float(degrees.max()),
             "guarded": float(mixing.guarded),
-            "disagreement_before": _disagreement(graph.weights, trained, before),
-            "disagreement_after": _disagreement(graph.weights, trained, numbers[self._gram]),
+            "disagreement_before": max(0.0, before),
+            "disagreement_after": max(0.0, products.trace(laplacian)),
         }
         diagnostics = Diagnostics(
             round=round_log,
-            clients={clients[k]: self._client_log(k, graph, mixing, snapshot, mixed) for k in cohort},
+            clients={
+                clients[k]: {
+                    "pull": float(mixing.pulls[k]),
+                    "degree": float(degrees[k]),
+                    **self._motion(clients[k], moves.get(clients[k])),
+                }
+                for k in cohort
+            },
             graph=graph if acts else None,
-            expects_motion=frozenset(clients[k] for k in moving if self._neighbours_differ(k, mixing, before)),
+            expects_motion=frozenset(client for client, move in moves.items() if move.neighbours_differ),
         )
-        return Combined(ServerState(adapters, numbers), diagnostics)
+        return Combined(ServerState(replaced(state.adapters, after), numbers), diagnostics)
 
-    def _taken(self, positions: Sequence[int], adapters: Mapping[ClientId, Adapter]) -> Taken:
-        """The adapters at these positions, with their scales."""
+    def _taken(self, stored: Mapping[ClientId, Adapter], changes: Mapping[ClientId, Adapter], positions: Sequence[int]) -> Taken:
+        """The adapters at these positions, changed or as stored, with their scales."""
         clients = [self.context.clients[k] for k in positions]
-        return [adapters[client] for client in clients], [self.context.scale(client) for client in clients]
+        adapters = [changes[client] if client in changes else stored[client] for client in clients]
+        return adapters, [self.context.scale(client) for client in clients]
 
-    def _grams(
-        self, numbers: Mapping[str, Tensor], adapters: Mapping[ClientId, Adapter], changed: list[int], trained: Tensor
-    ) -> dict[str, Tensor]:
-        """The inner products in the numbers, with rows and columns of the changed clients computed anew."""
-        others = torch.nonzero(trained).flatten().tolist()
-        row, column = torch.tensor(changed, dtype=torch.int64)[:, None], torch.tensor(others, dtype=torch.int64)[None, :]
-        result = {name: products.clone() for name, products in numbers.items() if name in _INNER_PRODUCTS}
-        for name, products in result.items():
-            block = _INNER_PRODUCTS[name](self._taken(changed, adapters), self._taken(others, adapters))
-            products[row, column] = block
-            products[column.T, row.T] = block.T
-        return result
-
-    def _mixing(self, weights: Tensor, cohort: list[int], trained: Tensor, replies: Sequence[Reply]) -> Mixing:
+    def _mixing(self, graph: Graph, cohort: list[int], trained: Tensor, replies: Sequence[Reply]) -> Mixing:
         """P of this round."""
         examples = {reply.client_id: reply.num_examples for reply in replies}
         rows = [examples.get(client, self.context.rows[client]) for client in self.context.clients]
         in_cohort = torch.zeros(len(rows), dtype=torch.bool)
         in_cohort[cohort] = True
-        return mixing_matrix(self.settings, weights, in_cohort, trained, torch.tensor(rows, dtype=torch.float64))
+        return mixing_matrix(self.settings, graph, in_cohort, trained, torch.tensor(rows, dtype=torch.float64))
 
-    def _mixed(self, k: int, mixing: Mixing, snapshot: Mapping[ClientId, Adapter]) -> tuple[Adapter, float]:
-        """Client k's new adapter, and the norm of what its rank could not hold."""
-        own = self.context.clients[k]
-        positions = torch.nonzero(mixing.matrix[k]).flatten().tolist()
-        taken, weights = self._taken(positions, snapshot), mixing.matrix[k, positions].tolist()
-        return _MIX[self.settings.space](taken, weights, self.context.ranks[own], self.context.scale(own), snapshot[own])
+    def _move(self, k: int, mixing: Mixing, take: Take, numbers: Mapping[str, Tensor]) -> _Move:
+        """Client k's new adapter; `take` and `numbers` are as before anybody moves."""
+        client, space = self.context.clients[k], self.settings.space
+        positions, weights = mixing.row(k)
+        taken, own = take(positions), positions.index(k)
+        before = taken[0][own]
+        after, tail = _MIX[space](taken, weights, self.context.ranks[client], self.context.scale(client), before)
 
-    def _neighbours_differ(self, k: int, mixing: Mixing, products: Tensor) -> bool:
-        """Whether the weighted mean of k's neighbours is another point than k itself."""
-        toward = mixing.matrix[k].clone()
-        toward[k] -= 1
-        toward /= mixing.pulls[k]
-        involved = products.diagonal()[toward != 0].max()
-        return bool(toward @ products @ toward > NO_DIFFERENCE * involved)
+        # Whether the weighted mean of k's neighbours is another point than k itself.
+        toward = torch.tensor(weights, dtype=torch.float64) / mixing.pulls[k]
+        toward[own] = -1
+        return _Move(before, after, tail, self._kept.differ(numbers, space, positions, taken, toward))
 
-    def _client_log(
-        self, k: int, graph: Graph, mixing: Mixing, before: Mapping[ClientId, Adapter], mixed: Mapping[ClientId, tuple[Adapter, float]]
-    ) -> dict[str, float]:
-        """What happened to client k; |moved| and |update| are norms of s B A in both spaces, so that they compare.
+    def _motion(self, client: ClientId, move: _Move | None) -> dict[str, float]:
+        """How far a client moved; |moved| and |update| are norms of s B A in both spaces, so that they compare.
 
         Where the update is zero and the client is moved all the same, relative_pull is 1.
         """
-        client = self.context.clients[k]
-        log = {"pull": float(mixing.pulls[k]), "relative_pull": 0.0, "degree": float(graph.degrees[k]), "truncation": 0.0}
-        if client in mixed:
-            after, tail = mixed[client]
-            pair = gram([before[client], after], [self.context.scale(client)] * 2)
-            moved = max(0.0, float(pair[0, 0] + pair[1, 1] - 2 * pair[0, 1]))
-            update = float(pair[0, 0]) or moved or 1.0
-            relative = math.sqrt(moved / update)
-            # Factoring a product anew costs float32 rounding; that is no motion.
-            log["relative_pull"] = relative if relative > torch.finfo(torch.float32).eps else 0.0
-            log["truncation"] = tail / math.sqrt(update)
-        return log
+        if move is None:
+            return {"relative_pull": 0.0, "truncation": 0.0}
+        pair = gram([move.before, move.after], [self.context.scale(client)] * 2)
+        moved = max(0.0, float(pair[0, 0] + pair[1, 1] - 2 * pair[0, 1]))
+        update = float(pair[0, 0]) or moved or 1.0
+        relative = math.sqrt(moved / update)
+        # Factoring a product anew costs float32 rounding; that is no motion.
+        return {
+            "relative_pull": relative if relative > torch.finfo(torch.float32).eps else 0.0,
+            "truncation": move.tail / math.sqrt(update),
+        }
 
 
 def _strength(settings: MiraSettings) -> float:
@@ -219,7 +213,7 @@ def build_mira(settings: MiraSettings, context: AlgorithmContext) -> Mira:
             a single client), or factors of different ranks would be mixed; all of these together.
     """
     graph, count = context.graph, len(context.clients)
-    weights = graph.initial(context.clients)
+    edges = graph.graph(graph.initial(context.clients), context.clients).edge_list
     strength = _strength(settings)
     problems = []
     if strength > 0 and context.cohort == 1 and settings.neighbours != "stale":
@@ -232,7 +226,7 @@ def build_mira(settings: MiraSettings, context: AlgorithmContext) -> Mira:
             f"mira: a graph of {count} client has no edge, so alignment cannot act; needs at least 2 "
             "(set algorithm.name to 'local', or algorithm.coupling to 0)"
         )
-    if strength > 0 and not graph.learned and not bool(weights.any()):
+    if strength > 0 and not graph.learned and len(edges) == 0:
         problems.append(
             f"mira: the graph of {count} clients has no edge, so alignment cannot act; needs at least 1 "
             "(choose another graph.kind, or set algorithm.coupling to 0)"

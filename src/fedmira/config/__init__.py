@@ -1,5 +1,6 @@
 """What to run: the settings, the files they come from, and presets."""
 
+from fedmira.config.cache import cache_folder
 from fedmira.config.load import dump_config, load_config, with_algorithm
 from fedmira.config.presets import preset_description, preset_names, preset_path
 from fedmira.config.schema import (
@@ -32,6 +33,7 @@ __all__ = [
     "MiraSettings",
     "ModelSettings",
     "RoundsSettings",
+    "cache_folder",
     "dump_config",
     "load_config",
     "preset_description",

@@ -41,11 +41,14 @@ class ModelSettings(Section):
         base: "bundled", a local Hugging Face folder, or a hub id.
         dtype: of the frozen base; adapters are float32 always. "auto" is float32 on a CPU and bfloat16 on a GPU that has it.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        quantization: "8bit" or "4bit" (NF4) stores the frozen base's linear layers in fewer bits (bitsandbytes, on a CUDA device; the
+            extra fedmira[quantized]).
     """
 
     base: str = Field("bundled", min_length=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field("auto", min_length=1)
+    quantization: Literal["none", "8bit", "4bit"] = "none"
 
 
 class AdapterSettings(Section):
@@ -168,6 +171,8 @@ class GraphSettings(Section):
         path: the file of kind "file".
         nearest, memory, warmup_rounds: of the learned graph; a fixed graph acts from round 1.
         shuffled: a control: the same graph with its clients exchanged at random.
+        sketch: how inner products between the clients' updates are kept: 0 keeps all of them, exactly; m estimates them from m numbers
+            a client; "auto" does the first up to 512 clients and the second, with m = 1024, above.
     """
 
     kind: Literal["random", "uniform", "category", "similarity", "file"] = "similarity"
@@ -176,6 +181,7 @@ class GraphSettings(Section):
     memory: float = Field(0.5, ge=0, lt=1)
     warmup_rounds: Count = 1
     shuffled: bool = False
+    sketch: Count | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _file_has_path(self) -> GraphSettings:
@@ -232,10 +238,19 @@ class EvaluationSettings(Section):
 
 
 class EngineSettings(Section):
-    """[engine]: `token_budget` is the most tokens in one forward pass; "auto" chooses it for the device."""
+    """[engine].
+
+    Attributes:
+        token_budget: most tokens in one forward pass; "auto" finds out by a short trial what this machine is fastest with, bounded by
+            its free memory, and is lowered when memory runs out all the same.
+        recompute: compute each layer again in the backward pass instead of remembering it: less memory, about a third more time.
+        compile: let torch.compile fuse the layers that carry no adapter; the first steps take longer.
+    """
 
     kind: Literal["in-process"] = "in-process"
     token_budget: Positive | Literal["auto"] = "auto"
+    recompute: bool = False
+    compile: bool = False
 
 
 class Config(Section):

@@ -10,6 +10,7 @@ from fedmira.data.partition import ClientRows
 from fedmira.data.problems import Problems
 from fedmira.data.prompts import PROMPTS
 from fedmira.data.split import Split
+from fedmira.data.token_cache import TokenCache
 from fedmira.data.tokenizer import Tokenizer
 from fedmira.errors import DataError
 
@@ -88,6 +89,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._render = PROMPTS[prompt]
         self._max_length = max_length
+        self._cache = TokenCache(tokenizer)
         self._ids: dict[int, int] = {}
         self._end: int = tokenizer.eos_token_id
         # A chat template writes the special tokens itself.
@@ -160,10 +162,14 @@ class Encoder:
     def _tokens(self, texts: list[str]) -> list[tuple[int, ...]]:
         if not texts:
             return []
-        # verbose=False: lengths are this module's business, not the tokenizer's warning's.
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = self._cache.ids(texts, self._tokenise)
         # One object per distinct id in place of one per token: a quarter of the memory.
         return [tuple(map(self._ids.setdefault, row, row)) for row in encoded]
+
+    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        # verbose=False: lengths are this module's business, not the tokenizer's warning's.
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [list(row) for row in encoded["input_ids"]]
 
     def _fitted(self, prompt: tuple[int, ...], response: tuple[int, ...]) -> EncodedExample:
         most = self._max_length

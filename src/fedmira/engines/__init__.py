@@ -2,5 +2,6 @@
 
 from fedmira.engines.base import Engine
 from fedmira.engines.in_process import InProcessEngine
+from fedmira.engines.memories import MemoryTable, StoredMemory, remembered
 
-__all__ = ["Engine", "InProcessEngine"]
+__all__ = ["Engine", "InProcessEngine", "MemoryTable", "StoredMemory", "remembered"]

@@ -23,5 +23,5 @@ class Engine(Protocol):
         ...
 
     def restore(self, memories: Mapping[ClientId, Payload]) -> None:
-        """Put memories from a checkpoint back."""
+        """Take these memories, empty or from a checkpoint, and keep later ones in a mapping of the same kind."""
         ...

@@ -3,15 +3,19 @@
 from fedmira.graphs.bounds import GraphBounds, graph_bounds
 from fedmira.graphs.builders import category_graph, file_graph, graph_document, random_graph, shuffled, uniform_graph, write_graph
 from fedmira.graphs.graph import Graph
+from fedmira.graphs.products import ExactProducts, InnerProducts, SketchedProducts
 from fedmira.graphs.similarity import similarity_weights
 from fedmira.graphs.sources import FixedGraph, GraphSource, LearnedGraph, graph_source
 
 __all__ = [
+    "ExactProducts",
     "FixedGraph",
     "Graph",
     "GraphBounds",
     "GraphSource",
+    "InnerProducts",
     "LearnedGraph",
+    "SketchedProducts",
     "category_graph",
     "file_graph",
     "graph_bounds",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmira.errors import ConfigError
+from fedmira.graphs.edges import joined, list_of_matrix
 from fedmira.graphs.graph import Graph
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
 
 SPARSITY_LIMIT = 0.25
 """Edges of the authors' random graph below this are cut: one in eight."""
+MOST_EDGES = 2_000_000
+"""Most pairs that a graph is built for by rule; 2,000 clients that are all related have about as many."""
 
 
 def _generator(seed: int, purpose: str) -> torch.Generator:
@@ -36,25 +40,59 @@ def _generator(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
 
 
+def _check_pairs(kind: str, clients: int, pairs: int) -> None:
+    """Refuse a rule that relates too many pairs, before anything is built.
+
+    Raises:
+        ConfigError: there are more than `MOST_EDGES`.
+    """
+    if pairs > MOST_EDGES:
+        raise ConfigError(
+            f"graph.kind = {kind!r}: its rule relates {pairs:,} pairs of {clients:,} clients; at most {MOST_EDGES:,} can be held (set "
+            "graph.kind to 'similarity', which keeps a few neighbours for each client, list the edges that matter in a 'file', or lower "
+            "data.clients)"
+        )
+
+
+def _all_pairs(count: int) -> int:
+    """Pairs of `count` clients."""
+    return count * (count - 1) // 2
+
+
 def random_graph(clients: Sequence[str], seed: int) -> Graph:
-    """The authors' recipe: b ~ U(0, 1) in every cell, a = (b + b^T) / 2, and a = 0 where it is below 0.25."""
+    """The authors' recipe: b ~ U(0, 1) in every cell, a = (b + b^T) / 2, and a = 0 where it is below 0.25.
+
+    Raises:
+        ConfigError: there are too many pairs.
+    """
+    _check_pairs("random", len(clients), _all_pairs(len(clients)))
     draws = torch.rand(len(clients), len(clients), generator=_generator(seed, "random graph"), dtype=torch.float64)
     weights = (draws + draws.T) / 2
     weights[weights < SPARSITY_LIMIT] = 0
-    return Graph("random", tuple(clients), weights.fill_diagonal_(0))
+    return Graph("random", tuple(clients), list_of_matrix(weights))
+
+
+def _joined_alike(kind: str, clients: Sequence[str], groups: Iterable[Tensor]) -> Graph:
+    """Weight 1 between all clients of a group; groups are row numbers, int64 [n]."""
+    pairs = torch.cat([torch.combinations(group, 2) for group in groups])
+    return Graph(kind, tuple(clients), joined(pairs[:, 0], pairs[:, 1], torch.ones(len(pairs), dtype=torch.float64), len(clients)))
 
 
 def uniform_graph(clients: Sequence[str]) -> Graph:
-    """Weight 1 between all pairs."""
-    weights = torch.ones(len(clients), len(clients), dtype=torch.float64)
-    return Graph("uniform", tuple(clients), weights.fill_diagonal_(0))
+    """Weight 1 between all pairs.
+
+    Raises:
+        ConfigError: there are too many pairs.
+    """
+    _check_pairs("uniform", len(clients), _all_pairs(len(clients)))
+    return _joined_alike("uniform", clients, [torch.arange(len(clients))])
 
 
 def category_graph(clients: Sequence[str], categories: Mapping[str, str]) -> Graph:
     """Weight 1 between clients of the same category, 0 otherwise.
 
     Raises:
-        ConfigError: clients without a category, all of them together.
+        ConfigError: clients without a category, all of them together; or categories have too many pairs.
     """
     missing = [client for client in clients if not categories.get(client)]
     if missing:
@@ -62,9 +100,11 @@ def category_graph(clients: Sequence[str], categories: Mapping[str, str]) -> Gra
             f"graph.kind = 'category': {len(missing)} of {len(clients)} clients have no category, such as {missing[0]!r}; "
             "every client needs one (use data that names categories, or set graph.kind to 'similarity')"
         )
-    names = sorted({categories[client] for client in clients})
-    number = torch.tensor([names.index(categories[client]) for client in clients], dtype=torch.int64)
-    return Graph("category", tuple(clients), (number[:, None] == number[None, :]).to(torch.float64).fill_diagonal_(0))
+    members: dict[str, list[int]] = {}
+    for row, client in enumerate(clients):
+        members.setdefault(categories[client], []).append(row)
+    _check_pairs("category", len(clients), sum(_all_pairs(len(rows)) for rows in members.values()))
+    return _joined_alike("category", clients, [torch.tensor(rows, dtype=torch.int64) for rows in members.values()])
 
 
 def _read_document(path: Path) -> dict[str, Any]:
@@ -112,11 +152,11 @@ def file_graph(path: Path | str, clients: Sequence[str]) -> Graph:
     document = _read_document(Path(path))
     row = {client: number for number, client in enumerate(clients)}
     listed: list[Any] = document["clients"]
-    problems = [
-        f"unknown client {client!r}; the run has no such client, take it out of the list" for client in listed if client not in clients
-    ]
-    problems += [f"missing client {client!r}; the run has it, add it to the list" for client in clients if client not in listed]
-    weights = torch.zeros(len(clients), len(clients), dtype=torch.float64)
+    named = {client for client in listed if isinstance(client, str)}
+    strangers = [client for client in listed if not isinstance(client, str) or client not in row]
+    problems = [f"unknown client {client!r}; the run has no such client, take it out of the list" for client in strangers]
+    problems += [f"missing client {client!r}; the run has it, add it to the list" for client in clients if client not in named]
+    edges: list[tuple[str, str, float]] = []
     seen: dict[frozenset[str], int] = {}
     for number, edge in enumerate(document["edges"], start=1):
         problem = _edge_problem(edge, row)
@@ -127,11 +167,10 @@ def file_graph(path: Path | str, clients: Sequence[str]) -> Graph:
         if problem is not None:
             problems.append(f"edge {number}: {problem}")
             continue
-        i, j = row[edge["source"]], row[edge["target"]]
-        weights[i, j] = weights[j, i] = edge["weight"]
+        edges.append((edge["source"], edge["target"], edge["weight"]))
     if problems:
         raise ConfigError([f"graph file {str(path)!r}: {problem}" for problem in problems])
-    return Graph("file", tuple(clients), weights)
+    return Graph.from_edges("file", clients, edges)
 
 
 def permutation_without_fixed_points(count: int, seed: int) -> Tensor:
@@ -146,8 +185,9 @@ def permutation_without_fixed_points(count: int, seed: int) -> Tensor:
 
 def shuffled(graph: Graph, seed: int) -> Graph:
     """A control: the same graph with every client in another one's place, so that degrees stay and relatedness is lost."""
+    # Client k takes the weights of client places[k], so those of client places[k] move to k.
     places = permutation_without_fixed_points(len(graph.clients), seed)
-    return Graph(f"{graph.kind}-shuffled", graph.clients, graph.weights[places][:, places].contiguous())
+    return replace(graph.moved(torch.argsort(places)), kind=f"{graph.kind}-shuffled")
 
 
 def graph_document(graph: Graph, **extra: Any) -> dict[str, Any]:

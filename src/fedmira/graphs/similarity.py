@@ -2,7 +2,7 @@
 
 With V the updates s B A minus a share 1 - 2/K of their mean over the K clients that trained, C_kl = <v_k, v_l> / (|v_k| |v_l|);
 negative values are cut to 0, each client keeps its nearest few, the result is made symmetric by the larger value and divided by
-its largest degree, and a moving average over rounds is kept. Only the Gram matrix of the updates is needed.
+its largest degree, and a moving average over rounds is kept. Only the Gram matrix of the updates is needed, or a sketch of each.
 
 The share is ours. Taking the whole mean out makes all cosines of a few related clients negative, as if they were strangers: the
 mean of a few cannot tell what everybody learns from what relatives learn. With two clients nothing is taken out, with many nearly all.
@@ -13,10 +13,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["centred_cosines", "nearest_neighbours", "remember", "similarity_weights"]
+from fedmira.graphs.edges import NO_EDGES, blended, degrees_of, joined
+
+__all__ = ["SMALLEST_SHARE", "centred_cosines", "nearest_neighbours", "remember", "similarity_weights", "sketched_similarity"]
 
 NO_NORM = 1e-12
 """A squared norm below this share of the largest one is rounding, not a direction."""
+BLOCK_ROWS = 512
+"""Rows of the cosines between sketches that are in memory at a time."""
+SMALLEST_SHARE = 1e-6
+"""Where updates are sketched, the moving average forgets weights below this share of its largest: a pull that float32 hardly holds."""
+
+
+def _share_of_mean(count: int) -> float:
+    """How much of the mean over `count` clients is subtracted."""
+    return max(0.0, 1 - 2 / count)
 
 
 def centred_cosines(gram: Tensor, trained: Tensor) -> Tensor:
@@ -38,7 +49,7 @@ def centred_cosines(gram: Tensor, trained: Tensor) -> Tensor:
         return cosines
     inner = gram[taking_part][:, taking_part]
     inner = (inner + inner.T) / 2
-    share = max(0.0, 1 - 2 / len(taking_part))
+    share = _share_of_mean(len(taking_part))
     to_mean = share * inner.mean(dim=1)
     centred = inner - to_mean[:, None] - to_mean[None, :] + share * to_mean.mean()
     squared = centred.diagonal()
@@ -75,6 +86,80 @@ def similarity_weights(gram: Tensor, trained: Tensor, nearest: int) -> Tensor:
     return weights / largest if float(largest) > 0 else weights
 
 
-def remember(old: Tensor, new: Tensor, memory: float) -> Tensor:
-    """M = memory * M + (1 - memory) * new; the first graph that has an edge is taken as it is."""
-    return memory * old + (1 - memory) * new if bool(old.any()) else new
+def _point(sketches: Tensor) -> None:
+    """Subtract the share of the mean and divide by the norms, in place, float32 [n, m]; zero where nothing is left."""
+    largest = float(torch.linalg.vector_norm(sketches, dim=1).max())
+    sketches.sub_(_share_of_mean(len(sketches)) * sketches.mean(dim=0))
+    norms = torch.linalg.vector_norm(sketches, dim=1)
+    sketches.mul_(torch.where(norms > NO_NORM**0.5 * largest, 1 / norms, 0.0)[:, None])
+
+
+def _largest_in_rows(directions: Tensor, nearest: int) -> tuple[Tensor, Tensor]:
+    """The `nearest` largest inner products of each row with other rows, 0 or more, and with whom: float32 and int64 [n, nearest].
+
+    Block by block of the upper half of all pairs, so that each is computed once and memory stays bounded.
+    """
+    count = len(directions)
+    values, columns = torch.zeros(count, nearest), torch.zeros(count, nearest, dtype=torch.int64)
+
+    def offer(rows: slice, candidates: Tensor, first: int) -> None:
+        """Let the rows choose again among what they have and the candidates, columns `first` and on."""
+        best, place = candidates.topk(min(nearest, candidates.shape[1]), dim=1)
+        have, whom = torch.cat([values[rows], best], dim=1), torch.cat([columns[rows], place + first], dim=1)
+        values[rows], chosen = have.topk(nearest, dim=1)
+        columns[rows] = whom.gather(1, chosen)
+
+    for first in range(0, count, BLOCK_ROWS):
+        end = min(first + BLOCK_ROWS, count)
+        cosines = directions[first:end] @ directions[first:].T
+        cosines.diagonal().zero_()
+        offer(slice(first, end), cosines, first)
+        if end < count:
+            offer(slice(end, count), cosines[:, end - first :].T, first)
+    return values, columns
+
+
+def sketched_similarity(sketches: Tensor, trained: Tensor, nearest: int) -> Tensor:
+    """The graph of one round, as `similarity_weights` makes it, with cosines between sketches.
+
+    Time grows with the square of the clients that trained, memory with their number; of equal weights any may be taken.
+
+    Args:
+        sketches: one for each client, float32 [K, m]; rows of clients that never trained are not read.
+        trained: which clients have trained, bool [K].
+        nearest: neighbours each client chooses; it may be chosen by more.
+
+    Returns:
+        Edge list, float64 [E, 3], with largest degree 1.
+    """
+    count = len(sketches)
+    taking_part = torch.nonzero(trained & sketches.ne(0).any(dim=1)).flatten()
+    if len(taking_part) < 2:
+        return NO_EDGES
+    nearest = min(nearest, len(taking_part) - 1)
+    directions = sketches[taking_part]
+    _point(directions)
+    values, columns = _largest_in_rows(directions, nearest)
+    chosen = values > 0
+    rows = taking_part[:, None].expand(-1, nearest)[chosen]
+    edges = joined(rows, taking_part[columns[chosen]], values[chosen].to(torch.float64), count)
+    if len(edges) == 0:
+        return edges
+    edges[:, 2] /= degrees_of(edges, count).max()
+    return edges
+
+
+def remember(old: Tensor, new: Tensor, memory: float, count: int, smallest_share: float = 0.0) -> Tensor:
+    """M = memory * M + (1 - memory) * new on edge lists; the first graph that has an edge is taken as it is.
+
+    Args:
+        old, new: edge lists, float64 [E, 3].
+        memory: share of the old one, 0..1.
+        count: clients.
+        smallest_share: weights below this share of the largest are forgotten. With 1e-6, an edge that is not renewed is gone
+            after ln(1e6) / ln(1 / memory) rounds (20 for 0.5), so the edges stay within that many graphs.
+    """
+    if len(old) == 0:
+        return new
+    edges = blended(old, new, memory, count)
+    return edges[edges[:, 2] >= smallest_share * edges[:, 2].max()] if len(edges) else edges

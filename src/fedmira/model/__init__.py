@@ -1,12 +1,13 @@
 """The only room that knows transformers and peft."""
 
-from fedmira.model.base_model import BaseModel, TargetModule, find_targets, from_model, load_base, load_tokenizer
-from fedmira.model.generation import generate
-from fedmira.model.local_training import LocalOutcome, LocalTask, choose_token_budget, count_steps, train_cohort
+from fedmira.model.base_model import BaseModel, TargetModule, find_targets, from_model, load_base, load_tokenizer, with_engine_options
+from fedmira.model.generation import generate, generate_tokens
+from fedmira.model.local_training import LocalOutcome, LocalTask, count_steps, train_cohort
 from fedmira.model.lora import LoraBranch, StackedAdapters, start_adapter
 from fedmira.model.loss import response_losses
 from fedmira.model.packing import Row
 from fedmira.model.peft_files import read_adapter, write_adapter
+from fedmira.model.token_budget import choose_token_budget, within_memory
 
 __all__ = [
     "BaseModel",
@@ -21,11 +22,14 @@ __all__ = [
     "find_targets",
     "from_model",
     "generate",
+    "generate_tokens",
     "load_base",
     "load_tokenizer",
     "read_adapter",
     "response_losses",
     "start_adapter",
     "train_cohort",
+    "with_engine_options",
+    "within_memory",
     "write_adapter",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from fedmira.model.cpu_attention import attend_on_cpu
+from fedmira.model.cpu_attention import CpuPlan, attend_on_cpu, plan_for_cpu
 from fedmira.model.packing import PackedBatch
 from fedmira.model.varlen_attention import Sequences, attend_on_cuda, sequences_of, varlen_available
 
@@ -30,10 +30,16 @@ class _Layout:
 
     batch: PackedBatch
     last_layer: int | None
+    plan: CpuPlan | None = None
 
     @cached_property
     def sequences(self) -> Sequences:
         return sequences_of(self.batch)
+
+    def cpu_plan(self, dtype: torch.dtype) -> CpuPlan:
+        if self.plan is None:
+            self.plan = plan_for_cpu(self.batch, dtype)
+        return self.plan
 
 
 _layout: ContextVar[_Layout | None] = ContextVar("packed layout", default=None)
@@ -92,7 +98,7 @@ def packed_attention(
         return attend_on_cuda(query, key, value, layout.sequences, scale, window), None
     if same_size and query.device.type == "cpu" and not window:
         # What the prefix attends to in the last layer is not read: there it only gives keys and values.
-        return attend_on_cpu(query, key, value, batch, scale, module.layer_idx == layout.last_layer), None
+        return attend_on_cpu(query, key, value, layout.cpu_plan(query.dtype), scale, module.layer_idx == layout.last_layer), None
     return _attend_by_row(query, key, value, batch, scale, window), None
 
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from fedmira.config import ModelSettings
+from fedmira.config import EngineSettings, ModelSettings
 from fedmira.errors import ModelError
-from fedmira.model.last_layer import LastLayer
+from fedmira.model.allocator import keep_freed_memory
+from fedmira.model.layers import LastLayer, compile_free_parts, decoder_layers
 
-__all__ = ["BaseModel", "TargetModule", "find_targets", "from_model", "load_base", "load_tokenizer"]
+__all__ = ["BaseModel", "TargetModule", "find_targets", "from_model", "load_base", "load_tokenizer", "with_engine_options"]
 
 _USUAL_TARGETS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "v_proj"),
@@ -59,6 +61,7 @@ class BaseModel:
         sha256: hash of names, shapes and bytes of all its parameters.
         packed: whether packed steps give this architecture's own result (probed); if not, the padded path is used.
         last_layer: where packed steps leave work out whose result nobody reads, or None where the probe found a difference.
+        recomputed_layers: layers that training computes a second time in the backward pass, to save memory.
     """
 
     model: PreTrainedModel
@@ -68,6 +71,7 @@ class BaseModel:
     sha256: str
     packed: bool = False
     last_layer: LastLayer | None = None
+    recomputed_layers: Sequence[nn.Module] = ()
 
     @property
     def device(self) -> torch.device:
@@ -124,14 +128,19 @@ def load_base(settings: ModelSettings) -> BaseModel:
         ModelError: it cannot be loaded, the device is not there, or its vocabulary is smaller than the tokenizer's.
     """
     device = _device(settings.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = _dtype(settings.dtype, device)
     tokenizer = load_tokenizer(settings)
     location = _location(settings.base)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    quantized = _quantized(settings, device, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(location, trust_remote_code=False, **(quantized or {"dtype": "auto"}))
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(_cannot_load("model", settings.base, error)) from error
+    if quantized:
+        return from_model(model, tokenizer, settings.base, location)  # its numbers stay as and where bitsandbytes has put them
     # Hashed as it is stored: the same base has the same hash on every device and in every dtype.
     return from_model(model, tokenizer, settings.base, location, dtype, device)
 
@@ -160,7 +169,8 @@ def from_model(
             "not belong together"
         )
     base = BaseModel(model, tokenizer, name, location or name, _hash(model.state_dict()))
-    model.to(dtype=dtype or base.dtype, device=device or base.device)  # type: ignore[call-arg]
+    if dtype is not None or device is not None:
+        model.to(dtype=dtype or base.dtype, device=device or base.device)  # type: ignore[call-arg]
     # Generation is greedy for everybody: penalties and beams of the checkpoint would be taken up silently.
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=model.generation_config.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
@@ -168,6 +178,21 @@ def from_model(
     from fedmira.model.probe import choose_path
 
     return choose_path(base)
+
+
+def with_engine_options(base: BaseModel, settings: EngineSettings, targets: Sequence[TargetModule]) -> BaseModel:
+    """The base with its layers recomputed or compiled, as [engine] asks for.
+
+    Raises:
+        ModelError: the architecture's layers cannot be told apart, or none of their parts is free of adapters.
+    """
+    layers = decoder_layers(base.model)
+    wanted = [f"engine.{name}" for name in ("recompute", "compile") if getattr(settings, name)]
+    if wanted and not layers:
+        raise ModelError([f"{name}: the layers of {type(base.model).__name__} cannot be found; set it to false" for name in wanted])
+    if settings.compile and not compile_free_parts(layers, [base.model.get_submodule(target.name) for target in targets]):
+        raise ModelError("engine.compile: every part of every layer carries an adapter; set it to false or choose fewer adapter.targets")
+    return replace(base, recomputed_layers=tuple(layers)) if settings.recompute else base
 
 
 def find_targets(model: nn.Module, wanted: Sequence[str]) -> list[TargetModule]:
@@ -205,12 +230,36 @@ def _matches(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
+def _quantized(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What from_pretrained must be told to quantise, empty where nothing is asked for.
+
+    Raises:
+        ModelError: the device is not CUDA, or bitsandbytes is not installed.
+    """
+    if settings.quantization == "none":
+        return {}
+    if device.type != "cuda":
+        raise ModelError(
+            f"model.quantization {settings.quantization!r} needs a CUDA device, and model.device is {device.type!r} here; set it to 'none'"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantization {settings.quantization!r} needs bitsandbytes; install it with: pip install 'fedmira[quantized]'"
+        )
+    four = settings.quantization == "4bit"
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_8bit=not four, load_in_4bit=four, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": config, "dtype": dtype, "device_map": {"": device}}
+
+
 def _describe(path: str, module: nn.Module) -> TargetModule:
+    if isinstance(module, nn.Linear):  # a quantised weight has another shape than the layer
+        return TargetModule(path, module.in_features, module.out_features, False)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    transposed = isinstance(module, Conv1D)
     rows, columns = weight.shape
-    return TargetModule(path, rows if transposed else columns, columns if transposed else rows, transposed)
+    return TargetModule(path, rows, columns, True)
 
 
 def _is_head(model: nn.Module, module: nn.Module) -> bool:

@@ -2,56 +2,158 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import groupby
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from fedmira.model.base_model import BaseModel
+from fedmira.model.decoding import WaveDecoder, rectangle
+from fedmira.model.decoding_probe import decoding_agrees
 from fedmira.model.lora import LoraBranch
+from fedmira.model.waves import CacheShape, Prompt, Wave, plan_waves
 
-__all__ = ["generate"]
+__all__ = ["generate", "generate_tokens"]
+
+_CPU_CACHE = 2**28
+_FREE_SHARE = 4
+_LOOK_EVERY = 4
+_SHRINK = 0.75
+_PADDED_ROWS = 64
 
 
 def generate(
-    base: BaseModel, branch: LoraBranch, prompts: Sequence[tuple[int, Sequence[int]]], max_new_tokens: int, batch_size: int = 64
+    base: BaseModel,
+    branch: LoraBranch,
+    prompts: Sequence[tuple[int, Sequence[int]]],
+    max_new_tokens: int,
+    budget: int = 2048,
+    cache_bytes: int | None = None,
 ) -> list[str]:
-    """Continue (client, prompt token ids) pairs until the end of sequence or `max_new_tokens`; texts in the order given.
-
-    Prompts are sorted by length so that little is padded; padding stands on the left. An answer also ends where the model's context
-    ends; a prompt that fills the context loses tokens from its middle.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i][1]), i))
-    texts = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        for index, text in zip(chosen, _batch(base, branch, [prompts[i] for i in chosen], max_new_tokens), strict=True):
-            texts[index] = text
-    return texts
-
-
-def _batch(base: BaseModel, branch: LoraBranch, prompts: Sequence[tuple[int, Sequence[int]]], max_new_tokens: int) -> list[str]:
-    padding = base.tokenizer.pad_token_id
-    sequences = [_readable(base, list(ids)) for _, ids in prompts]
-    size = max(map(len, sequences))
-    room = max_new_tokens if base.max_positions is None else min(max_new_tokens, base.max_positions - size)
-    ids = torch.tensor([[padding] * (size - len(sequence)) + sequence for sequence in sequences], device=base.device)
-    seen = torch.tensor([[0] * (size - len(sequence)) + [1] * len(sequence) for sequence in sequences], device=base.device)
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=padding, eos_token_id=_ends(base)
+    """The texts of `generate_tokens`, without special tokens and surrounding blanks."""
+    texts: list[str] = base.tokenizer.batch_decode(
+        generate_tokens(base, branch, prompts, max_new_tokens, budget, cache_bytes), skip_special_tokens=True
     )
-    with torch.no_grad(), branch.rows([client for client, _ in prompts]):
-        output = base.model.generate(ids, attention_mask=seen, generation_config=settings)  # type: ignore[operator]
-    texts: list[str] = base.tokenizer.batch_decode(output[:, size:], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
-def _readable(base: BaseModel, ids: list[int]) -> list[int]:
+def generate_tokens(
+    base: BaseModel,
+    branch: LoraBranch,
+    prompts: Sequence[tuple[int, Sequence[int]]],
+    max_new_tokens: int,
+    budget: int = 2048,
+    cache_bytes: int | None = None,
+) -> list[list[int]]:
+    """Continue (client, prompt token ids) pairs greedily until the end of sequence or `max_new_tokens`.
+
+    An answer also ends where the model's context ends; a prompt that fills the context loses tokens from its middle. What a prompt is
+    answered does not depend, but for float rounding, on what else is asked.
+
+    Args:
+        branch: entered by the caller.
+        budget: most prompt tokens read in one pass.
+        cache_bytes: most bytes of keys, values and scores held at once (a single prompt always fits); None is 256 MiB on a CPU and a
+            quarter of the free memory on CUDA.
+
+    Returns:
+        The new tokens of each prompt in the order given, without the one that ended it.
+    """
+    asked = [_prompt(base, i, client, ids, max_new_tokens) for i, (client, ids) in enumerate(prompts)]
+    if not asked:
+        return []
+    with torch.no_grad():
+        if base.packed and decoding_agrees(base, branch):
+            waves = plan_waves(asked, _cache_shape(base), _most_bytes(base.device) if cache_bytes is None else cache_bytes)
+            found = [pair for wave in waves for pair in _continue(base, branch, wave, budget)]
+        else:
+            found = [pair for chosen in _padded_batches(asked) for pair in _padded(base, branch, chosen)]
+    ends = set(_ends(base))
+    answers: list[list[int]] = [[]] * len(asked)
+    for prompt, tokens in found:
+        stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+        answers[prompt.index] = tokens[: min(stop, prompt.limit)]
+    return answers
+
+
+def _continue(base: BaseModel, branch: LoraBranch, wave: Wave, budget: int) -> Iterator[tuple[Prompt, list[int]]]:
+    """The new tokens of a wave; what stands behind an end of sequence is meaningless."""
+    decoder, extent = WaveDecoder(base, wave), wave.extent
+    head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    ends = torch.tensor(_ends(base), device=base.device)
+    limits = rectangle(wave, [[prompt.limit for prompt in group.prompts] for group in wave.groups], base.device)
+    tokens = rectangle(wave, [[prompt.response[0] for prompt in group.prompts] for group in wave.groups], base.device)
+    done = limits < 1
+    answers = torch.zeros(done.numel(), extent.limit, dtype=torch.long, device=base.device)
+    decoder.read(branch, budget)
+    with decoder.attached(), ExitStack() as factors:
+        factors.enter_context(branch.rows(decoder.clients))
+        for count in range(1, extent.limit + 1):
+            tokens = head(decoder.step(tokens)).argmax(dim=-1)
+            answers[decoder.places, count - 1] = tokens
+            done |= torch.isin(tokens, ends) | (limits <= count)
+            kept = _survivors(done) if count % _LOOK_EVERY == 0 else None
+            if kept is None:
+                continue
+            groups, rows = kept
+            if not len(groups):
+                break
+            tokens, done, limits = (tensor[groups[:, None], rows] for tensor in (tokens, done, limits))
+            decoder.keep(groups, rows)
+            factors.close()
+            factors.enter_context(branch.rows(decoder.clients))
+    for group, found in zip(wave.groups, answers.view(extent.groups, extent.rows, -1).tolist(), strict=True):
+        yield from zip(group.prompts, found, strict=False)
+
+
+def _survivors(done: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Groups [g] with unfinished rows and a rectangle [g, r] of their rows, where it is clearly smaller than `done` [G, R].
+
+    Looking waits for the device, so it is done every few steps only.
+    """
+    counts = (~done).sum(dim=1)
+    groups, rows = counts.nonzero()[:, 0], int(counts.max())
+    if len(groups) * rows > _SHRINK * done.numel():
+        return None
+    return groups, done[groups].long().argsort(dim=1, stable=True)[:, :rows]
+
+
+def _padded_batches(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+    """Prompts of like length; those for which the context leaves less room than the others share it only with their equals."""
+    order = sorted(prompts, key=lambda prompt: (-len(prompt.prompt), prompt.index))
+    for _, equals in groupby(order, key=lambda prompt: prompt.limit):
+        waiting = list(equals)
+        yield from (waiting[start : start + _PADDED_ROWS] for start in range(0, len(waiting), _PADDED_ROWS))
+
+
+def _padded(base: BaseModel, branch: LoraBranch, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, list[int]]]:
+    """The plain path: prompts padded on the left, and transformers' own loop."""
+    padding = base.tokenizer.pad_token_id
+    sequences = [[*prompt.prompt, *prompt.response] for prompt in prompts]
+    size = max(map(len, sequences))
+    ids = torch.tensor([[padding] * (size - len(sequence)) + sequence for sequence in sequences], device=base.device)
+    seen = torch.tensor([[0] * (size - len(sequence)) + [1] * len(sequence) for sequence in sequences], device=base.device)
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=prompts[0].limit, do_sample=False, num_beams=1, pad_token_id=padding, eos_token_id=_ends(base)
+    )
+    with branch.rows([prompt.client for prompt in prompts]):
+        output = base.model.generate(ids, attention_mask=seen, generation_config=settings)  # type: ignore[operator]
+    yield from zip(prompts, output[:, size:].tolist(), strict=True)
+
+
+def _prompt(base: BaseModel, index: int, client: int, ids: Sequence[int], max_new_tokens: int) -> Prompt:
     """A prompt that leaves the context room for an answer: a longer one loses tokens from its middle, as in training."""
-    if base.max_positions is None or len(ids) < base.max_positions:
-        return ids
-    kept = base.max_positions - base.max_positions // 4
-    return ids[: kept - kept // 4] + ids[len(ids) - kept // 4 :]
+    ids = tuple(ids)
+    most, limit = base.max_positions, max_new_tokens
+    if most is not None:
+        if len(ids) >= most:
+            kept = most - most // 4
+            ids = ids[: kept - kept // 4] + ids[len(ids) - kept // 4 :]
+        limit = min(limit, most - len(ids))
+    return Prompt(index, client, ids[:-1], ids[-1:], limit)
 
 
 def _ends(base: BaseModel) -> list[int]:
@@ -59,3 +161,15 @@ def _ends(base: BaseModel) -> list[int]:
     named = base.model.generation_config.eos_token_id
     listed = named if isinstance(named, list) else [] if named is None else [named]
     return sorted({base.tokenizer.eos_token_id, *listed})
+
+
+def _cache_shape(base: BaseModel) -> CacheShape:
+    config = base.model.config.get_text_config()
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return CacheShape(2 * config.num_hidden_layers * key_heads * width * base.dtype.itemsize, base.num_embeddings * base.dtype.itemsize)
+
+
+def _most_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // _FREE_SHARE if device.type == "cuda" else _CPU_CACHE

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapter
+from fedmira.adapters import Adapter, all_finite
 from fedmira.config import LocalSettings
 from fedmira.model.base_model import BaseModel, TargetModule
 from fedmira.model.lora import LoraBranch, StackedAdapters
 from fedmira.model.loss import response_losses
 from fedmira.model.optimizers import CohortOptimizer, Moments, clip_rows
 from fedmira.model.packing import Row
+from fedmira.model.token_budget import within_memory
 
-__all__ = ["LocalOutcome", "LocalTask", "batch_indices", "choose_token_budget", "count_steps", "train_cohort"]
-
-_CPU_BUDGET, _ACCELERATOR_BUDGET = 2048, 16384
+__all__ = ["LocalOutcome", "LocalTask", "batch_indices", "count_steps", "train_cohort"]
 
 Hook = Callable[[Adapter, Adapter], Adapter]
 
@@ -93,11 +93,6 @@ def count_steps(num_rows: int, settings: LocalSettings) -> int:
     return settings.epochs * -(-num_rows // size)
 
 
-def choose_token_budget(base: BaseModel) -> int:
-    """Token positions in one forward pass: few on a CPU, where a small working set stays in the cache; many on an accelerator."""
-    return _CPU_BUDGET if base.device.type == "cpu" else _ACCELERATOR_BUDGET
-
-
 def train_cohort(
     base: BaseModel, targets: Sequence[TargetModule], tasks: Sequence[LocalTask], settings: LocalSettings, dropout: float, budget: int
 ) -> list[LocalOutcome]:
@@ -106,7 +101,7 @@ def train_cohort(
     Args:
         dropout: of the LoRA branch; the frozen base never drops anything. Rows then share no prefix, so that each draws its own;
             which draws a client gets depends on its own rows and on `budget`, never on who shares its cohort.
-        budget: most token positions in one forward pass.
+        budget: most token positions in one forward pass; lowered when memory runs out.
 
     Returns:
         One outcome per task, in order. A client whose loss, gradient or adapter becomes non-finite stops and is reported.
@@ -115,11 +110,14 @@ def train_cohort(
     with LoraBranch(base.model, cohort.stacked, dropout, cohort.generators) as branch:
         while cohort.step(branch):
             pass
-    return [cohort.outcome(client) for client in range(len(tasks))]
+    return cohort.outcomes()
 
 
 class _Cohort:
-    """The moving parts of `train_cohort`: stacked adapters, moments, batches and figures of K clients."""
+    """The moving parts of `train_cohort`: stacked adapters, moments, batches and figures of K clients.
+
+    Figures stay on the device until the last step, so that no step waits for it.
+    """
 
     def __init__(
         self,
@@ -135,96 +133,103 @@ class _Cohort:
         self.optimizer = CohortOptimizer(settings.optimizer, settings.learning_rate, settings.weight_decay)
         self.moments = self._initial_moments()
         self.batches = [batch_indices(len(task.rows), settings, task.seed) for task in tasks]
-        self.generators = [torch.Generator().manual_seed(task.seed ^ 0x5EED) for task in tasks]
-        self.failures = [""] * len(tasks)
-        self.steps = [0] * len(tasks)
-        self.losses: list[list[tuple[float, int]]] = [[] for _ in tasks]
-        self.tokens = [0.0] * len(tasks)
+        self.generators = [torch.Generator().manual_seed(task.seed ^ 0x5EED) for task in tasks] if dropout else []
+        self.alive = torch.ones(len(tasks), dtype=torch.bool, device=base.device)
+        self.failed_in_step = torch.zeros(len(tasks), dtype=torch.long, device=base.device)
+        self.sums: list[Tensor] = []
+        self.counts: list[dict[int, int]] = []
+        self.tokens = [0] * len(tasks)
 
     def step(self, branch: LoraBranch) -> bool:
         """One local step of every client that has a batch left; False when nobody has."""
+        # Asking a device who has failed would wait for it: there, failed clients run on beside the others without moving.
+        going = self.alive.tolist() if self.base.device.type == "cpu" else [True] * len(self.tasks)
         batches = {
-            client: self._rows(client, chosen)
+            client: [self.tasks[client].rows[index] for index in chosen]
             for client in range(len(self.tasks))
-            if not self.failures[client]
+            if going[client]
             for chosen in [next(self.batches[client], None)]
             if chosen
         }
         if not batches:
             return False
-        self.stacked.gradients.zero_()
-        self._backward(branch, batches)
-        active = self._healthy(batches)
-        if active:
-            for client in active:
-                self._apply_hook(client)
-            clip_rows(self.stacked.gradients, self.settings.max_grad_norm)
-            self.optimizer.step(self.stacked.values, self.stacked.gradients, self.moments, torch.tensor(active, device=self.base.device))
-        for client in active:
-            self.steps[client] += 1
+        states = [generator.get_state() for generator in self.generators]
+
+        def backward(budget: int) -> Tensor:
+            for generator, state in zip(self.generators, states, strict=True):
+                generator.set_state(state)
+            return self._backward(branch, batches, budget)
+
+        sums, self.budget = within_memory(backward, self.budget)
+        self.sums.append(sums)
+        self._stop_the_failed(batches, sums)
+        for client in batches:
+            self._apply_hook(client)
+        clip_rows(self.stacked.gradients, self.settings.max_grad_norm)
+        active = torch.tensor(list(batches), device=self.base.device)
+        self.optimizer.step(self.stacked.values, self.stacked.gradients, self.moments, active)
         return True
 
-    def outcome(self, client: int) -> LocalOutcome:
-        """The client's result after its last step."""
-        failure = self.failures[client]
+    def outcomes(self) -> list[LocalOutcome]:
+        """The clients' results after the last step."""
+        sums = torch.stack(self.sums).tolist()
+        failed = self.failed_in_step.tolist()
+        return [
+            self._outcome(
+                client, [(sums[i][client], count[client]) for i, count in enumerate(self.counts) if client in count], failed[client]
+            )
+            for client in range(len(self.tasks))
+        ]
+
+    def _outcome(self, client: int, losses: list[tuple[float, int]], failed_in_step: int) -> LocalOutcome:
         adapter = self.stacked.adapter(client)
-        if not failure and not all(bool(torch.isfinite(tensor).all()) for tensor in adapter.values()):
-            failure = f"the adapter is not finite after local step {self.steps[client]} (learning_rate {self.settings.learning_rate:g})"
-        losses = self.losses[client]
-        total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
-        per_step = [loss / count for loss, count in losses]
+        failure = ""
+        if failed_in_step:
+            losses = losses[:failed_in_step]
+            what = "gradient" if math.isfinite(losses[-1][0]) else "loss"
+            failure = (
+                f"non-finite {what} at local step {failed_in_step} (learning_rate {self.settings.learning_rate:g}); lower "
+                "local.learning_rate or set local.max_grad_norm"
+            )
+        elif not all_finite(adapter):
+            failure = f"the adapter is not finite after local step {len(losses)} (learning_rate {self.settings.learning_rate:g})"
+        tokens = sum(count for _, count in losses)
         kept = self._kept_moments(client) if self.settings.optimizer_state == "kept" and not failure else None
-        start = self.tasks[client].start
         return LocalOutcome(
-            dict(start) if failure else adapter,
+            dict(self.tasks[client].start) if failure else adapter,
             failure,
-            self.steps[client],
-            total / tokens,
-            per_step[0],
-            per_step[-1],
+            len(losses) - bool(failed_in_step),
+            sum(loss for loss, _ in losses) / tokens,
+            losses[0][0] / losses[0][1],
+            losses[-1][0] / losses[-1][1],
             tokens,
-            round(self.tokens[client]),
+            self.tokens[client],
             kept,
         )
 
-    def _rows(self, client: int, chosen: list[int]) -> list[Row]:
-        return [self.tasks[client].rows[index] for index in chosen]
+    def _backward(self, branch: LoraBranch, batches: Mapping[int, list[Row]], budget: int) -> Tensor:
+        """Each client's gradient of its own mean response loss, and the sums of its losses [K]; passes may share a client's batch."""
+        counts = {client: sum(len(row.response) for row in rows) for client, rows in batches.items()}
+        tokens = dict.fromkeys(batches, 0)
+        weights = torch.tensor([1 / counts.get(client, 1) for client in range(len(self.tasks))], device=self.base.device)
+        sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.base.device)
+        self.stacked.gradients.zero_()
+        for losses in response_losses(self.base, branch, list(batches.items()), budget):
+            (losses.values * weights[losses.clients]).sum().backward()  # type: ignore[no-untyped-call]
+            sums.index_add_(0, losses.clients, losses.values.detach().double())
+            for client, number in losses.num_tokens.items():
+                tokens[client] += number
+        self.counts.append(counts)
+        for client, number in tokens.items():
+            self.tokens[client] += number
+        return sums
 
-    def _backward(self, branch: LoraBranch, batches: Mapping[int, list[Row]]) -> None:
-        """Add each client's gradient of its own mean response loss; several passes may share a client's batch."""
-        counts = torch.ones(len(self.tasks), device=self.base.device)
-        for client, rows in batches.items():
-            counts[client] = sum(len(row.response) for row in rows)
-        totals = torch.zeros(len(self.tasks), dtype=torch.float64)
-        for losses in response_losses(self.base, branch, list(batches.items()), self.budget):
-            (losses.values / counts[losses.clients]).sum().backward()  # type: ignore[no-untyped-call]
-            owners = losses.clients.cpu()
-            totals.index_add_(0, owners, losses.values.detach().cpu().double())
-            shares = torch.bincount(owners, minlength=len(self.tasks)).double()
-            for client, share in enumerate((shares / shares.sum()).tolist()):
-                self.tokens[client] += share * losses.num_tokens
-        sums, sizes = totals.tolist(), counts.tolist()
-        for client in batches:
-            self.losses[client].append((sums[client], int(sizes[client])))
-
-    def _healthy(self, batches: Mapping[int, list[Row]]) -> list[int]:
-        """The clients whose loss and gradient are finite; the others are stopped and their gradient is dropped."""
-        finite: Tensor = torch.isfinite(self.stacked.gradients).all(dim=1)
-        healthy = []
-        for client, good in enumerate(finite.tolist()):
-            if client not in batches:
-                continue
-            loss = self.losses[client][-1][0]
-            if good and loss == loss and abs(loss) != float("inf"):
-                healthy.append(client)
-                continue
-            what = "gradient" if loss == loss and abs(loss) != float("inf") else "loss"
-            self.failures[client] = (
-                f"non-finite {what} at local step {self.steps[client] + 1} (learning_rate {self.settings.learning_rate:g}); lower "
-                "local.learning_rate or set local.max_grad_norm"
-            )
-            self.stacked.gradients[client] = 0
-        return healthy
+    def _stop_the_failed(self, batches: Mapping[int, list[Row]], sums: Tensor) -> None:
+        """A client whose loss or gradient is not finite moves no more: its gradient is zero from here on."""
+        good = torch.isfinite(self.stacked.gradients).all(dim=1) & torch.isfinite(sums)
+        self.failed_in_step.masked_fill_(self.alive & ~good, len(self.sums))
+        self.alive &= good
+        self.stacked.gradients.masked_fill_(~self.alive[:, None], 0)
 
     def _apply_hook(self, client: int) -> None:
         hook = self.tasks[client].hook

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from fedmira.model.attention import packed_layout
 from fedmira.model.base_model import BaseModel
-from fedmira.model.last_layer import read_only_at
+from fedmira.model.layers import read_only_at, recomputed
 from fedmira.model.lora import LoraBranch
 from fedmira.model.packing import PackedBatch, Row, gather, pack, segment_rows
+from fedmira.model.response_loss import response_loss
 
 __all__ = ["TokenLosses", "response_losses"]
 
@@ -27,13 +29,13 @@ class TokenLosses:
     Attributes:
         values: float32 [M], minus log probability in nats, with gradient where asked for.
         clients, rows: int64 [M], the client (position in the cohort) and the row of its batch that each token belongs to.
-        num_tokens: token positions that were computed, padding included.
+        num_tokens: client -> token positions that were computed, padding included.
     """
 
     values: Tensor
     clients: Tensor
     rows: Tensor
-    num_tokens: int
+    num_tokens: Mapping[int, int]
 
 
 def response_losses(
@@ -55,19 +57,32 @@ def _packed(base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Se
 
 
 def _packed_pass(base: BaseModel, branch: LoraBranch, batch: PackedBatch) -> TokenLosses:
-    """One forward pass; a function of its own, so that its logits are gone before the next pass begins."""
+    """One forward pass; a function of its own, so that what it leaves behind is gone before the next pass begins."""
+    surroundings = partial(_packed_surroundings, base, branch, batch)
+    with surroundings(), _recomputed(base, branch, surroundings):
+        hidden = base.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).last_hidden_state
+    values = response_loss(base.model.get_output_embeddings(), hidden[0, batch.predict_at], batch.targets)  # type: ignore[no-untyped-call]
+    tokens: dict[int, int] = {}
+    for segment in batch.segments:
+        tokens[segment.client] = tokens.get(segment.client, 0) + segment.num_tokens
+    return TokenLosses(values, batch.clients, batch.rows, tokens)
+
+
+@contextmanager
+def _packed_surroundings(base: BaseModel, branch: LoraBranch, batch: PackedBatch) -> Iterator[None]:
+    """What the model's layers must know of a packed batch while they run."""
     ends = [*batch.starts[1:], len(batch.ids)]
     owners = [(segment.client, slice(start, end)) for segment, start, end in zip(batch.segments, batch.starts, ends, strict=True)]
-    index = base.last_layer.index if base.last_layer else None
-    with ExitStack() as stack:
-        stack.enter_context(packed_layout(base.model, batch, index))
-        stack.enter_context(branch.tokens(owners))
-        if base.last_layer:
-            stack.enter_context(read_only_at(base.last_layer, batch.predict_at, branch, _readers(batch)))
-        hidden = base.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).last_hidden_state
-    logits = base.model.get_output_embeddings()(hidden[0, batch.predict_at])  # type: ignore[no-untyped-call]
-    values = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
-    return TokenLosses(values, batch.clients, batch.rows, len(batch.ids))
+    last = base.last_layer
+    with packed_layout(base.model, batch, last.index if last else None), branch.tokens(owners):
+        with read_only_at(last, batch.predict_at, branch, _readers(batch)) if last else nullcontext():
+            yield
+
+
+def _recomputed(
+    base: BaseModel, branch: LoraBranch, surroundings: Callable[[], AbstractContextManager[None]]
+) -> AbstractContextManager[None]:
+    return recomputed(base.recomputed_layers, branch, surroundings) if torch.is_grad_enabled() else nullcontext()
 
 
 def _readers(batch: PackedBatch) -> list[tuple[int, slice]]:
@@ -89,13 +104,14 @@ def _padded_pass(base: BaseModel, branch: LoraBranch, client: int, rows: Sequenc
     size = max(map(len, sequences))
     ids = torch.tensor([sequence + [padding] * (size - len(sequence)) for sequence in sequences], device=base.device)
     seen = torch.tensor([[1] * len(sequence) + [0] * (size - len(sequence)) for sequence in sequences], device=base.device)
-    with branch.tokens([(client, slice(None))]):
+    surroundings = partial(branch.tokens, [(client, slice(None))])
+    with surroundings(), _recomputed(base, branch, surroundings):
         logits = base.model(input_ids=ids, attention_mask=seen, use_cache=False).logits
     owner = torch.tensor([i for i in chosen for _ in rows[i].response], device=base.device)
     at_row = torch.tensor([j for j, i in enumerate(chosen) for _ in rows[i].response], device=base.device)
     at = torch.tensor([len(rows[i].prompt) - 1 + j for i in chosen for j in range(len(rows[i].response))], device=base.device)
     values = functional.cross_entropy(logits[at_row, at].float(), ids[at_row, at + 1], reduction="none")
-    return TokenLosses(values, torch.full_like(owner, client), owner, ids.numel())
+    return TokenLosses(values, torch.full_like(owner, client), owner, {client: ids.numel()})
 
 
 def _padded_chunks(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:

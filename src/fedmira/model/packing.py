@@ -9,7 +9,7 @@ of different clients follow each other in one flat row, so linear layers see pla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -83,13 +83,15 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        tensors = (self.ids, self.positions, self.predict_at, self.targets, self.clients, self.rows)
-        return PackedBatch(self.segments, self.starts, *(tensor.to(device) for tensor in tensors))
+        tensors: Iterable[Tensor] = (self.ids, self.positions, self.predict_at, self.targets, self.clients, self.rows)
+        if device.type == "cuda":  # copies from pinned memory go on while the device computes
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return PackedBatch(self.segments, self.starts, *(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def common_prefix(rows: Sequence[Row]) -> int:
     """Number of leading prompt tokens that all rows share, short of each row's last prompt token, which predicts."""
-    prompts = [row.prompt for row in rows]
+    prompts = [tuple(row.prompt) for row in rows]
     limit = min(map(len, prompts)) - 1
     least, last = min(prompts), max(prompts)  # what the first and the last in order share, all between them share
     return next((i for i in range(limit) if least[i] != last[i]), limit)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmira.model.base_model import BaseModel, TargetModule, find_targets
-from fedmira.model.last_layer import find_last_layer
+from fedmira.model.layers import find_last_layer
 from fedmira.model.lora import LoraBranch, StackedAdapters, start_adapter
 
 __all__ = ["choose_path"]

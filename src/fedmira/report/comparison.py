@@ -15,7 +15,7 @@ from fedmira.report.findings import CHANGE_LIMIT, algorithm_title, curve_of_test
 from fedmira.report.page import render
 from fedmira.report.read import read_run
 from fedmira.report.records import Client, Run
-from fedmira.report.tables import Cell, Column, loss_text, number_cell, text_cell
+from fedmira.report.tables import MOST_ROWS, Cell, Column, loss_text, number_cell, text_cell
 
 __all__ = ["HEAT_LIMITS", "Standing", "heat", "standing", "write_comparison"]
 
@@ -99,7 +99,8 @@ def _content(runs: Mapping[str, Run], folder: Path) -> dict[str, Any]:
         if lines
         else [],
         "columns": columns,
-        "cells": cells,
+        "cells": cells[:MOST_ROWS],
+        "rows": len(cells),
         "heat_keys": heat_keys,
         "limit": f"{100 * CHANGE_LIMIT:g} %",
         "settings": _differing_settings(runs),

@@ -29,12 +29,14 @@ from fedmira.report.findings import (
 from fedmira.report.graph_picture import MOST_DRAWN_EDGES, Node, category_styles, graph_picture
 from fedmira.report.read import read_run
 from fedmira.report.records import Client, Run
-from fedmira.report.tables import client_table, loss_text, number_text, round_table, setting_text
+from fedmira.report.tables import MOST_ROWS, client_table, loss_text, number_text, round_table, setting_text, worst_clients
 
 __all__ = ["environment", "render", "run_title", "write_report"]
 
 MOST_NAMED = 5  # clients in a list of the greatest gains or harms
 MOST_LISTED = 200  # failures and warnings
+MOST_CHARTED = 100  # clients with a chart of their own
+MOST_BARS = 400  # more would be thinner than a pixel
 SMALL = (200, 120)  # a chart of one client
 
 
@@ -99,7 +101,7 @@ def _content(run: Run) -> dict[str, Any]:
     names = _client_names(run)
     rows = summary_rows(run)
     changes = changes_by_alignment(run)
-    columns, cells, alike = client_table(run.clients, {change.client: change for change in changes})
+    columns, cells, alike = client_table(worst_clients(run.clients, MOST_ROWS), {change.client: change for change in changes})
     round_columns, round_cells = round_table(run.rounds)
     messages = _messages(run)
     small_charts, small_legend = _small_charts(run, names)
@@ -115,6 +117,7 @@ def _content(run: Run) -> dict[str, Any]:
         "charts": _round_charts(run),
         "small_charts": small_charts,
         "small_legend": small_legend,
+        "all_clients": len(names),
         "columns": columns,
         "cells": cells,
         "alike": alike,
@@ -125,6 +128,7 @@ def _content(run: Run) -> dict[str, Any]:
         "messages": messages[:MOST_LISTED],
         "messages_left": max(0, len(messages) - MOST_LISTED),
         "provenance": _provenance(run),
+        "hashes": [(client, entry.get("sha256", "")) for client, entry in sorted(run.adapters.items())][:MOST_ROWS],
     }
 
 
@@ -164,8 +168,9 @@ def _change_content(changes: Sequence[Change]) -> dict[str, Any] | None:
     if not changes:
         return None
     verdicts = [change.verdict for change in changes]
+    step = -(-len(changes) // MOST_BARS)
     bars = change_bars(
-        [(change.client, change.relative) for change in changes], "Relative change of each client's test loss", limit=CHANGE_LIMIT
+        [(change.client, change.relative) for change in changes[::step]], "Relative change of each client's test loss", limit=CHANGE_LIMIT
     )
     return {
         "counts": {verdict: verdicts.count(verdict) for verdict in ("gained", "unchanged", "harmed")},
@@ -173,6 +178,7 @@ def _change_content(changes: Sequence[Change]) -> dict[str, Any] | None:
         "gained": [change for change in changes if change.verdict == "gained"][:MOST_NAMED],
         "harmed": [change for change in reversed(changes) if change.verdict == "harmed"][:MOST_NAMED],
         "chart": bars,
+        "step": step,
     }
 
 
@@ -212,7 +218,10 @@ def _column(run: Run, name: str) -> list[tuple[float, float]]:
 
 
 def _small_charts(run: Run, names: Sequence[str]) -> tuple[list[_Small], Markup]:
-    """One chart a client, all with the same axes, and their legend; none before two rounds were trained."""
+    """One chart a client, all with the same axes, and their legend; none before two rounds were trained.
+
+    Of many clients, those with the highest loss at the end; of a run that has no such losses, the first.
+    """
     kinds = [
         ("test", 1, False, run.series("evaluate", "test_loss")),
         ("validation", 3, False, run.series("evaluate", "validation_loss")),
@@ -224,8 +233,9 @@ def _small_charts(run: Run, names: Sequence[str]) -> tuple[list[_Small], Markup]
         return [], Markup("")
     rounds, losses = [number for number, _ in points], [value for _, value in points]
     bounds = {"x_bounds": (min(rounds), max(rounds)), "y_bounds": (min(losses), max(losses))}
+    chosen = {number: row.client for number, row in worst_clients(run.clients, MOST_CHARTED).items()}
     charts = []
-    for number, client in enumerate(names, start=1):
+    for number, client in (chosen or dict(enumerate(names[:MOST_CHARTED], start=1))).items():
         lines = [Series(name, series.get(client, []), colour, dashed) for name, colour, dashed, series in kinds]
         chart = line_chart(lines, f"Loss of {client}", **bounds, size=SMALL, font=11, x_title="")
         if chart:
@@ -243,13 +253,14 @@ def _graph_content(run: Run, names: Sequence[str]) -> dict[str, Any] | None:
         row = rows.get(client, Client(client))
         category = row.category or str(run.adapters.get(client, {}).get("category") or "")
         nodes[client] = Node(number, category, row.train_rows or 0.0)
-    styles = category_styles(node.category for node in nodes.values())
+    picture = graph_picture(graph, nodes)
+    styles = category_styles(node.category for node in nodes.values()) if picture else {}
     groups = [
         (category, colour, shape, [(node.number, client) for client, node in nodes.items() if node.category == category])
         for category, (colour, shape) in styles.items()
     ]
     return {
-        "picture": graph_picture(graph, nodes),
+        "picture": picture,
         "kind": graph.kind,
         "clients": len(graph.clients),
         "edges": len(graph.edges),

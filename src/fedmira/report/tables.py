@@ -9,9 +9,22 @@ from fedmira.report.charts import nice_number, percent_text
 from fedmira.report.findings import MIB, Change
 from fedmira.report.records import Client, Round
 
-__all__ = ["Cell", "Column", "client_table", "loss_text", "number_cell", "number_text", "round_table", "setting_text", "text_cell"]
+__all__ = [
+    "MOST_ROWS",
+    "Cell",
+    "Column",
+    "client_table",
+    "loss_text",
+    "number_cell",
+    "number_text",
+    "round_table",
+    "setting_text",
+    "text_cell",
+    "worst_clients",
+]
 
 MISSING = "–"
+MOST_ROWS = 500  # of a table; the files hold the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +64,22 @@ def setting_text(value: object) -> str:
     return MISSING if value is None else '""' if value == "" else str(value)
 
 
-def client_table(clients: Sequence[Client], changes: Mapping[str, Change]) -> tuple[list[Column], list[list[Cell]], list[tuple[str, str]]]:
+def worst_clients(clients: Sequence[Client], most: int) -> dict[int, Client]:
+    """At most so many clients, those with the highest loss at the end, by their number from 1 and in their order."""
+    numbered = dict(enumerate(clients, start=1))
+    if len(numbered) <= most:
+        return numbered
+    worst_first = sorted(numbered, key=lambda number: -(numbered[number].after_align_loss or 0.0))
+    return {number: numbered[number] for number in sorted(worst_first[:most])}
+
+
+def client_table(
+    numbered: Mapping[int, Client], changes: Mapping[str, Change]
+) -> tuple[list[Column], list[list[Cell]], list[tuple[str, str]]]:
     """The table of clients.
 
     Args:
-        clients: its rows, numbered from 1.
+        numbered: its rows, by the client's number on the page.
         changes: by client, for the column of changes.
 
     Returns:
@@ -76,8 +100,9 @@ def client_table(clients: Sequence[Client], changes: Mapping[str, Change]) -> tu
         ("Rouge-L (rouge package)", lambda row: row.rouge_l_package, loss_text),
         ("exact match", lambda row: row.exact_match, loss_text),
     ]
+    clients = list(numbered.values())
     columns = [Column("#"), Column("client", number=False)]
-    cells = [[number_cell(index), text_cell(row.client)] for index, row in enumerate(clients, start=1)]
+    cells = [[number_cell(number), text_cell(row.client)] for number, row in numbered.items()]
     alike = []
     for title, value_of, shown in numbers:
         values = [value_of(row) for row in clients]

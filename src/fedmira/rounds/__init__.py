@@ -1,6 +1,6 @@
 """When: the round loop, sampling, randomness, checkpoints and the run folder."""
 
-from fedmira.rounds.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedmira.rounds.checkpoint import Checkpoint, CheckpointFolder
 from fedmira.rounds.loop import RoundOutcome, run_rounds
 from fedmira.rounds.randomness import seed_for
 from fedmira.rounds.recorder import Progress, Recorder
@@ -9,14 +9,13 @@ from fedmira.rounds.sampling import cohort_size, sample_clients
 
 __all__ = [
     "Checkpoint",
+    "CheckpointFolder",
     "Progress",
     "Recorder",
     "RoundOutcome",
     "RunFolder",
     "cohort_size",
-    "load_checkpoint",
     "run_rounds",
     "sample_clients",
-    "save_checkpoint",
     "seed_for",
 ]

@@ -8,10 +8,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from fedmira.errors import RunFolderError
 
 __all__ = ["RunFolder"]
+
+_PARTIAL = ".partial"
+_HALF_MADE = "config.toml" + _PARTIAL
 
 
 class RunFolder:
@@ -25,19 +29,20 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config_text: str) -> RunFolder:
-        """Make a new run folder.
+        """Make a new run folder; config.toml is the first thing in it, so that whatever is there can be resumed.
 
         Raises:
             RunFolderError: the path is taken.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(child.name != _HALF_MADE for child in path.iterdir())):
             raise RunFolderError(
                 f"{path}: the run folder exists already and is never overwritten; choose another --output, or continue it with --resume"
             )
+        path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        for part in (path, folder.metrics, folder.adapters, folder.checkpoint):
-            part.mkdir(parents=True, exist_ok=True)
-        (path / "config.toml").write_text(config_text, encoding="utf-8")
+        folder.write_text("config.toml", config_text)
+        for part in (folder.metrics, folder.adapters, folder.checkpoint):
+            part.mkdir()
         return folder
 
     @classmethod
@@ -80,6 +85,7 @@ class RunFolder:
         """Add lines to events.jsonl."""
         with self.events.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(event, allow_nan=False) + "\n" for event in events)
+            _sync(file)
 
     def append_round(self, row: Mapping[str, object]) -> None:
         """Add a line to metrics/rounds.csv, with a header where the file is new."""
@@ -88,8 +94,10 @@ class RunFolder:
         if not self.rounds_csv.exists() or self.rounds_csv.stat().st_size == 0:
             writer.writeheader()
         writer.writerow(row)
+        self.metrics.mkdir(exist_ok=True)
         with self.rounds_csv.open("a", encoding="utf-8") as file:
             file.write(text.getvalue())
+            _sync(file)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the growing files, for the checkpoint."""
@@ -108,6 +116,10 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(rows)
         _replace(self.metrics / name, text.getvalue())
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace `name` (relative to the folder)."""
+        _replace(self.path / name, text)
 
     def write_json(self, name: str, value: object) -> None:
         """Replace `name` (relative to the folder) with a JSON document."""
@@ -130,6 +142,15 @@ class RunFolder:
 
 
 def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(path.name + _PARTIAL)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        _sync(file)
     partial.replace(path)
+
+
+def _sync(file: TextIO) -> None:
+    """Have the disk hold what was written; a checkpoint counts on it."""
+    file.flush()
+    os.fsync(file.fileno())

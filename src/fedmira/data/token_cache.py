@@ -1,0 +1,79 @@
+"""Tokens of texts that were tokenised before, found by the content of tokenizer and texts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedmira.config import cache_folder
+from fedmira.data.tokenizer import Tokenizer
+
+__all__ = ["TokenCache"]
+
+_MOST_BYTES = 2**29
+_SUFFIX = ".safetensors"
+
+
+class TokenCache:
+    """Keeps token ids of lists of texts in files; the least recently written go when there are more than 512 MiB.
+
+    Args:
+        tokenizer: only tokenizers that can be written down as text are cached, since that text is part of the key.
+        folder: by default `tokens` in the cache folder, or nowhere where there is none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, folder: Path | None = None) -> None:
+        parent = cache_folder() if folder is None else folder.parent
+        self._folder = folder or (parent and parent / "tokens")
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest() if backend is not None else None
+
+    def ids(self, texts: Sequence[str], tokenise: Callable[[Sequence[str]], list[list[int]]]) -> list[list[int]]:
+        """The token ids of each text: from the cache, or from `tokenise` and into the cache."""
+        if self._folder is None or self._fingerprint is None:
+            return tokenise(texts)
+        path = self._folder / f"{self._key(texts)}{_SUFFIX}"
+        try:
+            found = load_file(path)
+            return [part.tolist() for part in np.split(found["ids"], np.cumsum(found["lengths"])[:-1])]
+        except (OSError, SafetensorError, KeyError):
+            pass  # not there, or cut short by a crash: made anew
+        rows = tokenise(texts)
+        self._write(path, rows)
+        return rows
+
+    def _key(self, texts: Sequence[str]) -> str:
+        hasher = hashlib.sha256(str(self._fingerprint).encode())
+        for text in texts:
+            encoded = text.encode("utf-8", "surrogatepass")
+            hasher.update(len(encoded).to_bytes(8, "little"))
+            hasher.update(encoded)
+        return hasher.hexdigest()
+
+    def _write(self, path: Path, rows: list[list[int]]) -> None:
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        ids = np.array([token for row in rows for token in row], dtype=np.int32)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            save_file({"ids": ids, "lengths": lengths}, partial)
+            partial.chmod(0o600)
+            partial.replace(path)
+            self._make_room(path.parent)
+        except OSError:
+            return  # a full or read-only disk: the run goes on without
+
+    def _make_room(self, folder: Path) -> None:
+        files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob(f"*{_SUFFIX}"))
+        total = sum(size for _, size, _ in files)
+        for _, size, file in files:
+            if total <= _MOST_BYTES:
+                return
+            file.unlink(missing_ok=True)
+            total -= size

@@ -1,0 +1,76 @@
+"""Inner products between the updates of all clients, in two forms: all of them, or estimates from sketches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedmira.graphs.edges import list_of_matrix
+from fedmira.graphs.similarity import similarity_weights, sketched_similarity
+
+__all__ = ["ExactProducts", "InnerProducts", "SketchedProducts"]
+
+CHUNK = 128
+"""Entries of the sketches that are multiplied with a Laplacian at a time."""
+
+
+class InnerProducts(Protocol):
+    """What the graph side asks of the inner products <x_k, x_l>."""
+
+    def similarity(self, trained: Tensor, nearest: int) -> Tensor:
+        """The similarity graph of one round among the clients that have trained, bool [K]: an edge list, float64 [E, 3]."""
+        ...
+
+    def trace(self, laplacian: Any) -> float:
+        """Sum_kl L_kl <x_k, x_l> for a sparse float64 [K, K] matrix L: with the Laplacian of a graph, its disagreement.
+
+        1/2 sum_kl a_kl |x_k - x_l|^2 is tr(L G), with G the Gram matrix.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExactProducts:
+    """The Gram matrix.
+
+    Attributes:
+        gram: float64 [K, K]; rows and columns of clients that never trained are not read.
+    """
+
+    gram: Tensor
+
+    def similarity(self, trained: Tensor, nearest: int) -> Tensor:
+        """From exact cosines."""
+        return list_of_matrix(similarity_weights(self.gram, trained, nearest))
+
+    def trace(self, laplacian: Any) -> float:
+        """Exact, to float64 rounding."""
+        entries = laplacian.tocoo()
+        rows, columns = (torch.from_numpy(place).to(torch.int64) for place in (entries.row, entries.col))
+        return float(torch.from_numpy(entries.data) @ self.gram[rows, columns])
+
+
+@dataclass(frozen=True, slots=True)
+class SketchedProducts:
+    """Estimates <S x_k, S x_l>, unbiased, with the error that the sketch states.
+
+    Attributes:
+        sketches: float32 [K, m]; zeros for clients that never trained.
+    """
+
+    sketches: Tensor
+
+    def similarity(self, trained: Tensor, nearest: int) -> Tensor:
+        """From cosines between sketches."""
+        return sketched_similarity(self.sketches, trained, nearest)
+
+    def trace(self, laplacian: Any) -> float:
+        """An unbiased estimate: sum over the entries of <column, L column>, at a cost of edges times entries."""
+        total = 0.0
+        for first in range(0, self.sketches.shape[1], CHUNK):
+            part = self.sketches[:, first : first + CHUNK].to(torch.float64).numpy()
+            total += float((part * (laplacian @ part)).sum())
+        return total

@@ -1,0 +1,190 @@
+"""How many tokens one forward pass may hold: chosen by a short trial on the machine, bounded by its memory, lowered when that runs out."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fedmira.config import cache_folder
+from fedmira.errors import RunError
+from fedmira.model.base_model import BaseModel, TargetModule
+from fedmira.model.lora import LoraBranch, StackedAdapters, start_adapter
+from fedmira.model.loss import response_losses
+
+__all__ = ["choose_token_budget", "within_memory"]
+
+_CANDIDATES = {"cpu": (512, 1024, 2048, 4096), "other": (4096, 8192, 16384, 32768, 65536)}
+_USUAL = {"cpu": 2048, "other": 16384}
+_LEAST = 64
+_SHARE_OF_MEMORY = 0.4
+_TRIAL_SECONDS = 1.5
+_log = logging.getLogger("fedmira")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+
+def choose_token_budget(base: BaseModel, targets: Sequence[TargetModule]) -> int:
+    """The number of tokens that this base trains fastest with on this machine, bounded by its free memory.
+
+    The trial's outcome is kept in the cache folder, so that later runs group tokens alike and give the same bits. Where nothing
+    can be kept there, the usual number for the device is taken.
+    """
+    kind = "cpu" if base.device.type == "cpu" else "other"
+    folder, key = cache_folder(), _key(base)
+    if folder is None:
+        return _USUAL[kind]
+    path = folder / "token_budget.json"
+    known = _read(path)
+    if key not in known:
+        known[key] = _try_out(base, targets, _CANDIDATES[kind])
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps({**_read(path), key: known[key]}, indent=1), encoding="utf-8")
+        partial.replace(path)
+    budget, bytes_per_token = known[key]
+    return _bounded(int(budget), bytes_per_token, _free_bytes(base.device))
+
+
+def within_memory(work: Callable[[int], Result], budget: int) -> tuple[Result, int]:
+    """`work(budget)`, again with half the budget each time memory runs out; the result, and the budget that sufficed.
+
+    Raises:
+        RunError: memory runs out even with the least budget.
+    """
+    while True:
+        try:
+            return work(budget), budget
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not _out_of_memory(error):
+                raise
+            if budget <= _LEAST:
+                raise RunError(
+                    f"out of memory with {budget} tokens in a forward pass, the least there is; lower data.max_length, take a smaller "
+                    "model.base, or set engine.recompute = true"
+                ) from error
+        # Outside the handler, so that the error's traceback no longer holds the tensors of the failed pass.
+        budget = max(_LEAST, budget // 2)
+        _log.warning("out of memory: going on with at most %d tokens in a forward pass", budget)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _try_out(base: BaseModel, targets: Sequence[TargetModule], candidates: Sequence[int]) -> tuple[int, float]:
+    """The least candidate within 5 % of the fastest, and the bytes that training remembers of a token."""
+    draw = torch.Generator().manual_seed(0)
+    limit = min(base.num_embeddings, len(base.tokenizer))
+    length = min(128, (base.max_positions or 128) - 1)
+    row = _Row(tuple(torch.randint(0, limit, (length - length // 8,), generator=draw).tolist()), (0,) * (length // 8 + 1))
+    stacked = StackedAdapters(targets, [start_adapter(targets, 8, 0)], [1.0], base.device)
+    seconds: dict[int, float] = {}
+    remembered = 0.0
+    with LoraBranch(base.model, stacked) as branch:
+        for candidate in candidates:
+            rows = [_Row((i, *row.prompt[1:]), row.response) for i in range(max(1, candidate // length))]
+            try:
+                if not seconds:
+                    remembered = _pass(base, branch, rows, candidate, count=True) / (len(rows) * length)
+                spent = []
+                for _ in range(3):
+                    begun = time.perf_counter()
+                    _pass(base, branch, rows, candidate)
+                    if base.device.type == "cuda":
+                        torch.cuda.synchronize(base.device)
+                    spent.append(time.perf_counter() - begun)
+                    if sum(spent) > _TRIAL_SECONDS:
+                        break
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                break
+            seconds[candidate] = min(spent) / (len(rows) * length)
+            if sum(spent) > _TRIAL_SECONDS:
+                break
+    fastest = min(seconds.values(), default=math.inf)
+    return next((candidate for candidate, spent_on in seconds.items() if spent_on <= 1.05 * fastest), candidates[0]), remembered
+
+
+def _pass(base: BaseModel, branch: LoraBranch, rows: Sequence[_Row], budget: int, count: bool = False) -> float:
+    """Forward and backward over the rows; with `count` the bytes that were remembered in between."""
+    sizes: dict[int, int] = {}
+    frozen = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in frozen:
+            sizes[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for losses in response_losses(base, branch, [(0, rows)], budget + sum(len(row.prompt) + len(row.response) for row in rows)):
+        losses.values.sum().backward()  # type: ignore[no-untyped-call]
+    if count:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            for losses in response_losses(base, branch, [(0, rows)], 10**9):
+                losses.values.sum().backward()  # type: ignore[no-untyped-call]
+    return float(sum(sizes.values()))
+
+
+def _bounded(budget: int, bytes_per_token: float, free: float) -> int:
+    """The budget, halved until what training remembers takes no more than a share of the free memory."""
+    while budget > _LEAST and budget * bytes_per_token > _SHARE_OF_MEMORY * free:
+        budget //= 2
+    return max(budget, _LEAST)
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Memory that is free on the device, or infinity where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return math.inf
+    return min(_of_meminfo(Path("/proc/meminfo")), _of_group(Path("/sys/fs/cgroup")))
+
+
+def _of_meminfo(path: Path) -> float:
+    if not path.is_file():
+        return math.inf
+    fields = dict(line.split(":", 1) for line in path.read_text(encoding="ascii").splitlines() if ":" in line)
+    return float(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else math.inf
+
+
+def _of_group(folder: Path) -> float:
+    limit, used = folder / "memory.max", folder / "memory.current"
+    if not limit.is_file() or not used.is_file() or limit.read_text(encoding="ascii").strip() == "max":
+        return math.inf
+    return float(limit.read_text(encoding="ascii")) - float(used.read_text(encoding="ascii"))
+
+
+def _key(base: BaseModel) -> str:
+    device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type
+    parts = (device, torch.get_num_threads(), torch.__version__, str(base.dtype), base.sha256, bool(base.recomputed_layers))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> dict[str, tuple[int, float]]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # never written, or cut short: it is found out again
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,83 @@
+"""Tokens of the same texts and tokenizer are read back; anything else is tokenised."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fedmira.config import cache_folder
+from fedmira.config.schema import DataSettings
+from fedmira.data import load_clients, token_cache
+from fedmira.data.token_cache import TokenCache
+from tiny import tiny_tokenizer
+
+
+def counted(calls: list[Sequence[str]], texts: Sequence[str]) -> list[list[int]]:
+    calls.append(texts)
+    return [[len(text), *map(ord, text)] for text in texts]
+
+
+@given(st.lists(st.text(max_size=8), min_size=1, max_size=5))
+def test_what_was_tokenised_once_is_read_back(texts: list[str]) -> None:
+    calls: list[Sequence[str]] = []
+    cache = TokenCache(tiny_tokenizer())
+    first = cache.ids(texts, lambda asked: counted(calls, asked))
+    assert cache.ids(texts, lambda asked: counted(calls, asked)) == first == counted([], texts)
+    assert len(calls) <= 1
+
+
+def test_other_texts_and_other_tokenizers_are_tokenised_anew(tmp_path: Path) -> None:
+    calls: list[Sequence[str]] = []
+    other = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    other.pre_tokenizer = pre_tokenizers.Whitespace()
+    for tokenizer in (tiny_tokenizer(), PreTrainedTokenizerFast(tokenizer_object=other)):
+        for texts in (["ab", "c"], ["a", "bc"], ["abc"]):
+            TokenCache(tokenizer, tmp_path / "tokens").ids(texts, lambda asked: counted(calls, asked))
+    assert len(calls) == 6
+
+
+def test_a_file_cut_short_is_made_anew(tmp_path: Path) -> None:
+    cache = TokenCache(tiny_tokenizer(), tmp_path / "tokens")
+    expected = cache.ids(["abc"], lambda texts: counted([], texts))
+    (path,) = (tmp_path / "tokens").iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.write_bytes(path.read_bytes()[:-3])
+    calls: list[Sequence[str]] = []
+    assert cache.ids(["abc"], lambda texts: counted(calls, texts)) == expected
+    assert calls == [["abc"]]
+
+
+def test_old_files_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "_MOST_BYTES", 2000)
+    cache = TokenCache(tiny_tokenizer(), tmp_path / "tokens")
+    for number in range(9):
+        cache.ids([f"{number}" * 100], lambda texts: counted([], texts))
+    assert sum(path.stat().st_size for path in (tmp_path / "tokens").iterdir()) <= 2000
+    calls: list[Sequence[str]] = []
+    cache.ids(["8" * 100], lambda texts: counted(calls, texts))
+    assert not calls
+
+
+def test_the_cache_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDMIRA_CACHE", "off")
+    assert cache_folder() is None
+    calls: list[Sequence[str]] = []
+    for _ in range(2):
+        TokenCache(tiny_tokenizer()).ids(["abc"], lambda texts: counted(calls, texts))
+    assert len(calls) == 2
+
+
+def test_clients_are_the_same_with_and_without_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    for folder in ("off", str(tmp_path), str(tmp_path)):
+        monkeypatch.setenv("FEDMIRA_CACHE", folder)
+        loaded.append(load_clients(DataSettings(clients=2, max_rows=4), 0, tiny_tokenizer()))
+    assert loaded[0] == loaded[1] == loaded[2]
+    assert any((tmp_path / "tokens").iterdir())

@@ -1,0 +1,118 @@
+"""Packed attention: every kernel gives what full attention over each row by itself gives, values and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedmira.model.attention import _attend_by_row, packed_attention, packed_layout
+from fedmira.model.cpu_attention import attend_on_cpu, plan_for_cpu
+from fedmira.model.packing import PackedBatch, pack, segment_rows
+from fedmira.model.varlen_attention import sequences_of, varlen_available
+from tiny import draw_rows, tiny_base
+
+SIZE = 8
+
+
+def batch_of(shared: tuple[int, ...], seed: int, longest: int = 9) -> PackedBatch:
+    """One segment for each entry: that many shared tokens, and a few rows."""
+    parts = [segment_rows(k, draw_rows(1 + (seed + k) % 4, count, seed + k, longest=longest), 10_000) for k, count in enumerate(shared)]
+    return pack([segment for part in parts for segment in part])
+
+
+def heads(count: int, tokens: int, seed: int) -> Tensor:
+    return torch.randn(1, count, tokens, SIZE, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def row_by_row(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch) -> Tensor:
+    """Softmax attention written out in float64 with a mask over the whole flat row: who is before me in my own row or in its prefix."""
+    tokens = query.shape[2]
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for segment, start in zip(batch.segments, batch.starts, strict=True):
+        prefix = slice(start, start + segment.prefix)
+        seen[prefix, prefix] = torch.ones(segment.prefix, segment.prefix).tril().bool()
+        place = prefix.stop
+        for length in segment.lengths:
+            own = slice(place, place + length)
+            seen[own, prefix], seen[own, own] = True, torch.ones(length, length).tril().bool()
+            place += length
+    share = query.shape[1] // key.shape[1]
+    keys, values = (tensor.double().repeat_interleave(share, dim=1) for tensor in (key, value))
+    scores = (query.double() @ keys.transpose(-1, -2)) / math.sqrt(SIZE)
+    return (scores.masked_fill(~seen, -math.inf).softmax(dim=-1) @ values).transpose(1, 2)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=3), st.sampled_from([(4, 4), (4, 2), (3, 1)]), st.integers(0, 99))
+def test_kernels_equal_attention_of_each_row_by_itself(shared: list[int], shape: tuple[int, int], seed: int) -> None:
+    batch = batch_of(tuple(shared), seed)
+    inputs = [heads(count, len(batch.ids), seed + i) for i, count in enumerate((shape[0], shape[1], shape[1]))]
+    expected = row_by_row(*inputs, batch)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
+    wanted = torch.autograd.grad((expected * weight).sum(), inputs)
+    scale = SIZE**-0.5
+    for result in (attend_on_cpu(*inputs, plan_for_cpu(batch, torch.float32), scale), _attend_by_row(*inputs, batch, scale, None)):
+        assert torch.allclose(result.double(), expected, atol=1e-5)
+        for found, want in zip(torch.autograd.grad((result * weight).sum(), inputs), wanted, strict=True):
+            assert torch.allclose(found, want, atol=3e-5)
+
+
+def test_long_rows_are_cut_into_blocks_without_a_difference() -> None:
+    batch = batch_of((300,), 3, longest=150)
+    inputs = [heads(count, len(batch.ids), count) for count in (4, 2, 2)]
+    result, expected = attend_on_cpu(*inputs, plan_for_cpu(batch, torch.float32), SIZE**-0.5), row_by_row(*inputs, batch)
+    assert torch.allclose(result.double(), expected, atol=1e-5)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    pairs = zip(*(torch.autograd.grad((each * weight).sum(), inputs) for each in (result, expected)), strict=True)
+    assert all(torch.allclose(found, want, atol=1e-4) for found, want in pairs)
+
+
+def test_a_prefix_that_nobody_reads_is_skipped_and_changes_no_remainder() -> None:
+    batch = batch_of((12, 0), 1)
+    inputs = [heads(count, len(batch.ids), count) for count in (4, 2, 2)]
+    whole, skipped = (attend_on_cpu(*inputs, plan_for_cpu(batch, torch.float32), 0.3, skip) for skip in (False, True))
+    prefix = batch.segments[0].prefix
+    assert prefix > 1
+    assert torch.equal(skipped[:, prefix:], whole[:, prefix:])
+    assert not bool(skipped[:, :prefix].any())
+
+
+def test_sequences_for_variable_length_kernels_list_every_key_a_row_sees() -> None:
+    batch = batch_of((5, 0), 2)
+    sequences = sequences_of(batch)
+    number = 0
+    for segment, start in zip(batch.segments, batch.starts, strict=True):
+        prefix = list(range(start, start + segment.prefix))
+        place, parts = start + segment.prefix, [(prefix, prefix)] if prefix else []
+        for length in segment.lengths:
+            own = list(range(place, place + length))
+            parts.append((own, [*prefix, *own]))
+            place += length
+        for own, seen in parts:
+            keys = sequences.keys[sequences.key_ends[number] : sequences.key_ends[number + 1]]
+            assert keys.tolist() == seen
+            assert list(range(int(sequences.query_ends[number]), int(sequences.query_ends[number + 1]))) == own
+            number += 1
+    assert number == len(sequences.query_ends) - 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
+@pytest.mark.parametrize("shared", [(20, 0, 7)])
+def test_the_cuda_kernel_equals_attention_of_each_row_by_itself(shared: tuple[int, ...]) -> None:
+    batch = batch_of(shared, 4, longest=40)
+    inputs = [heads(count, len(batch.ids), count).detach().bfloat16() for count in (4, 2, 2)]
+    expected = row_by_row(*(tensor.float() for tensor in inputs), batch)
+    on_device = [tensor.cuda().requires_grad_() for tensor in inputs]
+    if not varlen_available(on_device[0]):
+        pytest.skip("this torch has no variable-length attention")
+    base = tiny_base()
+    with packed_layout(base.model, batch.to(torch.device("cuda"))):
+        result, _ = packed_attention(base.model, *on_device, None)
+    assert torch.allclose(result.cpu().double(), expected, atol=2e-2)
+    result.float().sum().backward()
+    assert all(tensor.grad is not None and bool(torch.isfinite(tensor.grad).all()) for tensor in on_device)

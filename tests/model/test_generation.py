@@ -1,0 +1,220 @@
+"""Greedy generation for many clients at once gives each row the tokens that plain PEFT and transformers give it alone."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import GenerationConfig
+
+from fedmira.adapters import Adapter
+from fedmira.model import (
+    BaseModel,
+    LoraBranch,
+    StackedAdapters,
+    TargetModule,
+    find_targets,
+    generate,
+    generate_tokens,
+    start_adapter,
+    write_adapter,
+)
+from fedmira.model.decoding import WaveDecoder
+from fedmira.model.decoding_probe import decoding_agrees
+from fedmira.model.generation import _cache_shape, _prompt, _survivors
+from fedmira.model.waves import plan_waves
+from tiny import ARCHITECTURES, draw_rows, tiny_base, tiny_model
+
+ALPHA, RANKS = 8.0, (4, 2, 3)
+END = 2
+CONTEXT = 128
+
+Asked = tuple[int, tuple[int, ...]]
+
+
+class Federation:
+    """A tiny base with three clients, and the same clients as plain PEFT models."""
+
+    def __init__(self, architecture: str, folder: Path) -> None:
+        self.base = tiny_base(architecture)
+        self.targets = find_targets(self.base.model, ())
+        self.adapters = [noisy(self.targets, rank, seed) for seed, rank in enumerate(RANKS)]
+        self.models = []
+        for client, (adapter, rank) in enumerate(zip(self.adapters, RANKS, strict=True)):
+            write_adapter(folder / str(client), adapter, self.base, self.targets, rank, ALPHA, 0.0)
+            self.models.append(PeftModel.from_pretrained(tiny_model(architecture), folder / str(client)).eval())
+
+    def ask(self, asked: Sequence[Asked], new: int, base: BaseModel | None = None, **options: int) -> list[list[int]]:
+        stacked = StackedAdapters(self.targets, self.adapters, [ALPHA / rank for rank in RANKS], self.base.device, trainable=False)
+        with LoraBranch(self.base.model, stacked) as branch:
+            return generate_tokens(base or self.base, branch, asked, new, **options)
+
+    def alone(self, asked: Asked, new: int) -> list[int]:
+        """transformers' own loop with plain PEFT, one row."""
+        client, prompt = asked
+        ids = torch.tensor([readable(prompt)])
+        config = GenerationConfig(max_new_tokens=min(new, CONTEXT - ids.shape[1]), do_sample=False, eos_token_id=END, pad_token_id=0)
+        with torch.no_grad():
+            output = self.models[client].generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        tokens: list[int] = output[0, ids.shape[1] :].tolist()
+        return tokens[: tokens.index(END)] if END in tokens else tokens
+
+
+def noisy(targets: Sequence[TargetModule], rank: int, seed: int) -> Adapter:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: tensor + 0.3 * torch.randn(tensor.shape, generator=draw) for name, tensor in start_adapter(targets, rank, seed).items()}
+
+
+def readable(prompt: Sequence[int]) -> list[int]:
+    """Of a prompt that fills the context of 128: its first 72 and its last 24 tokens, which leaves a quarter of the context."""
+    return list(prompt) if len(prompt) < CONTEXT else [*prompt[:72], *prompt[-24:]]
+
+
+def drawn(count: int, shared: int, seed: int, longest: int = 30) -> list[tuple[int, ...]]:
+    return [row.prompt for row in draw_rows(count, shared, seed, longest)]
+
+
+def prompts_of_all_kinds() -> list[Asked]:
+    """Shared and unshared, short and long, one token, equal, and up to and over the end of the context."""
+    asked: list[Asked] = [(0, prompt) for prompt in drawn(7, 25, 1)]
+    asked += [(1, prompt) for prompt in drawn(5, 3, 2)]
+    asked += [(2, prompt) for prompt in drawn(2, 0, 3, 60)]
+    asked += [(1, (7,)), (2, (9, 10)), (0, asked[0][1]), (0, asked[0][1][:25])]
+    asked += [(client, prompt[:size]) for client, size in ((0, 125), (1, 127), (2, 128), (0, 200)) for prompt in drawn(1, 220, size)]
+    random.Random(4).shuffle(asked)
+    return asked
+
+
+@contextmanager
+def more_ends(base: BaseModel, ends: Sequence[int]) -> Iterator[None]:
+    """As of a checkpoint that names several tokens that end an answer."""
+    config = base.model.generation_config
+    config.eos_token_id, before = list(ends), config.eos_token_id
+    try:
+        yield
+    finally:
+        config.eos_token_id = before
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def federation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    yield Federation(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    return Federation("llama", tmp_path_factory.mktemp("llama"))
+
+
+def test_each_row_gets_the_tokens_that_plain_peft_gives_it_alone(federation: Federation) -> None:
+    asked = prompts_of_all_kinds()
+    assert federation.ask(asked, 9) == [federation.alone(one, 9) for one in asked]
+
+
+def test_the_plain_path_gives_the_same_tokens(federation: Federation) -> None:
+    asked = prompts_of_all_kinds()
+    assert federation.ask(asked, 9, replace(federation.base, packed=False)) == federation.ask(asked, 9)
+
+
+def test_all_tiny_architectures_decode_from_the_cache(federation: Federation) -> None:
+    stacked = StackedAdapters(federation.targets, federation.adapters, [ALPHA / rank for rank in RANKS], federation.base.device)
+    with torch.no_grad(), LoraBranch(federation.base.model, stacked) as branch:
+        assert decoding_agrees(federation.base, branch)
+
+
+def test_the_cache_takes_the_bytes_that_were_planned(federation: Federation) -> None:
+    prompts = [_prompt(federation.base, i, client, ids, 9) for i, (client, ids) in enumerate(prompts_of_all_kinds())]
+    shape = _cache_shape(federation.base)
+    stacked = StackedAdapters(federation.targets, federation.adapters, [ALPHA / rank for rank in RANKS], federation.base.device)
+    for wave in plan_waves(prompts, shape, 2**28):
+        decoder = WaveDecoder(federation.base, wave)
+        with torch.no_grad(), LoraBranch(federation.base.model, stacked) as branch:
+            decoder.read(branch, 2048)
+            with decoder.attached(), branch.rows(decoder.clients):
+                decoder.step(decoder.places * 0)
+        kept = [*decoder._own.values(), *decoder._shared.values()]
+        assert sum(tensor.nbytes for pair in kept for tensor in pair) == replace(shape, row_bytes=0).of(wave.extent)
+
+
+def test_bfloat16_decodes_from_the_cache() -> None:
+    base = tiny_base()
+    base.model.to(torch.bfloat16)
+    targets = find_targets(base.model, ())
+    stacked = StackedAdapters(targets, [noisy(targets, 4, 1)], [2.0], base.device)
+    with torch.no_grad(), LoraBranch(base.model, stacked) as branch:
+        assert decoding_agrees(base, branch)
+        answers = generate_tokens(base, branch, [(0, prompt) for prompt in drawn(5, 6, 1)], 7)
+    assert base.dtype == torch.bfloat16 and all(answers)
+
+
+def test_a_window_slides_over_prefix_prompt_and_answer(tmp_path: Path) -> None:
+    federation = Federation("gemma3", tmp_path)  # its window is 16 tokens
+    asked: list[Asked] = [(0, prompt) for prompt in drawn(4, 20, 5, 6)] + [(1, prompt) for prompt in drawn(3, 1, 6, 24)]
+    assert federation.ask(asked, 40) == [federation.alone(one, 40) for one in asked]
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_no_row_depends_on_what_else_is_asked(llama: Federation, data: st.DataObject) -> None:
+    pool = prompts_of_all_kinds()
+    whole = dict(zip(pool, llama.ask(pool, 6), strict=True))
+    chosen = data.draw(st.lists(st.sampled_from(pool), min_size=1, max_size=len(pool)))
+    budget = data.draw(st.sampled_from([1, 60, 2048]))
+    cache = data.draw(st.sampled_from([1, 50_000, 2**28]))
+    assert llama.ask(chosen, 6, budget=budget, cache_bytes=cache) == [whole[one] for one in chosen]
+
+
+def test_rows_that_end_early_leave_the_others_running(llama: Federation) -> None:
+    asked: list[Asked] = [(client, prompt) for client in range(3) for prompt in drawn(40, 8, client, 12)]
+    usual = llama.ask(asked, 48)
+    ends = [END, *(token for token, _ in Counter(token for answer in usual for token in set(answer[:12])).most_common(2))]
+    with more_ends(llama.base, ends):
+        answers = llama.ask(asked, 48)
+    assert answers == [list(takewhile(lambda token: token not in ends, answer)) for answer in usual]
+    ended = sorted(len(answer) for answer in answers)
+    assert ended[40] < 24 and ended[-1] == 48  # so a third of the rows could leave on the way, and some ran to the end
+    some = range(0, len(asked), 8)
+    assert [usual[i] for i in some] == [llama.alone(asked[i], 48) for i in some]
+
+
+def test_the_rows_that_go_on_stand_in_a_smaller_rectangle() -> None:
+    done = torch.tensor([[True, False, True, False], [True, True, True, True], [True, True, True, False]])
+    kept = _survivors(done)
+    assert kept is not None
+    groups, rows = kept
+    assert groups.tolist() == [0, 2] and rows.tolist() == [[1, 3], [3, 0]]  # group 1 is gone; group 2 keeps a finished row beside its own
+    assert _survivors(torch.tensor([[False] * 4, [False, False, False, True]])) is None  # 8 places of 8: nothing to gain
+    nobody = _survivors(torch.ones(2, 3, dtype=torch.bool))
+    assert nobody is not None and not len(nobody[0])
+
+
+def test_texts_leave_special_tokens_out(llama: Federation) -> None:
+    asked: list[Asked] = [(0, prompt) for prompt in drawn(3, 2, 1)]
+    stacked = StackedAdapters(llama.targets, llama.adapters, [ALPHA / rank for rank in RANKS], llama.base.device)
+    with LoraBranch(llama.base.model, stacked) as branch:
+        texts = generate(llama.base, branch, asked, 5)
+    words = [[token for token in tokens if token > END] for tokens in llama.ask(asked, 5)]
+    assert texts == [" ".join(f"w{token - 3}" for token in tokens) for tokens in words]
+
+
+def test_nothing_asked_is_nothing_answered(llama: Federation) -> None:
+    assert llama.ask([], 5) == []
+
+
+def test_generation_leaves_no_trace_on_the_base(llama: Federation) -> None:
+    ids = torch.tensor([[4, 5, 6, 7]])
+    with torch.no_grad():
+        before = llama.base.model(input_ids=ids).logits
+        llama.ask([(0, (5, 6, 7)), (1, (8, 9))], 4)
+        assert torch.equal(llama.base.model(input_ids=ids).logits, before)
+    assert llama.base.model.config._attn_implementation == "sdpa"
