@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="this one only")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clients", type=int, default=8, help="of a round; fewer where a pass would take too long")
+    parser.add_argument("--steps", type=int, default=5, help="of each client in a round")
     parser.add_argument("--keep", type=Path, help="folder for workloads, logs and adapters; the default is thrown away")
     arguments = parser.parse_args()
     tools = arguments.tools.split(",")
@@ -233,12 +234,13 @@ def main() -> None:
     if arguments.workload or arguments.model or arguments.dtype:
         cases = [(arguments.workload or "shared", arguments.model or "3m", arguments.dtype or "float32")]
     settings = {"size": arguments.size, "repeats": repeats, "rounds": rounds, "threads": arguments.threads, "clients": arguments.clients}
+    settings["steps"] = arguments.steps
     report: dict[str, Any] = {**provenance(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "settings": settings, "cases": []}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         for workload, model, dtype in cases:
             place = (arguments.keep or Path(scratch)) / f"{workload}-{model}-{dtype}"
             print(f"{workload} rows, {model} base, {dtype}", flush=True)
-            make_workload(place / "workload", workload, model, rounds, arguments.clients)
+            make_workload(place / "workload", workload, model, rounds, arguments.clients, steps=arguments.steps)
             figures = measure(Case(place / "workload", place / "out", rounds, arguments.threads, dtype), tools, repeats)
             report["cases"].append({"workload": workload, "model": model, "dtype": dtype, **figures})
             arguments.output.parent.mkdir(parents=True, exist_ok=True)

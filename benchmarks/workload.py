@@ -27,7 +27,7 @@ from fedmira.config import DataSettings, LocalSettings, ModelSettings
 from fedmira.data import ClientData, EncodedExample, load_clients
 from fedmira.data.tokenizer import Tokenizer
 from fedmira.model import find_targets, load_tokenizer, start_adapter
-from fedmira.model.local_training import batch_indices
+from fedmira.model.batches import batch_indices
 
 __all__ = ["MODELS", "WORKLOADS", "make_workload"]
 
@@ -103,7 +103,7 @@ def equal_lengths(tokenizer: Tokenizer, clients: int, length: int) -> list[Clien
 WORKLOADS = {"shared": shared_instructions, "dolly": dolly, "ragged": ragged}
 
 
-def make_workload(folder: Path, workload: str, model: str, rounds: int, clients: int = 8, rank: int = 16) -> None:
+def make_workload(folder: Path, workload: str, model: str, rounds: int, clients: int = 8, rank: int = 16, steps: int = 5) -> None:
     """Write the folder; equal arguments give equal files.
 
     Args:
@@ -115,7 +115,8 @@ def make_workload(folder: Path, workload: str, model: str, rounds: int, clients:
     data = equal_lengths(tokenizer, clients, int(length)) if kind == "length" else WORKLOADS[workload](tokenizer, clients)
     if len(data) < clients:
         raise SystemExit(f"workload {workload!r} has only {len(data)} clients; {clients} were asked for")
-    _write(folder, random_base(model), tokenizer, data, rounds, rank, {"workload": workload, "model": model})
+    local = LOCAL.model_copy(update={"steps": steps})
+    _write(folder, random_base(model), tokenizer, data, rounds, rank, local, {"workload": workload, "model": model})
 
 
 def random_base(model: str) -> LlamaForCausalLM:
@@ -133,6 +134,7 @@ def _write(
     data: Sequence[ClientData],
     rounds: int,
     rank: int,
+    local: LocalSettings,
     names: dict[str, str],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +147,7 @@ def _write(
         "rank": rank,
         "alpha": 16.0,
         "targets": list(TARGETS),
-        **{key: getattr(LOCAL, key) for key in ("optimizer", "steps", "batch_size", "learning_rate", "weight_decay", "max_grad_norm")},
+        **{key: getattr(local, key) for key in ("optimizer", "steps", "batch_size", "learning_rate", "weight_decay", "max_grad_norm")},
     }
     content = {
         "settings": settings,
@@ -157,14 +159,14 @@ def _write(
             }
             for client in data
         ],
-        "rounds": [[_client_round(data, number, client) for client in range(len(data))] for number in range(1, rounds + 1)],
+        "rounds": [[_client_round(data, number, client, local) for client in range(len(data))] for number in range(1, rounds + 1)],
     }
     (folder / "workload.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _client_round(data: Sequence[ClientData], number: int, client: int) -> dict[str, object]:
+def _client_round(data: Sequence[ClientData], number: int, client: int, local: LocalSettings) -> dict[str, object]:
     seed = SEED + 1000 * number + client
-    return {"client": client, "seed": seed, "batches": list(batch_indices(len(data[client].train), LOCAL, seed))}
+    return {"client": client, "seed": seed, "batches": list(batch_indices(len(data[client].train), local, seed))}
 
 
 def _load(source: str, tokenizer: Tokenizer, **settings: object) -> list[ClientData]:

@@ -15,7 +15,7 @@ def load(work: Work, arguments: argparse.Namespace) -> TrainRound:
     from fedmira.engines import InProcessEngine
     from fedmira.messages import Reply, Request
     from fedmira.model import choose_token_budget, find_targets, load_base
-    from fedmira.model.local_training import batch_indices
+    from fedmira.model.batches import batch_indices
 
     settings = work.settings
     local = LocalSettings.model_validate({key: settings[key] for key in LocalSettings.model_fields if key in settings})

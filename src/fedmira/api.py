@@ -49,7 +49,7 @@ def run(
         config = load_config(None, preset, overrides)
     elif not isinstance(config, Config):
         config = load_config(Path(config) if config is not None else None, preset, ())
-    experiment = build_experiment(config)
+    experiment = build_experiment(config, resumed=Path(output) if resume else None)
     start = resume_experiment if resume else run_experiment
     return start(experiment, Path(output), progress)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,11 +39,12 @@ class Experiment:
     evaluator: Evaluator
 
 
-def build_experiment(config: Config, base: BaseModel | None = None) -> Experiment:
+def build_experiment(config: Config, base: BaseModel | None = None, resumed: Path | None = None) -> Experiment:
     """Load the base and the data and build the parts on them.
 
     Args:
         base: a base that is loaded already, to share it between runs.
+        resumed: the folder of a run that is to be continued: with its token budget, so that it goes on bit for bit.
 
     Raises:
         InputError: something in the config cannot work; nothing was trained.
@@ -63,7 +64,8 @@ def build_experiment(config: Config, base: BaseModel | None = None) -> Experimen
     categories = {client.client_id: client.category for client in dataset.clients}
     graph = graph_source(config.graph, tuple(clients), categories, seed_for(config.seed, "graph"))
     rows = {name: len(client.train) for name, client in clients.items()}
-    context = AlgorithmContext(tuple(clients), rows, ranks, config.adapter.alpha, graph, cohort_size(len(clients), config.rounds))
+    at_once = cohort_size(len(clients), config.rounds)
+    context = AlgorithmContext(tuple(clients), rows, ranks, config.adapter.alpha, graph, at_once, config.rounds.count)
     algorithm = build(config.algorithm, context)
     if algorithm.aligns and not graph.acts(config.rounds.count):
         raise ConfigError(
@@ -71,7 +73,7 @@ def build_experiment(config: Config, base: BaseModel | None = None) -> Experimen
             "act; set rounds.count above the warm-up, or graph.warmup_rounds to 0"
         )
 
-    budget = choose_token_budget(base, targets) if config.engine.token_budget == "auto" else config.engine.token_budget
+    budget = _token_budget(config, base, targets, resumed)
     cohort = Cohort(algorithm, base, targets, clients, CohortSettings(config.local, scales, config.adapter.dropout, budget))
     return Experiment(
         config,
@@ -95,7 +97,8 @@ def run_experiment(experiment: Experiment, output: Path, progress: Progress | No
         RunError: the run failed; what was computed is in the folder.
     """
     folder = RunFolder.create(output, dump_config(experiment.config))
-    return _run(experiment, folder, progress)
+    with folder.locked():
+        return _run(experiment, folder, progress)
 
 
 def resume_experiment(experiment: Experiment, output: Path, progress: Progress | None = None) -> Result:
@@ -110,7 +113,8 @@ def resume_experiment(experiment: Experiment, output: Path, progress: Progress |
         raise RunFolderError(
             f"{output}: this run was made with other settings; --resume continues it as it was: leave the config and --set away"
         )
-    return _run(experiment, folder, progress)
+    with folder.locked():
+        return _run(experiment, folder, progress)
 
 
 def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None) -> Result:
@@ -174,6 +178,14 @@ def _divergence(result: Result) -> str | None:
         f"{len(result.diverged)} of {len(result.adapters)} clients diverged: their test loss is not finite ({names}); the means leave "
         "them out. Lower local.learning_rate, or set model.dtype to 'float32'"
     )
+
+
+def _token_budget(config: Config, base: BaseModel, targets: Sequence[TargetModule], resumed: Path | None) -> int:
+    """As set, else that of the run that is continued, else what is fastest."""
+    if config.engine.token_budget != "auto":
+        return config.engine.token_budget
+    recorded = RunFolder(resumed).read_json("run.json").get("token_budget") if resumed else None
+    return recorded if isinstance(recorded, int) else choose_token_budget(base, targets)
 
 
 def _quiet(what: str, figures: Mapping[str, object]) -> None:

@@ -27,7 +27,7 @@ from fedmira.model import read_adapter, write_adapter
 from fedmira.report import write_report
 from fedmira.rounds import Recorder
 
-__all__ = ["Provenance", "Result", "write_results"]
+__all__ = ["Provenance", "Result", "hash_of_rows", "write_results"]
 
 _LOSSES = ("base_loss", "before_align_loss", "after_align_loss")
 _TEXTS = ("rouge_l", "rouge_l_package", "exact_match")
@@ -77,6 +77,7 @@ def write_results(recorder: Recorder, ranks: Mapping[ClientId, int], state: Serv
         write_adapter(folder.adapters / client, adapter, evaluator.base, evaluator.targets, rank, settings.alpha, settings.dropout)
         figures = {name: row[name] for name in (*_LOSSES, *_TEXTS) if row[name] != "" and math.isfinite(row[name])}
         entry = {"task": row["task"], "category": row["category"], "rank": rank, "rounds_trained": row["rounds_trained"]}
+        entry["parameters"] = sum(tensor.numel() for tensor in adapter.values())
         index[client] = {**entry, "sha256": content_hash(adapter), "base_sha256": evaluator.base.sha256, "metrics": figures}
     folder.write_json("adapters/index.json", index)
     folder.write_table("clients.csv", rows)
@@ -105,7 +106,7 @@ class Provenance:
         self._recorder = recorder
         self._before = before
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
-        self._data_sha256 = _hash_of_rows(recorder.evaluator.clients)
+        self._data_sha256 = hash_of_rows(recorder.evaluator.clients)
 
     def check_same_ground(self) -> None:
         """Refuse to continue on another base or on other rows than the run began with.
@@ -144,6 +145,7 @@ class Provenance:
                 "packed": base.packed,
             },
             "data": {"sha256": self._data_sha256},
+            "token_budget": self._recorder.evaluator.token_budget,
             "machine": {
                 "cpu": platform.processor() or platform.machine(),
                 "cores": os.cpu_count(),
@@ -161,7 +163,7 @@ class Provenance:
             write_report(folder.path)
 
 
-def _hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:
+def hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:
     """SHA-256 over ids and tokens of all clients' rows."""
     hasher = hashlib.sha256()
     for name, client in clients.items():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lora_federation
 from fedmira.adapters import Adapter, digest, distance, mix, modules, norm, scale, subtract, weighted_sum
 from fedmira.algorithms import Algorithm, AlgorithmContext, Combined, ServerState, build
 from fedmira.config.schema import MiraSettings
@@ -134,6 +135,24 @@ def test_product_space_with_ranks_4_8_16_equals_dense_mixing_cut_to_each_rank() 
             mixed = sum(float(matrix[k, j]) * full[j][name] for j in range(3))
             left, values, right = torch.linalg.svd(mixed, full_matrices=False)
             best = left[:, :rank] * values[:rank] @ right[:rank]
+            torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-5 * float(best.abs().max()))
+
+
+@pytest.mark.parametrize("shapes", [{"q_proj": (80, 72), "v_proj": (96, 64)}, {"q_proj": (40, 56)}], ids=["by QR", "by a full matrix"])
+def test_product_space_with_ranks_4_8_16_32_equals_dense_mixing_cut_to_each_rank(shapes: dict[str, tuple[int, int]]) -> None:
+    ranks = [4, 8, 16, 32]
+    graph = random_graph(names(4), 4)
+    federation = context(FixedGraph(graph), 4, ranks=ranks)
+    adapters = {client: lora_federation.lora(rank, 10 + rank, shapes) for client, rank in federation.ranks.items()}
+    algorithm = mira(federation, coupling=0.9, size_scale=32.0)
+    begin = algorithm.initial_state({client: lora_federation.start(rank, shapes) for client, rank in federation.ranks.items()})
+    after = algorithm.combine(begin, replies_of(adapters)).state.adapters
+    matrix = torch.eye(4, dtype=torch.float64) - 0.9 / float(graph.degrees.max()) * 32 / (32 + 64) * laplacian(graph)
+    full = [dense(adapters[client], scale(ALPHA, rank)) for client, rank in federation.ranks.items()]
+    for k, (client, rank) in enumerate(federation.ranks.items()):
+        for name, found in dense(after[client], scale(ALPHA, rank)).items():
+            mixed = torch.stack([float(matrix[k, j]) * full[j][name] for j in range(4)]).sum(dim=0)
+            best = lora_federation.best_of_rank(mixed, rank)
             torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-5 * float(best.abs().max()))
 
 

@@ -23,6 +23,7 @@ from fedmira.config import (
     preset_path,
     with_algorithm,
 )
+from fedmira.config.layers import algorithm_sections
 from fedmira.errors import ConfigError
 
 
@@ -177,7 +178,10 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         ("local.learn_rate=1", "local.learn_rate = 1: unknown key; did you mean local.learning_rate?"),
         ("local.rank=4", "local.rank = 4: unknown key; did you mean adapter.rank?"),
         ("learning_rate=1", "learning_rate = 1: unknown key; did you mean local.learning_rate?"),
-        ("algorithm.name=miraa", "algorithm.name = \"miraa\": unknown algorithm; must be one of local, fedavg, mira; did you mean 'mira'?"),
+        (
+            "algorithm.name=miraa",
+            f"algorithm.name = \"miraa\": unknown algorithm; must be one of {', '.join(algorithm_sections())}; did you mean 'mira'?",
+        ),
         ("algorithm.coupling=2", "algorithm.coupling = 2: must be 1 or less"),
         ("algorithm=mira", 'algorithm = "mira": must be a section; write [algorithm] with any of: name, coupling'),
         ("graph=random", 'graph = "random": must be a section; write [graph] with any of: kind, path'),

@@ -10,8 +10,23 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedmira.adapters import Adapter, digest, same_shapes
+from fedmira.adapters.directions import movement
 from fedmira.algorithms import ALGORITHMS, Algorithm, AlgorithmContext, ServerState, Trained, build
-from fedmira.config.schema import AlgorithmSettings, FedAvgSettings, LocalOnlySettings, MiraSettings
+from fedmira.config.schema import (
+    AlgorithmSettings,
+    DittoSettings,
+    FedAltSettings,
+    FedAvgSettings,
+    FedExSettings,
+    FedItFinetuneSettings,
+    FedKSeedSettings,
+    FedProxSettings,
+    FlexLoraSettings,
+    HetLoraSettings,
+    LocalOnlySettings,
+    MiraSettings,
+    ShareFactorSettings,
+)
 from fedmira.graphs import FixedGraph, GraphSource, LearnedGraph, random_graph
 from fedmira.messages import Reply
 
@@ -21,6 +36,20 @@ LEARNED = LearnedGraph(nearest=2, warmup_rounds=0)
 SETTINGS: dict[str, tuple[AlgorithmSettings, GraphSource]] = {
     "local": (LocalOnlySettings(name="local"), FIXED),
     "fedavg": (FedAvgSettings(name="fedavg"), FIXED),
+    "fedit-finetune": (FedItFinetuneSettings(name="fedit-finetune"), FIXED),
+    "fedit-finetune from round 2": (FedItFinetuneSettings(name="fedit-finetune", finetune_share=0.9), FIXED),
+    "fedprox": (FedProxSettings(name="fedprox"), FIXED),
+    "ditto": (DittoSettings(name="ditto"), FIXED),
+    "share-factor, A": (ShareFactorSettings(name="share-factor"), FIXED),
+    "share-factor, B": (ShareFactorSettings(name="share-factor", shared_factor="B"), FIXED),
+    "share-factor, A frozen": (ShareFactorSettings(name="share-factor", shared_factor="B", private_factor="frozen"), FIXED),
+    "flexlora": (FlexLoraSettings(name="flexlora"), FIXED),
+    "hetlora": (HetLoraSettings(name="hetlora"), FIXED),
+    "fedex": (FedExSettings(name="fedex"), FIXED),
+    "fedalt": (FedAltSettings(name="fedalt"), FIXED),
+    "fedalt, learned graph": (FedAltSettings(name="fedalt", trained_rank=3), LEARNED),
+    "fedalt, sketched": (FedAltSettings(name="fedalt"), LearnedGraph(nearest=2, warmup_rounds=0, sketch=32)),
+    "fedkseed": (FedKSeedSettings(name="fedkseed"), FIXED),
     "mira": (MiraSettings(), LEARNED),
     "mira, fixed graph": (MiraSettings(), FIXED),
     "mira, factor space": (MiraSettings(space="factor", neighbours="rescaled"), LEARNED),
@@ -44,7 +73,7 @@ def start_adapter() -> dict[str, Tensor]:
 @pytest.fixture(params=SETTINGS)
 def algorithm(request: pytest.FixtureRequest) -> Algorithm:
     settings, graph = SETTINGS[request.param]
-    context = AlgorithmContext(CLIENTS, dict.fromkeys(CLIENTS, 20), dict.fromkeys(CLIENTS, 4), 16.0, graph, cohort=4)
+    context = AlgorithmContext(CLIENTS, dict.fromkeys(CLIENTS, 20), dict.fromkeys(CLIENTS, 4), 16.0, graph, cohort=4, rounds=3)
     return build(settings, context)
 
 
@@ -61,7 +90,8 @@ def replies(algorithm: Algorithm, state: ServerState, clients: Sequence[str], ro
         change = lora(1000 * round_number + CLIENTS.index(client))
         trained = {name: tensor + 0.1 * change[name] for name, tensor in begun.items()}
         rows = 20 + CLIENTS.index(client)
-        sent, _ = algorithm.finish(payload, None, Trained(trained, rows, 5, 1e-3))
+        along = movement({CLIENTS.index(client): 0.1, 10 + round_number: 0.2})  # what zeroth-order training says of its steps
+        sent, _ = algorithm.finish(payload, None, Trained(trained, rows, 5, 1e-3, along))
         result.append(Reply(client, round_number, rows, sent))
     return result
 

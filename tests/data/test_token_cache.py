@@ -19,6 +19,11 @@ from fedmira.data.token_cache import TokenCache
 from tiny import tiny_tokenizer
 
 
+@pytest.fixture(autouse=True)
+def _short_texts_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "_LEAST_CHARACTERS", 0)
+
+
 def counted(calls: list[Sequence[str]], texts: Sequence[str]) -> list[list[int]]:
     calls.append(texts)
     return [[len(text), *map(ord, text)] for text in texts]
@@ -56,12 +61,11 @@ def test_a_file_cut_short_is_made_anew(tmp_path: Path) -> None:
 
 def test_old_files_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_cache, "_MOST_BYTES", 2000)
-    cache = TokenCache(tiny_tokenizer(), tmp_path / "tokens")
     for number in range(9):
-        cache.ids([f"{number}" * 100], lambda texts: counted([], texts))
+        TokenCache(tiny_tokenizer(), tmp_path / "tokens").ids([f"{number}" * 100], lambda texts: counted([], texts))
     assert sum(path.stat().st_size for path in (tmp_path / "tokens").iterdir()) <= 2000
     calls: list[Sequence[str]] = []
-    cache.ids(["8" * 100], lambda texts: counted(calls, texts))
+    TokenCache(tiny_tokenizer(), tmp_path / "tokens").ids(["8" * 100], lambda texts: counted(calls, texts))
     assert not calls
 
 
@@ -81,3 +85,28 @@ def test_clients_are_the_same_with_and_without_the_cache(tmp_path: Path, monkeyp
         loaded.append(load_clients(DataSettings(clients=2, max_rows=4), 0, tiny_tokenizer()))
     assert loaded[0] == loaded[1] == loaded[2]
     assert any((tmp_path / "tokens").iterdir())
+
+
+def test_few_characters_are_not_worth_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "_LEAST_CHARACTERS", 10)
+    cache = TokenCache(tiny_tokenizer(), tmp_path / "tokens")
+    cache.ids(["123456789"], lambda texts: counted([], texts))
+    assert not (tmp_path / "tokens").exists()
+    cache.ids(["1234567890"], lambda texts: counted([], texts))
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+
+
+def test_a_full_disk_leaves_the_run_alone(tmp_path: Path) -> None:
+    """A file stands where the folder would be made."""
+    (tmp_path / "tokens").write_text("", encoding="utf-8")
+    cache = TokenCache(tiny_tokenizer(), tmp_path / "tokens")
+    assert cache.ids(["abc"], lambda texts: counted([], texts)) == counted([], ["abc"])
+
+
+def test_how_special_tokens_are_split_belongs_to_the_key(tmp_path: Path) -> None:
+    calls: list[Sequence[str]] = []
+    for split in (False, True):
+        tokenizer = tiny_tokenizer()
+        tokenizer.split_special_tokens = split
+        TokenCache(tokenizer, tmp_path / "tokens").ids(["abc"], lambda texts: counted(calls, texts))
+    assert len(calls) == 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import math
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from federation import CLIENTS, make_config, table_of
+from federation import CLIENTS, events_of, make_config, table_of
 from fedmira.comparison import Comparison, compare_algorithms
 from fedmira.config import Config
-from fedmira.errors import RunError, RunFolderError
+from fedmira.errors import ConfigError, RunError, RunFolderError
 from fedmira.rounds import sample_clients
 
 NAMES = ("local", "fedavg", "mira")
@@ -66,30 +68,60 @@ def test_every_algorithm_runs_with_every_seed_on_the_same_rows(compared: Compari
     assert "coupling" not in (compared.runs["local-seed0"] / "config.toml").read_text(encoding="utf-8")
 
 
+def losses_of(folder: Path) -> dict[str, float]:
+    return {row["client"]: float(row["after_align_loss"]) for row in table_of(folder, "clients")}
+
+
 def test_figures_are_means_over_clients_and_seeds(compared: Comparison) -> None:
-    losses = {
-        name: {row["client"]: float(row["after_align_loss"]) for row in table_of(folder, "clients")}
-        for name, folder in compared.runs.items()
-    }
+    losses = {name: losses_of(folder) for name, folder in compared.runs.items()}
     for row in compared.rows:
-        runs = [losses[f"{row['algorithm']}-seed{seed}"] for seed in (0, 1)]
+        runs = [losses[f"{row['method']}-seed{seed}"] for seed in (0, 1)]
+        means = [sum(run.values()) / 5 for run in runs]
         assert row["seeds"] == 2
-        assert row["test_loss"] == pytest.approx(sum(sum(run.values()) / 5 for run in runs) / 2, rel=1e-12)
+        assert row["test_loss"] == pytest.approx(sum(means) / 2, rel=1e-12)
+        assert row["test_loss_spread"] == pytest.approx(abs(means[0] - means[1]) / math.sqrt(2), rel=1e-9)
         assert row["worst_tenth"] == pytest.approx(sum(max(run.values()) for run in runs) / 2, rel=1e-12)
-        ratios = [run[client] / losses[f"local-seed{seed}"][client] for seed, run in enumerate(runs) for client in run]
-        assert (row["better_than_local"], row["worse_than_local"]) == (
-            sum(ratio < 0.98 for ratio in ratios),
-            sum(ratio > 1.02 for ratio in ratios),
-        )
-    assert (compared.rows[0]["better_than_local"], compared.rows[0]["worse_than_local"]) == (0, 0)
+
+
+def test_a_client_is_better_or_worse_beyond_two_percent_and_two_standard_errors(compared: Comparison) -> None:
+    losses = {name: losses_of(folder) for name, folder in compared.runs.items()}
+    for row in compared.rows[1:]:
+        better = worse = 0
+        for client in CLIENTS:
+            first, second = (losses[f"{row['method']}-seed{seed}"][client] - losses[f"local-seed{seed}"][client] for seed in (0, 1))
+            # of two values, the standard error is half their distance
+            noise = max(abs(first - second), 0.02 * sum(losses[f"local-seed{seed}"][client] for seed in (0, 1)) / 2)
+            better += (first + second) / 2 < -noise
+            worse += (first + second) / 2 > noise
+        assert (row["better_than_local"], row["equal_to_local"], row["worse_than_local"]) == (better, 5 - better - worse, worse)
+    assert compared.rows[0]["better_than_local"] is None, "local is not held against itself"
+
+
+def test_budgets_are_equal_and_counted(compared: Comparison) -> None:
+    document = compared.figures.document()
+    assert document["equal"] and document["problems"] == []
+    sizes = {
+        json.loads((folder / "adapters" / "index.json").read_text(encoding="utf-8"))["apple-1"]["parameters"]
+        for folder in compared.runs.values()
+    }
+    for row in document["algorithms"]:
+        assert row["local_steps"] == 5 * 2 * 2, "five clients, two rounds, two steps"
+        assert row["response_tokens"] > 0 and row["tokens"] >= row["response_tokens"] and row["equal_budget"]
+        assert {row["parameters_least"], row["parameters_most"]} == sizes and min(sizes) > 0
+    for row in document["runs"]:
+        rounds = table_of(compared.runs[f"{row['method']}-seed{row['seed']}"], "rounds")
+        assert row["bytes_up"] == sum(int(line["bytes_up"]) for line in rounds)
+        assert row["response_tokens"] == sum(event["response_tokens"] for event in events_of(compared.page.parent / row["folder"], "train"))
+    assert len({(row["seed"], row["data_sha256"]) for row in document["runs"]}) == 2
 
 
 def test_the_figures_are_on_disk_beside_the_page(compared: Comparison) -> None:
     folder = compared.page.parent
     assert compared.page == folder / "comparison.html" and compared.page.is_file()
-    assert json.loads((folder / "comparison.json").read_text(encoding="utf-8")) == compared.rows
-    with (folder / "comparison.csv").open(encoding="utf-8", newline="") as file:
-        assert [{key: str(value) for key, value in row.items()} for row in compared.rows] == list(csv.DictReader(file))
+    document = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    assert document == compared.figures.document() and document["algorithms"] == compared.rows
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    assert names == {f"comparison{end}" for end in (".html", ".json", ".csv", "-runs.csv", "-clients.csv", ".md")}
 
 
 def test_a_second_call_repeats_no_run(compared: Comparison, config: Config) -> None:
@@ -120,8 +152,58 @@ def test_finished_runs_of_other_settings_are_not_taken_for_these(compared: Compa
 
 
 def test_without_local_training_nothing_is_counted_against_it(compared: Comparison, config: Config) -> None:
-    rows = compare_algorithms(config, ("mira",), (0, 1), compared.page.parent, Watch()).rows
-    assert set(rows[0]) == {"algorithm", "seeds", "test_loss", "worst_tenth"}
+    found = compare_algorithms(config, ("mira",), (0, 1), compared.page.parent, Watch())
+    assert found.figures.baselines == () and "better_than_local" not in found.rows[0]
+    compare_algorithms(config, NAMES, (0, 1), compared.page.parent, Watch())  # the files of all three again
+
+
+def test_a_variant_is_a_method_of_its_own(compared: Comparison, config: Config, tmp_path: Path) -> None:
+    shutil.copytree(compared.page.parent, tmp_path / "all")
+    watch = Watch()
+    variants = {"loose": ["algorithm.coupling=0.1"], "all": ["graph.kind=uniform"]}
+    found = compare_algorithms(config, NAMES, (0,), tmp_path / "all", watch, variants=variants, reference="mira")
+    assert watch.began == ["loose-seed0", "all-seed0"]
+    assert [row["method"] for row in found.rows] == [*NAMES, "loose", "all"] and found.rows[3]["algorithm"] == "mira"
+    assert found.figures.baselines == ("local", "mira") and found.figures.document()["equal"]
+    assert losses_of(found.runs["loose-seed0"]) != losses_of(found.runs["mira-seed0"]) != losses_of(found.runs["all-seed0"])
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        (
+            {"long": ["local.steps=4"]},
+            "variant 'long' changes local.steps: methods are compared on equal rows, base, rounds and local steps",
+        ),
+        ({"more": ["rounds.count=9", "data.train_fraction=0.7"]}, "variant 'more' changes data, rounds"),
+        ({"mira": ["graph.nearest=2"]}, "variant 'mira': must be a new name"),
+        ({"a/b": ["graph.nearest=2"]}, "variant 'a/b': must be a new name"),
+        ({"odd": ["graph.nearst=2"]}, "variant 'odd': "),
+    ],
+)
+def test_variants_that_would_not_compare_are_refused(variants: dict[str, list[str]], message: str, config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        compare_algorithms(config, NAMES, (0,), tmp_path / "all", Watch(), variants=variants)
+    assert not (tmp_path / "all").exists()
+
+
+def test_a_reference_must_be_one_of_the_methods(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="reference 'ditto' is not among the compared methods; they are local, fedavg, mira"):
+        compare_algorithms(config, NAMES, (0,), tmp_path / "all", Watch(), reference="ditto")
+    assert not (tmp_path / "all").exists()
+
+
+def test_rows_that_changed_since_a_run_are_refused_before_anything_trains(config: Config, clients_folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "clients"
+    shutil.copytree(clients_folder, rows)
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"path": str(rows)})})
+    compare_algorithms(moved, ("local",), (0,), tmp_path / "all", Watch())
+    file = rows / "apple-1" / "train.jsonl"
+    file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
+    watch = Watch()
+    with pytest.raises(RunFolderError, match="local-seed0: the data changed since this run"):
+        compare_algorithms(moved, ("local", "fedavg"), (0,), tmp_path / "all", watch)
+    assert watch.began == []
 
 
 def test_a_run_that_fails_leaves_the_others_compared(config: Config, tmp_path: Path) -> None:
@@ -138,8 +220,9 @@ def test_a_run_that_fails_leaves_the_others_compared(config: Config, tmp_path: P
     ):
         compare_algorithms(stuck, ("local", "mira", "fedavg"), (0,), tmp_path / "all", watch)
     assert watch.began == ["local-seed0", "mira-seed0", "fedavg-seed0"]
-    rows = json.loads((tmp_path / "all" / "comparison.json").read_text(encoding="utf-8"))
-    assert [row["algorithm"] for row in rows] == ["local", "fedavg"] and (tmp_path / "all" / "comparison.html").is_file()
+    document = json.loads((tmp_path / "all" / "comparison.json").read_text(encoding="utf-8"))
+    assert [row["algorithm"] for row in document["algorithms"]] == ["local", "fedavg"] and list(document["failures"]) == ["mira-seed0"]
+    assert "mira-seed0: this run failed" in (tmp_path / "all" / "comparison.html").read_text(encoding="utf-8")
 
 
 def test_when_every_run_fails_there_is_nothing_to_compare(config: Config, tmp_path: Path) -> None:

@@ -41,6 +41,18 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.participation": 0.6,
         "rounds.count": 4,
     },
+    "sophia with kept curvature": {
+        "algorithm.name": "fedavg",
+        "local.optimizer": "sophia",
+        "local.optimizer_state": "kept",
+        "local.sophia_refresh": 3,
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "seeds and numbers": {"algorithm.name": "fedkseed", "local.optimizer": "zeroth-order", "rounds.participation": 0.6, "rounds.count": 4},
+    "ditto, some clients": {"algorithm.name": "ditto", "rounds.participation": 0.6, "rounds.count": 4},
+    "fedit-finetune": {"algorithm.name": "fedit-finetune", "rounds.count": 4},
+    "fedalt, learned graph": {"algorithm.name": "fedalt", "rounds.participation": 0.6, "rounds.count": 4, "evaluation.every": 2},
     "ranks that differ": {"graph.kind": "category", "adapter.ranks": {"apple-1": 2}, "rounds.count": 3, "evaluation.every": 1},
 }
 

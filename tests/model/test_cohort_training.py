@@ -12,7 +12,8 @@ import torch
 from fedmira.adapters import Adapter
 from fedmira.config import LocalSettings
 from fedmira.model import LocalTask, find_targets, start_adapter, train_cohort
-from fedmira.model.local_training import LocalOutcome, batch_indices
+from fedmira.model.batches import batch_indices
+from fedmira.model.local_training import LocalOutcome
 from tiny import ARCHITECTURES, TinyRow, draw_rows, tiny_base, tiny_model
 
 TOLERANCE = 5e-5  # float32: after 5 Adam steps of 5e-3, the largest difference of any adapter entry

@@ -118,6 +118,23 @@ def test_when_nothing_is_small_enough_the_error_says_what_to_do() -> None:
         within_memory(work, 1000)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "MPS backend out of memory (MPS allocated: 5 GiB)",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes",
+        "[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes",
+    ],
+)
+def test_running_out_of_memory_is_known_on_every_system(message: str) -> None:
+    def work(budget: int) -> str:
+        if budget > 300:
+            raise RuntimeError(message)
+        return "done"
+
+    assert within_memory(work, 1000) == ("done", 250)
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     def work(budget: int) -> None:
         raise RuntimeError("shape mismatch")
@@ -141,3 +158,34 @@ def test_a_budget_is_halved_until_it_fits_the_memory() -> None:
     assert token_budget._bounded(4096, 1e6, 4096e6) == 1024  # 40 % of 4,096 MB hold 1,638 tokens
     assert token_budget._bounded(4096, 1e6, 1e12) == 4096
     assert token_budget._bounded(4096, 1e9, 1e6) == 64
+
+
+def test_a_damaged_file_of_budgets_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDMIRA_CACHE", str(tmp_path))
+    (tmp_path / "token_budget.json").write_text('{"a": 3}', encoding="utf-8")
+    base = tiny_base()
+    assert token_budget.choose_token_budget(base, find_targets(base.model, ())) in token_budget._CANDIDATES["cpu"]
+
+
+def test_a_layer_whose_output_is_a_view_of_its_own_function_gets_its_branch() -> None:
+    """As quantised layers give it: changing such a view in place is an error."""
+
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(weight)
+            return (inputs.flatten(0, -2) @ weight.T).view(*inputs.shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return grad @ ctx.saved_tensors[0], None
+
+    class OwnLinear(torch.nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return Own.apply(inputs, self.weight)  # type: ignore[no-any-return]
+
+    expected, base = train(tiny_base()), tiny_base()
+    for layer in base.model.model.layers:  # type: ignore[union-attr]
+        for name in ("q_proj", "v_proj"):
+            getattr(layer.self_attn, name).__class__ = OwnLinear
+    assert_equal(expected, train(base), 5e-5)

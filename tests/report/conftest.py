@@ -81,6 +81,7 @@ class RunFolder:
                 "round": number,
                 "client": client,
                 "loss": test * (1 - 0.03 * min(number, 16)),
+                "steps": 7,
                 "response_tokens": 310,
             }
             self.events.append(event | {"tokens": 2100, "rows": 16, "bytes_up": travelled, "bytes_down": travelled})
@@ -153,6 +154,7 @@ class RunFolder:
             "versions": {"fedmira": "0.1.0", "python": "3.12.3", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.0"},
             "seed": 0,
             "base": {"name": "bundled", "sha256": "ab" * 32, "parameters": 3_145_728},
+            "data": {"sha256": "ef" * 32},
             "machine": {"cpu": "a processor", "cores": 2, "platform": "Linux"},
             "started": "2026-11-20T10:44:00+00:00",
             "wall_seconds": 192.5,
@@ -178,7 +180,10 @@ class RunFolder:
             (self.folder / "graph.json").write_text(json.dumps(self.graph()), encoding="utf-8")
         if self.client_rows:
             (self.folder / "adapters").mkdir()
-            index = {row["client"]: {"category": row["category"], "rank": row["rank"], "sha256": "cd" * 32} for row in self.client_rows}
+            index = {
+                row["client"]: {"category": row["category"], "rank": row["rank"], "parameters": 43_008, "sha256": "cd" * 32}
+                for row in self.client_rows
+            }
             (self.folder / "adapters" / "index.json").write_text(json.dumps(index), encoding="utf-8")
         return self.folder
 

@@ -1,51 +1,135 @@
-"""Runs side by side: who is better and worse off than alone, coloured by distance from the best of the row."""
+"""Methods side by side: figures over clients and seeds in every file, inequality said loudly, and who is better off than alone."""
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
 
-from fedmira.errors import RunFolderError
-from fedmira.report import read_run, write_comparison, write_report
-from fedmira.report.comparison import heat, standing
+from fedmira.errors import ConfigError, RunFolderError
+from fedmira.report import Figures, write_comparison, write_report
+from fedmira.report.comparison import MOST_DRAWN, heat
 
 Folders = Callable[..., Any]
 
-
-def three_methods(run_folder: Folders) -> dict[str, Any]:
-    return {
-        title: run_folder(name, clients=8, algorithm=name) for title, name in (("Local", "local"), ("FedIT", "fedavg"), ("MIRA", "mira"))
-    }
+NAMES = ("local", "fedavg", "mira")
 
 
-def test_the_page_holds_every_client_method_and_mean(run_folder: Folders, tmp_path: Path) -> None:
+def three_methods(run_folder: Folders, clients: int = 8) -> dict[str, dict[int, Any]]:
+    """Two seeds each; under the second, every loss of MIRA is 1 % higher."""
+    made = {name: {seed: run_folder(f"{name}-seed{seed}", clients=clients, algorithm=name) for seed in (0, 1)} for name in NAMES}
+    for row in made["mira"][1].client_rows:
+        row["after_align_loss"] *= 1.01
+    return made
+
+
+def compare(made: dict[str, dict[int, Any]], folder: Path, **more: Any) -> Figures:
+    return write_comparison({name: {seed: run.write() for seed, run in runs.items()} for name, runs in made.items()}, folder, **more)
+
+
+def page_in(folder: Path) -> str:
+    return (folder / "comparison.html").read_text(encoding="utf-8")
+
+
+def table_in(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_figures_are_means_over_clients_and_spreads_over_seeds(run_folder: Folders, tmp_path: Path) -> None:
     made = three_methods(run_folder)
-    runs = {title: folder.write() for title, folder in made.items()}
-    write_report(runs["MIRA"])
-    output = tmp_path / "deep" / "comparison.html"
-    assert write_comparison(runs, output) == output
-    page = output.read_text(encoding="utf-8")
-    for folder in made.values():
-        assert f"{folder.statistics('after_align_loss')['mean']:.3f}" in page
-        assert f"{folder.statistics('after_align_loss')['worst_tenth']:.3f}" in page
-        for row in folder.client_rows:
-            assert f"{row['after_align_loss']:.3f}" in page
-    assert '<a href="../mira/report.html">MIRA</a>' in page
-    assert page.count("<a href=") == 1  # the other runs have no report
-    assert "algorithm.name" in page
+    rows = {row["method"]: row for row in compare(made, tmp_path).method_rows}
+    for name, runs in made.items():
+        losses = [[row["after_align_loss"] for row in run.client_rows] for run in runs.values()]
+        means = [fmean(values) for values in losses]
+        assert rows[name]["seeds"] == 2
+        assert rows[name]["test_loss"] == pytest.approx(fmean(means), rel=1e-12)
+        assert rows[name]["test_loss_spread"] == pytest.approx(stdev(means), rel=1e-9, abs=1e-12)
+        assert rows[name]["worst_tenth"] == pytest.approx(fmean(max(values) for values in losses), rel=1e-12)
+        assert rows[name]["rouge_l"] == pytest.approx(fmean(run.statistics("rouge_l")["mean"] for run in runs.values()), rel=1e-12)
+    assert rows["mira"]["difference_to_local"] == pytest.approx(rows["mira"]["test_loss"] - rows["local"]["test_loss"], rel=1e-9)
+    assert rows["mira"]["difference_to_local_low"] < rows["mira"]["difference_to_local"] < rows["mira"]["difference_to_local_high"]
+    assert rows["local"]["difference_to_local"] is None
+    assert sum(rows["mira"][f"{key}_local"] for key in ("better_than", "equal_to", "worse_than")) == 8
+    assert rows["mira"]["local_steps"] == 7 * 8 * 20 and rows["local"]["bytes_up"] == 0 < rows["mira"]["bytes_up"]
 
 
-def test_better_and_worse_count_clients_beyond_two_percent_of_local(run_folder: Folders) -> None:
-    made = three_methods(run_folder)
-    for factor, row, alone in zip(
-        (0.9, 0.97, 0.985, 1.0, 1.015, 1.03, 1.1, 1.2), made["MIRA"].client_rows, made["Local"].client_rows, strict=True
-    ):
+def test_clients_are_counted_beyond_noise(run_folder: Folders, tmp_path: Path) -> None:
+    made = {name: {0: run_folder(name, clients=8, algorithm=name)} for name in ("local", "mira")}
+    factors = (0.9, 0.97, 0.985, 1.0, 1.015, 1.03, 1.1, 1.2)
+    for factor, row, alone in zip(factors, made["mira"][0].client_rows, made["local"][0].client_rows, strict=True):
         row["after_align_loss"] = factor * alone["after_align_loss"]
-    found = standing(read_run(made["MIRA"].write()), read_run(made["Local"].write()))
-    assert (found.better, found.worse, found.measured) == (2, 3, 8)
+    row = compare(made, tmp_path).method_rows[1]
+    assert (row["better_than_local"], row["equal_to_local"], row["worse_than_local"]) == (2, 3, 3)
+    assert row["test_loss_spread"] is None, "one seed has no spread"
+
+
+def test_every_file_holds_the_same_figures(run_folder: Folders, tmp_path: Path) -> None:
+    figures = compare(three_methods(run_folder), tmp_path, reference="fedavg")
+    document = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
+    assert document == figures.document()
+    assert document["equal"] is True and document["problems"] == [] and document["baselines"] == ["local", "fedavg"]
+    for name, rows in (("", document["algorithms"]), ("-runs", document["runs"]), ("-clients", document["clients"])):
+        table = table_in(tmp_path, f"comparison{name}.csv")
+        assert table == [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+    assert [(row["method"], row["seed"]) for row in document["runs"]] == [(name, seed) for name in NAMES for seed in (0, 1)]
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    for row in document["algorithms"]:
+        assert f"| {row['method']} | 2 | {row['test_loss']:.3f} |" in text
+        assert f"| {row['method']} | 1,120 | 49,600 | 336,000 |" in text
+    assert "UNEQUAL" not in text
+
+
+def test_clients_stand_in_the_order_of_their_training_rows(run_folder: Folders, tmp_path: Path) -> None:
+    figures = compare(three_methods(run_folder), tmp_path)
+    sizes = [row["train_rows"] for row in figures.client_rows]
+    assert sizes == sorted(sizes) and len(set(sizes)) > 1
+    found = figures.client_rows[0]
+    assert found["mira_to_local"] == pytest.approx(found["mira_test_loss"] - found["local_test_loss"])
+    assert found["mira_against_local"] in ("better", "equal", "worse")
+
+
+def test_the_page_shows_every_client_method_and_budget(run_folder: Folders, tmp_path: Path) -> None:
+    made = three_methods(run_folder)
+    write_report(made["mira"][1].write())
+    paths = {name: {seed: run.folder if run.folder.exists() else run.write() for seed, run in runs.items()} for name, runs in made.items()}
+    figures = write_comparison(paths, tmp_path / "deep" / "down")
+    page = page_in(tmp_path / "deep" / "down")
+    for row in figures.method_rows:
+        assert f"{row['test_loss']:.3f}" in page and f"{row['worst_tenth']:.3f}" in page
+    for row in figures.client_rows:
+        assert all(f"{row[f'{name}_test_loss']:.3f}" in page for name in NAMES)
+    assert 'href="../../mira-seed1/report.html">seed 1</a>' in page
+    assert page.count("href=") == 1  # the other runs have no report
+    assert "algorithm.name" in page and "Equal terms" in page
+    assert page.count('class="heat-map"') == 1 and page.count("against 1.") + page.count("against 2.") >= 8
+
+
+def test_a_reference_has_its_own_columns_and_heat_map(run_folder: Folders, tmp_path: Path) -> None:
+    figures = compare(three_methods(run_folder), tmp_path, reference="fedavg")
+    assert {"better_than_local", "better_than_fedavg"} <= set(figures.method_rows[0])
+    assert "Each client against fedavg" in page_in(tmp_path)
+    with pytest.raises(ConfigError, match="reference 'ditto' is not among the compared methods; they are local"):
+        write_comparison({"local": {0: tmp_path / "local-seed0"}}, tmp_path, reference="ditto")
+
+
+def test_unequal_budgets_are_said_loudly_everywhere(run_folder: Folders, tmp_path: Path) -> None:
+    made = three_methods(run_folder)
+    for event in made["fedavg"][1].events:
+        if event["event"] == "train":
+            event["steps"] = 14
+    document = compare(made, tmp_path).document()
+    said = "fedavg, seed 1: other local steps: 2,240, and 1,120 under local"
+    assert document["equal"] is False and document["problems"] == [said]
+    assert [row["equal_budget"] for row in document["algorithms"]] == [True, False, True]
+    page, text = page_in(tmp_path), (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert "Unequal: these methods were not run on equal terms" in page and said in page and "Equal terms" not in page
+    assert "**UNEQUAL" in text and said in text and "| fedavg (UNEQUAL) |" in text
 
 
 @pytest.mark.parametrize(("excess", "expected"), [(0, 0), (0.01, 1), (0.04, 2), (0.09, 3), (0.2, 4), (0.3, 5)])
@@ -53,34 +137,41 @@ def test_heat_grows_with_the_excess_over_the_best(excess: float, expected: int) 
     assert heat(2 * (1 + excess), 2.0) == expected
 
 
-def test_runs_with_different_clients_are_said_to_be_incomparable(run_folder: Folders, tmp_path: Path) -> None:
-    runs = {"one": run_folder("one", clients=3).write(), "two": run_folder("two", clients=4).write()}
-    page = write_comparison(runs, tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "The runs do not have the same clients." in page
-    assert "better than" not in page  # no run trained alone
+def test_runs_with_different_clients_are_said_to_be_unequal(run_folder: Folders, tmp_path: Path) -> None:
+    figures = compare({"one": {0: run_folder("one", clients=3)}, "two": {0: run_folder("two", clients=4)}}, tmp_path)
+    assert "two, seed 0: other clients: they are not the same" in figures.problems["two"]
+    assert figures.baselines == () and "better than" not in page_in(tmp_path)  # no run trained alone
+
+
+def test_of_many_clients_some_are_drawn_and_the_rest_is_said(run_folder: Folders, tmp_path: Path) -> None:
+    compare({name: {0: run_folder(name, clients=250, algorithm=name)} for name in ("local", "mira")}, tmp_path)
+    page = page_in(tmp_path)
+    assert page.count('class="value') == 84 <= MOST_DRAWN  # every third of 250
+    assert "84 of 250 clients are drawn, one of every 3" in page
 
 
 def test_a_failed_run_is_named_and_its_cells_are_empty(run_folder: Folders, tmp_path: Path) -> None:
     failed = run_folder("failed", clients=4)
     failed.fail_early("out of memory")
-    runs = {"good": run_folder("good", clients=4).write(), "bad": failed.write()}
-    page = write_comparison(runs, tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "bad: this run failed." in page
-    assert "out of memory" in page
+    compare({"good": {0: run_folder("good", clients=4)}, "bad": {0: failed}}, tmp_path, failures={"worse-seed0": "out of luck"})
+    page = page_in(tmp_path)
+    assert "bad, seed 0: this run failed." in page and "out of memory" in page
+    assert "worse-seed0: this run failed, and its method is left out." in page and "out of luck" in page
     assert "nan" not in page.lower().replace("finance", "")
 
 
 def test_titles_are_escaped(run_folder: Folders, tmp_path: Path) -> None:
-    runs = {"<script>x</script>": run_folder("a b#c", clients=2).write()}
-    write_report(runs["<script>x</script>"])
-    page = write_comparison(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    made = {"<script>x</script>": {0: run_folder("a b#c", clients=2)}}
+    write_report(made["<script>x</script>"][0].write())
+    write_comparison({"<script>x</script>": {0: tmp_path / "a b#c"}}, tmp_path)
+    page = page_in(tmp_path)
     assert page.count("<script>") == 1
     assert 'href="a%20b%23c/report.html"' in page
 
 
 def test_damage_of_all_folders_is_reported_together(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError) as raised:
-        write_comparison({"one": tmp_path / "one", "two": tmp_path / "two"}, tmp_path / "page.html")
+        write_comparison({"one": {0: tmp_path / "one"}, "two": {0: tmp_path / "two"}}, tmp_path)
     assert len(raised.value.problems) == 2
     with pytest.raises(RunFolderError, match="no run to compare"):
-        write_comparison({}, tmp_path / "page.html")
+        write_comparison({}, tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,15 @@ def test_a_damaged_document_is_named(tmp_path: Path) -> None:
     (folder.path / "run.json").write_text(json.dumps({"status": "finished"})[:-4], encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"run\.json: not valid JSON"):
         folder.read_json("run.json")
+
+
+def test_two_processes_do_not_run_in_one_folder(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "")
+    with folder.locked():
+        script = (
+            f"from pathlib import Path; from fedmira.rounds import RunFolder\nwith RunFolder(Path({str(folder.path)!r})).locked(): pass"
+        )
+        other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert "another process runs in this folder" in other.stderr
+    with RunFolder(folder.path).locked():
+        pass

@@ -227,6 +227,8 @@ def _put_all(store: AdapterStore, adapters: Mapping[str, Adapter]) -> dict[str, 
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":
+        return  # folders cannot be opened there, nor files that were opened for reading be flushed
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

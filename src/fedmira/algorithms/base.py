@@ -67,12 +67,17 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What local training hands to `finish`."""
+    """What local training hands to `finish`.
+
+    Attributes:
+        movement: of zeroth-order training, the whole way from the start as seeds and coefficients (`fedmira.adapters.directions`).
+    """
 
     adapter: Adapter
     num_examples: int
     num_steps: int
     learning_rate: float
+    movement: Adapter | None = None
 
 
 class Algorithm(Protocol):

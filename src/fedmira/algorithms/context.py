@@ -23,6 +23,7 @@ class AlgorithmContext:
         alpha: LoRA's alpha; a client's update is alpha / rank * B A.
         graph: who is related.
         cohort: clients that train in a round.
+        rounds: of the run.
     """
 
     clients: tuple[ClientId, ...]
@@ -31,10 +32,16 @@ class AlgorithmContext:
     alpha: float
     graph: GraphSource
     cohort: int
+    rounds: int = 1
 
     def scale(self, client: ClientId) -> float:
         """alpha / rank of a client."""
         return scale(self.alpha, self.ranks[client])
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of any client."""
+        return max(self.ranks[client] for client in self.clients)
 
     def unequal_ranks(self) -> tuple[ClientId, ClientId] | None:
         """The first client and the first one whose rank differs from its, or None when all are equal."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedmira.adapters import Adapter, replaced, weighted_sum
+from fedmira.adapters import Adapter, replaced
+from fedmira.algorithms.averaging import mean_by_rows, require_one_rank
 from fedmira.algorithms.base import Combined, PlainClient, ServerState
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.config.schema import FedAvgSettings
-from fedmira.errors import ConfigError
 from fedmira.messages import ClientId, Payload, Reply
 
 __all__ = ["FedAvg", "build_fedavg"]
@@ -32,11 +32,7 @@ class FedAvg(PlainClient):
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Average the replies by their training rows."""
-        ordered = sorted(replies, key=lambda reply: reply.client_id)
-        total = sum(reply.num_examples for reply in ordered)
-        weights = [reply.num_examples / total for reply in ordered]
-        mean = weighted_sum([reply.payload.tensors["adapter"] for reply in ordered], weights)
-        return Combined(ServerState(adapters=replaced(state.adapters, {SHARED: mean}), numbers=state.numbers))
+        return Combined(ServerState(adapters=replaced(state.adapters, {SHARED: mean_by_rows(replies)}), numbers=state.numbers))
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
         """The shared adapter."""
@@ -49,11 +45,5 @@ def build_fedavg(settings: FedAvgSettings, context: AlgorithmContext) -> FedAvg:
     Raises:
         ConfigError: clients differ in rank.
     """
-    unequal = context.unequal_ranks()
-    if unequal is not None:
-        one, other = unequal
-        raise ConfigError(
-            f"fedavg: client {one!r} has rank {context.ranks[one]} and client {other!r} rank {context.ranks[other]}; "
-            "one shared adapter needs one rank (take them out of adapter.ranks, or set algorithm.name to 'mira')"
-        )
+    require_one_rank(settings.name, context)
     return FedAvg()

@@ -1,8 +1,9 @@
-"""fedmira compare: the same data, seeds and budget for several algorithms."""
+"""fedmira compare: the same data, seeds and budget for several methods."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,7 +11,12 @@ from fedmira.cli.options import ConfigFile, Format, FormatOption, OutputFolder, 
 from fedmira.cli.screen import print_json, print_table, say, show_progress
 from fedmira.errors import ConfigError
 
+if TYPE_CHECKING:
+    from fedmira.comparison import Comparison
+
 __all__ = ["compare"]
+
+_MIB = 2**20
 
 
 def compare(
@@ -19,33 +25,80 @@ def compare(
     preset: PresetName = None,
     overrides: Overrides = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Run seeds, separated by commas.")] = "0",
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            metavar="NAME=KEY=VALUE;KEY=VALUE",
+            help="A further method: these settings under a name of its own. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    reference: Annotated[
+        str, typer.Option("--reference", help="A method to hold the others against, besides local.", show_default=False)
+    ] = "",
     output: OutputFolder = None,
     format: FormatOption = Format.text,
 ) -> None:
-    """Compare algorithms on equal data, seeds and steps. Run again with the same --output to continue.
+    """Compare methods on equal data, seeds and steps. Run again with the same --output to continue.
 
-    Example: fedmira compare --algorithms local,fedavg,mira --output runs/demo
+    Example: fedmira compare --algorithms local,fedavg,mira --seeds 0,1,2 --output runs/demo
     """
     chosen = settings(config, preset, overrides)
     numbers = _seeds(seeds)
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     if not names:
         raise ConfigError("--algorithms is empty; name at least one, such as local,fedavg,mira")
+    further = _variants(variants or [])
     from fedmira.comparison import compare_algorithms
 
     folder = output or fresh_folder("compare")
-    say(f"comparing {', '.join(names)} with seeds {', '.join(map(str, numbers))}, into {folder}")
-    comparison = compare_algorithms(chosen, names, numbers, folder, show_progress)
+    say(f"comparing {', '.join([*names, *further])} with seeds {', '.join(map(str, numbers))}, into {folder}")
+    comparison = compare_algorithms(chosen, names, numbers, folder, show_progress, variants=further, reference=reference)
     if format is Format.json:
-        print_json({"folder": str(folder), "report": str(comparison.page), "algorithms": comparison.rows})
+        print_json({"folder": str(folder), "report": str(comparison.page), **comparison.figures.document()})
         return
-    columns = list(comparison.rows[-1])
-    print_table(
-        "test loss per response token; clients against local, beyond 2 %",
-        columns,
-        [[row.get(column, "") for column in columns] for row in comparison.rows],
-    )
+    _print(comparison)
+
+
+def _print(comparison: Comparison) -> None:
+    """The tables for people."""
+    document, rows = comparison.figures.document(), comparison.rows
+    losses = {"method": "method", "seeds": "seeds", "test_loss": "mean", "test_loss_spread": "± seeds", "worst_tenth": "worst tenth"}
+    _print_columns("test loss per response token", losses, rows)
+    for baseline in document["baselines"]:
+        difference = f"difference_to_{baseline}"
+        columns = {"method": "method", difference: "difference", f"{difference}_low": "low", f"{difference}_high": "high"}
+        columns |= {f"{key}_{baseline}": key.partition("_")[0] for key in ("better_than", "equal_to", "worse_than")}
+        others = [row for row in rows if row["method"] != baseline]
+        level = f"{100 * document['interval']['level']:g} %"
+        _print_columns(f"against {baseline}: paired difference, its {level} bootstrap interval, and clients beyond noise", columns, others)
+    budget = {"method": "method", "local_steps": "local steps", "response_tokens": "response tokens", "tokens": "tokens computed"}
+    budget |= {"MiB_up": "MiB up", "MiB_down": "MiB down", "parameters_most": "parameters a client", "equal_budget": "equal"}
+    in_mib = [row | {f"MiB_{way}": _mib(row[f"bytes_{way}"]) for way in ("up", "down")} for row in rows]
+    _print_columns("budget of a run, mean over seeds", budget, in_mib)
+    if document["baselines"]:
+        print(document["rule"])
+    if not document["equal"]:
+        print("\nUNEQUAL: these methods were not run on equal terms, and their figures do not compare:")
+        print("\n".join(f"  {problem}" for problem in document["problems"]))
     print(f"report: {comparison.page}")
+
+
+def _print_columns(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print some columns of rows, key -> heading; those that no row has a value for are left out."""
+    keys = [key for key in columns if any(row[key] is not None for row in rows)]
+    cells = [["" if row[key] is None else _word(row[key]) for key in keys] for row in rows]
+    if cells:
+        print_table(title, [columns[key] for key in keys], cells)
+
+
+def _word(value: object) -> object:
+    return ("yes" if value else "NO") if isinstance(value, bool) else value
+
+
+def _mib(size: float | None) -> float | None:
+    return None if size is None else size / _MIB
 
 
 def _seeds(text: str) -> list[int]:
@@ -56,3 +109,17 @@ def _seeds(text: str) -> list[int]:
     if not seeds or min(seeds) < 0:
         raise ConfigError(f"--seeds {text!r}: needs at least one number, all 0 or more")
     return seeds
+
+
+def _variants(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Name -> its overrides."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        name, _, rest = text.partition("=")
+        changes = [change.strip() for change in rest.split(";") if change.strip()]
+        if not name.strip() or not changes or name.strip() in found:
+            raise ConfigError(
+                f"--variant {text!r}: must be a name of its own, '=' and settings, such as 'shuffled=graph.shuffled=true;graph.nearest=5'"
+            )
+        found[name.strip()] = changes
+    return found

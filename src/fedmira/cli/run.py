@@ -32,7 +32,7 @@ def run(
     from fedmira.experiment import build_experiment, resume_experiment, run_experiment
 
     folder = output or fresh_folder(chosen.algorithm.name)
-    experiment = build_experiment(chosen)
+    experiment = build_experiment(chosen, resumed=folder if resume else None)
     for note in experiment.dataset.skipped:
         say(f"left out: {note}")
     say(f"{chosen.algorithm.name} on {len(experiment.ranks)} clients, {chosen.rounds.count} rounds, into {folder}")

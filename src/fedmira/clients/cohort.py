@@ -65,7 +65,7 @@ class Cohort:
         if outcome.failure:
             return Failure(client, round_number, "train", outcome.failure), memory
         rows = len(self.clients[client].train)
-        trained = Trained(outcome.adapter, rows, outcome.num_steps, self.settings.local.learning_rate)
+        trained = Trained(outcome.adapter, rows, outcome.num_steps, self.settings.local.learning_rate, outcome.movement)
         payload, kept = self.algorithm.finish(request.payload, memory, trained)
         if not all(all_finite(adapter) for adapter in payload.tensors.values()):
             return Failure(client, round_number, "reply", "the reply holds non-finite numbers; the client keeps its old adapter"), memory
@@ -77,6 +77,8 @@ class Cohort:
             "response_tokens": float(outcome.response_tokens),
             "tokens": float(outcome.tokens),
         }
+        if outcome.clip_share is not None:
+            metrics["clip_share"] = outcome.clip_share
         return Reply(client, round_number, rows, payload, metrics), _with_moments(kept, outcome)
 
 

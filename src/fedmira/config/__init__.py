@@ -1,7 +1,7 @@
 """What to run: the settings, the files they come from, and presets."""
 
 from fedmira.config.cache import cache_folder
-from fedmira.config.load import dump_config, load_config, with_algorithm
+from fedmira.config.load import dump_config, load_config, with_algorithm, with_overrides
 from fedmira.config.presets import preset_description, preset_names, preset_path
 from fedmira.config.schema import (
     AdapterSettings,
@@ -40,4 +40,5 @@ __all__ = [
     "preset_names",
     "preset_path",
     "with_algorithm",
+    "with_overrides",
 ]

@@ -14,7 +14,7 @@ from fedmira.config.problems import describe_problems
 from fedmira.config.schema import Config
 from fedmira.errors import ConfigError
 
-__all__ = ["dump_config", "load_config", "with_algorithm"]
+__all__ = ["dump_config", "load_config", "with_algorithm", "with_overrides"]
 
 
 def load_config(path: Path | None = None, preset: str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -55,6 +55,17 @@ def with_algorithm(config: Config, name: str) -> Config:
     """
     present = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     return _check([Layer("", present), Layer("algorithm", {"algorithm": {"name": name}})], [])
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """The same run with `key=value` overrides on top.
+
+    Raises:
+        ConfigError: with all problems together.
+    """
+    layer, problems = read_overrides(overrides)
+    present = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    return _check([Layer("", present), layer], problems)
 
 
 def dump_config(config: Config) -> str:

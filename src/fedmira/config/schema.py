@@ -11,16 +11,26 @@ __all__ = [
     "AlgorithmSettings",
     "Config",
     "DataSettings",
+    "DittoSettings",
     "EngineSettings",
     "EvaluationSettings",
+    "FedAltSettings",
     "FedAvgSettings",
+    "FedExSettings",
+    "FedItFinetuneSettings",
+    "FedKSeedSettings",
+    "FedProxSettings",
+    "FlexLoraSettings",
     "GraphSettings",
+    "HetLoraSettings",
     "LocalOnlySettings",
     "LocalSettings",
+    "MethodSettings",
     "MiraSettings",
     "ModelSettings",
     "RoundsSettings",
     "Section",
+    "ShareFactorSettings",
 ]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -123,19 +133,33 @@ class DataSettings(Section):
         return self
 
 
-class LocalOnlySettings(Section):
+class MethodSettings(Section):
+    """What the classes of [algorithm] have in common."""
+
+    @property
+    def kept_moments_problem(self) -> str:
+        """Why moments that a client kept from its last round would belong to something else in the next one; "" where they do not."""
+        return ""
+
+    @property
+    def sends_movements(self) -> bool:
+        """Whether clients send their steps as seeds and coefficients, and so must step along random directions."""
+        return False
+
+
+class LocalOnlySettings(MethodSettings):
     """[algorithm] name = "local": every client alone."""
 
     name: Literal["local"]
 
 
-class FedAvgSettings(Section):
+class FedAvgSettings(MethodSettings):
     """[algorithm] name = "fedavg": one shared adapter, averaged by training rows; FedIT when the adapter is LoRA."""
 
     name: Literal["fedavg"]
 
 
-class MiraSettings(Section):
+class MiraSettings(MethodSettings):
     """[algorithm] name = "mira".
 
     Attributes:
@@ -159,8 +183,147 @@ class MiraSettings(Section):
             raise ValueError("coupling and server_step say the same thing in two ways; set one of them")
         return self
 
+    @property
+    def kept_moments_problem(self) -> str:
+        """Products that are mixed are factored anew."""
+        if self.space == "factor":
+            return ""
+        return (
+            "algorithm.space = 'product': mixed products get new factors, to whose entries the old moments do not belong; set "
+            "algorithm.space = 'factor' or local.optimizer_state = 'fresh'"
+        )
 
-AlgorithmSettings = Annotated[LocalOnlySettings | FedAvgSettings | MiraSettings, Field(discriminator="name")]
+
+class FedProxSettings(MethodSettings):
+    """[algorithm] name = "fedprox": FedAvg whose clients are held near the shared adapter.
+
+    Attributes:
+        proximal: mu; 0 is FedAvg.
+    """
+
+    name: Literal["fedprox"]
+    proximal: float = Field(0.01, ge=0)
+
+
+class FedItFinetuneSettings(MethodSettings):
+    """[algorithm] name = "fedit-finetune": FedIT, then every client on its own from the shared adapter.
+
+    Attributes:
+        finetune_share: share of the rounds for fine-tuning, rounded down; each part has at least one round.
+    """
+
+    name: Literal["fedit-finetune"]
+    finetune_share: float = Field(0.5, gt=0, lt=1)
+
+
+class DittoSettings(MethodSettings):
+    """[algorithm] name = "ditto": a shared adapter and personal ones that are pulled towards it; a client's rounds take turns.
+
+    Attributes:
+        personal_pull: lambda; 0 trains the personal adapters alone.
+    """
+
+    name: Literal["ditto"]
+    personal_pull: float = Field(0.1, ge=0)
+
+    @property
+    def kept_moments_problem(self) -> str:
+        """Two adapters take turns."""
+        return (
+            "algorithm.name = 'ditto': the rounds of a client take turns between two adapters, and the moments of one do not belong to "
+            "the other; set local.optimizer_state = 'fresh'"
+        )
+
+
+class ShareFactorSettings(MethodSettings):
+    """[algorithm] name = "share-factor": one LoRA factor is common to all clients.
+
+    Attributes:
+        shared_factor: "A" is FedSA-LoRA.
+        private_factor: the other one is trained by its client, or frozen at the common start ("B" shared and A frozen is FFA-LoRA).
+    """
+
+    name: Literal["share-factor"]
+    shared_factor: Literal["A", "B"] = "A"
+    private_factor: Literal["trained", "frozen"] = "trained"
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> ShareFactorSettings:
+        if self.shared_factor == "A" and self.private_factor == "frozen":
+            raise ValueError("B is zero at the start, so a frozen B learns nothing; set shared_factor = 'B' or private_factor = 'trained'")
+        return self
+
+
+class FedKSeedSettings(MethodSettings):
+    """[algorithm] name = "fedkseed": one shared adapter; clients send seeds and a number for each."""
+
+    name: Literal["fedkseed"]
+
+    @property
+    def sends_movements(self) -> bool:
+        """They do."""
+        return True
+
+
+class FlexLoraSettings(MethodSettings):
+    """[algorithm] name = "flexlora": one shared update, averaged as a product and cut to each client's rank."""
+
+    name: Literal["flexlora"]
+
+    @property
+    def kept_moments_problem(self) -> str:
+        """The averaged product is factored anew."""
+        return (
+            "algorithm.name = 'flexlora': the averaged product gets new factors, to whose entries the old moments do not belong; set "
+            "local.optimizer_state = 'fresh'"
+        )
+
+
+class HetLoraSettings(MethodSettings):
+    """[algorithm] name = "hetlora": shared factors, padded with zeros to the largest rank and cut to each client's."""
+
+    name: Literal["hetlora"]
+
+
+class FedExSettings(MethodSettings):
+    """[algorithm] name = "fedex": FedAvg over factors; what their mean misses is kept in a frozen part of the adapter.
+
+    Attributes:
+        trained_rank: directions of an adapter that are trained, the others are frozen; 0 takes half.
+    """
+
+    name: Literal["fedex"]
+    trained_rank: Count = 0
+
+
+class FedAltSettings(MethodSettings):
+    """[algorithm] name = "fedalt": an own part that is trained beside a frozen one of the rest of the world.
+
+    Attributes:
+        trained_rank: directions of an adapter that are trained, the others are frozen; 0 takes half.
+        rest_share: rho, the weight of the rest of the world.
+    """
+
+    name: Literal["fedalt"]
+    trained_rank: Count = 0
+    rest_share: float = Field(0.5, ge=0)
+
+
+AlgorithmSettings = Annotated[
+    LocalOnlySettings
+    | FedAvgSettings
+    | FedItFinetuneSettings
+    | FedProxSettings
+    | DittoSettings
+    | ShareFactorSettings
+    | FlexLoraSettings
+    | HetLoraSettings
+    | FedExSettings
+    | FedAltSettings
+    | FedKSeedSettings
+    | MiraSettings,
+    Field(discriminator="name"),
+]
 
 
 class GraphSettings(Section):
@@ -197,9 +360,13 @@ class LocalSettings(Section):
         steps: optimizer steps a round; ignored when `epochs` is above 0, which counts passes over the client's rows.
         max_grad_norm: each client's gradient is clipped to this norm; 0 switches clipping off.
         optimizer_state: "fresh" starts each round with empty moments, "kept" keeps them in the client's private memory.
+        sophia_refresh: optimizer "sophia" estimates the curvature h anew every so many local steps of a client.
+        sophia_gamma, sophia_rho: its step is learning_rate * clip(m / (gamma * h), -rho, rho).
+        zeroth_seeds: optimizer "zeroth-order" steps along directions made from so many candidate seeds.
+        zeroth_width: how far it moves the adapter to either side to measure a slope.
     """
 
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd", "sophia", "zeroth-order"] = "adamw"
     steps: Positive = 5
     epochs: Count = 0
     batch_size: Positive = 8
@@ -207,6 +374,11 @@ class LocalSettings(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
     optimizer_state: Literal["fresh", "kept"] = "fresh"
+    sophia_refresh: Positive = 10
+    sophia_gamma: float = Field(0.05, gt=0)
+    sophia_rho: float = Field(1.0, gt=0)
+    zeroth_seeds: int = Field(4096, ge=1, le=65536)
+    zeroth_width: float = Field(5e-4, gt=0)
 
 
 class RoundsSettings(Section):
@@ -275,11 +447,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _kept_moments_fit_their_entries(self) -> Config:
-        mixes_products = isinstance(self.algorithm, MiraSettings) and self.algorithm.space == "product"
-        if mixes_products and self.local.optimizer_state == "kept":
+        problem = self.algorithm.kept_moments_problem
+        if problem and self.local.optimizer_state == "kept":
+            raise ValueError(f"local.optimizer_state = 'kept' does not go with {problem}")
+        return self
+
+    @model_validator(mode="after")
+    def _movements_are_sums_of_steps(self) -> Config:
+        local = self.local
+        if self.algorithm.sends_movements and (local.optimizer != "zeroth-order" or local.weight_decay):
             raise ValueError(
-                "local.optimizer_state = 'kept' does not go with algorithm.space = 'product': mixed products get new factors, to "
-                "whose entries "
-                "the old moments do not belong; set algorithm.space = 'factor' or local.optimizer_state = 'fresh'"
+                f"algorithm.name = {self.algorithm.name!r} sends steps along random directions, but local.optimizer = {local.optimizer!r} "
+                f"and local.weight_decay = {local.weight_decay:g}; set local.optimizer = 'zeroth-order' and local.weight_decay = 0"
             )
         return self

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -17,6 +19,9 @@ from fedmira.data.tokenizer import Tokenizer
 __all__ = ["TokenCache"]
 
 _MOST_BYTES = 2**29
+_LEAST_CHARACTERS = 2**14
+"""Fewer are tokenised as fast as a file is found; thousands of small clients would leave thousands of files."""
+_FORM = 1
 _SUFFIX = ".safetensors"
 
 
@@ -32,11 +37,15 @@ class TokenCache:
         parent = cache_folder() if folder is None else folder.parent
         self._folder = folder or (parent and parent / "tokens")
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest() if backend is not None else None
+        self._fingerprint: str | None = None
+        if backend is not None:
+            outside = (_FORM, tokenizers.__version__, getattr(tokenizer, "split_special_tokens", False))  # what to_str() leaves out
+            self._fingerprint = hashlib.sha256(f"{outside} {backend.to_str()}".encode()).hexdigest()
+        self._has_room = False
 
     def ids(self, texts: Sequence[str], tokenise: Callable[[Sequence[str]], list[list[int]]]) -> list[list[int]]:
         """The token ids of each text: from the cache, or from `tokenise` and into the cache."""
-        if self._folder is None or self._fingerprint is None:
+        if self._folder is None or self._fingerprint is None or sum(map(len, texts)) < _LEAST_CHARACTERS:
             return tokenise(texts)
         path = self._folder / f"{self._key(texts)}{_SUFFIX}"
         try:
@@ -65,12 +74,15 @@ class TokenCache:
             save_file({"ids": ids, "lengths": lengths}, partial)
             partial.chmod(0o600)
             partial.replace(path)
-            self._make_room(path.parent)
-        except OSError:
-            return  # a full or read-only disk: the run goes on without
+            if not self._has_room:  # once in a run: listing the folder takes long when it holds much
+                self._has_room = True
+                self._make_room(path.parent)
+        except (OSError, SafetensorError):
+            with suppress(OSError):  # a full or read-only disk: the run goes on without
+                partial.unlink(missing_ok=True)
 
     def _make_room(self, folder: Path) -> None:
-        files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob(f"*{_SUFFIX}"))
+        files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob(f"*{_SUFFIX}*"))
         total = sum(size for _, size, _ in files)
         for _, size, file in files:
             if total <= _MOST_BYTES:

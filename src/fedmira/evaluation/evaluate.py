@@ -62,7 +62,8 @@ class Evaluator:
         for names, branch in self._branches(list(adapters), adapters):
             prompts = [(i, row.prompt) for i, name in enumerate(names) for row in self.clients[name].test]
             with branch:
-                texts = iter(generate(self.base, branch, prompts, max_new_tokens, self.token_budget))
+                found, _ = within_memory(partial(generate, self.base, branch, prompts, max_new_tokens), self.token_budget)
+            texts = iter(found)
             for name in names:
                 result[name] = [next(texts) for _ in self.clients[name].test]
         return result

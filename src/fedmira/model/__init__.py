@@ -1,8 +1,9 @@
 """The only room that knows transformers and peft."""
 
 from fedmira.model.base_model import BaseModel, TargetModule, find_targets, from_model, load_base, load_tokenizer, with_engine_options
+from fedmira.model.batches import count_steps
 from fedmira.model.generation import generate, generate_tokens
-from fedmira.model.local_training import LocalOutcome, LocalTask, count_steps, train_cohort
+from fedmira.model.local_training import LocalOutcome, LocalTask, train_cohort
 from fedmira.model.lora import LoraBranch, StackedAdapters, start_adapter
 from fedmira.model.loss import response_losses
 from fedmira.model.packing import Row

@@ -30,6 +30,7 @@ class _Layout:
 
     batch: PackedBatch
     last_layer: int | None
+    kernels: bool
     plan: CpuPlan | None = None
 
     @cached_property
@@ -46,14 +47,15 @@ _layout: ContextVar[_Layout | None] = ContextVar("packed layout", default=None)
 
 
 @contextmanager
-def packed_layout(model: PreTrainedModel, batch: PackedBatch, last_layer: int | None = None) -> Iterator[None]:
+def packed_layout(model: PreTrainedModel, batch: PackedBatch, last_layer: int | None = None, kernels: bool = True) -> Iterator[None]:
     """Within the block the model reads one flat packed row; its own attention is put back afterwards.
 
     Args:
         last_layer: index of a layer whose result is read at `batch.predict_at` only; None reads every place.
+        kernels: whether the device's own kernels are used, or the plain way that every device has.
     """
     usual = model.config._attn_implementation
-    token = _layout.set(_Layout(batch, last_layer))
+    token = _layout.set(_Layout(batch, last_layer, kernels))
     model.set_attn_implementation(PACKED_ATTENTION)
     try:
         yield
@@ -93,7 +95,7 @@ def packed_attention(
     window = options.get("sliding_window")
     if window and window >= max(segment.prefix + max(segment.lengths) for segment in batch.segments):
         window = None
-    same_size = query.shape[-1] == value.shape[-1]
+    same_size = layout.kernels and query.shape[-1] == value.shape[-1]
     if same_size and varlen_available(query):
         return attend_on_cuda(query, key, value, layout.sequences, scale, window), None
     if same_size and query.device.type == "cpu" and not window:

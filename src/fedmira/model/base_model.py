@@ -61,6 +61,7 @@ class BaseModel:
         sha256: hash of names, shapes and bytes of all its parameters.
         packed: whether packed steps give this architecture's own result (probed); if not, the padded path is used.
         last_layer: where packed steps leave work out whose result nobody reads, or None where the probe found a difference.
+        kernels: whether packed attention uses the device's own kernels (probed too).
         recomputed_layers: layers that training computes a second time in the backward pass, to save memory.
     """
 
@@ -71,6 +72,7 @@ class BaseModel:
     sha256: str
     packed: bool = False
     last_layer: LastLayer | None = None
+    kernels: bool = True
     recomputed_layers: Sequence[nn.Module] = ()
 
     @property

@@ -98,13 +98,18 @@ def _blocks(start: int, stop: int, dtype: torch.dtype) -> Iterator[tuple[slice, 
         yield slice(begin, end), slice(start, end), _causal(end - begin, begin - start, dtype)
 
 
-@lru_cache(maxsize=512)
 def _causal(size: int, offset: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask [size, offset + size] of queries at positions offset and on."""
-    return torch.full((size, offset + size), float("-inf"), dtype=dtype).triu(offset + 1)
+    """Additive mask [size, offset + size] of queries at positions offset and on: a view of one mask for all offsets of a size class."""
+    widest = _BLOCK * (offset // _BLOCK + 1)
+    return _widest_mask(widest, dtype)[:size, widest - offset : widest + size]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
+def _widest_mask(offset: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((_BLOCK, offset + _BLOCK), float("-inf"), dtype=dtype).triu(offset + 1)
+
+
+@lru_cache(maxsize=64)
 def _beside(lengths: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Additive mask of rows beside each other, each causal and blind for the others."""
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))

@@ -96,7 +96,12 @@ class WaveDecoder:
             batch = batch.to(self._base.device)
             ends = [*batch.starts[1:], len(batch.ids)]
             owners = [(self.clients[s.client], slice(start, end)) for s, start, end in zip(batch.segments, batch.starts, ends, strict=True)]
-            with packed_layout(self._base.model, batch), self.attached(), branch.tokens(owners), suppress(_AllStored):
+            with (
+                packed_layout(self._base.model, batch, kernels=self._base.kernels),
+                self.attached(),
+                branch.tokens(owners),
+                suppress(_AllStored),
+            ):
                 self._forward(batch.ids[None], batch.positions[None])
         self._sources = None
 

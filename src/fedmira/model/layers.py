@@ -49,8 +49,11 @@ def compile_free_parts(layers: Sequence[nn.Module], carriers: Sequence[nn.Module
     """
     carrying = {id(module) for module in carriers}
     parts = [part for layer in layers for part in layer.children() if not any(id(module) in carrying for module in part.modules())]
+    for part in (part for layer in layers for part in layer.children()):
+        if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+            del part.forward  # a base may serve several runs, with other adapters on it
     for part in parts:
-        if "forward" not in vars(part):  # a base may serve several runs
+        if "forward" not in vars(part):
             part.forward = torch.compile(part.forward, dynamic=True)
     return len(parts)
 
@@ -108,10 +111,13 @@ def recomputed(layers: Sequence[nn.Module], branch: LoraBranch, surroundings: Ca
             for generator, state in zip(branch.generators, present, strict=True):
                 generator.set_state(state)
 
+    before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before, strict=True):
             del layer.forward
+            if forward is not None:  # somebody else had wrapped it
+                layer.forward = forward

@@ -12,13 +12,16 @@ from torch import Tensor
 from fedmira.adapters import Adapter, all_finite
 from fedmira.config import LocalSettings
 from fedmira.model.base_model import BaseModel, TargetModule
+from fedmira.model.batches import batch_indices
+from fedmira.model.curvature import TargetDraws, response_tokens, without_dropout
 from fedmira.model.lora import LoraBranch, StackedAdapters
-from fedmira.model.loss import response_losses
-from fedmira.model.optimizers import CohortOptimizer, Moments, clip_rows
+from fedmira.model.loss import Draws, TokenLosses, response_losses
+from fedmira.model.optimizers import CohortOptimizer, Moments, add_curvature, clip_rows
 from fedmira.model.packing import Row
 from fedmira.model.token_budget import within_memory
+from fedmira.model.zeroth_order import RandomSlopes
 
-__all__ = ["LocalOutcome", "LocalTask", "batch_indices", "count_steps", "train_cohort"]
+__all__ = ["LocalOutcome", "LocalTask", "train_cohort"]
 
 Hook = Callable[[Adapter, Adapter], Adapter]
 
@@ -30,7 +33,7 @@ class LocalTask:
     Attributes:
         start: its adapter; `scale` is alpha / rank.
         rows: its training rows.
-        seed: of its batches and dropout in this round.
+        seed: of its batches, dropout and drawn targets in this round.
         hook: turns (gradient, parameters) into the gradient to step with, or None.
         moments: (first, second, steps) kept from its last round, flat as `StackedAdapters` lays them out, or None to start fresh.
     """
@@ -51,6 +54,8 @@ class LocalOutcome:
         failure: "" or why the result must not be used; the adapter is then the start.
         loss: nats per response token over all steps; `first_loss` and `last_loss` of the first and last step.
         response_tokens, tokens: tokens that carried loss, and token positions computed.
+        clip_share: of optimizer "sophia", the share of entries whose step was clipped, over all steps; None with the others.
+        movement: of optimizer "zeroth-order", all its steps as seeds and coefficients; None with the others.
     """
 
     adapter: Adapter
@@ -62,35 +67,8 @@ class LocalOutcome:
     response_tokens: int
     tokens: int
     moments: tuple[Adapter, Adapter, int] | None = None
-
-
-def batch_indices(num_rows: int, settings: LocalSettings, seed: int) -> Iterator[list[int]]:
-    """The row numbers of each local step's batch.
-
-    With `epochs`, every epoch is a new order cut into batches, the last one shorter. With `steps`, orders follow one another
-    without a cut. A batch is never larger than the client's rows.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = min(settings.batch_size, num_rows)
-    if settings.epochs:
-        for _ in range(settings.epochs):
-            order = torch.randperm(num_rows, generator=generator).tolist()
-            yield from (order[start : start + size] for start in range(0, num_rows, size))
-        return
-    pool: list[int] = []
-    for _ in range(settings.steps):
-        while len(pool) < size:
-            pool += torch.randperm(num_rows, generator=generator).tolist()
-        yield pool[:size]
-        pool = pool[size:]
-
-
-def count_steps(num_rows: int, settings: LocalSettings) -> int:
-    """Number of local steps a client with so many rows takes in a round."""
-    if not settings.epochs:
-        return settings.steps
-    size = min(settings.batch_size, num_rows)
-    return settings.epochs * -(-num_rows // size)
+    clip_share: float | None = None
+    movement: Adapter | None = None
 
 
 def train_cohort(
@@ -130,7 +108,9 @@ class _Cohort:
     ) -> None:
         self.base, self.tasks, self.settings, self.budget = base, tasks, settings, budget
         self.stacked = StackedAdapters(targets, [task.start for task in tasks], [task.scale for task in tasks], base.device)
-        self.optimizer = CohortOptimizer(settings.optimizer, settings.learning_rate, settings.weight_decay)
+        self.optimizer = CohortOptimizer(
+            settings.optimizer, settings.learning_rate, settings.weight_decay, settings.sophia_gamma, settings.sophia_rho
+        )
         self.moments = self._initial_moments()
         self.batches = [batch_indices(len(task.rows), settings, task.seed) for task in tasks]
         self.generators = [torch.Generator().manual_seed(task.seed ^ 0x5EED) for task in tasks] if dropout else []
@@ -139,6 +119,12 @@ class _Cohort:
         self.sums: list[Tensor] = []
         self.counts: list[dict[int, int]] = []
         self.tokens = [0] * len(tasks)
+        self.clipped = torch.zeros(len(tasks), dtype=torch.long, device=base.device)
+        self.target_draws = TargetDraws([task.seed for task in tasks])
+        self.steps_before = [task.moments[2] if task.moments else 0 for task in tasks]
+        self.slopes: RandomSlopes | None = None
+        if settings.optimizer == "zeroth-order":
+            self.slopes = RandomSlopes(self.stacked, [task.seed for task in tasks], settings.zeroth_seeds, settings.zeroth_width)
 
     def step(self, branch: LoraBranch) -> bool:
         """One local step of every client that has a batch left; False when nobody has."""
@@ -153,6 +139,9 @@ class _Cohort:
         }
         if not batches:
             return False
+        good = self._refresh_curvature(branch, batches) if self.settings.optimizer == "sophia" else self.alive
+        if self.slopes is not None:
+            self.slopes.draw(list(batches))
         states = [generator.get_state() for generator in self.generators]
 
         def backward(budget: int) -> Tensor:
@@ -162,12 +151,16 @@ class _Cohort:
 
         sums, self.budget = within_memory(backward, self.budget)
         self.sums.append(sums)
-        self._stop_the_failed(batches, sums)
+        self._stop_the_failed(good & torch.isfinite(sums))
         for client in batches:
             self._apply_hook(client)
-        clip_rows(self.stacked.gradients, self.settings.max_grad_norm)
+        shares = clip_rows(self.stacked.gradients, self.settings.max_grad_norm)
+        if self.slopes is not None:
+            self.slopes.note(shares, self.settings.learning_rate)
         active = torch.tensor(list(batches), device=self.base.device)
-        self.optimizer.step(self.stacked.values, self.stacked.gradients, self.moments, active)
+        clipped = self.optimizer.step(self.stacked.values, self.stacked.gradients, self.moments, active)
+        if clipped is not None:
+            self.clipped.index_add_(0, active, clipped)
         return True
 
     def outcomes(self) -> list[LocalOutcome]:
@@ -205,28 +198,78 @@ class _Cohort:
             tokens,
             self.tokens[client],
             kept,
+            self._clip_share(client, len(losses)) if self.settings.optimizer == "sophia" else None,
+            self.slopes.movement(client) if self.slopes is not None and not failure else None,
         )
 
+    def _clip_share(self, client: int, num_steps: int) -> float:
+        """Share of the client's own entries, padding left out, whose step was clipped."""
+        entries = sum(tensor.numel() for tensor in self.tasks[client].start.values())
+        return int(self.clipped[client]) / (entries * num_steps)
+
     def _backward(self, branch: LoraBranch, batches: Mapping[int, list[Row]], budget: int) -> Tensor:
-        """Each client's gradient of its own mean response loss, and the sums of its losses [K]; passes may share a client's batch."""
-        counts = {client: sum(len(row.response) for row in rows) for client, rows in batches.items()}
-        tokens = dict.fromkeys(batches, 0)
+        """Each client's gradient of its own mean response loss, or what stands for it, and the sums of its losses [K]."""
+        if self.slopes is None:
+            sums = self._gradients(branch, batches, budget)
+        else:
+            sums = self.slopes.measure(lambda: self._losses(branch, batches, budget), batches)
+        self.counts.append(response_tokens(batches))
+        return sums
+
+    def _gradients(self, branch: LoraBranch, batches: Mapping[int, list[Row]], budget: int, draws: Draws | None = None) -> Tensor:
+        """Fill `stacked.gradients`, of drawn targets where there are draws; sums of losses [K]. Passes may share a client's batch."""
+        counts = response_tokens(batches)
         weights = torch.tensor([1 / counts.get(client, 1) for client in range(len(self.tasks))], device=self.base.device)
         sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.base.device)
         self.stacked.gradients.zero_()
-        for losses in response_losses(self.base, branch, list(batches.items()), budget):
+        for losses in self._passes(branch, batches, budget, draws):
             (losses.values * weights[losses.clients]).sum().backward()  # type: ignore[no-untyped-call]
             sums.index_add_(0, losses.clients, losses.values.detach().double())
-            for client, number in losses.num_tokens.items():
-                tokens[client] += number
-        self.counts.append(counts)
-        for client, number in tokens.items():
-            self.tokens[client] += number
         return sums
 
-    def _stop_the_failed(self, batches: Mapping[int, list[Row]], sums: Tensor) -> None:
-        """A client whose loss or gradient is not finite moves no more: its gradient is zero from here on."""
-        good = torch.isfinite(self.stacked.gradients).all(dim=1) & torch.isfinite(sums)
+    def _losses(self, branch: LoraBranch, batches: Mapping[int, list[Row]], budget: int) -> Tensor:
+        """Sums of losses alone."""
+        sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.base.device)
+        with torch.no_grad():
+            for losses in self._passes(branch, batches, budget):
+                sums.index_add_(0, losses.clients, losses.values.double())
+        return sums
+
+    def _passes(
+        self, branch: LoraBranch, batches: Mapping[int, list[Row]], budget: int, draws: Draws | None = None
+    ) -> Iterator[TokenLosses]:
+        """Passes over the batches; the tokens they computed count when none of them ran out of memory."""
+        tokens = dict.fromkeys(batches, 0)
+        for losses in response_losses(self.base, branch, list(batches.items()), budget, draws):
+            for client, number in losses.num_tokens.items():
+                tokens[client] += number
+            yield losses
+        for client, number in tokens.items():
+            self.tokens[client] += number
+
+    def _refresh_curvature(self, branch: LoraBranch, batches: Mapping[int, list[Row]]) -> Tensor:
+        """Sophia's estimate anew for clients whose turn it is, at the adapters and batches of the step to come.
+
+        A client's turn comes every `sophia_refresh` of its own steps, the first included, wherever its kept state left off.
+
+        Returns:
+            Who still has finite figures, bool [K].
+        """
+        taken = len(self.sums)  # by every client that still takes part
+        turn = self.settings.sophia_refresh
+        due = {client: rows for client, rows in batches.items() if (self.steps_before[client] + taken) % turn == 0}
+        if not due:
+            return self.alive
+        draws = self.target_draws.of(due)
+        with without_dropout(branch):
+            _, self.budget = within_memory(lambda budget: self._gradients(branch, due, budget, draws), self.budget)
+        clients, tokens = (torch.tensor(list(part), device=self.base.device) for part in (due, response_tokens(due).values()))
+        add_curvature(self.moments, self.stacked.gradients, clients, tokens)
+        return torch.isfinite(self.moments.second).all(dim=1)
+
+    def _stop_the_failed(self, good: Tensor) -> None:
+        """A client whose loss (see `good`, [K]) or gradient is not finite moves no more: its gradient is zero from here on."""
+        good = torch.isfinite(self.stacked.gradients).all(dim=1) & good
         self.failed_in_step.masked_fill_(self.alive & ~good, len(self.sums))
         self.alive &= good
         self.stacked.gradients.masked_fill_(~self.alive[:, None], 0)

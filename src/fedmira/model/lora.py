@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedmira.adapters import Adapter
 from fedmira.errors import ModelError
@@ -187,8 +188,11 @@ class LoraBranch:
                 branch = torch.bmm(torch.bmm(inputs.float(), factor_a), factor_b)
                 return (output + branch).to(output.dtype)
             sites = [self._site(client, part, name_a, name_b) for client, part in self.owners]
+            assert sites, "a branch runs within tokens() or rows()"
             if self.dropout and torch.is_grad_enabled():
                 inputs = self._dropped(inputs)
+            if type(module) not in (nn.Linear, Conv1D):
+                output = output.clone()  # a quantised layer may give a view of its own function's result, which must not be changed
             result: Tensor = _AddBranches.apply(self.adapters.anchor, inputs, output, sites)  # type: ignore[no-untyped-call]
             return result
 

@@ -17,9 +17,12 @@ from fedmira.model.base_model import BaseModel
 from fedmira.model.layers import read_only_at, recomputed
 from fedmira.model.lora import LoraBranch
 from fedmira.model.packing import PackedBatch, Row, gather, pack, segment_rows
-from fedmira.model.response_loss import response_loss
+from fedmira.model.response_loss import draw_targets, response_loss, sampled_response_loss
 
-__all__ = ["TokenLosses", "response_losses"]
+__all__ = ["Draws", "TokenLosses", "response_losses"]
+
+Draws = Mapping[int, Sequence[Tensor]]
+"""Client -> per row of its batch a uniform number on [0, 1), float64, for every response token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +42,37 @@ class TokenLosses:
 
 
 def response_losses(
-    base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int
+    base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int, draws: Draws | None = None
 ) -> Iterator[TokenLosses]:
     """Response losses of (client, rows) batches, a forward pass of at most `budget` tokens at a time.
 
     A single row longer than the budget is computed on its own. The caller must use (backward) each result before the next.
+
+    Args:
+        draws: where given, the loss is that of targets drawn from the model by these numbers, in place of the rows' own response
+            tokens; what the model reads stays the same.
     """
     passes = _packed if base.packed else _padded
-    yield from passes(base, branch, batches, budget)
+    yield from passes(base, branch, batches, budget, draws)
 
 
-def _packed(base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int) -> Iterator[TokenLosses]:
+def _packed(
+    base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int, draws: Draws | None
+) -> Iterator[TokenLosses]:
     share_prefix = not (branch.dropout and torch.is_grad_enabled())  # rows that drop inputs each draw their own
     segments = [segment for client, rows in batches for segment in segment_rows(client, rows, budget, share_prefix)]
     for chosen in gather(segments, budget):
-        yield _packed_pass(base, branch, pack(chosen).to(base.device))
+        numbers = None if draws is None else torch.cat([draws[part.client][index] for part in chosen for index in part.indices])
+        yield _packed_pass(base, branch, pack(chosen).to(base.device), numbers)
 
 
-def _packed_pass(base: BaseModel, branch: LoraBranch, batch: PackedBatch) -> TokenLosses:
+def _packed_pass(base: BaseModel, branch: LoraBranch, batch: PackedBatch, draws: Tensor | None) -> TokenLosses:
     """One forward pass; a function of its own, so that what it leaves behind is gone before the next pass begins."""
     surroundings = partial(_packed_surroundings, base, branch, batch)
     with surroundings(), _recomputed(base, branch, surroundings):
         hidden = base.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).last_hidden_state
-    values = response_loss(base.model.get_output_embeddings(), hidden[0, batch.predict_at], batch.targets)  # type: ignore[no-untyped-call]
+    head, read = base.model.get_output_embeddings(), hidden[0, batch.predict_at]  # type: ignore[no-untyped-call]
+    values = response_loss(head, read, batch.targets) if draws is None else sampled_response_loss(head, read, draws.to(base.device))
     tokens: dict[int, int] = {}
     for segment in batch.segments:
         tokens[segment.client] = tokens.get(segment.client, 0) + segment.num_tokens
@@ -74,7 +85,7 @@ def _packed_surroundings(base: BaseModel, branch: LoraBranch, batch: PackedBatch
     ends = [*batch.starts[1:], len(batch.ids)]
     owners = [(segment.client, slice(start, end)) for segment, start, end in zip(batch.segments, batch.starts, ends, strict=True)]
     last = base.last_layer
-    with packed_layout(base.model, batch, last.index if last else None), branch.tokens(owners):
+    with packed_layout(base.model, batch, last.index if last else None, base.kernels), branch.tokens(owners):
         with read_only_at(last, batch.predict_at, branch, _readers(batch)) if last else nullcontext():
             yield
 
@@ -91,14 +102,19 @@ def _readers(batch: PackedBatch) -> list[tuple[int, slice]]:
     return [(segment.client, slice(start, stop)) for segment, start, stop in zip(batch.segments, [0, *stops], stops, strict=False)]
 
 
-def _padded(base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int) -> Iterator[TokenLosses]:
+def _padded(
+    base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int, draws: Draws | None
+) -> Iterator[TokenLosses]:
     """The plain path: one client at a time, rows padded on the right, the model's own attention and head."""
     for client, rows in batches:
         for chosen in _padded_chunks(rows, budget):
-            yield _padded_pass(base, branch, client, rows, chosen)
+            numbers = None if draws is None else torch.cat([draws[client][index] for index in chosen])
+            yield _padded_pass(base, branch, client, rows, chosen, numbers)
 
 
-def _padded_pass(base: BaseModel, branch: LoraBranch, client: int, rows: Sequence[Row], chosen: Sequence[int]) -> TokenLosses:
+def _padded_pass(
+    base: BaseModel, branch: LoraBranch, client: int, rows: Sequence[Row], chosen: Sequence[int], draws: Tensor | None
+) -> TokenLosses:
     padding = base.tokenizer.pad_token_id
     sequences = [[*rows[i].prompt, *rows[i].response] for i in chosen]
     size = max(map(len, sequences))
@@ -110,7 +126,10 @@ def _padded_pass(base: BaseModel, branch: LoraBranch, client: int, rows: Sequenc
     owner = torch.tensor([i for i in chosen for _ in rows[i].response], device=base.device)
     at_row = torch.tensor([j for j, i in enumerate(chosen) for _ in rows[i].response], device=base.device)
     at = torch.tensor([len(rows[i].prompt) - 1 + j for i in chosen for j in range(len(rows[i].response))], device=base.device)
-    values = functional.cross_entropy(logits[at_row, at].float(), ids[at_row, at + 1], reduction="none")
+    scores, targets = logits[at_row, at].float(), ids[at_row, at + 1]
+    if draws is not None:
+        targets = draw_targets(scores.detach().log_softmax(dim=-1), draws.to(base.device))
+    values = functional.cross_entropy(scores, targets, reduction="none")
     return TokenLosses(values, torch.full_like(owner, client), owner, {client: ids.numel()})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ __all__ = ["choose_path"]
 
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
+_log = logging.getLogger("fedmira")
 _SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Settings of architectures that change the logits behind their head."""
 
@@ -35,15 +37,20 @@ def choose_path(base: BaseModel) -> BaseModel:
         return base
     losses, gradient = _trial(base)
     tolerance = _TOLERANCE.get(base.dtype, 2e-3)
-    for last_layer in dict.fromkeys((find_last_layer(base.model), None)):
-        packed = replace(base, packed=True, last_layer=last_layer)
+    last = find_last_layer(base.model)
+    for kernels, last_layer in dict.fromkeys(((True, last), (True, None), (False, last), (False, None))):
+        packed = replace(base, packed=True, last_layer=last_layer, kernels=kernels)
         try:
             own_losses, own_gradient = _trial(packed)
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError):
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
+            _log.info("%s: packed steps %s raise %s: %s", base.name, "with kernels" if kernels else "", type(error).__name__, error)
             continue
         close = torch.allclose(losses, own_losses, rtol=0, atol=tolerance)
         if close and float((gradient - own_gradient).norm()) <= tolerance * float(gradient.norm()):
             return packed
+    _log.warning(
+        "%s: packed steps do not agree with %s; it trains on padded batches, which is slower", base.name, type(base.model).__name__
+    )
     return base
 
 

@@ -48,18 +48,17 @@ def choose_token_budget(base: BaseModel, targets: Sequence[TargetModule]) -> int
     can be kept there, the usual number for the device is taken.
     """
     kind = "cpu" if base.device.type == "cpu" else "other"
-    folder, key = cache_folder(), _key(base)
+    folder, key = cache_folder(), _key(base, targets)
     if folder is None:
         return _USUAL[kind]
     path = folder / "token_budget.json"
-    known = _read(path)
-    if key not in known:
-        known[key] = _try_out(base, targets, _CANDIDATES[kind])
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps({**_read(path), key: known[key]}, indent=1), encoding="utf-8")
-        partial.replace(path)
-    budget, bytes_per_token = known[key]
-    return _bounded(int(budget), bytes_per_token, _free_bytes(base.device))
+    found = _read(path).get(key)
+    if found is None:
+        found = _try_out(base, targets, _CANDIDATES[kind])
+        if found is None:
+            return _LEAST  # not even the first trial had memory enough; another time it may have
+        _keep(path, {**_read(path), key: found})
+    return _bounded(found[0], found[1], _free_bytes(base.device))
 
 
 def within_memory(work: Callable[[int], Result], budget: int) -> tuple[Result, int]:
@@ -88,11 +87,12 @@ def within_memory(work: Callable[[int], Result], budget: int) -> tuple[Result, i
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA and MPS, Linux, Windows
+    return isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error) for phrase in said)
 
 
-def _try_out(base: BaseModel, targets: Sequence[TargetModule], candidates: Sequence[int]) -> tuple[int, float]:
-    """The least candidate within 5 % of the fastest, and the bytes that training remembers of a token."""
+def _try_out(base: BaseModel, targets: Sequence[TargetModule], candidates: Sequence[int]) -> tuple[int, float] | None:
+    """The least candidate within 5 % of the fastest, and the bytes that training remembers of a token; None without memory for any."""
     draw = torch.Generator().manual_seed(0)
     limit = min(base.num_embeddings, len(base.tokenizer))
     length = min(128, (base.max_positions or 128) - 1)
@@ -102,7 +102,8 @@ def _try_out(base: BaseModel, targets: Sequence[TargetModule], candidates: Seque
     remembered = 0.0
     with LoraBranch(base.model, stacked) as branch:
         for candidate in candidates:
-            rows = [_Row((i, *row.prompt[1:]), row.response) for i in range(max(1, candidate // length))]
+            count = max(1, candidate // length)
+            rows = [_Row((i % limit, i // limit % limit, *row.prompt[2:]), row.response) for i in range(count)]  # little is shared
             try:
                 if not seconds:
                     remembered = _pass(base, branch, rows, candidate, count=True) / (len(rows) * length)
@@ -123,7 +124,8 @@ def _try_out(base: BaseModel, targets: Sequence[TargetModule], candidates: Seque
             if sum(spent) > _TRIAL_SECONDS:
                 break
     fastest = min(seconds.values(), default=math.inf)
-    return next((candidate for candidate, spent_on in seconds.items() if spent_on <= 1.05 * fastest), candidates[0]), remembered
+    chosen = next((candidate for candidate, spent_on in seconds.items() if spent_on <= 1.05 * fastest), None)
+    return None if chosen is None else (chosen, remembered)
 
 
 def _pass(base: BaseModel, branch: LoraBranch, rows: Sequence[_Row], budget: int, count: bool = False) -> float:
@@ -171,20 +173,48 @@ def _of_meminfo(path: Path) -> float:
 
 def _of_group(folder: Path) -> float:
     limit, used = folder / "memory.max", folder / "memory.current"
-    if not limit.is_file() or not used.is_file() or limit.read_text(encoding="ascii").strip() == "max":
+    if (
+        not limit.is_file()
+        or not (folder / "memory.stat").is_file()
+        or not used.is_file()
+        or limit.read_text(encoding="ascii").strip() == "max"
+    ):
         return math.inf
-    return float(limit.read_text(encoding="ascii")) - float(used.read_text(encoding="ascii"))
+    statistics = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    in_use = float(used.read_text(encoding="ascii")) - float(statistics.get("inactive_file", 0))  # file pages go when asked for
+    return float(limit.read_text(encoding="ascii")) - in_use
 
 
-def _key(base: BaseModel) -> str:
+def _key(base: BaseModel, targets: Sequence[TargetModule]) -> str:
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type
-    parts = (device, torch.get_num_threads(), torch.__version__, str(base.dtype), base.sha256, bool(base.recomputed_layers))
+    names = [target.name for target in targets]
+    compiled = any("forward" in vars(module) for module in base.model.modules())
+    parts = (
+        device,
+        torch.get_num_threads(),
+        torch.__version__,
+        str(base.dtype),
+        base.sha256,
+        bool(base.recomputed_layers),
+        compiled,
+        names,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _read(path: Path) -> dict[str, tuple[int, float]]:
+    """What is known; what cannot be read is found out again."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # never written, or cut short: it is found out again
-    return found if isinstance(found, dict) else {}
+        return {key: (int(budget), float(size)) for key, (budget, size) in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _keep(path: Path, known: dict[str, tuple[int, float]]) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        _log.warning("%s cannot be written (%s); the token budget will be tried out again", path, error)

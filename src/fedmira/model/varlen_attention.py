@@ -7,6 +7,7 @@ causal masks on the last key, so its first query sees the whole prefix. Keys are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -17,8 +18,11 @@ from fedmira.model.packing import PackedBatch
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # older than torch 2.10
+except ImportError:
     varlen_attn: Any = None  # type: ignore[no-redef]
+
+_KNOWN = {"scale", "window_size", "enable_gqa"}
+_AVAILABLE = varlen_attn is not None and _KNOWN <= signature(varlen_attn).parameters.keys()  # torch 2.12 has all of them
 
 __all__ = ["Sequences", "attend_on_cuda", "sequences_of", "varlen_available"]
 
@@ -42,7 +46,7 @@ class Sequences:
 
 def varlen_available(query: Tensor) -> bool:
     """Whether this torch has the kernel for the tensor's device and number type."""
-    return varlen_attn is not None and query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
+    return _AVAILABLE and query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def sequences_of(batch: PackedBatch) -> Sequences:

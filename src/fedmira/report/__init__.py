@@ -1,9 +1,22 @@
 """What happened: reads a run folder and writes a page about it; needs no torch."""
 
 from fedmira.report.comparison import write_comparison
+from fedmira.report.comparison_figures import Figures
 from fedmira.report.findings import SummaryRow, summary_rows
 from fedmira.report.page import write_report
 from fedmira.report.read import read_run
 from fedmira.report.records import Client, Event, Round, Run, TaskGraph
 
-__all__ = ["Client", "Event", "Round", "Run", "SummaryRow", "TaskGraph", "read_run", "summary_rows", "write_comparison", "write_report"]
+__all__ = [
+    "Client",
+    "Event",
+    "Figures",
+    "Round",
+    "Run",
+    "SummaryRow",
+    "TaskGraph",
+    "read_run",
+    "summary_rows",
+    "write_comparison",
+    "write_report",
+]

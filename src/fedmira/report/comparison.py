@@ -1,64 +1,64 @@
-"""The page that sets runs side by side: the same clients under several methods."""
+"""The page that sets methods side by side: the same clients under several methods, over several seeds."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
 from fedmira.errors import RunFolderError
-from fedmira.report.charts import Series, legend, line_chart
-from fedmira.report.findings import CHANGE_LIMIT, algorithm_title, curve_of_test_loss, flat_settings, mean
+from fedmira.report.charts import Series, legend, line_chart, percent_text
+from fedmira.report.comparison_figures import Figures, compare_runs
+from fedmira.report.comparison_files import interval_text, parameters_text, write_tables
+from fedmira.report.findings import MIB, algorithm_title, curve_of_test_loss, flat_settings
+from fedmira.report.heat_map import HeatCell, HeatRow, heat_map, shift_keys
 from fedmira.report.page import render
+from fedmira.report.paired import LEVEL, NOISE_RULE, ClientDifference
 from fedmira.report.read import read_run
-from fedmira.report.records import Client, Run
-from fedmira.report.tables import MOST_ROWS, Cell, Column, loss_text, number_cell, text_cell
+from fedmira.report.records import Run
+from fedmira.report.tables import MOST_ROWS, Cell, Column, loss_text, number_cell, number_text, text_cell
 
-__all__ = ["HEAT_LIMITS", "Standing", "heat", "standing", "write_comparison"]
+__all__ = ["HEAT_LIMITS", "MOST_DRAWN", "heat", "write_comparison"]
 
 HEAT_LIMITS = (0.0, 0.02, 0.05, 0.1, 0.25)  # excess over the best of the row, up to which a cell has heat 0, 1, 2, ...
-BASELINE = "local"
+MOST_DRAWN = 100  # clients in a heat map
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """Clients whose test loss differs from local training by more than CHANGE_LIMIT of it, of those both runs measured."""
-
-    better: int
-    worse: int
-    measured: int
-
-
-def write_comparison(runs: Mapping[str, Path], output: Path) -> Path:
-    """Writes a page that compares runs.
+def write_comparison(
+    methods: Mapping[str, Mapping[int, Path]], folder: Path, reference: str = "", failures: Mapping[str, str] | None = None
+) -> Figures:
+    """Compare runs, and write comparison.html and the tables (see `write_tables`).
 
     Args:
-        runs: title -> run folder, in the order of the columns. A run with algorithm "local" is the baseline for better and worse.
-        output: the HTML file; its folder is made where it is missing. A run's report.html is linked, relative to it, where it exists.
-
-    Returns:
-        `output`.
+        methods: method -> seed -> run folder, in the order of the columns. One with algorithm "local" is the baseline.
+        folder: where to; it is made where it is missing. A run's report.html is linked, relative to it, where it exists.
+        reference: a method that the others are paired with besides.
+        failures: run -> why it failed, to be said on the page.
 
     Raises:
+        ConfigError: the reference is not among the methods.
         RunFolderError: no run is given, or run folders are missing or damaged; the problems of all folders together.
     """
-    if not runs:
+    if not any(methods.values()):
         raise RunFolderError("no run to compare; give at least one run folder")
-    read: dict[str, Run] = {}
+    read: dict[str, dict[int, Run]] = {}
     problems: list[str] = []
-    for title, folder in runs.items():
-        try:
-            read[title] = read_run(folder)
-        except RunFolderError as error:
-            problems.extend(error.problems)
+    for method, folders in methods.items():
+        for seed, run_folder in folders.items():
+            try:
+                read.setdefault(method, {})[seed] = read_run(run_folder)
+            except RunFolderError as error:
+                problems.extend(error.problems)
     if problems:
         raise RunFolderError(problems)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render("comparison.html.j2", _content(read, output.parent)), encoding="utf-8")
-    return output
+    figures = compare_runs(read, reference, failures)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tables(figures, folder)
+    (folder / "comparison.html").write_text(render("comparison.html.j2", _content(figures, folder)), encoding="utf-8")
+    return figures
 
 
 def heat(loss: float, best: float) -> int:
@@ -67,88 +67,99 @@ def heat(loss: float, best: float) -> int:
     return sum(excess > limit for limit in HEAT_LIMITS)
 
 
-def standing(run: Run, baseline: Run) -> Standing:
-    """Counts the clients that are better and worse off than under the baseline."""
-    local = {row.client: row.after_align_loss for row in baseline.clients}
-    pairs = [
-        (row.after_align_loss, alone)
-        for row in run.clients
-        if row.after_align_loss is not None and (alone := local.get(row.client)) is not None
-    ]
-    better = sum(loss < alone * (1 - CHANGE_LIMIT) for loss, alone in pairs)
-    worse = sum(loss > alone * (1 + CHANGE_LIMIT) for loss, alone in pairs)
-    return Standing(better, worse, len(pairs))
-
-
-def _content(runs: Mapping[str, Run], folder: Path) -> dict[str, Any]:
-    columns, cells = _loss_table(runs)
+def _content(figures: Figures, folder: Path) -> dict[str, Any]:
+    columns, cells = _loss_table(figures)
     lines = [
-        Series(title, curve_of_test_loss(run), index % 8 + 1, dashed=index % 2 == 1) for index, (title, run) in enumerate(runs.items())
+        Series(name, _mean_curve(list(runs.values())), index % 8 + 1, dashed=index % 2 == 1)
+        for index, (name, runs) in enumerate(figures.methods.items())
     ]
     lines = [line for line in lines if line.points]
-    clients = {frozenset(row.client for row in run.clients) for run in runs.values()}
     heat_keys = (
         ["best of the row"] + [f"up to {100 * limit:g} % above" for limit in HEAT_LIMITS[1:]] + [f"over {100 * HEAT_LIMITS[-1]:g} %"]
     )
     return {
-        "title": "Comparison: " + ", ".join(runs),
-        "methods": [_method(title, run, runs, folder) for title, run in runs.items()],
-        "baseline": next((title for title, run in runs.items() if run.algorithm == BASELINE), ""),
-        "same_clients": len(clients) == 1,
+        "title": "Comparison: " + ", ".join(figures.methods),
+        "figures": figures,
+        "seeds": max(len(runs) for runs in figures.methods.values()),
+        "methods": [_method(row, figures, folder) for row in figures.method_rows],
+        "rule": NOISE_RULE,
+        "level": f"{100 * LEVEL:g} %",
         "charts": [("Mean test loss per response token", legend(lines), line_chart(lines, "Mean test loss of each method"))]
         if lines
         else [],
+        "heat_maps": [_heat_map(figures, baseline) for baseline in figures.baselines if len(figures.methods) > 1],
+        "shift_keys": shift_keys(),
         "columns": columns,
         "cells": cells[:MOST_ROWS],
         "rows": len(cells),
         "heat_keys": heat_keys,
-        "limit": f"{100 * CHANGE_LIMIT:g} %",
-        "settings": _differing_settings(runs),
+        "settings": _differing_settings(figures.methods),
     }
 
 
-def _method(title: str, run: Run, runs: Mapping[str, Run], folder: Path) -> dict[str, Any]:
-    """A row of the table of methods; what was not measured is None."""
-    figure = run.summary.get("after_align_loss", {})
-    best = [row.best_test_loss for row in run.clients if row.best_test_loss is not None]
-    baseline = next((other for other in runs.values() if other.algorithm == BASELINE), None)
-    page = run.folder / "report.html"
+def _method(row: Mapping[str, Any], figures: Figures, folder: Path) -> dict[str, Any]:
+    """A row of the tables of methods; what was not measured is None."""
+    name = row["method"]
+    pages = {seed: run.folder / "report.html" for seed, run in figures.methods[name].items()}
+    links = {seed: quote(Path(os.path.relpath(page, folder)).as_posix()) for seed, page in pages.items() if page.is_file()}
+    standings = [
+        (*interval_text(row, baseline).partition(" (")[::2], figures.pairings.get((name, baseline))) for baseline in figures.baselines
+    ]
     return {
-        "title": title,
-        "algorithm": algorithm_title(run.algorithm),
-        "status": run.status,
-        "error": run.error,
-        "link": quote(Path(os.path.relpath(page, folder)).as_posix()) if page.is_file() else "",
-        "mean": figure.get("mean"),
-        "weighted_mean": figure.get("weighted_mean"),
-        "worst_tenth": figure.get("worst_tenth"),
-        "best": mean(best) if len(best) == len(run.clients) else None,
-        "rouge_l": run.summary.get("rouge_l", {}).get("mean"),
-        "rouge_l_package": run.summary.get("rouge_l_package", {}).get("mean"),
-        "exact_match": run.summary.get("exact_match", {}).get("mean"),
-        "standing": standing(run, baseline) if baseline is not None and run is not baseline else None,
+        **row,
+        "title": name,
+        "name": algorithm_title(row["algorithm"]),
+        "links": links,
+        "unfinished": [(seed, run) for seed, run in figures.methods[name].items() if run.status != "finished"],
+        "standings": standings,
+        "mib_up": None if row["bytes_up"] is None else row["bytes_up"] / MIB,
+        "mib_down": None if row["bytes_down"] is None else row["bytes_down"] / MIB,
+        "parameters": parameters_text(row),
     }
 
 
-def _loss_table(runs: Mapping[str, Run]) -> tuple[list[Column], list[list[Cell]]]:
+def _mean_curve(runs: Sequence[Run]) -> list[tuple[float, float]]:
+    """The mean over seeds, in rounds that all of them evaluated."""
+    curves = [dict(curve_of_test_loss(run)) for run in runs]
+    common = set.intersection(*(set(curve) for curve in curves))
+    return [(number, fmean(curve[number] for curve in curves)) for number in sorted(common)]
+
+
+def _heat_map(figures: Figures, baseline: str) -> dict[str, Any]:
+    """Clients against a baseline; of many, every so manieth in the order of their training rows."""
+    methods = [name for name in figures.methods if (name, baseline) in figures.pairings]
+    clients = list(figures.described.items())
+    step = max(1, -(-len(clients) // MOST_DRAWN))
+    rows = []
+    for client, described in clients[::step]:
+        found = [figures.pairings[name, baseline].clients.get(client) for name in methods]
+        rows.append(HeatRow(client, number_text(described.train_rows), [_heat_cell(difference) for difference in found]))
+    label = f"Heat map: difference of each client's test loss to {baseline} in percent, under {', '.join(methods)}; also in the tables"
+    return {"baseline": baseline, "drawing": heat_map(methods, rows, label), "step": step, "drawn": len(rows), "clients": len(clients)}
+
+
+def _heat_cell(found: ClientDifference | None) -> HeatCell | None:
+    if found is None:
+        return None
+    told = f"{percent_text(found.relative, 1)}, {loss_text(found.own)} against {loss_text(found.other)}, {found.verdict}"
+    return HeatCell(found.relative, found.verdict != "equal", told)
+
+
+def _loss_table(figures: Figures) -> tuple[list[Column], list[list[Cell]]]:
     """Client by method; a cell is coloured by how far it lies above the best of its row."""
-    rows_of = {title: {row.client: row for row in run.clients} for title, run in runs.items()}
-    clients: dict[str, Client] = {}
-    for rows in rows_of.values():
-        clients = rows | clients  # the first run that has a client describes it
-    columns = [Column("client", number=False), *(Column(title) for title in runs), Column("train rows"), Column("category", number=False)]
+    columns = [Column("client", number=False), *map(Column, figures.methods), Column("train rows"), Column("category", number=False)]
     cells = []
-    for client, row in clients.items():
-        losses = [rows[client].after_align_loss if client in rows else None for rows in rows_of.values()]
+    for row in figures.client_rows:
+        losses = [row[f"{name}_test_loss"] for name in figures.methods]
         best = min((loss for loss in losses if loss is not None), default=0.0)
         measured = [number_cell(loss, loss_text, "" if loss is None else f"heat-{heat(loss, best)}") for loss in losses]
-        cells.append([text_cell(client), *measured, number_cell(row.train_rows), text_cell(row.category)])
+        cells.append([text_cell(row["client"]), *measured, number_cell(row["train_rows"]), text_cell(row["category"])])
     return columns, cells
 
 
-def _differing_settings(runs: Mapping[str, Run]) -> list[tuple[str, list[Any]]]:
-    """Settings that are not the same in all runs, with each run's value."""
-    flat = [flat_settings(run.settings) for run in runs.values()]
+def _differing_settings(methods: Mapping[str, Mapping[int, Run]]) -> list[tuple[str, list[Any]]]:
+    """Settings that are not the same in all methods, with each method's value in its first run."""
+    flat = [flat_settings(next(iter(runs.values())).settings) for runs in methods.values()]
     keys = {key: None for settings in flat for key in settings}
     rows = [(key, [settings.get(key) for settings in flat]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]

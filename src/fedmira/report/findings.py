@@ -38,7 +38,20 @@ FIGURE_TITLES = {
     "rouge_l_package": "Rouge-L (rouge package)",
     "exact_match": "Exact match",
 }
-ALGORITHM_TITLES = {"mira": "MIRA", "local": "Local training", "fedavg": "FedAvg (FedIT)"}
+ALGORITHM_TITLES = {
+    "mira": "MIRA",
+    "local": "Local training",
+    "fedavg": "FedAvg (FedIT)",
+    "fedit-finetune": "FedIT, then local",
+    "fedprox": "FedProx",
+    "ditto": "Ditto",
+    "share-factor": "Shared factor",
+    "flexlora": "FlexLoRA",
+    "hetlora": "HetLoRA",
+    "fedex": "FedEx-LoRA",
+    "fedalt": "FedALT",
+    "fedkseed": "FedKSeed",
+}
 
 
 @dataclass(frozen=True, slots=True)

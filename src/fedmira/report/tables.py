@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from fedmira.report.findings import MIB, Change
 from fedmira.report.records import Client, Round
 
 __all__ = [
+    "MISSING",
     "MOST_ROWS",
     "Cell",
     "Column",
@@ -69,7 +71,10 @@ def worst_clients(clients: Sequence[Client], most: int) -> dict[int, Client]:
     numbered = dict(enumerate(clients, start=1))
     if len(numbered) <= most:
         return numbered
-    worst_first = sorted(numbered, key=lambda number: -(numbered[number].after_align_loss or 0.0))
+    # Without a finite loss it has diverged, which is the worst.
+    given = {number: client.after_align_loss for number, client in numbered.items()}
+    losses = {number: math.inf if loss is None else loss for number, loss in given.items()}
+    worst_first = sorted(numbered, key=lambda number: -losses[number])
     return {number: numbered[number] for number in sorted(worst_first[:most])}
 
 

@@ -189,6 +189,8 @@ def _of_another_version(newest: Path) -> RunFolderError:
 
 def _flush(path: Path) -> None:
     """Have the disk hold what was written."""
+    if os.name == "nt":
+        return  # folders cannot be opened there, nor files that were opened for reading be flushed
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -15,6 +15,8 @@ __all__ = ["EventLine", "align_events", "evaluate_event", "failure_events", "rou
 EventLine = dict[str, object]
 """One JSON object of events.jsonl."""
 
+_OF_SOME_OPTIMIZERS = ("clip_share",)
+
 
 def train_events(outcome: RoundOutcome, sent_hashes: Mapping[ClientId, str]) -> list[EventLine]:
     """A line per reply.
@@ -34,6 +36,7 @@ def train_events(outcome: RoundOutcome, sent_hashes: Mapping[ClientId, str]) -> 
             "steps": int(reply.metrics["steps"]),
             "response_tokens": int(reply.metrics["response_tokens"]),
             "tokens": int(reply.metrics["tokens"]),
+            **{name: reply.metrics[name] for name in _OF_SOME_OPTIMIZERS if name in reply.metrics},
             "rows": reply.num_examples,
             "bytes_down": received[reply.client_id].num_bytes,
             "bytes_up": reply.payload.num_bytes,

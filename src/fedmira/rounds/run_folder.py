@@ -6,11 +6,19 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TextIO
 
 from fedmira.errors import RunFolderError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = ["RunFolder"]
 
@@ -55,6 +63,25 @@ class RunFolder:
         if not (path / "config.toml").is_file():
             raise RunFolderError(f"{path}: this is no run folder (config.toml is missing); give the folder that an earlier run printed")
         return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within the block no other process may run in this folder; the lock goes with the process, however that ends.
+
+        Raises:
+            RunFolderError: another process does.
+        """
+        if fcntl is None:
+            yield
+            return
+        handle = os.open(self.checkpoint, os.O_RDONLY)  # the folder itself, so that no file is left behind
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise RunFolderError(f"{self.path}: another process runs in this folder; wait for it, or end it, before --resume") from error
+        finally:
+            os.close(handle)
 
     @property
     def metrics(self) -> Path:

@@ -1,0 +1,76 @@
+"""Shared factors for clients of different rank: padded with zeros, averaged by the size of the updates, cut to each client's rank.
+
+Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (HetLoRA), arXiv 2401.06432. With
+[X | 0] the factor X of client k filled up with zeros to the largest rank,
+
+    A  <-  sum_k p_k [A_k | 0],   B  <-  sum_k p_k [B_k | 0],   p_k = |B_k A_k| / sum_l |B_l A_l|       Frobenius norms
+    client of rank r:   the first r rows of A and columns of B
+
+The norms stand for the paper's sparsity weights; where all updates are zero, the weights are equal. As in the paper factors are averaged
+as they are, whatever alpha / r a client applies to its own. The paper's clients also prune their rank as they train; here
+a client's rank is that of its settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fedmira.adapters import Adapter, product_norm, replaced, truncate_rank, weighted_sum
+from fedmira.adapters.low_rank import DOWN
+from fedmira.algorithms.averaging import COMMON, by_rows, widest_start
+from fedmira.algorithms.base import Combined, PlainClient, ServerState
+from fedmira.algorithms.context import AlgorithmContext
+from fedmira.config.schema import HetLoraSettings
+from fedmira.messages import ClientId, Payload, Reply
+
+__all__ = ["HetLora", "build_hetlora", "padded"]
+
+
+def padded(adapter: Adapter, rank: int) -> dict[str, Tensor]:
+    """The same update at a larger rank: zero rows below every A and zero columns beside every B."""
+    return {
+        name: pad(tensor, (0, 0, 0, rank - tensor.shape[0]) if name.endswith(DOWN) else (0, rank - tensor.shape[1]))
+        for name, tensor in adapter.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class HetLora(PlainClient):
+    """The state holds one adapter of the largest rank.
+
+    Attributes:
+        context: the federation.
+    """
+
+    context: AlgorithmContext
+
+    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
+        """The common start at the largest rank; every client's start is a cut of it."""
+        return ServerState({COMMON: widest_start(starts, self.context)})
+
+    def instruct(self, state: ServerState, client: ClientId) -> Payload:
+        """The shared adapter at the client's rank."""
+        return Payload({"adapter": self.adapter_for(state, client)})
+
+    def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
+        """Average the padded factors; a row that nobody of this round has becomes zero."""
+        adapters = [reply.payload.tensors["adapter"] for reply in by_rows(replies)[0]]
+        norms = [product_norm(adapter) for adapter in adapters]
+        total = sum(norms)
+        weights = [norm / total if total else 1 / len(norms) for norm in norms]
+        mean = weighted_sum([padded(adapter, self.context.largest_rank) for adapter in adapters], weights)
+        return Combined(ServerState(replaced(state.adapters, {COMMON: mean}), state.numbers))
+
+    def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
+        """The first directions of the shared adapter, as many as the client's rank."""
+        shared, rank = state.adapters[COMMON], self.context.ranks[client]
+        return shared if rank == self.context.largest_rank else truncate_rank(shared, rank)
+
+
+def build_hetlora(settings: HetLoraSettings, context: AlgorithmContext) -> HetLora:
+    """Nothing to check: ranks may differ."""
+    return HetLora(context)

@@ -1,0 +1,99 @@
+"""What runs spent: local steps, tokens, bytes and parameters; and whether the runs of one seed spent the same on the same ground."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedmira.report.records import Event, Run
+
+__all__ = ["Budget", "budget_of", "inequalities"]
+
+_HASH_DIGITS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Sums over all rounds and clients of a run; None where the folder does not say.
+
+    Attributes:
+        local_steps: optimizer steps.
+        response_tokens: tokens that carried loss; `tokens` are the positions computed for them, prompts and padding included.
+        bytes_up, bytes_down: of the tensors and numbers that travelled, clients to server and server to clients.
+        parameters_least, parameters_most: of one client's adapter.
+    """
+
+    local_steps: float | None
+    response_tokens: float | None
+    tokens: float | None
+    bytes_up: float | None
+    bytes_down: float | None
+    parameters_least: float | None
+    parameters_most: float | None
+
+
+def budget_of(run: Run) -> Budget:
+    """Read from events.jsonl, metrics/rounds.csv and adapters/index.json."""
+    trained = run.of_kind("train")
+    sizes = [entry["parameters"] for entry in run.adapters.values() if isinstance(entry.get("parameters"), int)]
+    return Budget(
+        local_steps=_total(trained, "steps"),
+        response_tokens=_total(trained, "response_tokens"),
+        tokens=_total(trained, "tokens"),
+        bytes_up=_sum([row.bytes_up for row in run.rounds]),
+        bytes_down=_sum([row.bytes_down for row in run.rounds]),
+        parameters_least=min(sizes, default=None),
+        parameters_most=max(sizes, default=None),
+    )
+
+
+def inequalities(runs: Mapping[str, Run], seed: int) -> dict[str, list[str]]:
+    """Where runs of one seed do not stand on equal terms.
+
+    Rows, base, clients, local steps and response tokens must be the same. Tokens computed depend on how batches are packed, and bytes and
+    parameters are what methods differ in; these are only reported.
+
+    Args:
+        runs: method -> its run with this seed; the first is what the others are held against.
+
+    Returns:
+        Method -> sentences about it; only methods that differ from the first.
+    """
+    found: dict[str, list[str]] = {}
+    if not runs:
+        return found
+    first, *others = runs
+    budgets = {method: budget_of(run) for method, run in runs.items()}
+    terms: dict[str, Callable[[str], str]] = {
+        "rows (sha256)": lambda method: _hash(runs[method], "data"),
+        "base model (sha256)": lambda method: _hash(runs[method], "base"),
+        "clients": lambda method: ", ".join(sorted(row.client for row in runs[method].clients)),
+        "local steps": lambda method: _count(budgets[method].local_steps),
+        "response tokens": lambda method: _count(budgets[method].response_tokens),
+    }
+    for method in others:
+        for term, value_of in terms.items():
+            own, other = value_of(method), value_of(first)
+            if own == other:
+                continue
+            said = "they are not the same" if term == "clients" else f"{own}, and {other} under {first}"
+            found.setdefault(method, []).append(f"{method}, seed {seed}: other {term}: {said}")
+    return found
+
+
+def _total(events: Sequence[Event], number: str) -> float | None:
+    return _sum([event.numbers.get(number) for event in events])
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _hash(run: Run, section: str) -> str:
+    found = run.provenance.get(section)
+    return str(found.get("sha256", ""))[:_HASH_DIGITS] if isinstance(found, dict) else ""
+
+
+def _count(value: float | None) -> str:
+    return "not recorded" if value is None else f"{value:,.0f}"

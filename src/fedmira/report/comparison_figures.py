@@ -1,0 +1,205 @@
+"""All figures of a comparison, from run folders: methods over seeds, their budgets, and each client against the baselines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from statistics import fmean, stdev
+from typing import Any
+
+from fedmira.errors import ConfigError
+from fedmira.report.budgets import Budget, budget_of, inequalities
+from fedmira.report.paired import LEVEL, NOISE_RULE, RESAMPLES, Losses, Pairing, pair
+from fedmira.report.records import Client, Run
+
+__all__ = ["BASELINE", "Figures", "compare_runs"]
+
+BASELINE = "local"
+"""The algorithm that every method is held against where it was run."""
+
+_TEXTS = ("rouge_l", "rouge_l_package", "exact_match")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a comparison found.
+
+    Attributes:
+        methods: method -> seed -> run.
+        baselines: methods that the others are paired with: the one that trains alone, and the chosen reference.
+        problems: method -> sentences that say where it does not stand on equal terms; empty for an equal comparison.
+        pairings: (method, baseline) -> their paired differences.
+        failures: run -> why it failed; its method is not among `methods`.
+    """
+
+    methods: Mapping[str, Mapping[int, Run]]
+    baselines: tuple[str, ...]
+    problems: Mapping[str, Sequence[str]]
+    pairings: Mapping[tuple[str, str], Pairing]
+    failures: Mapping[str, str]
+
+    @cached_property
+    def described(self) -> dict[str, Client]:
+        """Client -> its row in the first run that has it, clients with few training rows first."""
+        rows: dict[str, Client] = {}
+        for runs in self.methods.values():
+            for run in runs.values():
+                rows = {row.client: row for row in run.clients} | rows
+        return dict(sorted(rows.items(), key=lambda entry: (entry[1].train_rows or 0.0, entry[0])))
+
+    @cached_property
+    def method_rows(self) -> list[dict[str, Any]]:
+        """A row per method with equal keys; None where something was not measured."""
+        return [self._method_row(name, runs) for name, runs in self.methods.items()]
+
+    @cached_property
+    def run_rows(self) -> list[dict[str, Any]]:
+        """A row per run: its loss and its budget."""
+        return [
+            {
+                "method": name,
+                "seed": seed,
+                "folder": run.folder.name,
+                "data_sha256": _hash(run, "data"),
+                "base_sha256": _hash(run, "base"),
+                "test_loss": _mean(list(_losses_of(run).values())),
+                "worst_tenth": _worst_tenth(run),
+                **{key: _whole(value) for key, value in asdict(budget_of(run)).items()},
+                "wall_seconds": run.provenance.get("wall_seconds"),
+            }
+            for name, runs in self.methods.items()
+            for seed, run in runs.items()
+        ]
+
+    @cached_property
+    def client_rows(self) -> list[dict[str, Any]]:
+        """A row per client, with few training rows first: its mean loss over the seeds under each method, and its differences."""
+        losses = {name: _losses(runs) for name, runs in self.methods.items()}
+        rows = []
+        for client, described in self.described.items():
+            row: dict[str, Any] = {"client": client, "category": described.category, "train_rows": _whole(described.train_rows)}
+            for name, of_seed in losses.items():
+                row[f"{name}_test_loss"] = _mean([found[client] for found in of_seed.values() if client in found])
+            for (name, baseline), pairing in self.pairings.items():
+                found = pairing.clients.get(client)
+                row[f"{name}_to_{baseline}"] = found.difference if found else None
+                row[f"{name}_to_{baseline}_relative"] = found.relative if found else None
+                row[f"{name}_to_{baseline}_error"] = found.error if found and pairing.seeds > 1 else None
+                row[f"{name}_against_{baseline}"] = found.verdict if found else None
+            rows.append(row)
+        return rows
+
+    def document(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "equal": not self.problems,
+            "problems": [problem for problems in self.problems.values() for problem in problems],
+            "failures": dict(self.failures),
+            "baselines": list(self.baselines),
+            "rule": NOISE_RULE,
+            "interval": {"kind": "percentile bootstrap over clients and seeds", "level": LEVEL, "resamples": RESAMPLES},
+            "algorithms": self.method_rows,
+            "runs": self.run_rows,
+            "clients": self.client_rows,
+        }
+
+    def _method_row(self, name: str, runs: Mapping[int, Run]) -> dict[str, Any]:
+        means = [mean for run in runs.values() if (mean := _mean(list(_losses_of(run).values()))) is not None]
+        row: dict[str, Any] = {
+            "method": name,
+            "algorithm": next(iter(runs.values())).algorithm,
+            "seeds": len(runs),
+            "test_loss": _mean(means),
+            "test_loss_spread": stdev(means) if len(means) > 1 else None,
+            "worst_tenth": _over_seeds([_worst_tenth(run) for run in runs.values()]),
+            "weighted_mean": _over_seeds([run.summary.get("after_align_loss", {}).get("weighted_mean") for run in runs.values()]),
+            "best_round": _over_seeds([_at_best_round(run) for run in runs.values()]),
+            **{text: _over_seeds([run.summary.get(text, {}).get("mean") for run in runs.values()]) for text in _TEXTS},
+        }
+        for baseline in self.baselines:
+            pairing = self.pairings.get((name, baseline))
+            row[f"difference_to_{baseline}"] = pairing.difference if pairing else None
+            row[f"difference_to_{baseline}_low"] = pairing.low if pairing else None
+            row[f"difference_to_{baseline}_high"] = pairing.high if pairing else None
+            for verdict, key in (("better", "better_than"), ("equal", "equal_to"), ("worse", "worse_than")):
+                row[f"{key}_{baseline}"] = pairing.count(verdict) if pairing else None
+        return row | _mean_budget([budget_of(run) for run in runs.values()]) | {"equal_budget": name not in self.problems}
+
+
+def compare_runs(methods: Mapping[str, Mapping[int, Run]], reference: str = "", failures: Mapping[str, str] | None = None) -> Figures:
+    """Pair and count.
+
+    Args:
+        methods: method -> seed -> run, in the order of the tables.
+        reference: a method that the others are paired with besides local training; empty for none.
+        failures: run -> why it failed.
+
+    Raises:
+        ConfigError: there is no method of the reference's name, and none failed.
+    """
+    if reference and reference not in methods and not failures:
+        raise ConfigError(f"reference {reference!r} is not among the compared methods; they are {', '.join(methods)}")
+    alone = [name for name, runs in methods.items() if next(iter(runs.values())).algorithm == BASELINE]
+    alone = [BASELINE] if BASELINE in alone else alone[:1]
+    baselines = tuple(dict.fromkeys([*alone, *([reference] if reference in methods else [])]))
+    losses = {name: _losses(runs) for name, runs in methods.items()}
+    pairings = {
+        (name, baseline): found
+        for name in methods
+        for baseline in baselines
+        if name != baseline and (found := pair(losses[name], losses[baseline])) is not None
+    }
+    order = [*baselines, *(name for name in methods if name not in baselines)]
+    problems: dict[str, list[str]] = {}
+    for seed in sorted({seed for runs in methods.values() for seed in runs}):
+        of_seed = {name: methods[name][seed] for name in order if seed in methods[name]}
+        for name, sentences in inequalities(of_seed, seed).items():
+            problems.setdefault(name, []).extend(sentences)
+    return Figures(methods, baselines, problems, pairings, dict(failures or {}))
+
+
+def _losses_of(run: Run) -> dict[str, float]:
+    """Client -> test loss at the end, of those that were measured."""
+    return {row.client: row.after_align_loss for row in run.clients if row.after_align_loss is not None}
+
+
+def _losses(runs: Mapping[int, Run]) -> Losses:
+    return {seed: _losses_of(run) for seed, run in runs.items()}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _over_seeds(values: Sequence[float | None]) -> float | None:
+    """The mean, unless a seed has no value."""
+    known = [value for value in values if value is not None]
+    return _mean(known) if len(known) == len(values) else None
+
+
+def _worst_tenth(run: Run) -> float | None:
+    losses = sorted(_losses_of(run).values(), reverse=True)
+    return _mean(losses[: math.ceil(len(losses) / 10)])
+
+
+def _at_best_round(run: Run) -> float | None:
+    """Mean over clients of the loss in the round that each one's validation rows choose; None unless all have it."""
+    return _over_seeds([row.best_test_loss for row in run.clients]) if run.clients else None
+
+
+def _mean_budget(budgets: Sequence[Budget]) -> dict[str, Any]:
+    """The mean of each figure over seeds."""
+    each = [asdict(budget) for budget in budgets]
+    return {key: _whole(_over_seeds([budget[key] for budget in each])) for key in each[0]}
+
+
+def _whole(value: float | None) -> float | None:
+    """A whole number as int, so that it is written without a decimal point."""
+    return int(value) if value is not None and float(value).is_integer() else value
+
+
+def _hash(run: Run, section: str) -> str | None:
+    found = run.provenance.get(section)
+    return found.get("sha256") if isinstance(found, dict) else None

@@ -1,0 +1,120 @@
+"""The tables of a comparison as files: JSON, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedmira.report.charts import percent_text
+from fedmira.report.comparison_figures import Figures
+from fedmira.report.findings import MIB
+from fedmira.report.paired import LEVEL, NOISE_RULE
+from fedmira.report.tables import MISSING, MOST_ROWS, loss_text, number_text
+
+__all__ = ["interval_text", "markdown", "parameters_text", "write_tables"]
+
+
+def write_tables(figures: Figures, folder: Path) -> None:
+    """Write comparison.json, comparison.csv, comparison-runs.csv, comparison-clients.csv and comparison.md, over older ones."""
+    texts = {
+        "comparison.json": json.dumps(figures.document(), indent=1, allow_nan=False) + "\n",
+        "comparison.csv": _csv(figures.method_rows),
+        "comparison-runs.csv": _csv(figures.run_rows),
+        "comparison-clients.csv": _csv(figures.client_rows),
+        "comparison.md": markdown(figures),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+
+
+def markdown(figures: Figures) -> str:
+    """The tables for reading."""
+    parts = ["# Comparison: " + ", ".join(figures.methods)]
+    if figures.problems:
+        parts.append("**UNEQUAL: these methods were not run on equal terms, and their figures do not compare.**")
+        parts.append("\n".join(f"- {problem}" for problems in figures.problems.values() for problem in problems))
+    parts += [f"**{run} failed:** {error}" for run, error in figures.failures.items()]
+    parts += ["## Test loss", _table(_loss_columns(figures), figures.method_rows)]
+    parts.append(
+        "Test loss per response token, mean over clients and seeds; ± is the standard deviation over seeds. Differences are paired by "
+        f"client and seed, with the {100 * LEVEL:g} % bootstrap interval over clients and seeds. {NOISE_RULE}"
+    )
+    parts += ["## Budget of a run", _table(_budget_columns(), figures.method_rows)]
+    parts.append(
+        "Sums over clients and rounds, mean over seeds; tokens computed include prompts and padding; parameters of one client's adapter."
+    )
+    parts += ["## Clients", _table(_client_columns(figures), figures.client_rows[:MOST_ROWS])]
+    if len(figures.client_rows) > MOST_ROWS:
+        parts.append(f"The first {MOST_ROWS} of {len(figures.client_rows):,} clients; comparison-clients.csv holds all.")
+    return "\n\n".join(parts) + "\n"
+
+
+Columns = dict[str, Any]
+"""Heading -> a function from the row to its text."""
+
+
+def _loss_columns(figures: Figures) -> Columns:
+    columns: Columns = {
+        "method": lambda row: row["method"] + ("" if row["equal_budget"] else " (UNEQUAL)"),
+        "seeds": lambda row: str(row["seeds"]),
+        "test loss": lambda row: loss_text(row["test_loss"]),
+        "± seeds": lambda row: loss_text(row["test_loss_spread"]),
+        "worst tenth": lambda row: loss_text(row["worst_tenth"]),
+    }
+    for baseline in figures.baselines:
+        columns[f"to {baseline}"] = lambda row, baseline=baseline: interval_text(row, baseline)
+        for key in ("better_than", "equal_to", "worse_than"):
+            name = f"{key}_{baseline}"
+            columns[name.replace("_", " ")] = lambda row, name=name: number_text(row[name])
+    return columns
+
+
+def _budget_columns() -> Columns:
+    columns: Columns = {"method": lambda row: row["method"] + ("" if row["equal_budget"] else " (UNEQUAL)")}
+    for name in ("local_steps", "response_tokens", "tokens"):
+        columns[{"tokens": "tokens computed"}.get(name, name.replace("_", " "))] = lambda row, name=name: number_text(row[name])
+    for name in ("bytes_up", "bytes_down"):
+        columns[name.replace("bytes_", "MiB ")] = lambda row, name=name: number_text(None if row[name] is None else row[name] / MIB)
+    return columns | {"parameters": parameters_text}
+
+
+def _client_columns(figures: Figures) -> Columns:
+    columns: Columns = {"client": lambda row: row["client"], "train rows": lambda row: number_text(row["train_rows"])}
+    for method in figures.methods:
+        columns[method] = lambda row, name=f"{method}_test_loss": loss_text(row[name])
+    for method, baseline in figures.pairings:
+        name = f"{method}_to_{baseline}_relative"
+        columns[f"{method} to {baseline}"] = lambda row, name=name: MISSING if row[name] is None else percent_text(row[name], 1)
+    return columns
+
+
+def parameters_text(row: Mapping[str, Any]) -> str:
+    """Parameters of one client's adapter, as a range where they differ."""
+    least, most = row["parameters_least"], row["parameters_most"]
+    return number_text(least) if least == most else f"{number_text(least)} to {number_text(most)}"
+
+
+def interval_text(row: Mapping[str, Any], baseline: str) -> str:
+    """The mean difference of a method to a baseline with its interval; a dash for the baseline itself."""
+    name = f"difference_to_{baseline}"
+    if row[name] is None:
+        return MISSING
+    signed = [f"{row[key]:+.3f}".replace("-", "\N{MINUS SIGN}") for key in (name, f"{name}_low", f"{name}_high")]
+    return f"{signed[0]} ({signed[1]} to {signed[2]})"
+
+
+def _table(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [list(columns), ["---"] * len(columns), *([text_of(row) for text_of in columns.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

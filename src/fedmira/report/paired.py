@@ -1,0 +1,124 @@
+"""Two methods on the same clients: the paired difference of each client, who is better off beyond noise, and a bootstrap interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmira.report.findings import CHANGE_LIMIT
+
+__all__ = ["LEVEL", "NOISE_RULE", "RESAMPLES", "ClientDifference", "Losses", "Pairing", "bootstrap_interval", "pair"]
+
+Losses = Mapping[int, Mapping[str, float]]
+"""Seed -> client -> test loss."""
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+ERRORS = 2.0  # standard errors over the seeds that count as noise
+_DRAWS_AT_ONCE = 2_000_000  # counts held in memory
+
+NOISE_RULE = (
+    f"A client is better (worse) off when its mean loss over the seeds is lower (higher) by more than {100 * CHANGE_LIMIT:g} % and, "
+    f"with several seeds, by more than {ERRORS:g} standard errors of its difference over the seeds; otherwise it is equal."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientDifference:
+    """One client under two methods.
+
+    Attributes:
+        own, other: mean test losses over the seeds.
+        error: standard error of own - other over the seeds; 0 with one seed.
+    """
+
+    client: str
+    own: float
+    other: float
+    error: float
+
+    @property
+    def difference(self) -> float:
+        """Below 0 is a gain."""
+        return self.own - self.other
+
+    @property
+    def relative(self) -> float:
+        """The difference as a share of the other's loss."""
+        return self.difference / self.other if self.other else 0.0
+
+    @property
+    def verdict(self) -> str:
+        """The standing of the client by NOISE_RULE: "better", "equal" or "worse"."""
+        noise = max(ERRORS * self.error, CHANGE_LIMIT * self.other)
+        return "better" if self.difference < -noise else "worse" if self.difference > noise else "equal"
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """A method against a baseline, over the clients and seeds that both have.
+
+    Attributes:
+        clients: by client id.
+        seeds: how many seeds both have.
+        difference: mean over clients and seeds; below 0 is a gain. `low` and `high` bound its bootstrap interval.
+    """
+
+    clients: Mapping[str, ClientDifference]
+    seeds: int
+    difference: float
+    low: float
+    high: float
+
+    def count(self, verdict: str) -> int:
+        """Clients with this verdict."""
+        return sum(client.verdict == verdict for client in self.clients.values())
+
+
+def pair(own: Losses, other: Losses) -> Pairing | None:
+    """Pair two methods by seed and client; a client counts when both measured it with every common seed. None where nothing is common."""
+    seeds = sorted(set(own) & set(other))
+    common = [set(own[seed]) & set(other[seed]) for seed in seeds]
+    clients = sorted(set.intersection(*common)) if common else []
+    if not clients:
+        return None
+    differences = np.array([[own[seed][client] - other[seed][client] for seed in seeds] for client in clients])
+    found = {
+        client: ClientDifference(
+            client,
+            fmean(own[seed][client] for seed in seeds),
+            fmean(other[seed][client] for seed in seeds),
+            stdev(row) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0,
+        )
+        for client, row in zip(clients, differences.tolist(), strict=True)
+    }
+    return Pairing(found, len(seeds), float(differences.mean()), *bootstrap_interval(differences))
+
+
+def bootstrap_interval(differences: NDArray[np.float64], resamples: int = RESAMPLES, level: float = LEVEL) -> tuple[float, float]:
+    """The percentile interval of the mean over clients and seeds.
+
+    Each resample draws clients with replacement and, independently, seeds with replacement, and averages over the rectangle of both. The
+    draws are keyed, so equal differences give an equal interval.
+
+    Args:
+        differences: [clients, seeds], paired.
+        resamples: how many means are drawn.
+        level: share of them between the bounds.
+    """
+    clients, seeds = differences.shape
+    generator = np.random.default_rng(0)
+    means = []
+    at_once = max(1, _DRAWS_AT_ONCE // clients)
+    for first in range(0, resamples, at_once):
+        size = min(at_once, resamples - first)
+        times_client = generator.multinomial(clients, np.full(clients, 1 / clients), size=size)
+        times_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=size)
+        means.append(((times_client @ differences) * times_seed).sum(axis=1) / (clients * seeds))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

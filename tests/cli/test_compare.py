@@ -1,0 +1,50 @@
+"""fedmira compare on the command line: variants, a reference, and tables that say what was equal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = ("--set", "graph.kind=category", "--set", "rounds.count=1", "--set", "evaluation.rouge=false", "--set", "local.steps=1")
+
+
+def test_variants_a_reference_and_budgets_are_printed(config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]) -> None:
+    arguments = ("compare", config_file, "--algorithms", "local,mira", "--seeds", "0,1", *SMALL, "--output", tmp_path / "all")
+    more = ("--variant", "loose=algorithm.coupling=0.1;algorithm.size_scale=0", "--reference", "mira")
+    ended = fedmira(*arguments, *more)
+    assert ended.code == 0, ended.err
+    for word in (
+        "loose",
+        "against local: paired difference",
+        "against mira: paired difference",
+        "local steps",
+        "MiB up",
+        "A client is better",
+        "comparison.html",
+    ):
+        assert word in ended.out
+    assert "UNEQUAL" not in ended.out
+    document = json.loads(fedmira(*arguments, *more, "--format", "json").out)
+    assert document["equal"] is True and document["baselines"] == ["local", "mira"]
+    assert [row["method"] for row in document["algorithms"]] == ["local", "mira", "loose"] and len(document["runs"]) == 6
+    assert len(document["clients"]) == 5 and "loose_against_mira" in document["clients"][0]
+
+
+def test_unequal_runs_are_said_loudly(config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]) -> None:
+    arguments = ("compare", config_file, "--algorithms", "local,mira", *SMALL, "--output", tmp_path / "all")
+    assert fedmira(*arguments).code == 0
+    events = tmp_path / "all" / "mira-seed0" / "events.jsonl"
+    events.write_text(events.read_text(encoding="utf-8").replace('"steps": 1,', '"steps": 2,'), encoding="utf-8")
+    ended = fedmira(*arguments)
+    assert ended.code == 0 and "UNEQUAL: these methods were not run on equal terms" in ended.out
+    assert "mira, seed 0: other local steps: 6, and 3 under local" in ended.out
+
+
+@pytest.mark.parametrize("text", ["loose", "loose=", "=graph.nearest=3", "loose=;"])
+def test_a_variant_without_name_or_settings_is_refused(text: str, config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]) -> None:
+    ended = fedmira("compare", config_file, "--algorithms", "local", "--variant", text, "--output", tmp_path / "all")
+    assert ended.code == 2 and "must be a name of its own" in ended.err and not (tmp_path / "all").exists()
