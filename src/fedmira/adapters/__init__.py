@@ -16,7 +16,7 @@ from fedmira.adapters.arithmetic import (
 )
 from fedmira.adapters.low_rank import Mixed, Split, cross_gram, gram, inner, mix, module_grams, modules, product_norm, scale, truncate_rank
 from fedmira.adapters.sketch import factor_sketches, product_sketches
-from fedmira.adapters.table import AdapterStore, AdapterTable, LazyAdapters, replaced
+from fedmira.adapters.table import AdapterStore, AdapterTable, LazyAdapters, replaced, sync
 
 __all__ = [
     "Adapter",
@@ -46,6 +46,7 @@ __all__ = [
     "same_shapes",
     "scale",
     "subtract",
+    "sync",
     "truncate_rank",
     "weighted_sum",
 ]

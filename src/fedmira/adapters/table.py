@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from fedmira.adapters.arithmetic import DIGEST_DIGITS, Adapter, HashedAdapter, content_hash
 from fedmira.errors import RunFolderError
 
-__all__ = ["CACHE_BYTES", "AdapterStore", "AdapterTable", "LazyAdapters", "replaced"]
+__all__ = ["CACHE_BYTES", "AdapterStore", "AdapterTable", "LazyAdapters", "replaced", "sync"]
 
 CACHE_BYTES = 64 * 2**20
 """Most bytes of adapters that a store keeps in memory, however many lie on disk."""
@@ -91,9 +91,9 @@ class AdapterStore:
         """Have the disk hold the adapters with these keys, as far as they were written since the last time."""
         pending = self._unflushed.intersection(keys)
         for key in pending:
-            _sync(self._path(key))
+            sync(self._path(key))
         if pending:
-            _sync(self.folder)
+            sync(self.folder)
         self._unflushed -= pending
 
     def sweep(self, live: Collection[str]) -> int:
@@ -226,7 +226,8 @@ def _put_all(store: AdapterStore, adapters: Mapping[str, Adapter]) -> dict[str, 
     return keys
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or to a folder's list of files."""
     if os.name == "nt":
         return  # folders cannot be opened there, nor files that were opened for reading be flushed
     handle = os.open(path, os.O_RDONLY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedmira.adapters import Adapter, AdapterStore, AdapterTable
+from fedmira.adapters import Adapter, AdapterStore, AdapterTable, sync
 from fedmira.algorithms import ServerState
 from fedmira.engines import MemoryTable, StoredMemory
 from fedmira.errors import RunFolderError
@@ -142,12 +141,12 @@ class CheckpointFolder:
         partial.mkdir(parents=True)
         for name, content in files.items():
             (partial / name).write_bytes(content)
-            _flush(partial / name)
-        _flush(partial)
+            sync(partial / name)
+        sync(partial)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _flush(self.path)
+        sync(self.path)
         for old in self.path.glob("round-*"):
             if old != final:
                 shutil.rmtree(old)
@@ -185,14 +184,3 @@ def _of_another_version(newest: Path) -> RunFolderError:
         f"{newest}: the checkpoint was written by another version of fedmira, in a form that this one does not read (it reads form "
         f"{_FORMAT}); finish the run with the version in run.json, or start a new run"
     )
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written."""
-    if os.name == "nt":
-        return  # folders cannot be opened there, nor files that were opened for reading be flushed
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
