@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from fedmira.adapters import Adapter, weighted_sum
+from fedmira.adapters import Adapter, truncate_rank, weighted_sum
+from fedmira.algorithms.base import PlainClient, ServerState
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.errors import ConfigError
-from fedmira.messages import ClientId, Reply
+from fedmira.messages import ClientId, Payload, Reply
 
-__all__ = ["COMMON", "by_rows", "mean_by_rows", "require_one_rank", "widest_start"]
+__all__ = ["COMMON", "CutToRank", "by_rows", "mean_by_rows", "require_one_rank"]
 
 COMMON = "*common"
 """The common part in states that hold personal adapters too: the star cannot be part of a client id."""
@@ -28,9 +30,30 @@ def mean_by_rows(replies: Sequence[Reply]) -> Adapter:
     return weighted_sum([reply.payload.tensors["adapter"] for reply in ordered], weights)
 
 
-def widest_start(starts: Mapping[ClientId, Adapter], context: AlgorithmContext) -> Adapter:
-    """The common start at the largest rank; every client's start is a cut of it."""
-    return next(start for client, start in starts.items() if context.ranks[client] == context.largest_rank)
+@dataclass(frozen=True, slots=True)
+class CutToRank(PlainClient):
+    """One shared adapter of the largest rank, of which each client gets as many directions as its own rank has.
+
+    Attributes:
+        context: the federation.
+    """
+
+    context: AlgorithmContext
+
+    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
+        """The common start at the largest rank; every client's start is a cut of it."""
+        return ServerState(
+            {COMMON: next(start for client, start in starts.items() if self.context.ranks[client] == self.context.largest_rank)}
+        )
+
+    def instruct(self, state: ServerState, client: ClientId) -> Payload:
+        """The shared adapter at the client's rank."""
+        return Payload({"adapter": self.adapter_for(state, client)})
+
+    def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
+        """The first directions of the shared adapter, as many as the client's rank."""
+        shared, rank = state.adapters[COMMON], self.context.ranks[client]
+        return shared if rank == self.context.largest_rank else truncate_rank(shared, rank)
 
 
 def require_one_rank(name: str, context: AlgorithmContext) -> None:

@@ -13,37 +13,23 @@ the same factors as cutting W at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedmira.adapters import Adapter, mix, replaced, scale, truncate_rank
+from fedmira.adapters import Adapter, mix, replaced, scale
 from fedmira.adapters.low_rank import UP
-from fedmira.algorithms.averaging import COMMON, by_rows, widest_start
-from fedmira.algorithms.base import Combined, Diagnostics, PlainClient, ServerState
+from fedmira.algorithms.averaging import COMMON, CutToRank, by_rows
+from fedmira.algorithms.base import Combined, Diagnostics, ServerState
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.config.schema import FlexLoraSettings
-from fedmira.messages import ClientId, Payload, Reply
+from fedmira.messages import ClientId, Reply
 
 __all__ = ["FlexLora", "build_flexlora"]
 
 
 @dataclass(frozen=True, slots=True)
-class FlexLora(PlainClient):
-    """The state holds one adapter of the largest rank, its directions ordered by strength.
-
-    Attributes:
-        context: the federation.
-    """
-
-    context: AlgorithmContext
-
-    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
-        """The common start at the largest rank; every client's start is a cut of it."""
-        return ServerState({COMMON: widest_start(starts, self.context)})
-
-    def instruct(self, state: ServerState, client: ClientId) -> Payload:
-        """The shared update at the client's rank."""
-        return Payload({"adapter": self.adapter_for(state, client)})
+class FlexLora(CutToRank):
+    """The state holds one adapter of the largest rank, its directions ordered by strength."""
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Average the products by training rows; where nobody moved, A stays and B is zero."""
@@ -57,10 +43,9 @@ class FlexLora(PlainClient):
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
         """The strongest directions of the shared update, as many as the client's rank, at the client's scale alpha / r."""
-        shared, rank, largest = state.adapters[COMMON], self.context.ranks[client], self.context.largest_rank
+        cut, rank, largest = CutToRank.adapter_for(self, state, client), self.context.ranks[client], self.context.largest_rank
         if rank == largest:
-            return shared
-        cut = truncate_rank(shared, rank)
+            return cut
         return {name: tensor * (rank / largest) if name.endswith(UP) else tensor for name, tensor in cut.items()}
 
 

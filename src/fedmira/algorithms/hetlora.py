@@ -13,19 +13,19 @@ a client's rank is that of its settings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedmira.adapters import Adapter, product_norm, replaced, truncate_rank, weighted_sum
+from fedmira.adapters import Adapter, product_norm, replaced, weighted_sum
 from fedmira.adapters.low_rank import DOWN
-from fedmira.algorithms.averaging import COMMON, by_rows, widest_start
-from fedmira.algorithms.base import Combined, PlainClient, ServerState
+from fedmira.algorithms.averaging import COMMON, CutToRank, by_rows
+from fedmira.algorithms.base import Combined, ServerState
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.config.schema import HetLoraSettings
-from fedmira.messages import ClientId, Payload, Reply
+from fedmira.messages import Reply
 
 __all__ = ["HetLora", "build_hetlora", "padded"]
 
@@ -39,22 +39,8 @@ def padded(adapter: Adapter, rank: int) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class HetLora(PlainClient):
-    """The state holds one adapter of the largest rank.
-
-    Attributes:
-        context: the federation.
-    """
-
-    context: AlgorithmContext
-
-    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
-        """The common start at the largest rank; every client's start is a cut of it."""
-        return ServerState({COMMON: widest_start(starts, self.context)})
-
-    def instruct(self, state: ServerState, client: ClientId) -> Payload:
-        """The shared adapter at the client's rank."""
-        return Payload({"adapter": self.adapter_for(state, client)})
+class HetLora(CutToRank):
+    """The state holds one adapter of the largest rank."""
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Average the padded factors; a row that nobody of this round has becomes zero."""
@@ -64,11 +50,6 @@ class HetLora(PlainClient):
         weights = [norm / total if total else 1 / len(norms) for norm in norms]
         mean = weighted_sum([padded(adapter, self.context.largest_rank) for adapter in adapters], weights)
         return Combined(ServerState(replaced(state.adapters, {COMMON: mean}), state.numbers))
-
-    def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
-        """The first directions of the shared adapter, as many as the client's rank."""
-        shared, rank = state.adapters[COMMON], self.context.ranks[client]
-        return shared if rank == self.context.largest_rank else truncate_rank(shared, rank)
 
 
 def build_hetlora(settings: HetLoraSettings, context: AlgorithmContext) -> HetLora:
