@@ -18,7 +18,12 @@ from fedmira.messages import Failure, Reply, Request
 from fedmira.model import BaseModel
 from fedmira.rounds import seed_for
 
-TOLERANCE = 5e-5  # float32: largest difference of an adapter entry when clients train side by side or in turn
+TOLERANCE = 1e-3
+"""float32, side by side or in turn: largest distance of two trained adapters of a client, as a share of what training changed.
+
+Not entry by entry: Adam divides by sqrt(v), so an entry whose gradient is near the rounding of float32 moves by a good part of the
+learning rate in a direction that rounding chose. Another batch gives a share of 0.5 and more.
+"""
 
 ENGINES: dict[str, Callable[[Experiment, int], Engine]] = {
     "in-process": lambda experiment, cohort_size: InProcessEngine(cohort_of(experiment, experiment.algorithm), cohort_size),
@@ -55,9 +60,16 @@ def replies_of(answers: list[Reply | Failure]) -> dict[str, Adapter]:
     return {answer.client_id: answer.payload.tensors["adapter"] for answer in answers if isinstance(answer, Reply)}
 
 
-def largest_difference(left: dict[str, Adapter], right: dict[str, Adapter]) -> float:
+def distance(left: Adapter, right: Adapter) -> float:
     assert set(left) == set(right)
-    return max(float((tensor - right[client][name]).abs().max()) for client, adapter in left.items() for name, tensor in adapter.items())
+    return float(sum((tensor.double() - right[name].double()).square().sum() for name, tensor in left.items()) ** 0.5)
+
+
+def largest_share(left: dict[str, Adapter], right: dict[str, Adapter], requests: list[Request]) -> float:
+    """The largest distance of two adapters of one client, as a share of how far the first is from where it started."""
+    assert set(left) == set(right) == {request.client_id for request in requests}
+    starts = {request.client_id: request.payload.tensors["adapter"] for request in requests}
+    return max(distance(adapter, right[client]) / distance(adapter, starts[client]) for client, adapter in left.items())
 
 
 def hashes(adapters: dict[str, Adapter]) -> dict[str, str]:
@@ -85,7 +97,7 @@ def test_training_acts_and_the_request_is_left_alone(make_engine: Any, experimen
     before = [digest(request.payload.tensors["adapter"]) for request in requests]
     trained = replies_of(make_engine(experiment, 64).exchange(requests))
     assert [digest(request.payload.tensors["adapter"]) for request in requests] == before
-    assert largest_difference(trained, {request.client_id: request.payload.tensors["adapter"] for request in requests}) > 100 * TOLERANCE
+    assert all(distance(trained[request.client_id], request.payload.tensors["adapter"]) > 0.1 for request in requests)
 
 
 def test_the_same_request_twice_gives_the_same_reply(make_engine: Any, experiment: Experiment) -> None:
@@ -117,8 +129,8 @@ def test_the_order_of_requests_and_the_company_change_rounding_only(
         for request in requests
         for adapter in replies_of(make_engine(experiment, 64).exchange([request])).values()
     }
-    assert largest_difference(together, backwards) < TOLERANCE
-    assert largest_difference(together, alone) < TOLERANCE
+    assert largest_share(together, backwards, requests) < TOLERANCE
+    assert largest_share(together, alone, requests) < TOLERANCE
 
 
 @pytest.mark.parametrize("cohort_size", [1, 2, 3])
@@ -126,7 +138,7 @@ def test_clients_in_turn_equal_clients_side_by_side(cohort_size: int, make_engin
     requests = requests_of(experiment)
     side_by_side, in_turn = (replies_of(make_engine(experiment, size).exchange(requests)) for size in (64, cohort_size))
     assert list(in_turn) == [request.client_id for request in requests]
-    assert largest_difference(side_by_side, in_turn) < TOLERANCE
+    assert largest_share(side_by_side, in_turn, requests) < TOLERANCE
 
 
 def test_a_plain_client_keeps_nothing(make_engine: Any, experiment: Experiment) -> None:
@@ -188,4 +200,5 @@ def test_a_client_that_diverges_fails_alone_and_keeps_its_memory(make_engine: An
     assert engine.memories[requests[1].client_id] is kept
     expected = replies_of(healthy.exchange(requests))
     del expected[requests[1].client_id]
-    assert largest_difference(replies_of(list(answers.values())), expected) < TOLERANCE
+    others = [request for request in requests if request.client_id != failure.client_id]
+    assert largest_share(replies_of(list(answers.values())), expected, others) < TOLERANCE
