@@ -6,7 +6,7 @@ import torch
 
 from fedmira.adapters import digest, map_tensors, weighted_sum
 from fedmira.algorithms import build
-from fedmira.config.schema import DittoSettings
+from fedmira.config.methods import DittoSettings
 from lora_federation import context, descend, lora, names, play, start, started
 
 FEDERATION = context([3, 3], [10, 30])

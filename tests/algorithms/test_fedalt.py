@@ -8,7 +8,7 @@ import torch
 from fedmira.adapters import Adapter, digest, scale
 from fedmira.algorithms import build
 from fedmira.algorithms.rank_split import RankSplit
-from fedmira.config.schema import FedAltSettings
+from fedmira.config.methods import FedAltSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import FixedGraph, Graph, LearnedGraph, category_graph
 from lora_federation import context, dense, lora, names, play, started

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedmira.algorithms import AlgorithmContext, build
-from fedmira.config.schema import FedAvgSettings
+from fedmira.config.methods import FedAvgSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import FixedGraph, uniform_graph
 from fedmira.messages import Payload, Reply

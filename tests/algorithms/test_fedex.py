@@ -8,7 +8,7 @@ import torch
 from fedmira.adapters import digest
 from fedmira.algorithms import build
 from fedmira.algorithms.rank_split import RankSplit
-from fedmira.config.schema import FedExSettings
+from fedmira.config.methods import FedExSettings
 from fedmira.errors import ConfigError
 from lora_federation import context, dense, lora, names, play, start, started
 

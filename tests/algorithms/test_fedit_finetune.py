@@ -7,7 +7,7 @@ import torch
 
 from fedmira.adapters import digest, map_tensors
 from fedmira.algorithms import FedItFinetune, build
-from fedmira.config.schema import FedAvgSettings, FedItFinetuneSettings
+from fedmira.config.methods import FedAvgSettings, FedItFinetuneSettings
 from fedmira.errors import ConfigError
 from lora_federation import context, lora, names, play, start, started
 

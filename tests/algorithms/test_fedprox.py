@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedmira.algorithms import build
-from fedmira.config.schema import FedAvgSettings, FedProxSettings
+from fedmira.config.methods import FedAvgSettings, FedProxSettings
 from fedmira.errors import ConfigError
 from lora_federation import context, descend, lora, names, play, started
 

@@ -9,7 +9,7 @@ import torch
 
 from fedmira.adapters import digest, modules, scale
 from fedmira.algorithms import build
-from fedmira.config.schema import FlexLoraSettings
+from fedmira.config.methods import FlexLoraSettings
 from lora_federation import ALPHA, SMALL, best_of_rank, context, dense, lora, names, replies, started
 
 SETTINGS = FlexLoraSettings(name="flexlora")

@@ -8,7 +8,7 @@ import torch
 from fedmira.adapters import digest, truncate_rank
 from fedmira.algorithms import build
 from fedmira.algorithms.hetlora import padded
-from fedmira.config.schema import HetLoraSettings
+from fedmira.config.methods import HetLoraSettings
 from lora_federation import context, dense, lora, replies, start, started
 
 SETTINGS = HetLoraSettings(name="hetlora")

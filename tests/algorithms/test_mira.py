@@ -13,7 +13,7 @@ from torch import Tensor
 import lora_federation
 from fedmira.adapters import Adapter, digest, distance, mix, modules, norm, scale, subtract, weighted_sum
 from fedmira.algorithms import Algorithm, AlgorithmContext, Combined, ServerState, build
-from fedmira.config.schema import MiraSettings
+from fedmira.config.methods import MiraSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import FixedGraph, Graph, GraphSource, LearnedGraph, category_graph, random_graph, shuffled, uniform_graph
 from fedmira.messages import Payload, Reply

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedmira.adapters import Adapter, AdapterStore, AdapterTable, HashedAdapter, digest, factor_sketches, product_sketches, scale
 from fedmira.algorithms import Algorithm, AlgorithmContext, ServerState, build
-from fedmira.config.schema import GraphSettings, MiraSettings
+from fedmira.config.methods import MiraSettings
+from fedmira.config.schema import GraphSettings
 from fedmira.graphs import FixedGraph, GraphSource, LearnedGraph, category_graph, graph_source, random_graph, uniform_graph
 from fedmira.messages import Payload, Reply
 

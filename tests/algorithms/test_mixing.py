@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmira.algorithms import mixing_matrix
-from fedmira.config.schema import MiraSettings
+from fedmira.config.methods import MiraSettings
 from fedmira.graphs import Graph, random_graph, uniform_graph
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from fedmira.adapters import digest
 from fedmira.algorithms import ALGORITHMS, Trained, build
-from fedmira.config.schema import ShareFactorSettings
+from fedmira.config.methods import ShareFactorSettings
 from fedmira.errors import ConfigError
 from lora_federation import context, dense, lora, names, play, replies, start, started
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedmira.adapters import Adapter, digest, same_shapes
 from fedmira.adapters.directions import movement
 from fedmira.algorithms import ALGORITHMS, Algorithm, AlgorithmContext, ServerState, Trained, build
-from fedmira.config.schema import (
+from fedmira.config.methods import (
     AlgorithmSettings,
     DittoSettings,
     FedAltSettings,

@@ -18,7 +18,7 @@ from fedmira.algorithms.local import LocalOnly, build_local
 from fedmira.algorithms.mira import Mira, build_mira
 from fedmira.algorithms.mixing import Mixing, mixing_matrix
 from fedmira.algorithms.share_factor import ShareFactor, build_share_factor
-from fedmira.config.schema import AlgorithmSettings
+from fedmira.config.methods import AlgorithmSettings
 
 __all__ = [
     "ALGORITHMS",

@@ -23,7 +23,7 @@ from fedmira.algorithms.base import Combined, PlainClient, ServerState, Start, T
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.algorithms.partly_sent import PartlySent
 from fedmira.algorithms.proximal import toward
-from fedmira.config.schema import DittoSettings
+from fedmira.config.methods import DittoSettings
 from fedmira.messages import ClientId, Payload, Reply
 
 __all__ = ["Ditto", "build_ditto"]

@@ -26,7 +26,7 @@ from fedmira.algorithms.context import AlgorithmContext
 from fedmira.algorithms.kept_products import KeptProducts, Taken
 from fedmira.algorithms.partly_sent import PartlySent
 from fedmira.algorithms.rank_split import RankSplit, check_split
-from fedmira.config.schema import FedAltSettings
+from fedmira.config.methods import FedAltSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId, Payload, Reply

@@ -11,7 +11,7 @@ from fedmira.adapters import Adapter, replaced
 from fedmira.algorithms.averaging import mean_by_rows, require_one_rank
 from fedmira.algorithms.base import Combined, PlainClient, ServerState
 from fedmira.algorithms.context import AlgorithmContext
-from fedmira.config.schema import FedAvgSettings
+from fedmira.config.methods import FedAvgSettings
 from fedmira.messages import ClientId, Payload, Reply
 
 __all__ = ["FedAvg", "build_fedavg"]

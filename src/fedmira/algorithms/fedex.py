@@ -21,7 +21,7 @@ from fedmira.algorithms.base import Combined, Diagnostics, PlainClient, ServerSt
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.algorithms.partly_sent import PartlySent
 from fedmira.algorithms.rank_split import RankSplit, check_split
-from fedmira.config.schema import FedExSettings
+from fedmira.config.methods import FedExSettings
 from fedmira.messages import ClientId, Payload, Reply
 
 __all__ = ["FedEx", "build_fedex"]

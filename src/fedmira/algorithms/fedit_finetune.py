@@ -20,7 +20,7 @@ from fedmira.algorithms.averaging import COMMON, mean_by_rows, require_one_rank
 from fedmira.algorithms.base import Combined, PlainClient, ServerState, Trained
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.algorithms.partly_sent import PartlySent
-from fedmira.config.schema import FedItFinetuneSettings
+from fedmira.config.methods import FedItFinetuneSettings
 from fedmira.errors import ConfigError
 from fedmira.messages import ClientId, Payload, Reply
 

@@ -21,7 +21,7 @@ from fedmira.algorithms.averaging import by_rows, require_one_rank
 from fedmira.algorithms.base import Combined, PlainClient, ServerState, Trained
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.algorithms.partly_sent import PartlySent
-from fedmira.config.schema import FedKSeedSettings
+from fedmira.config.methods import FedKSeedSettings
 from fedmira.errors import RunError
 from fedmira.messages import ClientId, Payload, Reply
 

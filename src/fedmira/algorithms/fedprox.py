@@ -16,7 +16,7 @@ from fedmira.algorithms.base import Start
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.algorithms.fedavg import FedAvg
 from fedmira.algorithms.proximal import toward
-from fedmira.config.schema import FedProxSettings
+from fedmira.config.methods import FedProxSettings
 from fedmira.messages import Payload
 
 __all__ = ["FedProx", "build_fedprox"]

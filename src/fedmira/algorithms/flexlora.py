@@ -21,7 +21,7 @@ from fedmira.adapters.low_rank import UP
 from fedmira.algorithms.averaging import COMMON, CutToRank, by_rows
 from fedmira.algorithms.base import Combined, Diagnostics, ServerState
 from fedmira.algorithms.context import AlgorithmContext
-from fedmira.config.schema import FlexLoraSettings
+from fedmira.config.methods import FlexLoraSettings
 from fedmira.messages import ClientId, Reply
 
 __all__ = ["FlexLora", "build_flexlora"]

@@ -24,7 +24,7 @@ from fedmira.adapters.low_rank import DOWN
 from fedmira.algorithms.averaging import COMMON, CutToRank, by_rows
 from fedmira.algorithms.base import Combined, ServerState
 from fedmira.algorithms.context import AlgorithmContext
-from fedmira.config.schema import HetLoraSettings
+from fedmira.config.methods import HetLoraSettings
 from fedmira.messages import Reply
 
 __all__ = ["HetLora", "build_hetlora", "padded"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fedmira.adapters import Adapter, replaced
 from fedmira.algorithms.base import Combined, PlainClient, ServerState
 from fedmira.algorithms.context import AlgorithmContext
-from fedmira.config.schema import LocalOnlySettings
+from fedmira.config.methods import LocalOnlySettings
 from fedmira.messages import ClientId, Payload, Reply
 
 __all__ = ["LocalOnly", "build_local"]

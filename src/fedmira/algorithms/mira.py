@@ -24,7 +24,7 @@ from fedmira.algorithms.base import Combined, Diagnostics, PlainClient, ServerSt
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.algorithms.kept_products import KeptProducts, Take, Taken
 from fedmira.algorithms.mixing import Mixing, mixing_matrix
-from fedmira.config.schema import MiraSettings
+from fedmira.config.methods import MiraSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId, Payload, Reply

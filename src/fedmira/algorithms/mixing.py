@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmira.config.schema import MiraSettings
+from fedmira.config.methods import MiraSettings
 from fedmira.graphs import Graph
 
 __all__ = ["Mixing", "mixing_matrix"]

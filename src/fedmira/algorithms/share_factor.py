@@ -25,7 +25,7 @@ from fedmira.algorithms.averaging import COMMON, by_rows, require_one_rank
 from fedmira.algorithms.base import Combined, PlainClient, ServerState, Start, Trained
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.algorithms.partly_sent import PartlySent
-from fedmira.config.schema import ShareFactorSettings
+from fedmira.config.methods import ShareFactorSettings
 from fedmira.messages import ClientId, Payload, Reply
 
 __all__ = ["ShareFactor", "build_share_factor"]

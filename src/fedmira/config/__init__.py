@@ -2,19 +2,16 @@
 
 from fedmira.config.cache import cache_folder
 from fedmira.config.load import dump_config, load_config, with_algorithm, with_overrides
+from fedmira.config.methods import AlgorithmSettings, FedAvgSettings, LocalOnlySettings, MiraSettings
 from fedmira.config.presets import preset_description, preset_names, preset_path
 from fedmira.config.schema import (
     AdapterSettings,
-    AlgorithmSettings,
     Config,
     DataSettings,
     EngineSettings,
     EvaluationSettings,
-    FedAvgSettings,
     GraphSettings,
-    LocalOnlySettings,
     LocalSettings,
-    MiraSettings,
     ModelSettings,
     RoundsSettings,
 )

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from fedmira.config.methods import AlgorithmSettings, MiraSettings
+from fedmira.config.section import Count, Positive, Section
 
 __all__ = [
     "AdapterSettings",
-    "AlgorithmSettings",
     "Config",
     "DataSettings",
-    "DittoSettings",
     "EngineSettings",
     "EvaluationSettings",
-    "FedAltSettings",
-    "FedAvgSettings",
-    "FedExSettings",
-    "FedItFinetuneSettings",
-    "FedKSeedSettings",
-    "FedProxSettings",
-    "FlexLoraSettings",
     "GraphSettings",
-    "HetLoraSettings",
-    "LocalOnlySettings",
     "LocalSettings",
-    "MethodSettings",
-    "MiraSettings",
     "ModelSettings",
     "RoundsSettings",
-    "Section",
-    "ShareFactorSettings",
 ]
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A section of the config: unknown keys are errors, values are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -131,199 +109,6 @@ class DataSettings(Section):
             total = self.train_fraction + self.validation_fraction
             raise ValueError(f"train_fraction + validation_fraction is {total:g}; must be below 1 so that test rows remain")
         return self
-
-
-class MethodSettings(Section):
-    """What the classes of [algorithm] have in common."""
-
-    @property
-    def kept_moments_problem(self) -> str:
-        """Why moments that a client kept from its last round would belong to something else in the next one; "" where they do not."""
-        return ""
-
-    @property
-    def sends_movements(self) -> bool:
-        """Whether clients send their steps as seeds and coefficients, and so must step along random directions."""
-        return False
-
-
-class LocalOnlySettings(MethodSettings):
-    """[algorithm] name = "local": every client alone."""
-
-    name: Literal["local"]
-
-
-class FedAvgSettings(MethodSettings):
-    """[algorithm] name = "fedavg": one shared adapter, averaged by training rows; FedIT when the adapter is LoRA."""
-
-    name: Literal["fedavg"]
-
-
-class MiraSettings(MethodSettings):
-    """[algorithm] name = "mira".
-
-    Attributes:
-        coupling: kappa = gamma * max degree, 0..1; 0 is local training.
-        server_step: gamma = eta * lambda itself (paper eq. 8) in place of `coupling`.
-        size_scale: kappa_k = kappa * size_scale / (size_scale + rows_k); 0 switches it off.
-        neighbours: who pulls: clients of this round ("fresh"), those with an unbiased factor ("rescaled"), all that ever trained ("stale").
-        space: mix the products B A exactly ("product") or the factors A and B one by one as in the paper ("factor").
-    """
-
-    name: Literal["mira"] = "mira"
-    coupling: Fraction = 1.0
-    server_step: float | None = Field(None, ge=0)
-    size_scale: float = Field(64.0, ge=0)
-    neighbours: Literal["fresh", "rescaled", "stale"] = "stale"
-    space: Literal["product", "factor"] = "product"
-
-    @model_validator(mode="after")
-    def _one_strength(self) -> MiraSettings:
-        if self.server_step is not None and "coupling" in self.model_fields_set:
-            raise ValueError("coupling and server_step say the same thing in two ways; set one of them")
-        return self
-
-    @property
-    def kept_moments_problem(self) -> str:
-        """Products that are mixed are factored anew."""
-        if self.space == "factor":
-            return ""
-        return (
-            "algorithm.space = 'product': mixed products get new factors, to whose entries the old moments do not belong; set "
-            "algorithm.space = 'factor' or local.optimizer_state = 'fresh'"
-        )
-
-
-class FedProxSettings(MethodSettings):
-    """[algorithm] name = "fedprox": FedAvg whose clients are held near the shared adapter.
-
-    Attributes:
-        proximal: mu; 0 is FedAvg.
-    """
-
-    name: Literal["fedprox"]
-    proximal: float = Field(0.01, ge=0)
-
-
-class FedItFinetuneSettings(MethodSettings):
-    """[algorithm] name = "fedit-finetune": FedIT, then every client on its own from the shared adapter.
-
-    Attributes:
-        finetune_share: share of the rounds for fine-tuning, rounded down; each part has at least one round.
-    """
-
-    name: Literal["fedit-finetune"]
-    finetune_share: float = Field(0.5, gt=0, lt=1)
-
-
-class DittoSettings(MethodSettings):
-    """[algorithm] name = "ditto": a shared adapter and personal ones that are pulled towards it; a client's rounds take turns.
-
-    Attributes:
-        personal_pull: lambda; 0 trains the personal adapters alone.
-    """
-
-    name: Literal["ditto"]
-    personal_pull: float = Field(0.1, ge=0)
-
-    @property
-    def kept_moments_problem(self) -> str:
-        """Two adapters take turns."""
-        return (
-            "algorithm.name = 'ditto': the rounds of a client take turns between two adapters, and the moments of one do not belong to "
-            "the other; set local.optimizer_state = 'fresh'"
-        )
-
-
-class ShareFactorSettings(MethodSettings):
-    """[algorithm] name = "share-factor": one LoRA factor is common to all clients.
-
-    Attributes:
-        shared_factor: "A" is FedSA-LoRA.
-        private_factor: the other one is trained by its client, or frozen at the common start ("B" shared and A frozen is FFA-LoRA).
-    """
-
-    name: Literal["share-factor"]
-    shared_factor: Literal["A", "B"] = "A"
-    private_factor: Literal["trained", "frozen"] = "trained"
-
-    @model_validator(mode="after")
-    def _something_learns(self) -> ShareFactorSettings:
-        if self.shared_factor == "A" and self.private_factor == "frozen":
-            raise ValueError("B is zero at the start, so a frozen B learns nothing; set shared_factor = 'B' or private_factor = 'trained'")
-        return self
-
-
-class FedKSeedSettings(MethodSettings):
-    """[algorithm] name = "fedkseed": one shared adapter; clients send seeds and a number for each."""
-
-    name: Literal["fedkseed"]
-
-    @property
-    def sends_movements(self) -> bool:
-        """They do."""
-        return True
-
-
-class FlexLoraSettings(MethodSettings):
-    """[algorithm] name = "flexlora": one shared update, averaged as a product and cut to each client's rank."""
-
-    name: Literal["flexlora"]
-
-    @property
-    def kept_moments_problem(self) -> str:
-        """The averaged product is factored anew."""
-        return (
-            "algorithm.name = 'flexlora': the averaged product gets new factors, to whose entries the old moments do not belong; set "
-            "local.optimizer_state = 'fresh'"
-        )
-
-
-class HetLoraSettings(MethodSettings):
-    """[algorithm] name = "hetlora": shared factors, padded with zeros to the largest rank and cut to each client's."""
-
-    name: Literal["hetlora"]
-
-
-class FedExSettings(MethodSettings):
-    """[algorithm] name = "fedex": FedAvg over factors; what their mean misses is kept in a frozen part of the adapter.
-
-    Attributes:
-        trained_rank: directions of an adapter that are trained, the others are frozen; 0 takes half.
-    """
-
-    name: Literal["fedex"]
-    trained_rank: Count = 0
-
-
-class FedAltSettings(MethodSettings):
-    """[algorithm] name = "fedalt": an own part that is trained beside a frozen one of the rest of the world.
-
-    Attributes:
-        trained_rank: directions of an adapter that are trained, the others are frozen; 0 takes half.
-        rest_share: rho, the weight of the rest of the world.
-    """
-
-    name: Literal["fedalt"]
-    trained_rank: Count = 0
-    rest_share: float = Field(0.5, ge=0)
-
-
-AlgorithmSettings = Annotated[
-    LocalOnlySettings
-    | FedAvgSettings
-    | FedItFinetuneSettings
-    | FedProxSettings
-    | DittoSettings
-    | ShareFactorSettings
-    | FlexLoraSettings
-    | HetLoraSettings
-    | FedExSettings
-    | FedAltSettings
-    | FedKSeedSettings
-    | MiraSettings,
-    Field(discriminator="name"),
-]
 
 
 class GraphSettings(Section):
