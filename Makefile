@@ -35,6 +35,7 @@ bench: $(BENCH_STAMP) ## fedmira beside other tools, into benchmarks/results/ (m
 ifeq ($(SIZE),full)
 	$(BENCH_BIN)/python benchmarks/curves.py --output benchmarks/results/curves.json
 	$(BENCH_BIN)/python benchmarks/profile_step.py --output benchmarks/results/profile.json
+	$(BENCH_BIN)/python benchmarks/qr_svd.py --output benchmarks/results/qr-svd.json
 endif
 
 clean: ## remove virtual environments and caches; runs/ stays

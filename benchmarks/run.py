@@ -57,17 +57,19 @@ CASES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A workload folder and how the tools run on it."""
+    """A workload folder and how the tools run on it; tool (a) computes in `reference_dtype`, or like the others."""
 
     folder: Path
     outputs: Path
     rounds: int
     threads: int
     dtype: str
+    reference_dtype: str = ""
 
     def run(self, tool: str, sample_memory: bool = False, rounds: int = 0) -> dict[str, Any]:
         script = HERE / "floor.py" if tool == "floor" else HERE / "tools" / f"{tool}.py"
-        options = ["--rounds", str(rounds or self.rounds), "--threads", str(self.threads), "--dtype", self.dtype]
+        dtype = self.reference_dtype or self.dtype if tool == REFERENCE else self.dtype
+        options = ["--rounds", str(rounds or self.rounds), "--threads", str(self.threads), "--dtype", dtype]
         out = self.outputs / tool
         return run_script(script, [str(self.folder), str(out), *options], out, self.threads, sample_memory)
 
@@ -102,14 +104,17 @@ def measure(case: Case, tools: Sequence[str], repeats: int) -> dict[str, Any]:
                 memory[tool] = {key: result.get(key) for key in ("peak_memory_bytes", "processes")}
             print(f"  {repeat}/{repeats} {tool}: {_progress(result)}", flush=True)
     floors = _floors(runs["floor"]) if runs["floor"] else {}
-    reference = _seconds(runs.get(REFERENCE, []))
+    of_reference = runs.get(REFERENCE, [])
+    reference = _seconds(of_reference)
     figures: dict[str, Any] = {}
     for tool in tools:
         title = {"title": TOOLS[tool][0], "available": tool not in missing}
         if tool in missing:
             figures[tool] = {**title, "reason": missing[tool]}
         elif runs[tool]:
-            figures[tool] = {**title, **_summary(runs[tool], reference, floors), **memory[tool], **_difference(case, tool)}
+            summary = _summary(runs[tool], reference, floors)
+            losses = _loss_difference(runs[tool], of_reference)
+            figures[tool] = {**title, **summary, **memory[tool], **losses, **_difference(case, tool)}
     return {"floor": floors, **first_use, "tools": figures}
 
 
@@ -155,6 +160,14 @@ def _seconds(runs: Sequence[dict[str, Any]]) -> list[float]:
 
 def _middle(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "spread": [min(values), max(values)]}
+
+
+def _loss_difference(runs: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The largest difference of a round's training loss, as a share of the reference's."""
+    own, other = (each[-1].get("losses") if each else None for each in (runs, reference))
+    if not own or not other:
+        return {}
+    return {"largest_loss_difference": max(abs(left - right) / abs(right) for left, right in zip(own, other, strict=True))}
 
 
 def _difference(case: Case, tool: str) -> dict[str, Any]:
@@ -218,6 +231,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=WORKLOADS, help="this one only")
     parser.add_argument("--model", choices=MODELS, help="this one only")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="this one only")
+    parser.add_argument("--reference-dtype", choices=("float32", "bfloat16"), default="", help="of tool (a); the default is that of all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clients", type=int, default=8, help="of a round; fewer where a pass would take too long")
     parser.add_argument("--steps", type=int, default=5, help="of each client in a round")
@@ -234,14 +248,15 @@ def main() -> None:
     if arguments.workload or arguments.model or arguments.dtype:
         cases = [(arguments.workload or "shared", arguments.model or "3m", arguments.dtype or "float32")]
     settings = {"size": arguments.size, "repeats": repeats, "rounds": rounds, "threads": arguments.threads, "clients": arguments.clients}
-    settings["steps"] = arguments.steps
+    settings |= {"steps": arguments.steps, "reference_dtype": arguments.reference_dtype}
     report: dict[str, Any] = {**provenance(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "settings": settings, "cases": []}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         for workload, model, dtype in cases:
             place = (arguments.keep or Path(scratch)) / f"{workload}-{model}-{dtype}"
             print(f"{workload} rows, {model} base, {dtype}", flush=True)
             make_workload(place / "workload", workload, model, rounds, arguments.clients, steps=arguments.steps)
-            figures = measure(Case(place / "workload", place / "out", rounds, arguments.threads, dtype), tools, repeats)
+            case = Case(place / "workload", place / "out", rounds, arguments.threads, dtype, arguments.reference_dtype)
+            figures = measure(case, tools, repeats)
             report["cases"].append({"workload": workload, "model": model, "dtype": dtype, **figures})
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -127,8 +127,8 @@ def with_algorithm_object(experiment: Experiment, algorithm: Algorithm, cohort_s
 def cohort_of(experiment: Experiment, algorithm: Algorithm) -> Cohort:
     """The clients of an experiment, as `build_experiment` makes them."""
     config, evaluator = experiment.config, experiment.evaluator
-    settings = CohortSettings(config.local, evaluator.scales, config.adapter.dropout, evaluator.token_budget)
-    return Cohort(algorithm, experiment.base, experiment.targets, evaluator.clients, settings)
+    settings = CohortSettings(config.local, evaluator.scales, evaluator.token_budget)
+    return Cohort(algorithm, experiment.kind, evaluator.clients, settings)
 
 
 def run_loop(config: Config, base: BaseModel) -> tuple[Experiment, list[ServerState], list[RoundOutcome]]:

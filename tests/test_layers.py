@@ -14,9 +14,10 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 # Highest first; the parts of one level do not import each other.
 LEVELS = [
     {"cli", "flower_app"},
-    {"api", "comparison", "plan", "saved"},
-    {"experiment"},
-    {"results"},
+    {"api", "comparison", "federation", "plan", "resident", "saved"},
+    {"experiment", "node"},
+    {"parts"},
+    {"ranks", "results"},
     {"report"},
     {"rounds"},
     {"engines"},

@@ -14,7 +14,7 @@ def load(work: Work, arguments: argparse.Namespace) -> TrainRound:
     from fedmira.data import ClientData, EncodedExample
     from fedmira.engines import InProcessEngine
     from fedmira.messages import Reply, Request
-    from fedmira.model import choose_token_budget, find_targets, load_base
+    from fedmira.model import LoraKind, find_targets, load_base
     from fedmira.model.batches import batch_indices
 
     settings = work.settings
@@ -30,9 +30,9 @@ def load(work: Work, arguments: argparse.Namespace) -> TrainRound:
     base = load_base(ModelSettings(base=work.base, dtype=arguments.dtype, device="cpu"))
     scales = dict.fromkeys(clients, settings["alpha"] / settings["rank"])
     algorithm = FedAvg()
-    targets = find_targets(base.model, settings["targets"])
-    cohort_settings = CohortSettings(local, scales, dropout=0.0, token_budget=choose_token_budget(base, targets))
-    engine = InProcessEngine(Cohort(algorithm, base, targets, clients, cohort_settings))
+    kind = LoraKind(base, find_targets(base.model, settings["targets"]), settings["alpha"])
+    cohort_settings = CohortSettings(local, scales, token_budget=kind.token_budget())
+    engine = InProcessEngine(Cohort(algorithm, kind, clients, cohort_settings))
 
     def train_round(adapter: Adapter, parts: list[ClientRound]) -> tuple[Adapter, float]:
         state = ServerState(adapters={"shared": adapter})

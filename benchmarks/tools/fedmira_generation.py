@@ -13,16 +13,16 @@ def load(work: Work, adapters: list[Adapter], arguments: argparse.Namespace) -> 
     from fedmira.config import ModelSettings
     from fedmira.data import ClientData, EncodedExample
     from fedmira.evaluation import Evaluator
-    from fedmira.model import choose_token_budget, find_targets, load_base
+    from fedmira.model import LoraKind, find_targets, load_base
 
     base = load_base(ModelSettings(base=work.base, dtype=arguments.dtype, device="cpu"))
     clients = {}
     for name, prompts in zip(work.names, work.prompts, strict=True):
         test = tuple(EncodedExample(tuple(prompt), (base.tokenizer.eos_token_id,)) for prompt in prompts)
         clients[name] = ClientData(name, name, "", (), (), test, ("",) * len(test))
-    targets = find_targets(base.model, work.settings["targets"])
+    kind = LoraKind(base, find_targets(base.model, work.settings["targets"]), work.settings["alpha"])
     scales = dict.fromkeys(clients, work.settings["alpha"] / work.settings["rank"])
-    evaluator = Evaluator(base, targets, clients, scales, choose_token_budget(base, targets))
+    evaluator = Evaluator(kind, clients, scales, kind.token_budget())
     by_name = dict(zip(work.names, adapters, strict=True))
 
     def generate() -> list[list[str]]:

@@ -13,8 +13,7 @@ from fedmira.config import Config, dump_config, with_algorithm, with_overrides
 from fedmira.errors import ConfigError, RunError, RunFolderError
 from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
 from fedmira.model import BaseModel, load_base
-from fedmira.report import Figures, write_comparison
-from fedmira.results import hash_of_rows
+from fedmira.report import Figures, check_target, write_comparison
 from fedmira.rounds import Progress, RunFolder
 
 __all__ = ["Comparison", "compare_algorithms", "plan_methods"]
@@ -87,12 +86,14 @@ def compare_algorithms(
     *,
     variants: Mapping[str, Sequence[str]] | None = None,
     reference: str = "",
+    target_loss: float | None = None,
 ) -> Comparison:
     """Run every method with every seed into `output`/<method>-seed<seed>, put the results side by side and write them into `output`.
 
     Args:
         variants: methods besides the algorithms, see `plan_methods`.
         reference: a method that the others are paired with besides local training.
+        target_loss: a mean test loss; the tables then say after how many rounds and seconds each method reached it.
 
     Raises:
         InputError: a setting is wrong, a folder of another comparison is in the way, or rows or base changed since a run of it.
@@ -101,6 +102,8 @@ def compare_algorithms(
     methods = plan_methods(config, algorithms, variants)
     if reference and reference not in methods:
         raise ConfigError(f"reference {reference!r} is not among the compared methods; they are {', '.join(methods)}")
+    if target_loss is not None:
+        check_target(target_loss)
     folders = {name: {seed: output / f"{name}-seed{seed}" for seed in seeds} for name in methods}
     base: BaseModel | None = None
     failures: dict[str, RunError] = {}
@@ -118,16 +121,18 @@ def compare_algorithms(
                     start(experiment, folder, progress)
             except RunError as error:  # the other methods are still worth comparing
                 failures[folder.name] = error
-    return _compared(folders, output, reference, failures)
+    return _compared(folders, output, reference, failures, target_loss)
 
 
-def _compared(folders: Mapping[str, Mapping[int, Path]], output: Path, reference: str, failures: Mapping[str, RunError]) -> Comparison:
+def _compared(
+    folders: Mapping[str, Mapping[int, Path]], output: Path, reference: str, failures: Mapping[str, RunError], target: float | None
+) -> Comparison:
     """Read and write; then raise where runs failed."""
     complete = {name: runs for name, runs in folders.items() if not any(run.name in failures for run in runs.values())}
     page, comparison = output / "comparison.html", None
     if complete:
         seeds = next(iter(complete.values()))
-        figures = write_comparison(complete, output, reference, {name: str(error) for name, error in failures.items()})
+        figures = write_comparison(complete, output, reference, {name: str(error) for name, error in failures.items()}, target)
         comparison = Comparison(page, figures, {runs[seed].name: runs[seed] for seed in seeds for runs in complete.values()})
     if failures or comparison is None:
         reasons = "; ".join(f"{name}: {error}" for name, error in failures.items())
@@ -155,7 +160,7 @@ def _refuse_other_ground(experiment: Experiment, folders: Sequence[Path]) -> Non
     Raises:
         RunFolderError: one does not.
     """
-    present = {"data": hash_of_rows(experiment.evaluator.clients), "base": experiment.base.sha256}
+    present = {"data": experiment.data_sha256, "base": experiment.base.sha256}
     for folder in folders:
         document: Mapping[str, Any] = RunFolder(folder).read_json("run.json")
         changed = [part for part, sha256 in present.items() if document.get(part, {}).get("sha256", sha256) != sha256]

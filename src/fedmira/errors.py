@@ -8,7 +8,8 @@
     │   └── RunFolderError       an existing run folder: in the way, missing, or damaged
     └── RunError                 exit code 3: the run itself failed; what was computed is on disk
         ├── RoundError           a round in which no client sent a usable reply
-        └── AlignmentError       alignment is on but moves nothing
+        ├── AlignmentError       alignment is on but moves nothing
+        └── WireError            a message between server and client that cannot be read
 
 Messages name the thing, the value, the limit and the next step. `InputError.problems` holds all problems that were found
 together, one string each.
@@ -29,6 +30,7 @@ __all__ = [
     "RoundError",
     "RunError",
     "RunFolderError",
+    "WireError",
 ]
 
 
@@ -78,3 +80,7 @@ class RoundError(RunError):
 
 class AlignmentError(RunError):
     """Alignment is switched on but moves no adapter."""
+
+
+class WireError(RunError):
+    """A message between server and client cannot be read; engines turn it into a `Failure` of that client."""

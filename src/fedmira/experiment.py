@@ -6,37 +6,62 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedmira.adapters import Adapter, AdapterTable, scale, truncate_rank
-from fedmira.algorithms import Algorithm, AlgorithmContext, build
+from fedmira.adapters import Adapter, AdapterTable
+from fedmira.algorithms import Algorithm
 from fedmira.clients import Cohort, CohortSettings
 from fedmira.config import Config, dump_config
-from fedmira.data import Dataset, load_clients
+from fedmira.data import ClientSummary, load_clients
 from fedmira.engines import Engine, InProcessEngine, MemoryTable
-from fedmira.errors import AlignmentError, ConfigError, FedmiraError, RunError, RunFolderError
-from fedmira.evaluation import Evaluator
-from fedmira.graphs import GraphSource, graph_source
+from fedmira.errors import AlignmentError, FedmiraError, RunError, RunFolderError
+from fedmira.evaluation import Evaluation, Evaluator
+from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
-from fedmira.model import BaseModel, TargetModule, choose_token_budget, find_targets, load_base, start_adapter, with_engine_options
-from fedmira.results import Provenance, Result, write_results
-from fedmira.rounds import CheckpointFolder, Progress, Recorder, RunFolder, cohort_size, run_rounds, seed_for
+from fedmira.model import AdapterKind, BaseModel, TargetModule
+from fedmira.parts import make_scheme, prepare_kind
+from fedmira.results import Ground, Provenance, Result, hash_of_rows, write_results
+from fedmira.rounds import CheckpointFolder, Progress, Recorder, RunFolder, run_rounds
 
 __all__ = ["Experiment", "build_experiment", "resume_experiment", "run_experiment"]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything a run needs, built and checked; nothing has been trained."""
+    """Everything a run needs, built and checked; nothing has been trained.
+
+    Attributes:
+        kind: the adapters, on their base.
+        parties: what each client says of itself, by client id.
+        data_sha256, token_budget: as in `Ground`.
+        skipped: what was left out of the data, one "name: reason" each.
+    """
 
     config: Config
-    base: BaseModel
-    targets: list[TargetModule]
-    dataset: Dataset
+    kind: AdapterKind
+    parties: Mapping[ClientId, ClientSummary]
     ranks: Mapping[ClientId, int]
     starts: Mapping[ClientId, Adapter]
     graph: GraphSource
     algorithm: Algorithm
     engine: Engine
-    evaluator: Evaluator
+    evaluator: Evaluation
+    data_sha256: str
+    token_budget: int | None
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> BaseModel:
+        """The frozen base model."""
+        return self.kind.base
+
+    @property
+    def targets(self) -> Sequence[TargetModule]:
+        """The layers that carry a LoRA branch."""
+        return self.kind.targets
+
+    @property
+    def ground(self) -> Ground:
+        """What the run stands on."""
+        return Ground(self.kind, self.data_sha256, self.token_budget)
 
 
 def build_experiment(config: Config, base: BaseModel | None = None, resumed: Path | None = None) -> Experiment:
@@ -49,43 +74,27 @@ def build_experiment(config: Config, base: BaseModel | None = None, resumed: Pat
     Raises:
         InputError: something in the config cannot work; nothing was trained.
     """
-    base = base or load_base(config.model)
-    targets = find_targets(base.model, config.adapter.targets)
-    base = with_engine_options(base, config.engine, targets)
-    _check_length(config, base)
-    dataset = load_clients(config.data, config.seed, base.tokenizer)
+    kind = prepare_kind(config, base)
+    dataset = load_clients(config.data, config.seed, kind.base.tokenizer)
     clients = {client.client_id: client for client in dataset.clients}
-    ranks = _ranks(config, list(clients))
-    scales = {client: scale(config.adapter.alpha, rank) for client, rank in ranks.items()}
-    common = start_adapter(targets, max(ranks.values()), seed_for(config.seed, "start"))
-    of_rank = {rank: common if rank == max(ranks.values()) else truncate_rank(common, rank) for rank in set(ranks.values())}
-    starts = {client: of_rank[rank] for client, rank in ranks.items()}
-
-    categories = {client.client_id: client.category for client in dataset.clients}
-    graph = graph_source(config.graph, tuple(clients), categories, seed_for(config.seed, "graph"))
-    rows = {name: len(client.train) for name, client in clients.items()}
-    at_once = cohort_size(len(clients), config.rounds)
-    context = AlgorithmContext(tuple(clients), rows, ranks, config.adapter.alpha, graph, at_once, config.rounds.count)
-    algorithm = build(config.algorithm, context)
-    if algorithm.aligns and not graph.acts(config.rounds.count):
-        raise ConfigError(
-            f"graph.warmup_rounds is {config.graph.warmup_rounds} and rounds.count {config.rounds.count}: the graph would never "
-            "act; set rounds.count above the warm-up, or graph.warmup_rounds to 0"
-        )
-
-    budget = _token_budget(config, base, targets, resumed)
-    cohort = Cohort(algorithm, base, targets, clients, CohortSettings(config.local, scales, config.adapter.dropout, budget))
+    parties = {party.client_id: party for party in dataset.summaries()}
+    scheme = make_scheme(config, kind, parties)
+    scales = {client: kind.scale(rank) for client, rank in scheme.ranks.items()}
+    budget = _token_budget(config, kind, resumed)
+    cohort = Cohort(scheme.algorithm, kind, clients, CohortSettings(config.local, scales, budget))
     return Experiment(
         config,
-        base,
-        targets,
-        dataset,
-        ranks,
-        starts,
-        graph,
-        algorithm,
-        InProcessEngine(cohort),
-        Evaluator(base, targets, clients, scales, budget),
+        kind,
+        parties,
+        scheme.ranks,
+        scheme.starts,
+        scheme.graph,
+        scheme.algorithm,
+        InProcessEngine(cohort, wire=config.engine.wire),
+        Evaluator(kind, clients, scales, budget),
+        hash_of_rows(clients),
+        budget,
+        dataset.skipped,
     )
 
 
@@ -131,7 +140,7 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None) -
         progress or _quiet,
         float(before.get("wall_seconds", 0.0)),  # type: ignore[arg-type]
     )
-    checkpoint, provenance = checkpoints.load(), Provenance(recorder, before)
+    checkpoint, provenance = checkpoints.load(), Provenance(recorder, experiment.ground, before)
     provenance.check_same_ground()
     checkpoints.tidy(checkpoint)
     if checkpoint is not None:
@@ -156,10 +165,10 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None) -
     except FedmiraError as error:
         last = checkpoints.load()
         assert last is not None, "the recorder writes a checkpoint before round 1"
-        write_results(recorder, experiment.ranks, last.state, generate=False)
+        write_results(recorder, experiment.ground, experiment.ranks, last.state, generate=False)
         provenance.write("failed", error=str(error), rounds_done=last.round, clients=len(clients))
         raise
-    result = write_results(recorder, experiment.ranks, state, generate=config.evaluation.rouge)
+    result = write_results(recorder, experiment.ground, experiment.ranks, state, generate=config.evaluation.rouge)
     reason = _divergence(result)
     provenance.write(
         "failed" if reason else "finished", error=reason, rounds_done=config.rounds.count, clients=len(clients), summary=result.summary
@@ -180,34 +189,13 @@ def _divergence(result: Result) -> str | None:
     )
 
 
-def _token_budget(config: Config, base: BaseModel, targets: Sequence[TargetModule], resumed: Path | None) -> int:
+def _token_budget(config: Config, kind: AdapterKind, resumed: Path | None) -> int:
     """As set, else that of the run that is continued, else what is fastest."""
     if config.engine.token_budget != "auto":
         return config.engine.token_budget
     recorded = RunFolder(resumed).read_json("run.json").get("token_budget") if resumed else None
-    return recorded if isinstance(recorded, int) else choose_token_budget(base, targets)
+    return recorded if isinstance(recorded, int) else kind.token_budget()
 
 
 def _quiet(what: str, figures: Mapping[str, object]) -> None:
     """No progress."""
-
-
-def _ranks(config: Config, clients: list[ClientId]) -> dict[ClientId, int]:
-    unknown = sorted(set(config.adapter.ranks) - set(clients))
-    if unknown:
-        raise ConfigError(
-            [
-                f"adapter.ranks: there is no client {client!r}; the clients are "
-                f"{', '.join(clients[:8])}{' ...' if len(clients) > 8 else ''}"
-                for client in unknown
-            ]
-        )
-    return {client: config.adapter.ranks.get(client, config.adapter.rank) for client in clients}
-
-
-def _check_length(config: Config, base: BaseModel) -> None:
-    if base.max_positions is not None and config.data.max_length > base.max_positions:
-        raise ConfigError(
-            f"data.max_length is {config.data.max_length}, but {config.model.base!r} reads at most {base.max_positions} tokens; "
-            f"set data.max_length to {base.max_positions} or less"
-        )

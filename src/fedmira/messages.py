@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fedmira.adapters import Adapter
 
-__all__ = ["ClientId", "Failure", "Payload", "Reply", "Request"]
+__all__ = ["ClientId", "Failure", "Payload", "Reply", "Request", "Traffic", "Volume"]
 
 ClientId = str
 
@@ -24,6 +24,28 @@ class Payload:
         """Bytes of all tensors as they are stored, and 8 for each number."""
         return sum(t.numel() * t.element_size() for a in self.tensors.values() for t in a.values()) + 8 * len(self.scalars)
 
+    @property
+    def dtype(self) -> str:
+        """Number types of what `num_bytes` counts, such as "float32" or "float32+int32"; "" where nothing travels."""
+        kinds = {str(t.dtype).removeprefix("torch.") for a in self.tensors.values() for t in a.values() if t.numel()}
+        return "+".join(sorted(kinds | ({"float64"} if self.scalars else set())))
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """What one message took: bytes of its arrays, and 8 for each number, without framing; and the number types, as `Payload.dtype`."""
+
+    num_bytes: int = 0
+    dtype: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What one client's exchange took, counted where messages are written."""
+
+    down: Volume
+    up: Volume
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -37,20 +59,30 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Client to server: what local training made of it."""
+    """Client to server: what local training made of it.
+
+    Attributes:
+        traffic: what travelled, where an engine writes messages; None where payloads are handed over as they are.
+    """
 
     client_id: ClientId
     round: int
     num_examples: int
     payload: Payload
     metrics: Mapping[str, float] = field(default_factory=dict)
+    traffic: Traffic | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """In place of a reply: what went wrong, and where ("train", "reply", ...)."""
+    """In place of a reply: what went wrong, and where ("train", "reply", "wire", ...).
+
+    Attributes:
+        traffic: what travelled all the same, where an engine writes messages.
+    """
 
     client_id: ClientId
     round: int
     stage: str
     reason: str
+    traffic: Traffic | None = None

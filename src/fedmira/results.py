@@ -11,7 +11,6 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from fedmira.errors import RunFolderError
 from fedmira.evaluation import TokenLoss, summarise
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId
-from fedmira.model import read_adapter, write_adapter
+from fedmira.model import AdapterKind, BaseModel
 from fedmira.report import write_report
 from fedmira.rounds import Recorder
 
-__all__ = ["Provenance", "Result", "hash_of_rows", "write_results"]
+__all__ = ["Ground", "Provenance", "Result", "hash_of_rows", "write_results"]
 
 _LOSSES = ("base_loss", "before_align_loss", "after_align_loss")
 _TEXTS = ("rouge_l", "rouge_l_package", "exact_match")
@@ -55,11 +54,30 @@ class Result:
     diverged: tuple[ClientId, ...] = ()
 
 
-def write_results(recorder: Recorder, ranks: Mapping[ClientId, int], state: ServerState, *, generate: bool) -> Result:
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What a run stands on.
+
+    Attributes:
+        kind: the adapters, on their base.
+        data_sha256: tells whether the clients' rows are those that the run began with.
+        token_budget: most tokens in one forward pass, or None where each client's machine has its own.
+    """
+
+    kind: AdapterKind
+    data_sha256: str
+    token_budget: int | None
+
+    @property
+    def base(self) -> BaseModel:
+        """The frozen base model."""
+        return self.kind.base
+
+
+def write_results(recorder: Recorder, ground: Ground, ranks: Mapping[ClientId, int], state: ServerState, *, generate: bool) -> Result:
     """Evaluate each client's own adapter, save it as a PEFT folder, and write the tables; adapters are read one after another."""
     config, folder, evaluator = recorder.config, recorder.folder, recorder.evaluator
-    settings = config.adapter
-    last = LazyAdapters(ranks, partial(recorder.algorithm.adapter_for, state))
+    last, _ = recorder.given(state)
     best = config.evaluation.select == "best"
     kept = recorder.best_adapters
     chosen = LazyAdapters(ranks, lambda client: kept[client] if best and client in kept else last[client])
@@ -74,15 +92,16 @@ def write_results(recorder: Recorder, ranks: Mapping[ClientId, int], state: Serv
     index: dict[str, object] = {}
     for client, row in zip(ranks, rows, strict=True):
         rank, adapter = ranks[client], chosen[client]
-        write_adapter(folder.adapters / client, adapter, evaluator.base, evaluator.targets, rank, settings.alpha, settings.dropout)
+        ground.kind.write(folder.adapters / client, adapter)
         figures = {name: row[name] for name in (*_LOSSES, *_TEXTS) if row[name] != "" and math.isfinite(row[name])}
         entry = {"task": row["task"], "category": row["category"], "rank": rank, "rounds_trained": row["rounds_trained"]}
         entry["parameters"] = sum(tensor.numel() for tensor in adapter.values())
-        index[client] = {**entry, "sha256": content_hash(adapter), "base_sha256": evaluator.base.sha256, "metrics": figures}
+        index[client] = {**entry, "sha256": content_hash(adapter), "base_sha256": ground.base.sha256, "metrics": figures}
     folder.write_json("adapters/index.json", index)
+    folder.append_events(recorder.unmeasured(config.rounds.count))
     folder.write_table("clients.csv", rows)
     diverged = tuple(client for client, loss in after.items() if not math.isfinite(loss.total))
-    saved = LazyAdapters(ranks, lambda client: read_adapter(folder.adapters / client))
+    saved = LazyAdapters(ranks, lambda client: ground.kind.read(folder.adapters / client))
     return Result(folder.path, folder.path / "report.html", saved, rows, recorder.graph, summary, diverged)
 
 
@@ -91,7 +110,8 @@ def _before(recorder: Recorder, last: Mapping[ClientId, Adapter], after: Mapping
     uploaded = recorder.uploaded
     moved = [client for client in uploaded if uploaded.hashes[client] != content_hash(last[client])]
     own = recorder.evaluator.losses(LazyAdapters(moved, uploaded.__getitem__))
-    return {client: own.get(client, after[client]) for client in uploaded}
+    measured = {**after, **own}
+    return {client: measured[client] for client in uploaded if client in measured}
 
 
 class Provenance:
@@ -99,14 +119,15 @@ class Provenance:
 
     Args:
         recorder: of the run.
+        ground: what it stands on.
         before: what run.json said when this part began.
     """
 
-    def __init__(self, recorder: Recorder, before: Mapping[str, Any]) -> None:
+    def __init__(self, recorder: Recorder, ground: Ground, before: Mapping[str, Any]) -> None:
         self._recorder = recorder
+        self._ground = ground
         self._before = before
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
-        self._data_sha256 = hash_of_rows(recorder.evaluator.clients)
 
     def check_same_ground(self) -> None:
         """Refuse to continue on another base or on other rows than the run began with.
@@ -114,7 +135,7 @@ class Provenance:
         Raises:
             RunFolderError: a hash differs.
         """
-        hashes = {"base model": ("base", self._recorder.evaluator.base.sha256), "data": ("data", self._data_sha256)}
+        hashes = {"base model": ("base", self._ground.base.sha256), "data": ("data", self._ground.data_sha256)}
         changed = [what for what, (key, present) in hashes.items() if self._before.get(key, {}).get("sha256", present) != present]
         if changed:
             raise RunFolderError(
@@ -128,7 +149,7 @@ class Provenance:
         Args:
             status: "running", "finished" or "failed".
         """
-        folder, base = self._recorder.folder, self._recorder.evaluator.base
+        folder, base = self._recorder.folder, self._ground.base
         document = {
             "status": status,
             "error": None,
@@ -142,10 +163,10 @@ class Provenance:
                 "sha256": base.sha256,
                 "parameters": base.num_parameters,
                 "dtype": str(base.dtype).removeprefix("torch."),
-                "packed": base.packed,
+                "packed": self._ground.kind.packed,
             },
-            "data": {"sha256": self._data_sha256},
-            "token_budget": self._recorder.evaluator.token_budget,
+            "data": {"sha256": self._ground.data_sha256, "clients": list(self._recorder.evaluator.parties)},
+            "token_budget": self._ground.token_budget,
             "machine": {
                 "cpu": platform.processor() or platform.machine(),
                 "cores": os.cpu_count(),
@@ -177,16 +198,16 @@ def hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:
 def _client_row(
     recorder: Recorder, client: ClientId, rank: int, losses: Mapping[str, Mapping[ClientId, TokenLoss]], texts: Mapping[str, float]
 ) -> dict[str, Any]:
-    data = recorder.evaluator.clients[client]
+    party = recorder.evaluator.parties[client]
     best = recorder.best.get(client)
     return {
         "client": client,
-        "task": data.task,
-        "category": data.category,
+        "task": party.task,
+        "category": party.category,
         "rank": rank,
-        "train_rows": len(data.train),
-        "test_rows": len(data.test),
-        "test_tokens": sum(len(row.response) for row in data.test),
+        "train_rows": party.train_rows,
+        "test_rows": party.test_rows,
+        "test_tokens": party.test_response_tokens,
         "rounds_trained": recorder.rounds_trained.get(client, 0),
         **{name: losses[name][client].per_token if client in losses[name] else "" for name in _LOSSES},
         "best_round": best.round if best else "",

@@ -13,7 +13,6 @@ from fedmira.errors import ConfigError, RunFolderError
 from fedmira.evaluation import Evaluator
 from fedmira.experiment import build_experiment
 from fedmira.messages import ClientId
-from fedmira.model import LoraBranch, StackedAdapters, generate, read_adapter
 from fedmira.rounds import RunFolder
 
 __all__ = ["SavedRun", "answer", "reload_run"]
@@ -40,6 +39,8 @@ def reload_run(path: Path) -> SavedRun:
         raise RunFolderError(f"{path}: the run has saved no adapters yet; finish it with: fedmira run --resume --output {path}")
     config = load_config(path / "config.toml")
     experiment = build_experiment(config)
+    evaluator = experiment.evaluator
+    assert isinstance(evaluator, Evaluator), "what build_experiment makes has all rows in this process"
     for client, entry in index.items():
         trained_on = entry["base_sha256"] if isinstance(entry, dict) else ""
         if trained_on != experiment.base.sha256:
@@ -47,7 +48,7 @@ def reload_run(path: Path) -> SavedRun:
                 f"{path}: the adapter of {client!r} was trained on another base (sha256 {trained_on[:12]}, {config.model.base!r} "
                 f"has {experiment.base.sha256[:12]}); give the base it was trained on"
             )
-    return SavedRun(config, experiment.evaluator, LazyAdapters(index, lambda client: read_adapter(folder.adapters / client)))
+    return SavedRun(config, evaluator, LazyAdapters(index, lambda client: experiment.kind.read(folder.adapters / client)))
 
 
 def answer(saved: SavedRun, client: ClientId, text: str, instruction: str | None = None, max_new_tokens: int | None = None) -> str:
@@ -65,6 +66,6 @@ def answer(saved: SavedRun, client: ClientId, text: str, instruction: str | None
     own = evaluator.clients[client].instruction if instruction is None else instruction
     example = Example(own, text, "") if own else Example(text, "", "")
     prompt = Encoder(evaluator.base.tokenizer, saved.config.data.prompt, saved.config.data.max_length).prompt(example)
-    stacked = StackedAdapters(evaluator.targets, [saved.adapters[client]], [evaluator.scales[client]], evaluator.base.device)
-    with LoraBranch(evaluator.base.model, stacked) as branch:
-        return generate(evaluator.base, branch, [(0, prompt)], max_new_tokens or saved.config.evaluation.max_new_tokens)[0]
+    limit = max_new_tokens or saved.config.evaluation.max_new_tokens
+    adapters, scales = [saved.adapters[client]], [evaluator.scales[client]]
+    return evaluator.kind.generate(adapters, scales, [(0, prompt)], limit, evaluator.token_budget)[0]

@@ -48,3 +48,24 @@ def test_unequal_runs_are_said_loudly(config_file: Path, tmp_path: Path, fedmira
 def test_a_variant_without_name_or_settings_is_refused(text: str, config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]) -> None:
     ended = fedmira("compare", config_file, "--algorithms", "local", "--variant", text, "--output", tmp_path / "all")
     assert ended.code == 2 and "must be a name of its own" in ended.err and not (tmp_path / "all").exists()
+
+
+def test_rounds_and_seconds_to_a_target_are_printed(config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]) -> None:
+    arguments = (
+        "compare",
+        config_file,
+        "--algorithms",
+        "local,fedavg",
+        *SMALL,
+        "--set",
+        "evaluation.every=1",
+        "--output",
+        tmp_path / "all",
+    )
+    ended = fedmira(*arguments, "--target-loss", "1000")
+    assert ended.code == 0, ended.err
+    assert "to a mean test loss of 1000" in ended.out and "number type" in ended.out and "float32" in ended.out
+    document = json.loads(fedmira(*arguments, "--target-loss", "0.0001", "--format", "json").out)  # the runs are there already
+    assert [(row["rounds_to_target"], row["seeds_to_target"]) for row in document["algorithms"]] == [(None, 0), (None, 0)]
+    refused = fedmira(*arguments[:-1], tmp_path / "other", "--target-loss", "-1")
+    assert refused.code == 2 and "must be a finite number above 0" in refused.err and not (tmp_path / "other").exists()

@@ -12,7 +12,7 @@ import torch
 
 from federation import cohort_of, make_config
 from fedmira.adapters import Adapter, digest
-from fedmira.algorithms import Algorithm, Combined, ServerState, Start, Trained
+from fedmira.algorithms import Algorithm, Combined, PlainClient, ServerState, Start, Trained
 from fedmira.experiment import Experiment, build_experiment
 from fedmira.messages import ClientId, Failure, Payload, Reply, Request
 from fedmira.model import BaseModel
@@ -32,7 +32,7 @@ def noisy(start: Adapter, seed: int) -> Adapter:
 
 
 @dataclass(frozen=True)
-class Scribbling:
+class Scribbling(PlainClient):
     """Local training with a client half that starts elsewhere, hooks gradients, and keeps a memory: all that the contract allows."""
 
     inner: Algorithm

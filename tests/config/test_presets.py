@@ -34,14 +34,14 @@ def test_the_data_path_of_a_preset_is_left_to_the_user(name: str) -> None:
     assert load_config(preset=name, overrides=["data.path=here"]).data.path == "here"
 
 
-@pytest.mark.parametrize(("name", "coefficient"), [("mira-paper-ni", 0.5), ("mira-paper-dolly", 0.01)])
+@pytest.mark.parametrize(("name", "coefficient"), [("mira-paper-ni", 0.5), ("mira-paper-dolly", 0.01), ("mira-paper-dolly-gpt2", 0.8)])
 def test_the_published_server_step_is_learning_rate_times_epochs_times_lambda(name: str, coefficient: float) -> None:
     config = load_config(preset=name)
     assert isinstance(config.algorithm, MiraSettings)
     assert config.algorithm.server_step == pytest.approx(config.local.learning_rate * config.local.epochs * coefficient)
 
 
-@pytest.mark.parametrize("name", ["mira-paper-ni", "mira-paper-dolly", "fedit-ni", "fedit-dolly", "local-ni"])
+@pytest.mark.parametrize("name", ["mira-paper-ni", "mira-paper-dolly", "fedit-ni", "fedit-dolly", "local-ni", "local-dolly"])
 def test_the_published_runs_share_model_adapter_and_federation(name: str) -> None:
     config = load_config(preset=name)
     assert (config.adapter.rank, config.adapter.alpha, config.adapter.dropout, config.adapter.targets) == (16, 8, 0.05, ("q_proj",))
@@ -50,11 +50,50 @@ def test_the_published_runs_share_model_adapter_and_federation(name: str) -> Non
     assert config.model.base == "datajuicer/LLaMA-1B-dj-refine-150B"
 
 
-def test_local_ni_differs_from_mira_paper_ni_in_the_algorithm_only() -> None:
-    paper, local = load_config(preset="mira-paper-ni"), load_config(preset="local-ni")
+@pytest.mark.parametrize("data", ["ni", "dolly"])
+def test_the_local_presets_differ_from_the_published_ones_in_the_algorithm_only(data: str) -> None:
+    paper, local = load_config(preset=f"mira-paper-{data}"), load_config(preset=f"local-{data}")
     defaults = Config()
     same = {"algorithm": defaults.algorithm, "graph": defaults.graph}
     assert dump_config(paper.model_copy(update=same)) == dump_config(local.model_copy(update=same))
+
+
+@pytest.mark.parametrize("data", ["ni", "dolly"])
+def test_the_settings_on_the_bundled_base_are_the_published_ones(data: str) -> None:
+    paper, bundled = load_config(preset=f"mira-paper-{data}"), load_config(preset=f"paper-{data}-bundled")
+    assert bundled.model.base == "bundled" and bundled.data.max_length == 512
+    for section in ("adapter", "algorithm", "graph", "local", "rounds", "seed"):
+        assert getattr(bundled, section) == getattr(paper, section)
+
+
+def test_fedprompt_differs_from_fedptuning_in_the_adapter_only() -> None:
+    encoder, prompt = load_config(preset="fedptuning-ni"), load_config(preset="fedprompt-ni")
+    assert (prompt.adapter.kind, prompt.adapter.virtual_tokens) == ("prompt", encoder.adapter.virtual_tokens)
+    assert prompt.model_copy(update={"adapter": encoder.adapter}) == encoder
+
+
+@pytest.mark.parametrize("data", ["ni", "dolly"])
+def test_fedptuning_has_the_federation_of_fedit_and_its_own_adapter(data: str) -> None:
+    fedit, prompt = load_config(preset=f"fedit-{data}"), load_config(preset=f"fedptuning-{data}")
+    assert (prompt.adapter.kind, prompt.adapter.virtual_tokens, prompt.adapter.encoder_hidden) == ("p-tuning", 20, 128)
+    assert (prompt.local.learning_rate, prompt.local.weight_decay, prompt.local.epochs) == (1e-3, 1e-2, 5)
+    for section in ("model", "data", "algorithm", "rounds", "seed"):
+        assert getattr(prompt, section) == getattr(fedit, section)
+
+
+def test_gpt2_large_has_its_own_rank_batch_and_rounds() -> None:
+    for name in ("mira-paper-dolly-gpt2", "fedit-dolly-gpt2"):
+        config = load_config(preset=name)
+        assert (config.adapter.rank, config.local.batch_size, config.rounds.count, config.local.learning_rate) == (8, 4, 40, 3e-5)
+        assert config.adapter.targets == ("c_attn", "c_proj")
+
+
+def test_flexloras_presets_differ_in_the_ranks_only() -> None:
+    fixed, drawn = load_config(preset="flexlora-ni"), load_config(preset="flexlora-types-ni")
+    assert (fixed.adapter.rank, drawn.adapter.rank_distribution, drawn.adapter.type_ranks) == (8, "heavy-tail-light", (8, 30, 200))
+    ranks = {"rank": 16, "rank_distribution": "one"}
+    assert fixed.adapter.model_copy(update=ranks) == drawn.adapter.model_copy(update=ranks)
+    assert fixed.model_copy(update={"adapter": drawn.adapter}) == drawn
 
 
 def test_an_unknown_preset_is_an_error_that_names_the_nearest() -> None:

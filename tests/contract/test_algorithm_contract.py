@@ -18,6 +18,7 @@ from fedmira.config.methods import (
     FedAltSettings,
     FedAvgSettings,
     FedExSettings,
+    FedFomoSettings,
     FedItFinetuneSettings,
     FedKSeedSettings,
     FedProxSettings,
@@ -27,7 +28,7 @@ from fedmira.config.methods import (
     MiraSettings,
     ShareFactorSettings,
 )
-from fedmira.graphs import FixedGraph, GraphSource, LearnedGraph, random_graph
+from fedmira.graphs import CollaborationGraph, FixedGraph, GraphSource, LearnedGraph, random_graph
 from fedmira.messages import Reply
 
 CLIENTS = tuple(f"client-{k}" for k in range(6))
@@ -49,13 +50,20 @@ SETTINGS: dict[str, tuple[AlgorithmSettings, GraphSource]] = {
     "fedalt": (FedAltSettings(name="fedalt"), FIXED),
     "fedalt, learned graph": (FedAltSettings(name="fedalt", trained_rank=3), LEARNED),
     "fedalt, sketched": (FedAltSettings(name="fedalt"), LearnedGraph(nearest=2, warmup_rounds=0, sketch=32)),
+    "fedfomo": (FedFomoSettings(name="fedfomo", candidates=2), FIXED),
     "fedkseed": (FedKSeedSettings(name="fedkseed"), FIXED),
     "mira": (MiraSettings(), LEARNED),
     "mira, fixed graph": (MiraSettings(), FIXED),
     "mira, factor space": (MiraSettings(space="factor", neighbours="rescaled"), LEARNED),
     "mira, as published": (MiraSettings(space="factor", neighbours="fresh", server_step=0.01, size_scale=0), FIXED),
+    "mira, safeguarded": (MiraSettings(safeguard=True), FIXED),
+    "mira, safeguarded factors": (MiraSettings(safeguard=True, space="factor"), LEARNED),
     "mira, shuffled": (MiraSettings(), LearnedGraph(warmup_rounds=0, shuffle_seed=3)),
     "mira, sketched": (MiraSettings(), LearnedGraph(nearest=2, warmup_rounds=0, sketch=32)),
+    "mira, principal angles": (MiraSettings(), LearnedGraph(nearest=2, warmup_rounds=0, space="subspace")),
+    "mira, sketched principal angles": (MiraSettings(), LearnedGraph(nearest=2, warmup_rounds=0, space="subspace", sketch=32)),
+    "mira, pfedgraph": (MiraSettings(server_step=1, size_scale=0), CollaborationGraph(warmup_rounds=0)),
+    "fedalt, pfedgraph": (FedAltSettings(name="fedalt"), CollaborationGraph(warmup_rounds=0, space="subspace", shuffle_seed=1)),
     "mira, sketched factors": (MiraSettings(space="factor"), LearnedGraph(nearest=2, warmup_rounds=0, sketch=32)),
 }
 
@@ -167,6 +175,19 @@ def test_clients_expected_to_move_do_not_keep_what_they_trained(algorithm: Algor
     for client in combined.diagnostics.expects_motion:
         assert digest(algorithm.adapter_for(combined.state, client)) != digest(trained[client])
         assert combined.diagnostics.clients[client]["relative_pull"] > 0
+
+
+def test_alternatives_to_what_the_server_made_are_whole_adapters_by_falling_share_down_to_none(algorithm: Algorithm) -> None:
+    own, aligned = lora(5), lora(6)
+    before = digest(own), digest(aligned)
+    found = algorithm.alternatives(own, aligned)
+    assert bool(found) == algorithm.may_decline
+    assert list(found) == sorted(found, reverse=True) and all(0 <= share < 1 for share in found)
+    assert all(same_shapes(adapter, own) for adapter in found.values())
+    if found:
+        assert digest(found[0.0]) == digest(own)
+    assert not algorithm.alternatives(own, dict(own)), "who was not moved has nothing to decline"
+    assert (digest(own), digest(aligned)) == before
 
 
 def saved_and_loaded(state: ServerState) -> ServerState:

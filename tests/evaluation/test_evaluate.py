@@ -12,7 +12,7 @@ from torch import Tensor
 from fedmira.adapters import Adapter
 from fedmira.data import ClientData, EncodedExample
 from fedmira.evaluation import Evaluator
-from fedmira.model import TargetModule, find_targets, start_adapter
+from fedmira.model import LoraKind, TargetModule, find_targets, start_adapter
 from tiny import draw_rows, tiny_base
 
 CLIENTS = 130
@@ -49,7 +49,7 @@ def evaluator() -> Evaluator:
     for number in range(CLIENTS):
         rows = tuple(EncodedExample(row.prompt, row.response) for row in draw_rows(number % 3, 4, number, 6))
         clients[str(number)] = ClientData(str(number), "task", "category", (), (), rows, ("",) * len(rows))
-    return Evaluator(base, find_targets(base.model, ()), clients, dict.fromkeys(clients, 2.0), 512)
+    return Evaluator(LoraKind(base, find_targets(base.model, ()), alpha=4.0), clients, dict.fromkeys(clients, 2.0), 512)
 
 
 def test_losses_read_each_needed_adapter_once_and_hold_few(evaluator: Evaluator) -> None:

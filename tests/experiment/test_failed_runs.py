@@ -13,7 +13,7 @@ import pytest
 
 from federation import CLIENTS, adapter_bytes, adapters_of, events_of, make_config, table_of, with_algorithm_object
 from fedmira.adapters import Adapter, content_hash, digest
-from fedmira.algorithms import Algorithm, Combined, ServerState, Start, Trained
+from fedmira.algorithms import Algorithm, Combined, PlainClient, ServerState, Start, Trained
 from fedmira.errors import AlignmentError, ConfigError, RoundError, RunError, RunFolderError
 from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
 from fedmira.messages import ClientId, Payload, Reply
@@ -22,7 +22,7 @@ from fedmira.rounds import sample_clients
 
 
 @dataclass(frozen=True)
-class Diverging:
+class Diverging(PlainClient):
     """An algorithm whose chosen clients get gradients that are no numbers, so that their training really diverges.
 
     Attributes:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from federation import adapters_of, events_of, make_config, table_of, with_algorithm_object, write_clients
 from fedmira.adapters import Adapter, AdapterTable, LazyAdapters, content_hash
-from fedmira.algorithms import Algorithm, Combined, ServerState, Start, Trained
+from fedmira.algorithms import Algorithm, Combined, PlainClient, ServerState, Start, Trained
 from fedmira.engines import MemoryTable
 from fedmira.evaluation import evaluate
 from fedmira.experiment import Experiment, build_experiment, run_experiment
@@ -48,7 +48,7 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Watched:
+class Watched(PlainClient):
     """An algorithm that shows a watch what is read to be evaluated or saved."""
 
     inner: Algorithm

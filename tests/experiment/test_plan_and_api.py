@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fedmira
-from federation import CLIENTS, SETTINGS, adapter_bytes, make_config
+from federation import CLIENTS, SETTINGS, adapter_bytes, events_of, make_config
 from fedmira.errors import ConfigError
 from fedmira.experiment import build_experiment, run_experiment
 from fedmira.model import BaseModel
@@ -28,19 +28,58 @@ def test_the_plan_follows_from_settings_and_shapes(base: BaseModel, base_folder:
     plan = make_plan(experiment)
     assert (plan.clients, plan.clients_per_round, plan.rounds, plan.targets) == (5, 3, 7, 4)
     assert plan.adapter_parameters == 8 * PER_RANK
-    assert plan.upload_mib == pytest.approx(4 * 8 * PER_RANK / 2**20)
+    assert (plan.adapter_parameters_least, plan.dtype) == (4 * PER_RANK, "float32")
+    assert plan.upload_mib == plan.download_mib == pytest.approx(4 * 8 * PER_RANK / 2**20)
+    assert plan.run_upload_mib == plan.run_download_mib == pytest.approx(7 * 3 * 4 * (8 + 4 * 4) / 5 * PER_RANK / 2**20)
     assert plan.server_mib == pytest.approx(4 * (8 + 4 * 4) * PER_RANK / 2**20)
     assert plan.cohort_mib == pytest.approx(4 * 4 * 3 * 8 * PER_RANK / 2**20)  # values, gradients, two moments
-    most = max(len(client.train) for client in experiment.dataset.clients)
+    most = max(party.train_rows for party in experiment.parties.values())
     assert plan.local_steps == 2 * -(-most // 4)
     assert plan.max_degree == 2 and plan.largest_step == pytest.approx(0.5)  # three joined to each other: gamma * 2 <= 1
     text = "\n".join(plan.lines())
     assert "7 with 3 of 5 clients" in text and "largest degree 2" in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        ({"algorithm.name": "fedprox"}, 4 * PER_RANK),
+        ({"algorithm.name": "fedex", "algorithm.trained_rank": 1}, PER_RANK),
+        ({"algorithm.name": "share-factor", "algorithm.shared_factor": "B", "algorithm.private_factor": "frozen"}, 4 * 2 * (32 + 16)),
+    ],
+)
+def test_the_plan_tells_trained_parameters_from_frozen_ones(
+    settings: dict[str, object], trained: int, base: BaseModel, base_folder: Path, clients_folder: Path
+) -> None:
+    plan = make_plan(build_experiment(make_config(base_folder, clients_folder, settings), base))
+    assert (plan.adapter_parameters, plan.trained_parameters) == (4 * PER_RANK, trained)
+    assert ("are trained" in "\n".join(plan.lines())) == (trained < 4 * PER_RANK)
+
+
 def test_a_learned_graph_has_no_bound_to_tell_in_advance(base: BaseModel, base_folder: Path, clients_folder: Path) -> None:
     plan = make_plan(build_experiment(make_config(base_folder, clients_folder), base))
     assert plan.max_degree is None and "learned in the run" in plan.lines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "down", "up"),
+    [
+        ({"algorithm.name": "fedavg"}, 4 * 4 * PER_RANK, 4 * 4 * PER_RANK),
+        ({"algorithm.name": "fedkseed", "local.optimizer": "zeroth-order"}, 0, 2 * (4 + 4)),  # two steps: a seed and a number each
+        ({"algorithm.name": "share-factor"}, 4 * 4 * 2 * (32 + 32), 4 * 4 * 2 * (32 + 32)),  # A of q_proj and v_proj in two layers
+    ],
+)
+def test_planned_traffic_is_that_of_the_first_round(
+    settings: dict[str, object], down: int, up: int, base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    experiment = build_experiment(make_config(base_folder, clients_folder, {**settings, "rounds.count": 1}), base)
+    plan = make_plan(experiment)
+    assert (round(plan.download_mib * 2**20), round(plan.upload_mib * 2**20)) == (down, up)
+    folder = run_experiment(experiment, tmp_path / "run").folder
+    for event in events_of(folder, "train"):
+        assert (event["bytes_down"], event["bytes_up"]) == (down, up)
+        kinds = {kind for way in ("down", "up") for kind in event[f"dtype_{way}"].split("+") if kind}
+        assert "+".join(sorted(kinds)) == plan.dtype
 
 
 def test_one_call_runs_a_mapping_of_dotted_keys(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:

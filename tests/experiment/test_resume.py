@@ -35,6 +35,21 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.count": 4,
         "adapter.dropout": 0.2,
     },
+    "safeguard": {
+        "algorithm.safeguard": True,
+        "graph.kind": "uniform",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+        "evaluation.every": 2,
+    },
+    "safeguard with kept moments": {
+        "algorithm.safeguard": True,
+        "graph.kind": "uniform",
+        "algorithm.space": "factor",
+        "local.optimizer_state": "kept",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
     "fedavg with kept moments": {
         "algorithm.name": "fedavg",
         "local.optimizer_state": "kept",
@@ -53,6 +68,23 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
     "ditto, some clients": {"algorithm.name": "ditto", "rounds.participation": 0.6, "rounds.count": 4},
     "fedit-finetune": {"algorithm.name": "fedit-finetune", "rounds.count": 4},
     "fedalt, learned graph": {"algorithm.name": "fedalt", "rounds.participation": 0.6, "rounds.count": 4, "evaluation.every": 2},
+    "p-tuning with kept moments": {
+        "adapter.kind": "p-tuning",
+        "adapter.virtual_tokens": 4,
+        "adapter.encoder_hidden": 8,
+        "algorithm.name": "fedavg",
+        "local.optimizer_state": "kept",
+        "rounds.participation": 0.6,
+        "rounds.count": 3,
+    },
+    "mira on prefixes, learned graph": {
+        "adapter.kind": "prefix",
+        "adapter.virtual_tokens": 3,
+        "algorithm.space": "factor",
+        "algorithm.safeguard": True,
+        "rounds.participation": 0.6,
+        "rounds.count": 3,
+    },
     "ranks that differ": {"graph.kind": "category", "adapter.ranks": {"apple-1": 2}, "rounds.count": 3, "evaluation.every": 1},
 }
 

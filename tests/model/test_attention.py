@@ -72,14 +72,19 @@ def test_long_rows_are_cut_into_blocks_without_a_difference() -> None:
     assert all(torch.allclose(found, want, atol=1e-4) for found, want in pairs)
 
 
-def test_a_prefix_that_nobody_reads_is_skipped_and_changes_no_remainder() -> None:
-    batch = batch_of((12, 0), 1)
-    inputs = [heads(count, len(batch.ids), count) for count in (4, 2, 2)]
-    whole, skipped = (attend_on_cpu(*inputs, plan_for_cpu(batch, torch.float32), 0.3, skip) for skip in (False, True))
-    prefix = batch.segments[0].prefix
-    assert prefix > 1
-    assert torch.equal(skipped[:, prefix:], whole[:, prefix:])
-    assert not bool(skipped[:, :prefix].any())
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=3), st.sampled_from([9, 150]), st.integers(0, 99))
+def test_queries_that_predict_alone_get_what_they_get_among_all(shared: list[int], longest: int, seed: int) -> None:
+    batch = batch_of(tuple(shared), seed, longest=longest)
+    inputs = [heads(count, len(batch.ids), seed + count) for count in (4, 2, 2)]
+    plans = [plan_for_cpu(batch, torch.float32, predicting) for predicting in (False, True)]
+    query, key, value = inputs
+    whole = attend_on_cpu(query, key, value, plans[0], 0.3)[:, batch.predict_at]
+    alone = attend_on_cpu(query[:, :, batch.predict_at], key, value, plans[1], 0.3)
+    assert torch.allclose(alone, whole, atol=1e-5)
+    weight = torch.randn(whole.shape, generator=torch.Generator().manual_seed(seed))
+    pairs = zip(*(torch.autograd.grad((each * weight).sum(), inputs) for each in (alone, whole)), strict=True)
+    assert all(torch.allclose(found, want, atol=3e-5) for found, want in pairs)
 
 
 def test_sequences_for_variable_length_kernels_list_every_key_a_row_sees() -> None:

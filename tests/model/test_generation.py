@@ -31,7 +31,7 @@ from fedmira.model import (
 )
 from fedmira.model.decoding import WaveDecoder
 from fedmira.model.decoding_probe import decoding_agrees
-from fedmira.model.generation import _cache_shape, _prompt, _survivors
+from fedmira.model.generation import _cache_shape, _survivors, fit_prompts
 from fedmira.model.waves import plan_waves
 from tiny import ARCHITECTURES, draw_rows, tiny_base, tiny_model
 
@@ -133,7 +133,7 @@ def test_all_tiny_architectures_decode_from_the_cache(federation: Federation) ->
 
 
 def test_the_cache_takes_the_bytes_that_were_planned(federation: Federation) -> None:
-    prompts = [_prompt(federation.base, i, client, ids, 9) for i, (client, ids) in enumerate(prompts_of_all_kinds())]
+    prompts = fit_prompts(federation.base, prompts_of_all_kinds(), 9)
     shape = _cache_shape(federation.base)
     stacked = StackedAdapters(federation.targets, federation.adapters, [ALPHA / rank for rank in RANKS], federation.base.device)
     for wave in plan_waves(prompts, shape, 2**28):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedmira.report import read_run
-from fedmira.report.budgets import budget_of, inequalities
+from fedmira.report.budgets import budget_of, dtype_of, inequalities
 
 Folders = Callable[..., Any]
 
@@ -78,3 +78,32 @@ def test_each_inequality_is_named_with_both_values(change: Callable[[Any], None]
     change(changed)
     runs = {name: run_folder(name, clients=3, algorithm=name).write() for name in ("local", "fedavg")} | {"mira": changed.write()}
     assert inequalities({name: read_run(path) for name, path in runs.items()}, 4) == {"mira": [expected]}
+
+
+def test_what_a_client_sends_in_a_round_is_a_mean_over_replies(run_folder: Folders) -> None:
+    folder = run_folder(clients=2)
+    for event in folder.events:
+        if event["event"] == "train":
+            event |= {"bytes_up": 300 if event["client"] == folder.names[0] else 100, "bytes_down": 50}
+    found = budget_of(read_run(folder.write()))
+    assert (found.bytes_up_each, found.bytes_down_each) == (200, 50)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "expected"),
+    [
+        ("float32", "float32", "float32"),
+        ("float32+int32", "float32+int32", "float32+int32"),
+        ("float32", "float16", "up float16; down float32"),
+        ("", "float32", "up float32; down nothing"),
+        (None, None, None),
+    ],
+)
+def test_number_types_are_told_apart_by_way_where_they_differ(
+    down: str | None, up: str | None, expected: str | None, run_folder: Folders
+) -> None:
+    folder = run_folder(clients=2)
+    for event in folder.events:
+        if event["event"] == "train" and down is not None:
+            event |= {"dtype_down": down, "dtype_up": up}
+    assert dtype_of(read_run(folder.write())) == expected

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from fedmira.report import read_run, summary_rows
-from fedmira.report.findings import Change, changed_settings, changes_by_alignment, curve_of_test_loss, flat_settings, traffic
+from fedmira.report.findings import (
+    Change,
+    Kept,
+    changed_settings,
+    changes_by_alignment,
+    curve_of_test_loss,
+    flat_settings,
+    pull_kept,
+    traffic,
+)
 
 Folders = Callable[..., Any]
 
@@ -35,6 +44,18 @@ def test_changes_are_sorted_from_gain_to_harm_and_absent_where_nothing_moved(run
     expected = sorted(row["after_align_loss"] / row["before_align_loss"] - 1 for row in made.client_rows)
     assert [change.relative for change in changes] == pytest.approx(expected)
     assert changes_by_alignment(read_run(run_folder("alone", clients=8, algorithm="local").write())) == []
+
+
+def test_what_clients_kept_of_the_pull_is_counted_at_their_last_evaluation_only(run_folder: Folders) -> None:
+    made = run_folder("mira", clients=6)
+    evaluated = [event for event in made.events if event["event"] == "evaluate"]
+    for event in evaluated:
+        event["pull_kept"] = 1.0
+    last = [event for event in evaluated if event["round"] == max(event["round"] for event in evaluated)]
+    for event, share in zip(last, (0.0, 0.0, 0.5, 1.0, 0.0, None), strict=True):
+        event["pull_kept"] = share
+    assert pull_kept(read_run(made.write())) == Kept(nothing=3, some=1, everything=1), "who had no choice does not count"
+    assert pull_kept(read_run(run_folder("without", clients=6).write())) is None
 
 
 def test_only_settings_that_differ_from_the_defaults_are_listed(run_folder: Folders) -> None:

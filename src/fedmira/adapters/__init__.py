@@ -16,6 +16,7 @@ from fedmira.adapters.arithmetic import (
 )
 from fedmira.adapters.low_rank import Mixed, Split, cross_gram, gram, inner, mix, module_grams, modules, product_norm, scale, truncate_rank
 from fedmira.adapters.sketch import factor_sketches, product_sketches
+from fedmira.adapters.subspaces import column_spaces
 from fedmira.adapters.table import AdapterStore, AdapterTable, LazyAdapters, replaced, sync
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Mixed",
     "Split",
     "all_finite",
+    "column_spaces",
     "content_hash",
     "cross_gram",
     "digest",

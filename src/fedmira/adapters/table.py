@@ -16,7 +16,7 @@ from fedmira.errors import RunFolderError
 
 __all__ = ["CACHE_BYTES", "AdapterStore", "AdapterTable", "LazyAdapters", "replaced", "sync"]
 
-CACHE_BYTES = 64 * 2**20
+CACHE_BYTES = 16 * 2**20
 """Most bytes of adapters that a store keeps in memory, however many lie on disk."""
 
 _SUFFIX, _PARTIAL = ".safetensors", ".partial"

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedmira.algorithms.base import Algorithm, Combined, Diagnostics, GradientHook, PlainClient, ServerState, Start, Trained
+from fedmira.algorithms.base import Algorithm, Blend, Combined, Diagnostics, GradientHook, PlainClient, ServerState, Start, Trained
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.algorithms.ditto import Ditto, build_ditto
 from fedmira.algorithms.fedalt import FedAlt, build_fedalt
 from fedmira.algorithms.fedavg import FedAvg, build_fedavg
 from fedmira.algorithms.fedex import FedEx, build_fedex
+from fedmira.algorithms.fedfomo import FedFomo, build_fedfomo
 from fedmira.algorithms.fedit_finetune import FedItFinetune, build_fedit_finetune
 from fedmira.algorithms.fedkseed import FedKSeed, build_fedkseed
 from fedmira.algorithms.fedprox import FedProx, build_fedprox
@@ -24,12 +25,14 @@ __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "AlgorithmContext",
+    "Blend",
     "Combined",
     "Diagnostics",
     "Ditto",
     "FedAlt",
     "FedAvg",
     "FedEx",
+    "FedFomo",
     "FedItFinetune",
     "FedKSeed",
     "FedProx",
@@ -59,6 +62,7 @@ ALGORITHMS: Mapping[str, Callable[[Any, AlgorithmContext], Algorithm]] = {
     "hetlora": build_hetlora,
     "fedex": build_fedex,
     "fedalt": build_fedalt,
+    "fedfomo": build_fedfomo,
     "fedkseed": build_fedkseed,
     "mira": build_mira,
 }

@@ -70,6 +70,6 @@ def require_one_rank(name: str, context: AlgorithmContext) -> None:
         one, other = unequal
         raise ConfigError(
             f"{name}: client {one!r} has rank {context.ranks[one]} and client {other!r} rank {context.ranks[other]}; "
-            "what is averaged factor by factor needs one rank (take them out of adapter.ranks, or set algorithm.name to "
-            "'mira' or 'flexlora')"
+            "what is averaged factor by factor needs one rank (set adapter.rank_distribution to 'one' and take them out of "
+            "adapter.ranks and adapter.rank_types, or set algorithm.name to 'flexlora' or 'mira')"
         )

@@ -12,7 +12,7 @@ from fedmira.adapters import Adapter
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId, Payload, Reply
 
-__all__ = ["Algorithm", "Combined", "Diagnostics", "GradientHook", "PlainClient", "ServerState", "Start", "Trained"]
+__all__ = ["Algorithm", "Blend", "Combined", "Diagnostics", "GradientHook", "PlainClient", "ServerState", "Start", "Trained"]
 
 GradientHook = Callable[[Adapter, Adapter], Adapter]
 """(gradient, parameters) -> the gradient to step with, at every local step."""
@@ -58,11 +58,31 @@ class Combined:
 
 
 @dataclass(frozen=True, slots=True)
+class Blend:
+    """A start that is made of several adapters once they have been measured on the client's own validation rows.
+
+    Attributes:
+        candidates: adapters of others, of the client's rank.
+        into: (loss per response token of the start's own adapter and of each candidate) -> the adapter to begin with.
+    """
+
+    candidates: Sequence[Adapter]
+    into: Callable[[Sequence[float]], Adapter]
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
-    """What a client begins local training with."""
+    """What a client begins local training with.
+
+    Attributes:
+        alternatives: what it may begin with in place of `adapter`, as `Algorithm.alternatives` names them. Its own validation rows choose.
+        blend: what `adapter` is blended with before training, where the client has validation rows; not beside alternatives.
+    """
 
     adapter: Adapter
     hook: GradientHook | None = None
+    alternatives: Mapping[float, Adapter] = field(default_factory=dict)
+    blend: Blend | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +91,7 @@ class Trained:
 
     Attributes:
         movement: of zeroth-order training, the whole way from the start as seeds and coefficients (`fedmira.adapters.directions`).
+        losses: what was measured for `Start.blend`; empty where nothing was.
     """
 
     adapter: Adapter
@@ -78,6 +99,7 @@ class Trained:
     num_steps: int
     learning_rate: float
     movement: Adapter | None = None
+    losses: tuple[float, ...] = ()
 
 
 class Algorithm(Protocol):
@@ -86,6 +108,11 @@ class Algorithm(Protocol):
     @property
     def aligns(self) -> bool:
         """Whether alignment is switched on, so that a run in which no client is ever pulled is an error."""
+        ...
+
+    @property
+    def may_decline(self) -> bool:
+        """Whether clients choose by their own validation rows between what the server made of their adapter and `alternatives`."""
         ...
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
@@ -101,7 +128,16 @@ class Algorithm(Protocol):
         ...
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
-        """The adapter that is evaluated and saved for this client."""
+        """The adapter that is evaluated and saved for this client, unless it declines it for one of `alternatives`."""
+        ...
+
+    def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
+        """What a client may have in place of `aligned`, which the server made of `own`, the adapter that the client last sent.
+
+        Returns:
+            Share of the server's change that is left, 0 or more and below 1 -> adapter, by falling share; the last one is what a
+            client without validation rows takes. Empty where the server changed nothing, or clients may not decline.
+        """
         ...
 
     def begin(self, payload: Payload, memory: Payload | None) -> Start:
@@ -114,12 +150,21 @@ class Algorithm(Protocol):
 
 
 class PlainClient:
-    """The client half of algorithms whose clients train from the adapter they are sent and send it back; no alignment."""
+    """The client half of algorithms whose clients train from the adapter they are sent and send it back; no alignment, no choice."""
 
     @property
     def aligns(self) -> bool:
         """No."""
         return False
+
+    @property
+    def may_decline(self) -> bool:
+        """No."""
+        return False
+
+    def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
+        """None."""
+        return {}
 
     def begin(self, payload: Payload, memory: Payload | None) -> Start:
         """Start from the adapter in the payload."""

@@ -19,7 +19,7 @@ class AlgorithmContext:
     Attributes:
         clients: all ids, in the order of the graph's rows.
         rows: training rows by client.
-        ranks: LoRA rank by client.
+        ranks: LoRA rank by client; 0 for adapters of another kind.
         alpha: LoRA's alpha; a client's update is alpha / rank * B A.
         graph: who is related.
         cohort: clients that train in a round.
@@ -35,8 +35,13 @@ class AlgorithmContext:
     rounds: int = 1
 
     def scale(self, client: ClientId) -> float:
-        """alpha / rank of a client."""
-        return scale(self.alpha, self.ranks[client])
+        """alpha / rank of a client; 1 for adapters without a rank."""
+        return scale(self.alpha, self.ranks[client]) if self.ranks[client] else 1.0
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether adapters are LoRA's factors, so that products can be made of them."""
+        return self.largest_rank > 0
 
     @property
     def largest_rank(self) -> int:

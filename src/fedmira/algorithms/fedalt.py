@@ -55,7 +55,7 @@ class FedAlt(PlainClient):
 
     @property
     def _kept(self) -> KeptProducts:
-        return KeptProducts(("product",), self.context.graph.sketch)
+        return KeptProducts((self.context.graph.space,), self.context.graph.sketch)
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The common start, nobody trained, no graph learned."""
@@ -83,7 +83,7 @@ class FedAlt(PlainClient):
             trained = numbers[LAST_ROUND] > 0
             numbers |= self._kept.copied(state.numbers)
             self._kept.refresh(numbers, cohort, trained, partial(self._own_parts, adapters))
-            numbers[GRAPH] = source.update(numbers[GRAPH], self._kept.of(numbers, "product"), trained)
+            numbers[GRAPH] = source.update(numbers[GRAPH], self._kept.of(numbers, source.space), trained)
         after = ServerState(adapters, numbers)
         graph = self._graph(after)
         degrees = graph.degrees if graph else torch.zeros(len(clients))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapter, cross_gram, dot_products, factor_sketches, module_grams, product_sketches
+from fedmira.adapters import Adapter, column_spaces, cross_gram, dot_products, factor_sketches, module_grams, product_sketches
 from fedmira.graphs import ExactProducts, InnerProducts, SketchedProducts
 
 __all__ = ["KeptProducts", "Take", "Taken"]
@@ -24,14 +24,28 @@ Taken = tuple[list[Adapter], list[float]]
 Take = Callable[[Sequence[int]], Taken]
 """The adapters of the clients at these positions."""
 
+
+def _spaces(taken: Taken) -> Taken:
+    """Where the updates point to, whatever their scale."""
+    return [column_spaces(adapter) for adapter in taken[0]], [1.0] * len(taken[0])
+
+
+_VIEWS: Mapping[str, Callable[[Taken], Taken]] = {
+    "product": lambda taken: taken,
+    "factor": lambda taken: taken,
+    "subspace": _spaces,
+}
+"""Space -> what of the adapters is compared."""
 _PRODUCTS: Mapping[str, Callable[[Taken, Taken], Tensor]] = {
     "product": lambda rows, columns: cross_gram(*rows, *columns),
     "factor": lambda rows, columns: dot_products(rows[0], columns[0]),
+    "subspace": lambda rows, columns: cross_gram(*rows, *columns),
 }
 """Space -> inner products, float64 [rows, columns]."""
 _SKETCHES: Mapping[str, Callable[[Taken, int], Tensor]] = {
     "product": lambda taken, entries: product_sketches(*taken, entries),
     "factor": lambda taken, entries: factor_sketches(taken[0], entries),
+    "subspace": lambda taken, entries: product_sketches(*taken, entries),
 }
 """Space -> sketches, float32 [adapters, entries]."""
 
@@ -46,11 +60,12 @@ _PARTS: Mapping[str, Callable[[Taken], Iterator[Tensor]]] = {
 class KeptProducts:
     """Inner products of all clients' adapters, as tensors of the state's numbers.
 
-    Exact: "product_gram" and "factor_gram", float64 [K, K]; refreshing the rows of some clients reads all adapters that have trained.
-    Sketched: "product_sketch" and "factor_sketch", float32 [K, m]; refreshing reads the adapters of those clients only.
+    Exact: "product_gram", "factor_gram" and "subspace_gram", float64 [K, K]; refreshing the rows of some clients reads all adapters
+    that have trained.
+    Sketched: "product_sketch" and so on, float32 [K, m]; refreshing reads the adapters of those clients only.
 
     Attributes:
-        spaces: "product", "factor" or both.
+        spaces: some of "product", "factor" and "subspace".
         entries: m of the sketches; 0 for exact inner products.
     """
 
@@ -79,7 +94,7 @@ class KeptProducts:
 
         Args:
             numbers: from `copied`.
-            changed: positions of clients whose adapter is a new one.
+            changed: positions of clients whose adapter is a new one; they have trained.
             trained: clients that have trained, bool [K].
             take: reads adapters as they are now.
         """
@@ -92,13 +107,15 @@ class KeptProducts:
             part = changed[first : first + AT_A_TIME]
             taken = take(part)
             for space in self.spaces:
-                numbers[self._name(space)][part] = _SKETCHES[space](taken, self.entries)
+                numbers[self._name(space)][part] = _SKETCHES[space](_VIEWS[space](taken), self.entries)
 
     def _refresh_exact(self, numbers: Mapping[str, Tensor], changed: Sequence[int], others: Sequence[int], take: Take) -> None:
         """Rows and columns of the changed clients."""
         row, column = torch.tensor(changed, dtype=torch.int64)[:, None], torch.tensor(others, dtype=torch.int64)[None, :]
-        rows, columns = take(changed), take(others)
+        taken, places = take(others), [others.index(k) for k in changed]
         for space in self.spaces:
+            columns = adapters, scales = _VIEWS[space](taken)
+            rows = [adapters[place] for place in places], [scales[place] for place in places]
             block, products = _PRODUCTS[space](rows, columns), numbers[self._name(space)]
             products[row, column] = block
             products[column.T, row.T] = block.T

@@ -5,8 +5,9 @@ arXiv 2410.15524, equation 8, with gamma = eta * lambda:
 
     w_k  <-  w_k - gamma * sum_l a_kl (w_k - w_l)          for the clients k of the round, all from one snapshot
 
-Ours beyond the paper: a learned graph, size-aware steps, neighbours that are not in the round, and mixing the products
-B A exactly in place of the factors one by one, which also lets clients have different ranks.
+Ours beyond the paper: a learned graph, size-aware steps, neighbours that are not in the round, mixing the products B A
+exactly in place of the factors one by one, which also lets clients have different ranks, and a safeguard: each client may decline
+its pull.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapter, gram, mix, replaced, weighted_sum
-from fedmira.algorithms.base import Combined, Diagnostics, PlainClient, ServerState
+from fedmira.adapters import Adapter, dot_products, gram, mix, modules, replaced, subtract, weighted_sum
+from fedmira.algorithms.base import Combined, Diagnostics, PlainClient, ServerState, Start, Trained
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.algorithms.kept_products import KeptProducts, Take, Taken
 from fedmira.algorithms.mixing import Mixing, mixing_matrix
@@ -32,6 +33,10 @@ from fedmira.messages import ClientId, Payload, Reply
 __all__ = ["Mira", "build_mira"]
 
 LAST_ROUND, GRAPH = "last_round", "graph"
+START = "*start"
+"""In states of adapters that are no LoRA factors: what everybody started from. The star cannot be part of a client id."""
+OWN = "own"
+"""What a client that may decline keeps for itself: the adapter it last sent."""
 
 
 def _mix_products(taken: Taken, weights: list[float], rank: int, scale: float, own: Adapter) -> tuple[Adapter, float]:
@@ -63,11 +68,12 @@ class _Move:
 
 @dataclass(frozen=True, slots=True)
 class Mira(PlainClient):
-    """The server half.
+    """Both halves; with the safeguard a client also remembers the adapter it last sent.
 
     The state holds an adapter a client, and as numbers "last_round" (int64 [K], 0 = never trained), what `KeptProducts` keeps of
     the adapters that have trained so that a round reads few of them, and "graph" (float64 [E, 3], the edges that a learned
-    graph remembers).
+    graph remembers). Updates s B A are zero at the start; of adapters of other kinds the update is the way from the start, which the
+    state holds too.
 
     Attributes:
         settings: the [algorithm] section.
@@ -83,10 +89,20 @@ class Mira(PlainClient):
         return _strength(self.settings) > 0
 
     @property
+    def may_decline(self) -> bool:
+        """As `safeguard` says."""
+        return self.settings.safeguard
+
+    @property
     def _kept(self) -> KeptProducts:
-        """Inner products of the space that is mixed, and of the products where a graph is learned from them."""
-        spaces = {self.settings.space, "product"} if self.context.graph.learned else {self.settings.space}
+        """Inner products of the space that is mixed, and of the one that a graph is learned in."""
+        spaces = {self.settings.space, self._compared} if self.context.graph.learned else {self.settings.space}
         return KeptProducts(tuple(sorted(spaces)), self.context.graph.sketch)
+
+    @property
+    def _compared(self) -> str:
+        """The space that a graph is learned in."""
+        return self.context.graph.space if self.context.low_rank else "factor"
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """Each client's start, nobody trained, no graph learned."""
@@ -94,7 +110,8 @@ class Mira(PlainClient):
         numbers = {LAST_ROUND: torch.zeros(len(clients), dtype=torch.int64), **self._kept.initial(len(clients))}
         if graph.learned:
             numbers[GRAPH] = graph.initial(clients)
-        return ServerState(dict(starts), numbers)
+        common = {} if self.context.low_rank else {START: next(iter(starts.values()))}
+        return ServerState({**starts, **common}, numbers)
 
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
         """The client's own adapter."""
@@ -103,6 +120,26 @@ class Mira(PlainClient):
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
         """The client's own adapter."""
         return state.adapters[client]
+
+    def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
+        """Half of the way that the server moved the adapter, in the space that is mixed, and none of it."""
+        if not self.settings.safeguard or all(torch.equal(tensor, aligned[name]) for name, tensor in own.items()):
+            return {}
+        rank = next(iter(modules(own).values()))[0].shape[0] if self.settings.space == "product" else 0
+        # Both have the client's own scale, so that it does not matter here.
+        half, _ = _MIX[self.settings.space](([own, aligned], [1.0, 1.0]), [0.5, 0.5], rank, 1.0, own)
+        return {0.5: half, 0.0: own}
+
+    def begin(self, payload: Payload, memory: Payload | None) -> Start:
+        """Start from the adapter in the payload; with the safeguard, perhaps from one that is nearer to what the client last sent."""
+        aligned = payload.tensors["adapter"]
+        own = memory.tensors.get(OWN) if memory is not None else None
+        return Start(aligned, alternatives={} if own is None else self.alternatives(own, aligned))
+
+    def finish(self, payload: Payload, memory: Payload | None, trained: Trained) -> tuple[Payload, Payload | None]:
+        """Send the trained adapter; with the safeguard, remember it."""
+        sent = Payload({"adapter": trained.adapter})
+        return sent, Payload({OWN: trained.adapter}) if self.settings.safeguard else None
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Write the replies in, learn the graph, and move the clients of the round towards their neighbours.
@@ -119,10 +156,10 @@ class Mira(PlainClient):
         last_round[cohort] = replies[0].round
         trained = last_round > 0
         numbers = {**state.numbers, LAST_ROUND: last_round, **kept.copied(state.numbers)}
-        kept.refresh(numbers, cohort, trained, take)
+        kept.refresh(numbers, cohort, trained, partial(self._updates, state.adapters, changes))
         memory = source.initial(clients)
         if source.learned:
-            numbers[GRAPH] = memory = source.update(numbers[GRAPH], kept.of(numbers, "product"), trained)
+            numbers[GRAPH] = memory = source.update(numbers[GRAPH], kept.of(numbers, self._compared), trained)
         graph, acts = source.graph(memory, clients), source.acts(replies[0].round)
         mixing = self._mixing(graph if acts else graph.without_edges(), cohort, trained, replies)
 
@@ -131,7 +168,7 @@ class Mira(PlainClient):
         moving = [k for k in cohort if float(mixing.pulls[k]) > 0]
         moves = {clients[k]: self._move(k, mixing, take, numbers) for k in moving}
         after = {**changes, **{client: move.after for client, move in moves.items()}}
-        kept.refresh(numbers, moving, trained, partial(self._taken, state.adapters, after))
+        kept.refresh(numbers, moving, trained, partial(self._updates, state.adapters, after))
         degrees = graph.degrees
         round_log = {
             "server_step": mixing.server_step,
@@ -146,7 +183,7 @@ class Mira(PlainClient):
                 clients[k]: {
                     "pull": float(mixing.pulls[k]),
                     "degree": float(degrees[k]),
-                    **self._motion(clients[k], moves.get(clients[k])),
+                    **self._motion(clients[k], moves.get(clients[k]), state.adapters),
                 }
                 for k in cohort
             },
@@ -160,6 +197,14 @@ class Mira(PlainClient):
         clients = [self.context.clients[k] for k in positions]
         adapters = [changes[client] if client in changes else stored[client] for client in clients]
         return adapters, [self.context.scale(client) for client in clients]
+
+    def _updates(self, stored: Mapping[ClientId, Adapter], changes: Mapping[ClientId, Adapter], positions: Sequence[int]) -> Taken:
+        """What inner products are taken of: LoRA's factors themselves, and of other adapters the way from the start."""
+        adapters, scales = self._taken(stored, changes, positions)
+        if self.context.low_rank:
+            return adapters, scales
+        start = stored[START]
+        return [subtract(adapter, start) for adapter in adapters], scales
 
     def _mixing(self, graph: Graph, cohort: list[int], trained: Tensor, replies: Sequence[Reply]) -> Mixing:
         """P of this round."""
@@ -182,14 +227,14 @@ class Mira(PlainClient):
         toward[own] = -1
         return _Move(before, after, tail, self._kept.differ(numbers, space, positions, taken, toward))
 
-    def _motion(self, client: ClientId, move: _Move | None) -> dict[str, float]:
-        """How far a client moved; |moved| and |update| are norms of s B A in both spaces, so that they compare.
+    def _motion(self, client: ClientId, move: _Move | None, stored: Mapping[ClientId, Adapter]) -> dict[str, float]:
+        """How far a client moved; |moved| and |update| are norms of s B A in both spaces, so that they compare, else of all entries.
 
         Where the update is zero and the client is moved all the same, relative_pull is 1.
         """
         if move is None:
             return {"relative_pull": 0.0, "truncation": 0.0}
-        pair = gram([move.before, move.after], [self.context.scale(client)] * 2)
+        pair = self._gram([move.before, move.after], self.context.scale(client), stored)
         moved = max(0.0, float(pair[0, 0] + pair[1, 1] - 2 * pair[0, 1]))
         update = float(pair[0, 0]) or moved or 1.0
         relative = math.sqrt(moved / update)
@@ -198,6 +243,13 @@ class Mira(PlainClient):
             "relative_pull": relative if relative > torch.finfo(torch.float32).eps else 0.0,
             "truncation": move.tail / math.sqrt(update),
         }
+
+    def _gram(self, adapters: Sequence[Adapter], scale: float, stored: Mapping[ClientId, Adapter]) -> Tensor:
+        """Inner products of a client's updates, float64."""
+        if self.context.low_rank:
+            return gram(adapters, [scale] * len(adapters))
+        updates = [subtract(adapter, stored[START]) for adapter in adapters]
+        return dot_products(updates, updates)
 
 
 def _strength(settings: MiraSettings) -> float:

@@ -25,3 +25,8 @@ class PartlySent(Payload):
     def num_bytes(self) -> int:
         """Bytes of what travels, and 8 for each number."""
         return Payload(self.sent, self.scalars).num_bytes
+
+    @property
+    def dtype(self) -> str:
+        """Number types of what travels."""
+        return Payload(self.sent, self.scalars).dtype

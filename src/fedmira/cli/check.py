@@ -21,9 +21,9 @@ def check(config: ConfigFile = None, preset: PresetName = None, overrides: Overr
 
     experiment = build_experiment(chosen)
     plan = make_plan(experiment)
-    summaries = [asdict(summary) for summary in experiment.dataset.summaries()]
+    summaries = [asdict(party) for party in experiment.parties.values()]
     if format is Format.json:
-        print_json({"plan": asdict(plan), "clients": summaries, "skipped": experiment.dataset.skipped})
+        print_json({"plan": asdict(plan), "clients": summaries, "skipped": experiment.skipped})
         return
     columns = {
         "client_id": "client",
@@ -41,7 +41,7 @@ def check(config: ConfigFile = None, preset: PresetName = None, overrides: Overr
     }
     table = {**columns, **more}
     print_table(f"{len(summaries)} clients", list(table.values()), [[row[name] for name in table] for row in summaries])
-    for note in experiment.dataset.skipped:
+    for note in experiment.skipped:
         say(f"left out: {note}")
     for line in plan.lines():
         print(line)

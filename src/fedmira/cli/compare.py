@@ -37,6 +37,10 @@ def compare(
     reference: Annotated[
         str, typer.Option("--reference", help="A method to hold the others against, besides local.", show_default=False)
     ] = "",
+    target_loss: Annotated[
+        float | None,
+        typer.Option("--target-loss", help="Also say when each method's mean test loss first was at or below this.", show_default=False),
+    ] = None,
     output: OutputFolder = None,
     format: FormatOption = Format.text,
 ) -> None:
@@ -54,7 +58,9 @@ def compare(
 
     folder = output or fresh_folder("compare")
     say(f"comparing {', '.join([*names, *further])} with seeds {', '.join(map(str, numbers))}, into {folder}")
-    comparison = compare_algorithms(chosen, names, numbers, folder, show_progress, variants=further, reference=reference)
+    comparison = compare_algorithms(
+        chosen, names, numbers, folder, show_progress, variants=further, reference=reference, target_loss=target_loss
+    )
     if format is Format.json:
         print_json({"folder": str(folder), "report": str(comparison.page), **comparison.figures.document()})
         return
@@ -63,6 +69,8 @@ def compare(
 
 def _print(comparison: Comparison) -> None:
     """The tables for people."""
+    from fedmira.report.targets import TARGET_RULE, reached_text
+
     document, rows = comparison.figures.document(), comparison.rows
     losses = {"method": "method", "seeds": "seeds", "test_loss": "mean", "test_loss_spread": "± seeds", "worst_tenth": "worst tenth"}
     _print_columns("test loss per response token", losses, rows)
@@ -75,8 +83,16 @@ def _print(comparison: Comparison) -> None:
         _print_columns(f"against {baseline}: paired difference, its {level} bootstrap interval, and clients beyond noise", columns, others)
     budget = {"method": "method", "local_steps": "local steps", "response_tokens": "response tokens", "tokens": "tokens computed"}
     budget |= {"MiB_up": "MiB up", "MiB_down": "MiB down", "parameters_most": "parameters a client", "equal_budget": "equal"}
-    in_mib = [row | {f"MiB_{way}": _mib(row[f"bytes_{way}"]) for way in ("up", "down")} for row in rows]
+    ways = ("up", "down", "up_each", "down_each")
+    in_mib = [row | {f"MiB_{way}": _mib(row[f"bytes_{way}"]) for way in ways} for row in rows]
     _print_columns("budget of a run, mean over seeds", budget, in_mib)
+    each = {"method": "method", "MiB_down_each": "MiB down", "MiB_up_each": "MiB up", "dtype": "number type"}
+    _print_columns("what one client sends and is sent in one round, on average", each, in_mib)
+    if document.get("target_loss") is not None:
+        soon = {"method": "method", "rounds": "rounds", "seconds_to_target": "seconds"}
+        there = [row | {"rounds": reached_text(row)} for row in rows]
+        _print_columns(f"to a mean test loss of {document['target_loss']:g}", soon, there)
+        print(TARGET_RULE)
     if document["baselines"]:
         print(document["rule"])
     if not document["equal"]:

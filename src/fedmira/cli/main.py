@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from fedmira.cli import check, compare, evaluate, generate, presets, report, run
+from fedmira.cli import check, compare, evaluate, flower, generate, presets, report, run
 from fedmira.errors import FedmiraError, InputError
 
 __all__ = ["app", "main"]
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 for _verb in (run.run, compare.compare, check.check, evaluate.evaluate, generate.generate, report.report, presets.presets):
     app.command()(_verb)
+app.add_typer(flower.app)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def run(
 
     folder = output or fresh_folder(chosen.algorithm.name)
     experiment = build_experiment(chosen, resumed=folder if resume else None)
-    for note in experiment.dataset.skipped:
+    for note in experiment.skipped:
         say(f"left out: {note}")
     say(f"{chosen.algorithm.name} on {len(experiment.ranks)} clients, {chosen.rounds.count} rounds, into {folder}")
     start = resume_experiment if resume else run_experiment

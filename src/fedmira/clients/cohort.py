@@ -1,16 +1,17 @@
-"""The work of a round's clients: begin, local training on one resident base, finish."""
+"""The work of a round's clients: begin, choose a start, local training on one resident base, finish."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmira.adapters import all_finite, same_shapes
+from fedmira.adapters import Adapter, same_shapes
 from fedmira.algorithms import Algorithm, Start, Trained
+from fedmira.clients.replies import checked_reply
 from fedmira.config import LocalSettings
 from fedmira.data import ClientData
 from fedmira.messages import ClientId, Failure, Payload, Reply, Request
-from fedmira.model import BaseModel, LocalOutcome, LocalTask, TargetModule, train_cohort
+from fedmira.model import AdapterKind, Contender, LocalOutcome, LocalTask
 
 __all__ = ["Cohort", "CohortSettings"]
 
@@ -19,12 +20,26 @@ _FIRST, _SECOND, _STEPS = "optimizer.first", "optimizer.second", "optimizer.step
 
 @dataclass(frozen=True, slots=True)
 class CohortSettings:
-    """How clients train: [local], LoRA's scale per client, dropout, and the most tokens in one forward pass."""
+    """How clients train: [local], the scale of each client's adapter, and the most tokens in one forward pass."""
 
     local: LocalSettings
     scales: Mapping[ClientId, float]
-    dropout: float
     token_budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What a client's validation rows were asked before training.
+
+    Attributes:
+        tokens: token positions computed.
+        pull_kept: share of the server's change that the client keeps; None where it had no choice.
+        losses: of the adapters that were compared.
+    """
+
+    tokens: int
+    pull_kept: float | None
+    losses: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -32,8 +47,7 @@ class Cohort:
     """Clients that share one resident base model."""
 
     algorithm: Algorithm
-    base: BaseModel
-    targets: Sequence[TargetModule]
+    kind: AdapterKind
     clients: Mapping[ClientId, ClientData]
     settings: CohortSettings
 
@@ -46,12 +60,36 @@ class Cohort:
         Returns:
             Per request a reply or a failure, with the client's memory afterwards (unchanged after a failure).
         """
-        starts = [self.algorithm.begin(request.payload, memories.get(request.client_id)) for request in requests]
+        begun = [self.algorithm.begin(request.payload, memories.get(request.client_id)) for request in requests]
+        starts, choices = self._chosen(requests, begun)
         tasks = [self._task(request, start, memories.get(request.client_id)) for request, start in zip(requests, starts, strict=True)]
-        outcomes = train_cohort(self.base, self.targets, tasks, self.settings.local, self.settings.dropout, self.settings.token_budget)
+        outcomes = self.kind.train(tasks, self.settings.local, self.settings.token_budget)
         return [
-            self._finish(request, outcome, memories.get(request.client_id)) for request, outcome in zip(requests, outcomes, strict=True)
+            self._finish(request, outcome, memories.get(request.client_id), measured)
+            for request, outcome, measured in zip(requests, outcomes, choices, strict=True)
         ]
+
+    def _chosen(self, requests: Sequence[Request], starts: Sequence[Start]) -> tuple[list[Start], list[_Measured]]:
+        """Each client's start with the adapter that its own validation rows choose or blend, and what was measured."""
+        shares = [(1.0, *start.alternatives) for start in starts]
+        contenders = [
+            Contender(
+                [start.adapter, *start.alternatives.values(), *(start.blend.candidates if start.blend else ())],
+                self.settings.scales[request.client_id],
+                self.clients[request.client_id].validation,
+            )
+            for request, start in zip(requests, starts, strict=True)
+        ]
+        choices = self.kind.choose(contenders, self.settings.token_budget)
+        adapters = [
+            _blended(start, choice.losses) if start.blend else contender.adapters[choice.index]
+            for start, contender, choice in zip(starts, contenders, choices, strict=True)
+        ]
+        measured = [
+            _Measured(choice.tokens, share[choice.index] if len(share) > 1 else None, choice.losses)
+            for share, choice in zip(shares, choices, strict=True)
+        ]
+        return [Start(adapter, start.hook) for adapter, start in zip(adapters, starts, strict=True)], measured
 
     def _task(self, request: Request, start: Start, memory: Payload | None) -> LocalTask:
         client = request.client_id
@@ -60,26 +98,34 @@ class Cohort:
             moments = (memory.tensors[_FIRST], memory.tensors[_SECOND], int(memory.scalars[_STEPS]))
         return LocalTask(start.adapter, self.settings.scales[client], self.clients[client].train, request.seed, start.hook, moments)
 
-    def _finish(self, request: Request, outcome: LocalOutcome, memory: Payload | None) -> tuple[Reply | Failure, Payload | None]:
+    def _finish(
+        self, request: Request, outcome: LocalOutcome, memory: Payload | None, measured: _Measured
+    ) -> tuple[Reply | Failure, Payload | None]:
         client, round_number = request.client_id, request.round
         if outcome.failure:
             return Failure(client, round_number, "train", outcome.failure), memory
         rows = len(self.clients[client].train)
-        trained = Trained(outcome.adapter, rows, outcome.num_steps, self.settings.local.learning_rate, outcome.movement)
+        trained = Trained(outcome.adapter, rows, outcome.num_steps, self.settings.local.learning_rate, outcome.movement, measured.losses)
         payload, kept = self.algorithm.finish(request.payload, memory, trained)
-        if not all(all_finite(adapter) for adapter in payload.tensors.values()):
-            return Failure(client, round_number, "reply", "the reply holds non-finite numbers; the client keeps its old adapter"), memory
         metrics = {
             "loss": outcome.loss,
             "first_loss": outcome.first_loss,
             "last_loss": outcome.last_loss,
             "steps": float(outcome.num_steps),
             "response_tokens": float(outcome.response_tokens),
-            "tokens": float(outcome.tokens),
+            "tokens": float(outcome.tokens + measured.tokens),
         }
+        if measured.pull_kept is not None:
+            metrics["pull_kept"] = measured.pull_kept
         if outcome.clip_share is not None:
             metrics["clip_share"] = outcome.clip_share
-        return Reply(client, round_number, rows, payload, metrics), _with_moments(kept, outcome)
+        reply = checked_reply(request, Reply(client, round_number, rows, payload, metrics))
+        return reply, _with_moments(kept, outcome) if isinstance(reply, Reply) else memory
+
+
+def _blended(start: Start, losses: Sequence[float]) -> Adapter:
+    """The start's adapter as its blend makes it; as it is where the client has no validation rows or there are no candidates."""
+    return start.blend.into(losses) if start.blend and losses else start.adapter
 
 
 def _with_moments(memory: Payload | None, outcome: LocalOutcome) -> Payload | None:

@@ -1,6 +1,7 @@
 """What to run: the settings, the files they come from, and presets."""
 
 from fedmira.config.cache import cache_folder
+from fedmira.config.flat import FlatValue, flattened, unflattened
 from fedmira.config.load import dump_config, load_config, with_algorithm, with_overrides
 from fedmira.config.methods import AlgorithmSettings, FedAvgSettings, LocalOnlySettings, MiraSettings
 from fedmira.config.presets import preset_description, preset_names, preset_path
@@ -10,9 +11,12 @@ from fedmira.config.schema import (
     DataSettings,
     EngineSettings,
     EvaluationSettings,
+    FederationSettings,
     GraphSettings,
     LocalSettings,
     ModelSettings,
+    RankDistribution,
+    ResourceType,
     RoundsSettings,
 )
 
@@ -24,18 +28,24 @@ __all__ = [
     "EngineSettings",
     "EvaluationSettings",
     "FedAvgSettings",
+    "FederationSettings",
+    "FlatValue",
     "GraphSettings",
     "LocalOnlySettings",
     "LocalSettings",
     "MiraSettings",
     "ModelSettings",
+    "RankDistribution",
+    "ResourceType",
     "RoundsSettings",
     "cache_folder",
     "dump_config",
+    "flattened",
     "load_config",
     "preset_description",
     "preset_names",
     "preset_path",
+    "unflattened",
     "with_algorithm",
     "with_overrides",
 ]

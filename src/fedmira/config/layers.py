@@ -20,6 +20,7 @@ Settings = dict[str, Any]
 """Section -> key -> value, as in the TOML file; top-level keys such as `seed` sit beside the sections."""
 
 _RIVALS = {
+    "adapter": (("rank", "rank_distribution"),),
     "algorithm": (("coupling", "server_step"),),
     "local": (("steps", "epochs"),),
 }
@@ -88,8 +89,8 @@ def cover(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:
     """Put `upper` on `lower`: sections are joined, all other values of `upper` win.
 
     What `upper` makes meaningless in `lower` goes with it, so that a change of one key is enough: the settings that a newly named
-    algorithm does not have, the rival of a key (`coupling` and `server_step`, `steps` and `epochs`), and the file of another kind of graph.
-    What `upper` itself sets is never dropped.
+    algorithm does not have, the rival of a key (`coupling` and `server_step`, `steps` and `epochs`, `rank` and `rank_distribution`), and
+    the file of another kind of graph. What `upper` itself sets is never dropped.
     """
     kept = {name: dict(value) if isinstance(value, dict) else value for name, value in lower.items()}
     for name, keys in upper.items():

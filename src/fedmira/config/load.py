@@ -73,6 +73,8 @@ def dump_config(config: Config) -> str:
     settings = config.model_dump(mode="json", exclude_none=True)
     if "server_step" in settings["algorithm"]:
         del settings["algorithm"]["coupling"]  # it has no effect then, and setting both is an error
+    if settings["adapter"]["rank_distribution"] != "one":
+        del settings["adapter"]["rank"]  # as with coupling
     return tomli_w.dumps(settings)
 
 

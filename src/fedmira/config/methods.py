@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fedmira.config.section import Count, Fraction, Section
+from fedmira.config.section import Count, Fraction, Positive, Section
 
 __all__ = [
     "AlgorithmSettings",
     "DittoSettings",
+    "FactorMethodSettings",
     "FedAltSettings",
     "FedAvgSettings",
     "FedExSettings",
+    "FedFomoSettings",
     "FedItFinetuneSettings",
     "FedKSeedSettings",
     "FedProxSettings",
@@ -27,7 +29,13 @@ __all__ = [
 
 
 class MethodSettings(Section):
-    """What the classes of [algorithm] have in common."""
+    """What the classes of [algorithm] have in common.
+
+    Attributes:
+        partly_sent: whether the receiver has a part of what it is handed, or may not see it, so that less travels than is handed over.
+    """
+
+    partly_sent: ClassVar[bool] = False
 
     @property
     def kept_moments_problem(self) -> str:
@@ -35,9 +43,33 @@ class MethodSettings(Section):
         return ""
 
     @property
+    def factors_problem(self) -> str:
+        """What it does with LoRA's factors, so that no other kind of adapter will do; "" where any will."""
+        return ""
+
+    @property
     def sends_movements(self) -> bool:
         """Whether clients send their steps as seeds and coefficients, and so must step along random directions."""
         return False
+
+    @property
+    def needs_validation(self) -> str:
+        """The setting by which clients choose by their validation rows; "" where they do not."""
+        return ""
+
+
+class FactorMethodSettings(MethodSettings):
+    """Methods that work on the factors A and B of LoRA."""
+
+    name: str
+
+    @property
+    def factors_problem(self) -> str:
+        """They have nothing to work on otherwise."""
+        return (
+            f"algorithm.name = {self.name!r}, which works on LoRA's factors A and B; set adapter.kind = 'lora', or algorithm.name to "
+            "'fedavg', 'fedprox', 'ditto', 'fedit-finetune' or 'local'"
+        )
 
 
 class LocalOnlySettings(MethodSettings):
@@ -61,6 +93,7 @@ class MiraSettings(MethodSettings):
         size_scale: kappa_k = kappa * size_scale / (size_scale + rows_k); 0 switches it off.
         neighbours: who pulls: clients of this round ("fresh"), those with an unbiased factor ("rescaled"), all that ever trained ("stale").
         space: mix the products B A exactly ("product") or the factors A and B one by one as in the paper ("factor").
+        safeguard: each client chooses by its own validation rows how much of the server's pull it keeps: all, half or nothing.
     """
 
     name: Literal["mira"] = "mira"
@@ -69,6 +102,7 @@ class MiraSettings(MethodSettings):
     size_scale: float = Field(64.0, ge=0)
     neighbours: Literal["fresh", "rescaled", "stale"] = "stale"
     space: Literal["product", "factor"] = "product"
+    safeguard: bool = False
 
     @model_validator(mode="after")
     def _one_strength(self) -> MiraSettings:
@@ -85,6 +119,21 @@ class MiraSettings(MethodSettings):
             "algorithm.space = 'product': mixed products get new factors, to whose entries the old moments do not belong; set "
             "algorithm.space = 'factor' or local.optimizer_state = 'fresh'"
         )
+
+    @property
+    def factors_problem(self) -> str:
+        """Products are of two factors."""
+        if self.space == "factor":
+            return ""
+        return (
+            "algorithm.space = 'product', which mixes products of LoRA's factors; set algorithm.space = 'factor', which mixes the adapters "
+            "entry by entry, or adapter.kind = 'lora'"
+        )
+
+    @property
+    def needs_validation(self) -> str:
+        """The safeguard does."""
+        return "algorithm.safeguard = true" if self.safeguard else ""
 
 
 class FedProxSettings(MethodSettings):
@@ -105,6 +154,7 @@ class FedItFinetuneSettings(MethodSettings):
         finetune_share: share of the rounds for fine-tuning, rounded down; each part has at least one round.
     """
 
+    partly_sent: ClassVar[bool] = True
     name: Literal["fedit-finetune"]
     finetune_share: float = Field(0.5, gt=0, lt=1)
 
@@ -116,6 +166,7 @@ class DittoSettings(MethodSettings):
         personal_pull: lambda; 0 trains the personal adapters alone.
     """
 
+    partly_sent: ClassVar[bool] = True
     name: Literal["ditto"]
     personal_pull: float = Field(0.1, ge=0)
 
@@ -128,7 +179,7 @@ class DittoSettings(MethodSettings):
         )
 
 
-class ShareFactorSettings(MethodSettings):
+class ShareFactorSettings(FactorMethodSettings):
     """[algorithm] name = "share-factor": one LoRA factor is common to all clients.
 
     Attributes:
@@ -136,6 +187,7 @@ class ShareFactorSettings(MethodSettings):
         private_factor: the other one is trained by its client, or frozen at the common start ("B" shared and A frozen is FFA-LoRA).
     """
 
+    partly_sent: ClassVar[bool] = True
     name: Literal["share-factor"]
     shared_factor: Literal["A", "B"] = "A"
     private_factor: Literal["trained", "frozen"] = "trained"
@@ -150,6 +202,7 @@ class ShareFactorSettings(MethodSettings):
 class FedKSeedSettings(MethodSettings):
     """[algorithm] name = "fedkseed": one shared adapter; clients send seeds and a number for each."""
 
+    partly_sent: ClassVar[bool] = True
     name: Literal["fedkseed"]
 
     @property
@@ -158,7 +211,7 @@ class FedKSeedSettings(MethodSettings):
         return True
 
 
-class FlexLoraSettings(MethodSettings):
+class FlexLoraSettings(FactorMethodSettings):
     """[algorithm] name = "flexlora": one shared update, averaged as a product and cut to each client's rank."""
 
     name: Literal["flexlora"]
@@ -172,24 +225,25 @@ class FlexLoraSettings(MethodSettings):
         )
 
 
-class HetLoraSettings(MethodSettings):
+class HetLoraSettings(FactorMethodSettings):
     """[algorithm] name = "hetlora": shared factors, padded with zeros to the largest rank and cut to each client's."""
 
     name: Literal["hetlora"]
 
 
-class FedExSettings(MethodSettings):
+class FedExSettings(FactorMethodSettings):
     """[algorithm] name = "fedex": FedAvg over factors; what their mean misses is kept in a frozen part of the adapter.
 
     Attributes:
         trained_rank: directions of an adapter that are trained, the others are frozen; 0 takes half.
     """
 
+    partly_sent: ClassVar[bool] = True
     name: Literal["fedex"]
     trained_rank: Count = 0
 
 
-class FedAltSettings(MethodSettings):
+class FedAltSettings(FactorMethodSettings):
     """[algorithm] name = "fedalt": an own part that is trained beside a frozen one of the rest of the world.
 
     Attributes:
@@ -197,9 +251,35 @@ class FedAltSettings(MethodSettings):
         rest_share: rho, the weight of the rest of the world.
     """
 
+    partly_sent: ClassVar[bool] = True
     name: Literal["fedalt"]
     trained_rank: Count = 0
     rest_share: float = Field(0.5, ge=0)
+
+
+class FedFomoSettings(FactorMethodSettings):
+    """[algorithm] name = "fedfomo": own adapters, blended with those of others that are better on the client's validation rows.
+
+    Attributes:
+        candidates: most adapters of others that a client is sent in a round.
+    """
+
+    partly_sent: ClassVar[bool] = True
+    name: Literal["fedfomo"]
+    candidates: Positive = 5
+
+    @property
+    def kept_moments_problem(self) -> str:
+        """Blended updates are factored anew."""
+        return (
+            "algorithm.name = 'fedfomo': blended updates get new factors, to whose entries the old moments do not belong; set "
+            "local.optimizer_state = 'fresh'"
+        )
+
+    @property
+    def needs_validation(self) -> str:
+        """Weights are measured on them."""
+        return "algorithm.name = 'fedfomo'"
 
 
 AlgorithmSettings = Annotated[
@@ -213,6 +293,7 @@ AlgorithmSettings = Annotated[
     | HetLoraSettings
     | FedExSettings
     | FedAltSettings
+    | FedFomoSettings
     | FedKSeedSettings
     | MiraSettings,
     Field(discriminator="name"),

@@ -15,11 +15,20 @@ __all__ = [
     "DataSettings",
     "EngineSettings",
     "EvaluationSettings",
+    "FederationSettings",
     "GraphSettings",
     "LocalSettings",
     "ModelSettings",
+    "RankDistribution",
+    "ResourceType",
     "RoundsSettings",
 ]
+
+RankDistribution = Literal["one", "uniform", "heavy-tail-light", "heavy-tail-strong", "normal"]
+"""How ranks spread over clients."""
+
+ResourceType = Literal["light", "mid", "mixed", "heavy"]
+"""What a client can afford: FlexLoRA's four types of clients."""
 
 
 class ModelSettings(Section):
@@ -45,15 +54,59 @@ class AdapterSettings(Section):
     Attributes:
         rank, alpha: LoRA's r and alpha; a client's update is alpha / r * B A.
         targets: names of the adapted linear modules; empty takes the usual ones of the architecture (Llama: q_proj, v_proj).
-        ranks: rank of single clients, by client id, where it differs from `rank`.
+        rank_distribution: "one" gives every client `rank`; the others draw each client's resource type in FlexLoRA's proportions.
+        type_ranks: ranks of the types: "light" has the first, "mid" the second, "heavy" the third, and "mixed" the second in attention
+            and the third in feed-forward layers.
+        rank_types: resource type of single clients, by client id.
+        ranks: rank of single clients, by client id.
+        virtual_tokens: of the other kinds, how many positions an adapter puts in front of every row.
+        encoder, encoder_hidden: of "p-tuning", what makes the virtual tokens, and its width.
+        prefix_projection: of "prefix", whether an MLP of width `encoder_hidden` makes the keys and values.
     """
 
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "p-tuning", "prompt", "prefix"] = "lora"
     rank: Positive = 16
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] = ()
+    rank_distribution: RankDistribution = "one"
+    type_ranks: tuple[Positive, Positive, Positive] = (8, 30, 200)
+    rank_types: dict[str, ResourceType] = {}
     ranks: dict[str, Positive] = {}
+    virtual_tokens: Positive = 20
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    encoder_hidden: Positive = 128
+    prefix_projection: bool = False
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether adapters are pairs of factors with a rank."""
+        return self.kind == "lora"
+
+    @property
+    def positions(self) -> int:
+        """Positions of the context that an adapter takes."""
+        return 0 if self.low_rank else self.virtual_tokens
+
+    @model_validator(mode="after")
+    def _only_factors_have_ranks(self) -> AdapterSettings:
+        named = [key for key in ("ranks", "rank_types") if getattr(self, key)] + ["rank_distribution"] * (self.rank_distribution != "one")
+        if named and not self.low_rank:
+            raise ValueError(f"{named[0]} is set, but adapters of kind {self.kind!r} have no rank; take it out, or set kind to 'lora'")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_agree(self) -> AdapterSettings:
+        if self.rank_distribution != "one" and "rank" in self.model_fields_set:
+            raise ValueError(
+                f"rank is {self.rank}, but rank_distribution = {self.rank_distribution!r} draws the ranks from type_ranks; set one of them"
+            )
+        if list(self.type_ranks) != sorted(set(self.type_ranks)):
+            raise ValueError(f"type_ranks is {list(self.type_ranks)}; must rise from light over mid to heavy, such as [8, 30, 200]")
+        twice = sorted(set(self.ranks) & set(self.rank_types))
+        if twice:
+            raise ValueError(f"client {twice[0]!r} has a rank in ranks and a type in rank_types; keep one of them")
+        return self
 
 
 class DataSettings(Section):
@@ -115,19 +168,24 @@ class GraphSettings(Section):
     """[graph]: who is related.
 
     Attributes:
-        kind: "random" (the authors' recipe), "uniform" (all), "category" (of one category), "file" (graph.json), "similarity" (learned).
+        kind: "random" (the authors' recipe), "uniform" (all), "category" (of one category), "file" (graph.json), "similarity" (learned),
+            "pfedgraph" (learned: similarity balanced against data shares).
         path: the file of kind "file".
-        nearest, memory, warmup_rounds: of the learned graph; a fixed graph acts from round 1.
+        measure: learned graphs compare updates by their "cosine", or only where they point to, by "principal-angles".
+        nearest: of kind "similarity"; memory, warmup_rounds: of the learned graphs; a fixed graph acts from round 1.
+        alpha: of kind "pfedgraph".
         shuffled: a control: the same graph with its clients exchanged at random.
         sketch: how inner products between the clients' updates are kept: 0 keeps all of them, exactly; m estimates them from m numbers
             a client; "auto" does the first up to 512 clients and the second, with m = 1024, above.
     """
 
-    kind: Literal["random", "uniform", "category", "similarity", "file"] = "similarity"
+    kind: Literal["random", "uniform", "category", "similarity", "pfedgraph", "file"] = "similarity"
     path: str = ""
+    measure: Literal["cosine", "principal-angles"] = "cosine"
     nearest: Positive = 3
     memory: float = Field(0.5, ge=0, lt=1)
     warmup_rounds: Count = 1
+    alpha: float = Field(0.8, gt=0)
     shuffled: bool = False
     sketch: Count | Literal["auto"] = "auto"
 
@@ -172,11 +230,13 @@ class RoundsSettings(Section):
     Attributes:
         participation: share of the clients sampled each round, at least one client.
         sampling: "keyed" draws from (run seed, round); "shepherd" seeds numpy with the round index, as FedIT's code does.
+        min_replies: a round with fewer usable replies does not count and ends the run, which can be resumed.
     """
 
     count: Positive = 20
     participation: float = Field(1.0, gt=0, le=1)
     sampling: Literal["keyed", "shepherd"] = "keyed"
+    min_replies: Positive = 1
 
 
 class EvaluationSettings(Section):
@@ -202,12 +262,31 @@ class EngineSettings(Section):
             its free memory, and is lowered when memory runs out all the same.
         recompute: compute each layer again in the backward pass instead of remembering it: less memory, about a third more time.
         compile: let torch.compile fuse the layers that carry no adapter; the first steps take longer.
+        wire: how adapters travel between server and clients: whole, or from the second message on as changes in 2 or 1 bytes a parameter,
+            with error feedback. In one process, "float32" hands them over and the others show what they cost.
     """
 
     kind: Literal["in-process"] = "in-process"
     token_budget: Positive | Literal["auto"] = "auto"
     recompute: bool = False
     compile: bool = False
+    wire: Literal["float32", "float16", "int8"] = "float32"
+
+
+class FederationSettings(Section):
+    """[federation]: a run whose clients are on machines of their own (Flower).
+
+    Attributes:
+        clients: names that may take part; the run begins when all are there. Empty: any names, and it begins with `nodes` of them.
+        nodes: how many nodes to wait for where `clients` is empty.
+        wait_s: how long to wait for nodes, before the run begins and before a round that would have too few of them.
+        reply_s: how long to wait for the replies of a round, and of an evaluation.
+    """
+
+    clients: tuple[str, ...] = ()
+    nodes: Positive = 2
+    wait_s: float = Field(120.0, ge=0)
+    reply_s: float = Field(3600.0, gt=0)
 
 
 class Config(Section):
@@ -223,11 +302,49 @@ class Config(Section):
     rounds: RoundsSettings = RoundsSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: EngineSettings = EngineSettings()
+    federation: FederationSettings = FederationSettings()
 
     @model_validator(mode="after")
     def _best_needs_validation(self) -> Config:
         if self.evaluation.select == "best" and self.data.validation_fraction == 0:
             raise ValueError("evaluation.select = 'best' needs validation rows; set data.validation_fraction above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _choices_need_validation(self) -> Config:
+        setting = self.algorithm.needs_validation
+        if setting and self.data.validation_fraction == 0:
+            raise ValueError(f"{setting} needs validation rows; set data.validation_fraction above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _method_and_kind_go_together(self) -> Config:
+        problem = self.algorithm.factors_problem
+        if problem and not self.adapter.low_rank:
+            raise ValueError(f"adapter.kind = {self.adapter.kind!r} does not go with {problem}")
+        wanted = [f"engine.{key}" for key in ("recompute", "compile") if getattr(self.engine, key)]
+        if wanted and not self.adapter.low_rank:
+            raise ValueError(
+                f"{wanted[0]} goes with adapter.kind = 'lora' only, and kind is {self.adapter.kind!r}; set {wanted[0]} to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _angles_are_between_updates(self) -> Config:
+        if self.graph.measure == "principal-angles" and not self.adapter.low_rank:
+            raise ValueError(
+                f"graph.measure = 'principal-angles' compares column spaces of B A, which adapter.kind = {self.adapter.kind!r} has not; "
+                "set graph.measure = 'cosine' or adapter.kind = 'lora'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _changes_are_those_of_whole_adapters(self) -> Config:
+        if self.engine.wire != "float32" and self.algorithm.partly_sent:
+            raise ValueError(
+                f"engine.wire = {self.engine.wire!r} compresses changes of whole adapters, but algorithm.name = {self.algorithm.name!r} "
+                "sends a part of them; set engine.wire = 'float32'"
+            )
         return self
 
     @model_validator(mode="after")

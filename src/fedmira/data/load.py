@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedmira.config.schema import DataSettings
 from fedmira.data.encoding import ClientData, Encoder
@@ -14,16 +14,17 @@ from fedmira.data.sources import SOURCES
 from fedmira.data.split import split_rows
 from fedmira.data.tokenizer import Tokenizer
 
-__all__ = ["ClientSummary", "Dataset", "load_clients"]
+__all__ = ["ClientSummary", "Dataset", "load_clients", "load_own", "summary_of"]
 
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSummary:
-    """What `fedmira check` says of a client: rows of each part, tokens of the training rows, and what was cut or dropped.
+    """What a client says of itself: rows of each part, their tokens, and what was cut or dropped; counts, and nothing of a row.
 
     Attributes:
+        test_response_tokens: tokens that carry loss in its test rows.
         longest_row: tokens of the longest row, prompt and response together, of all parts.
     """
 
@@ -35,6 +36,7 @@ class ClientSummary:
     test_rows: int
     train_tokens: int
     train_response_tokens: int
+    test_response_tokens: int
     longest_row: int
     truncated_prompts: int
     truncated_responses: int
@@ -55,7 +57,7 @@ class Dataset:
 
     def summaries(self) -> tuple[ClientSummary, ...]:
         """One summary for each client, in the same order."""
-        return tuple(_summary(client) for client in self.clients)
+        return tuple(summary_of(client) for client in self.clients)
 
 
 def load_clients(settings: DataSettings, seed: int, tokenizer: Tokenizer) -> Dataset:
@@ -69,18 +71,56 @@ def load_clients(settings: DataSettings, seed: int, tokenizer: Tokenizer) -> Dat
     Raises:
         DataError: all problems of the first stage that has any.
     """
-    encoder = Encoder(tokenizer, settings.prompt, settings.max_length)
+    rows, skipped = _read(settings, seed)
+    _check_ids(rows)
+    return Dataset(_split_and_encoded(rows, settings, seed, tokenizer), skipped)
+
+
+def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str) -> ClientData:
+    """The rows of one client, read where only its own rows need be; the same as `load_clients` gives that client.
+
+    Args:
+        settings: the [data] section, with the path of this machine.
+        name: the client's; of a source that holds one client only, that one is taken whatever it is called there.
+
+    Raises:
+        DataError: the source holds several clients and none of this name, or the settings deal rows among clients.
+    """
+    problems = Problems()
+    if settings.partition in ("category", "dirichlet"):
+        problems.add(
+            f"data.partition = {settings.partition!r} deals the rows of all clients, and this machine has its own; use 'task' or 'column'"
+        )
+    if not isinstance(settings.max_rows, int):
+        problems.add("data.max_rows is a list, given to the clients in turn, and this machine does not know its turn; set it to one number")
+    problems.raise_if_any()
+    rows, _ = _read(settings.model_copy(update={"clients": 0}), seed)
+    found = [client for client in rows if client.client_id == name] or (rows if len(rows) == 1 else [])
+    if not found:
+        held = ", ".join(client.client_id for client in rows[:8])
+        problems.add(f"data.path {settings.path!r} holds {len(rows)} clients, and none is called {name!r}; it holds {held}")
+    problems.raise_if_any()
+    own = [replace(found[0], client_id=name)]
+    _check_ids(own)
+    return _split_and_encoded(own, settings, seed, tokenizer)[0]
+
+
+def _read(settings: DataSettings, seed: int) -> tuple[list[ClientRows], tuple[str, ...]]:
+    """All clients of the source, sorted by id, and what was left out."""
     reading = SOURCES[settings.source](settings, seed)
     partition = partition_tasks(reading.tasks, settings, seed)
-    rows = sorted(partition.clients, key=lambda client: client.client_id)
-    _check_ids(rows)
+    return sorted(partition.clients, key=lambda client: client.client_id), (*reading.skipped, *partition.skipped)
 
+
+def _split_and_encoded(rows: Sequence[ClientRows], settings: DataSettings, seed: int, tokenizer: Tokenizer) -> tuple[ClientData, ...]:
+    """Each client's rows in three parts, as tokens."""
+    encoder = Encoder(tokenizer, settings.prompt, settings.max_length)
     problems = Problems()
     splits = [split_rows(client, settings, seed, position, problems) for position, client in enumerate(rows)]
     problems.raise_if_any()
     clients = tuple(encoder.encode_client(client, split, problems) for client, split in zip(rows, splits, strict=True) if split is not None)
     problems.raise_if_any()
-    return Dataset(clients, (*reading.skipped, *partition.skipped))
+    return clients
 
 
 def _check_ids(clients: Sequence[ClientRows]) -> None:
@@ -101,7 +141,8 @@ def _check_ids(clients: Sequence[ClientRows]) -> None:
     problems.raise_if_any()
 
 
-def _summary(client: ClientData) -> ClientSummary:
+def summary_of(client: ClientData) -> ClientSummary:
+    """What this client says of itself."""
     rows = (*client.train, *client.validation, *client.test)
     return ClientSummary(
         client_id=client.client_id,
@@ -112,6 +153,7 @@ def _summary(client: ClientData) -> ClientSummary:
         test_rows=len(client.test),
         train_tokens=client.train_tokens,
         train_response_tokens=client.train_response_tokens,
+        test_response_tokens=sum(len(row.response) for row in client.test),
         longest_row=max(len(row.prompt) + len(row.response) for row in rows),
         truncated_prompts=client.truncated_prompts,
         truncated_responses=client.truncated_responses,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
-
-import torch
+from functools import cached_property
 
 from fedmira.adapters import Adapter
-from fedmira.data import ClientData
+from fedmira.data import ClientData, ClientSummary, summary_of
+from fedmira.evaluation.base import SplitName
 from fedmira.evaluation.metrics import TokenLoss, text_scores
-from fedmira.messages import ClientId
-from fedmira.model import BaseModel, LoraBranch, Row, StackedAdapters, TargetModule, generate, response_losses, within_memory
+from fedmira.messages import ClientId, Failure
+from fedmira.model import AdapterKind, BaseModel, Contender, TargetModule
 
 __all__ = ["Evaluator"]
 
@@ -25,44 +23,68 @@ class Evaluator:
     """Evaluates clients on one resident base model; no state, no randomness.
 
     Attributes:
-        scales: alpha / rank of each client.
+        kind: the adapters, on their base.
+        scales: of each client's adapter.
         token_budget: most token positions in one forward pass.
     """
 
-    base: BaseModel
-    targets: Sequence[TargetModule]
+    kind: AdapterKind
     clients: Mapping[ClientId, ClientData]
     scales: Mapping[ClientId, float]
     token_budget: int
 
-    def losses(
-        self, adapters: Mapping[ClientId, Adapter], split: Literal["test", "validation", "train"] = "test"
-    ) -> dict[ClientId, TokenLoss]:
+    @property
+    def base(self) -> BaseModel:
+        """The frozen base model."""
+        return self.kind.base
+
+    @property
+    def targets(self) -> Sequence[TargetModule]:
+        """The layers that carry a LoRA branch."""
+        return self.kind.targets
+
+    @cached_property
+    def parties(self) -> Mapping[ClientId, ClientSummary]:
+        """What each client says of itself."""
+        return {name: summary_of(client) for name, client in self.clients.items()}
+
+    def unmeasured(self) -> list[Failure]:
+        """None: all rows are here."""
+        return []
+
+    def losses(self, adapters: Mapping[ClientId, Adapter], split: SplitName = "test") -> dict[ClientId, TokenLoss]:
         """The response loss of each given client's adapter on its rows of `split`; clients without such rows are left out."""
         result: dict[ClientId, TokenLoss] = {}
         asked = [client for client in adapters if getattr(self.clients[client], split)]
-        for names, branch in self._branches(asked, adapters):
-            batches = [(i, getattr(self.clients[name], split)) for i, name in enumerate(names)]
-            with torch.no_grad(), branch:
-                sums, _ = within_memory(partial(self._sums, branch, batches), self.token_budget)
-            for i, name in enumerate(names):
-                result[name] = TokenLoss(sums[i], sum(len(row.response) for row in batches[i][1]))
+        for names in _in_turns(asked):
+            rows = [getattr(self.clients[name], split) for name in names]
+            scales = [self.scales[name] for name in names]
+            sums = self.kind.losses([adapters[name] for name in names], scales, rows, self.token_budget)
+            for name, total, of_client in zip(names, sums, rows, strict=True):
+                result[name] = TokenLoss(total, sum(len(row.response) for row in of_client))
         return result
 
-    def _sums(self, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int) -> list[float]:
-        """The sum of each batch's losses."""
-        totals = torch.zeros(len(batches), dtype=torch.float64, device=self.base.device)
-        for losses in response_losses(self.base, branch, batches, budget):
-            totals.index_add_(0, losses.clients, losses.values.double())
-        return totals.tolist()
+    def chosen(self, clients: Sequence[ClientId], candidates: Callable[[ClientId], Mapping[float, Adapter]]) -> dict[ClientId, float]:
+        """The key of the candidate with the lowest loss on each client's validation rows; clients with one candidate are left out.
+
+        Args:
+            candidates: of a client; of equals the first is taken, and without validation rows the last.
+        """
+        result: dict[ClientId, float] = {}
+        for names in _in_turns(clients):
+            found = {name: several for name in names if len(several := candidates(name)) > 1}
+            contenders = [Contender(list(of.values()), self.scales[name], self.clients[name].validation) for name, of in found.items()]
+            choices = self.kind.choose(contenders, self.token_budget)
+            result |= {name: list(of)[choice.index] for (name, of), choice in zip(found.items(), choices, strict=True)}
+        return result
 
     def generations(self, adapters: Mapping[ClientId, Adapter], max_new_tokens: int) -> dict[ClientId, list[str]]:
         """Greedy continuations of each given client's test prompts, in the order of its test rows."""
         result: dict[ClientId, list[str]] = {}
-        for names, branch in self._branches(list(adapters), adapters):
+        for names in _in_turns(list(adapters)):
             prompts = [(i, row.prompt) for i, name in enumerate(names) for row in self.clients[name].test]
-            with branch:
-                found, _ = within_memory(partial(generate, self.base, branch, prompts, max_new_tokens), self.token_budget)
+            scales = [self.scales[name] for name in names]
+            found = self.kind.generate([adapters[name] for name in names], scales, prompts, max_new_tokens, self.token_budget)
             texts = iter(found)
             for name in names:
                 result[name] = [next(texts) for _ in self.clients[name].test]
@@ -73,10 +95,8 @@ class Evaluator:
         texts = self.generations(adapters, max_new_tokens)
         return {client: text_scores(predictions, self.clients[client].references) for client, predictions in texts.items()}
 
-    def _branches(self, clients: Sequence[ClientId], adapters: Mapping[ClientId, Adapter]) -> Iterator[tuple[list[ClientId], LoraBranch]]:
-        """A few clients at a time with their adapters, which may be read from disk at this moment."""
-        for start in range(0, len(clients), _CLIENTS_AT_ONCE):
-            names = list(clients[start : start + _CLIENTS_AT_ONCE])
-            scales = [self.scales[name] for name in names]
-            stacked = StackedAdapters(self.targets, [adapters[name] for name in names], scales, self.base.device, trainable=False)
-            yield names, LoraBranch(self.base.model, stacked)
+
+def _in_turns(clients: Sequence[ClientId]) -> Iterator[list[ClientId]]:
+    """A few clients at a time, so that the memory for their adapters stays bounded."""
+    for start in range(0, len(clients), _CLIENTS_AT_ONCE):
+        yield list(clients[start : start + _CLIENTS_AT_ONCE])

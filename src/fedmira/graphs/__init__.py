@@ -2,12 +2,14 @@
 
 from fedmira.graphs.bounds import GraphBounds, graph_bounds
 from fedmira.graphs.builders import category_graph, file_graph, graph_document, random_graph, shuffled, uniform_graph, write_graph
+from fedmira.graphs.collaboration import collaboration_weights, project_on_simplex
 from fedmira.graphs.graph import Graph
 from fedmira.graphs.products import ExactProducts, InnerProducts, SketchedProducts
 from fedmira.graphs.similarity import similarity_weights
-from fedmira.graphs.sources import FixedGraph, GraphSource, LearnedGraph, graph_source
+from fedmira.graphs.sources import CollaborationGraph, FixedGraph, GraphSource, LearnedGraph, graph_source
 
 __all__ = [
+    "CollaborationGraph",
     "ExactProducts",
     "FixedGraph",
     "Graph",
@@ -17,10 +19,12 @@ __all__ = [
     "LearnedGraph",
     "SketchedProducts",
     "category_graph",
+    "collaboration_weights",
     "file_graph",
     "graph_bounds",
     "graph_document",
     "graph_source",
+    "project_on_simplex",
     "random_graph",
     "shuffled",
     "similarity_weights",

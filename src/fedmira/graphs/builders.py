@@ -18,7 +18,9 @@ from fedmira.graphs.edges import joined, list_of_matrix
 from fedmira.graphs.graph import Graph
 
 __all__ = [
+    "all_pairs",
     "category_graph",
+    "check_pairs",
     "file_graph",
     "graph_document",
     "permutation_without_fixed_points",
@@ -40,7 +42,7 @@ def _generator(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
 
 
-def _check_pairs(kind: str, clients: int, pairs: int) -> None:
+def check_pairs(kind: str, clients: int, pairs: int) -> None:
     """Refuse a rule that relates too many pairs, before anything is built.
 
     Raises:
@@ -54,7 +56,7 @@ def _check_pairs(kind: str, clients: int, pairs: int) -> None:
         )
 
 
-def _all_pairs(count: int) -> int:
+def all_pairs(count: int) -> int:
     """Pairs of `count` clients."""
     return count * (count - 1) // 2
 
@@ -65,7 +67,7 @@ def random_graph(clients: Sequence[str], seed: int) -> Graph:
     Raises:
         ConfigError: there are too many pairs.
     """
-    _check_pairs("random", len(clients), _all_pairs(len(clients)))
+    check_pairs("random", len(clients), all_pairs(len(clients)))
     draws = torch.rand(len(clients), len(clients), generator=_generator(seed, "random graph"), dtype=torch.float64)
     weights = (draws + draws.T) / 2
     weights[weights < SPARSITY_LIMIT] = 0
@@ -84,7 +86,7 @@ def uniform_graph(clients: Sequence[str]) -> Graph:
     Raises:
         ConfigError: there are too many pairs.
     """
-    _check_pairs("uniform", len(clients), _all_pairs(len(clients)))
+    check_pairs("uniform", len(clients), all_pairs(len(clients)))
     return _joined_alike("uniform", clients, [torch.arange(len(clients))])
 
 
@@ -103,7 +105,7 @@ def category_graph(clients: Sequence[str], categories: Mapping[str, str]) -> Gra
     members: dict[str, list[int]] = {}
     for row, client in enumerate(clients):
         members.setdefault(categories[client], []).append(row)
-    _check_pairs("category", len(clients), sum(_all_pairs(len(rows)) for rows in members.values()))
+    check_pairs("category", len(clients), sum(all_pairs(len(rows)) for rows in members.values()))
     return _joined_alike("category", clients, [torch.tensor(rows, dtype=torch.int64) for rows in members.values()])
 
 

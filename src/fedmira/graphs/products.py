@@ -24,6 +24,13 @@ class InnerProducts(Protocol):
         """The similarity graph of one round among the clients that have trained, bool [K]: an edge list, float64 [E, 3]."""
         ...
 
+    def cosines(self, trained: Tensor) -> Tensor:
+        """<x_k, x_l> / (|x_k| |x_l|) between the clients that have trained, bool [K]: float64 [K, K], for few clients.
+
+        Rows and columns of clients that have not, or whose x is zero, are 0 throughout; the others have 1 on the diagonal.
+        """
+        ...
+
     def trace(self, laplacian: Any) -> float:
         """Sum_kl L_kl <x_k, x_l> for a sparse float64 [K, K] matrix L: with the Laplacian of a graph, its disagreement.
 
@@ -46,6 +53,16 @@ class ExactProducts:
         """From exact cosines."""
         return list_of_matrix(similarity_weights(self.gram, trained, nearest))
 
+    def cosines(self, trained: Tensor) -> Tensor:
+        """Exact, to float64 rounding."""
+        taking_part = torch.nonzero(trained & (self.gram.diagonal() > 0)).flatten()
+        inner = self.gram[taking_part][:, taking_part]
+        inverse_norm = inner.diagonal().rsqrt()
+        cosine = (inner + inner.T) / 2 * inverse_norm[:, None] * inverse_norm[None, :]
+        cosines = torch.zeros_like(self.gram)
+        cosines[taking_part[:, None], taking_part[None, :]] = cosine.fill_diagonal_(1)
+        return cosines
+
     def trace(self, laplacian: Any) -> float:
         """Exact, to float64 rounding."""
         entries = laplacian.tocoo()
@@ -66,6 +83,11 @@ class SketchedProducts:
     def similarity(self, trained: Tensor, nearest: int) -> Tensor:
         """From cosines between sketches."""
         return sketched_similarity(self.sketches, trained, nearest)
+
+    def cosines(self, trained: Tensor) -> Tensor:
+        """Estimates from the sketches."""
+        sketches = self.sketches.to(torch.float64)
+        return ExactProducts(sketches @ sketches.T).cosines(trained)
 
     def trace(self, laplacian: Any) -> float:
         """An unbiased estimate: sum over the entries of <column, L column>, at a cost of edges times entries."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fedmira.config.schema import GraphSettings
 from fedmira.errors import ConfigError
-from fedmira.graphs.builders import category_graph, file_graph, random_graph, shuffled, uniform_graph
-from fedmira.graphs.edges import NO_EDGES
+from fedmira.graphs.builders import all_pairs, category_graph, check_pairs, file_graph, random_graph, shuffled, uniform_graph
+from fedmira.graphs.collaboration import collaboration_weights
+from fedmira.graphs.edges import NO_EDGES, list_of_matrix
 from fedmira.graphs.graph import Graph
 from fedmira.graphs.products import InnerProducts
 from fedmira.graphs.similarity import SMALLEST_SHARE, remember
 
-__all__ = ["FixedGraph", "GraphSource", "LearnedGraph", "graph_source", "sketch_entries"]
+__all__ = ["CollaborationGraph", "FixedGraph", "GraphSource", "LearnedGraph", "graph_source", "sketch_entries"]
 
 MOST_EXACT = 512
 """Most clients whose inner products are kept one by one when the config leaves it open."""
@@ -34,6 +36,11 @@ class GraphSource(Protocol):
         ...
 
     @property
+    def space(self) -> str:
+        """Whose inner products it is learned from: "product", the updates, or "subspace", where they point to; none where it is fixed."""
+        ...
+
+    @property
     def sketch(self) -> int:
         """Entries of the sketches from which inner products between updates are estimated; 0 where they are exact."""
         ...
@@ -47,7 +54,7 @@ class GraphSource(Protocol):
 
         Args:
             memory: edge list, float64 [E, 3].
-            products: product-space inner products of the updates of all clients.
+            products: inner products of all clients, of its space.
             trained: clients that have trained at least once, bool [K].
         """
         ...
@@ -77,6 +84,11 @@ class FixedGraph:
     def learned(self) -> bool:
         """No."""
         return False
+
+    @property
+    def space(self) -> str:
+        """Of no meaning here."""
+        return "product"
 
     def initial(self, clients: Sequence[str]) -> Tensor:
         """Nothing."""
@@ -120,6 +132,7 @@ class LearnedGraph:
             the memory keeps the true one.
         sketch: entries of the sketches that it is learned from, 0 for exact inner products. With sketches, remembered weights below a
             millionth of the largest are forgotten.
+        space: "product" compares the updates, "subspace" the column spaces of their modules, by principal angles.
     """
 
     nearest: int = 3
@@ -127,6 +140,12 @@ class LearnedGraph:
     warmup_rounds: int = 1
     shuffle_seed: int | None = None
     sketch: int = 0
+    space: str = "product"
+
+    @property
+    def kind(self) -> str:
+        """For graph.json."""
+        return "similarity"
 
     @property
     def learned(self) -> bool:
@@ -138,18 +157,55 @@ class LearnedGraph:
         return NO_EDGES
 
     def update(self, memory: Tensor, products: InnerProducts, trained: Tensor) -> Tensor:
-        """The moving average of the similarity graphs; clients that never trained have no edges."""
+        """The moving average of the rounds' graphs; clients that never trained have no edges."""
         smallest_share = SMALLEST_SHARE if self.sketch else 0.0
-        return remember(memory, products.similarity(trained, self.nearest), self.memory, len(trained), smallest_share)
+        return remember(memory, self.edges_of_round(products, trained), self.memory, len(trained), smallest_share)
+
+    def edges_of_round(self, products: InnerProducts, trained: Tensor) -> Tensor:
+        """The graph of this round alone: an edge list, float64 [E, 3]."""
+        return products.similarity(trained, self.nearest)
 
     def graph(self, memory: Tensor, clients: Sequence[str]) -> Graph:
         """The remembered graph, shuffled for the control."""
-        graph = Graph("similarity", tuple(clients), memory)
+        graph = Graph(self.kind, tuple(clients), memory)
         return graph if self.shuffle_seed is None else shuffled(graph, self.shuffle_seed)
 
     def acts(self, round_number: int) -> bool:
         """From the first round after the warm-up."""
         return round_number > self.warmup_rounds
+
+
+@dataclass(frozen=True, slots=True)
+class CollaborationGraph(LearnedGraph):
+    """pFedGraph's collaboration weights, made symmetric: a_kl = (x_kl + x_lk) / 2 between different clients.
+
+    Every client's weights x_k follow from its cosines to all that have trained and from their data (`graphs.collaboration`);
+    `nearest` is not read. Weights are not scaled: the paper's clients are made of x_kl w_l, which is the step gamma = 1 along x.
+
+    Attributes:
+        alpha: weight of the data shares against likeness.
+        rows: training rows of each client; empty for equal shares.
+    """
+
+    alpha: float = 0.8
+    rows: tuple[float, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """For graph.json."""
+        return "pfedgraph"
+
+    def edges_of_round(self, products: InnerProducts, trained: Tensor) -> Tensor:
+        """From the cosines between clients that have trained and whose update is not zero; the others have no edges."""
+        cosines = products.cosines(trained)
+        taking_part = torch.nonzero(cosines.diagonal()).flatten()
+        if len(taking_part) < 2:
+            return NO_EDGES
+        rows = torch.tensor(self.rows or [1.0] * len(trained), dtype=torch.float64)[taking_part]
+        chosen = collaboration_weights(cosines[taking_part][:, taking_part], rows / rows.sum(), self.alpha)
+        weights = torch.zeros_like(cosines)
+        weights[taking_part[:, None], taking_part[None, :]] = (chosen + chosen.T) / 2
+        return list_of_matrix(weights.fill_diagonal_(0))
 
 
 _FIXED: Mapping[str, Callable[[GraphSettings, Sequence[str], Mapping[str, str], int], Graph]] = {
@@ -167,7 +223,26 @@ def sketch_entries(settings: GraphSettings, clients: int) -> int:
     return 0 if clients <= MOST_EXACT else DEFAULT_ENTRIES
 
 
-def graph_source(settings: GraphSettings, clients: Sequence[str], categories: Mapping[str, str], seed: int) -> GraphSource:
+def _similarity(settings: GraphSettings, clients: Sequence[str], rows: Mapping[str, int], **common: Any) -> LearnedGraph:
+    return LearnedGraph(nearest=settings.nearest, **common)
+
+
+def _collaboration(settings: GraphSettings, clients: Sequence[str], rows: Mapping[str, int], **common: Any) -> LearnedGraph:
+    check_pairs(settings.kind, len(clients), all_pairs(len(clients)))
+    return CollaborationGraph(alpha=settings.alpha, rows=tuple(float(rows[client]) for client in clients if rows), **common)
+
+
+_LEARNED: Mapping[str, Callable[..., LearnedGraph]] = {"similarity": _similarity, "pfedgraph": _collaboration}
+_SPACES: Mapping[str, str] = {"cosine": "product", "principal-angles": "subspace"}
+
+
+def graph_source(
+    settings: GraphSettings,
+    clients: Sequence[str],
+    categories: Mapping[str, str],
+    seed: int,
+    rows: Mapping[str, int] = MappingProxyType({}),
+) -> GraphSource:
     """Build what [graph] asks for.
 
     Args:
@@ -175,12 +250,22 @@ def graph_source(settings: GraphSettings, clients: Sequence[str], categories: Ma
         clients: ids, in the order of the rows.
         categories: client id -> category; only kind "category" reads it.
         seed: of the random graph and of the shuffle.
+        rows: client id -> training rows; only kind "pfedgraph" reads it, and takes all alike where it is empty.
 
     Raises:
         ConfigError: categories are missing, the graph file is wrong, or there are too many pairs.
     """
     sketch = sketch_entries(settings, len(clients))
     if settings.kind not in _FIXED:
-        return LearnedGraph(settings.nearest, settings.memory, settings.warmup_rounds, seed if settings.shuffled else None, sketch)
+        return _LEARNED[settings.kind](
+            settings,
+            clients,
+            rows,
+            memory=settings.memory,
+            warmup_rounds=settings.warmup_rounds,
+            shuffle_seed=seed if settings.shuffled else None,
+            sketch=sketch,
+            space=_SPACES[settings.measure],
+        )
     graph = _FIXED[settings.kind](settings, clients, categories, seed)
     return FixedGraph(shuffled(graph, seed) if settings.shuffled else graph, sketch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -31,16 +31,16 @@ class _Layout:
     batch: PackedBatch
     last_layer: int | None
     kernels: bool
-    plan: CpuPlan | None = None
+    plans: dict[bool, CpuPlan] = field(default_factory=dict)
 
     @cached_property
     def sequences(self) -> Sequences:
         return sequences_of(self.batch)
 
-    def cpu_plan(self, dtype: torch.dtype) -> CpuPlan:
-        if self.plan is None:
-            self.plan = plan_for_cpu(self.batch, dtype)
-        return self.plan
+    def cpu_plan(self, dtype: torch.dtype, predicting: bool) -> CpuPlan:
+        if predicting not in self.plans:
+            self.plans[predicting] = plan_for_cpu(self.batch, dtype, predicting)
+        return self.plans[predicting]
 
 
 _layout: ContextVar[_Layout | None] = ContextVar("packed layout", default=None)
@@ -99,8 +99,11 @@ def packed_attention(
     if same_size and varlen_available(query):
         return attend_on_cuda(query, key, value, layout.sequences, scale, window), None
     if same_size and query.device.type == "cpu" and not window:
-        # What the prefix attends to in the last layer is not read: there it only gives keys and values.
-        return attend_on_cpu(query, key, value, layout.cpu_plan(query.dtype), scale, module.layer_idx == layout.last_layer), None
+        if module.layer_idx != layout.last_layer:
+            return attend_on_cpu(query, key, value, layout.cpu_plan(query.dtype, False), scale), None
+        # Only what predicts is read of the last layer: there all other places give nothing but keys and values.
+        read = attend_on_cpu(query[:, :, batch.predict_at], key, value, layout.cpu_plan(query.dtype, True), scale)
+        return read.new_zeros(1, query.shape[2], *read.shape[2:]).index_copy(1, batch.predict_at, read), None
     return _attend_by_row(query, key, value, batch, scale, window), None
 
 

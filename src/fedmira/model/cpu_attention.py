@@ -29,73 +29,82 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @dataclass(frozen=True, slots=True)
 class CpuPlan:
-    """The kernel calls of one packed batch, the same in every layer.
+    """The kernel calls of one packed batch, the same in every layer that reads the same queries.
 
     Attributes:
-        of_prefixes: queries, keys and mask of the causal blocks of all prefixes.
-        of_remainders: the same of all remainders, each seeing itself only.
-        to_prefixes: the remainders of a segment, and the prefix they all see.
+        causal: queries, keys and mask of prefixes and of remainders, each seeing itself only; every query stands in one of them.
+        to_prefixes: the queries of a segment's remainders, and the prefix they all see.
     """
 
-    of_prefixes: tuple[tuple[slice, slice, Tensor], ...]
-    of_remainders: tuple[tuple[slice, slice, Tensor], ...]
+    causal: tuple[tuple[slice, slice, Tensor], ...]
     to_prefixes: tuple[tuple[slice, slice], ...]
 
 
-def plan_for_cpu(batch: PackedBatch, dtype: torch.dtype) -> CpuPlan:
+def plan_for_cpu(batch: PackedBatch, dtype: torch.dtype, predicting: bool = False) -> CpuPlan:
     """Cut a packed batch into kernel calls.
 
     Args:
         dtype: of the masks, which is that of the queries.
+        predicting: whether the queries are those at `batch.predict_at` alone, in that order, or those of all tokens.
     """
-    of_prefixes: list[tuple[slice, slice, Tensor]] = []
-    of_remainders: list[tuple[slice, slice, Tensor]] = []
-    to_prefixes = []
+    causal: list[tuple[slice, slice, Tensor]] = []
+    to_prefixes: list[tuple[slice, slice]] = []
+    queries = 0  # that are planned
     for segment, start in zip(batch.segments, batch.starts, strict=True):
         place = start + segment.prefix
-        of_prefixes += _blocks(start, place, dtype)
-        if segment.prefix:
-            to_prefixes.append((slice(place, place + sum(segment.lengths)), slice(start, place)))
-        for lengths in _side_by_side(segment.lengths):
+        if not predicting:
+            causal += _blocks(start, place, start, dtype, queries)
+            queries += segment.prefix
+        before = queries
+        # Who predicts stands at the end of its row.
+        silent = [length - len(row.response) if predicting else 0 for row, length in zip(segment.rows, segment.lengths, strict=True)]
+        for first, lengths in _side_by_side(segment.lengths):
             stop = place + sum(lengths)
+            mute = silent[first : first + len(lengths)]
             if len(lengths) == 1:
-                of_remainders += _blocks(place, stop, dtype)
+                causal += _blocks(place + mute[0], stop, place, dtype, queries)
             else:
-                of_remainders.append((slice(place, stop), slice(place, stop), _beside(lengths, dtype)))
+                count = sum(lengths) - sum(mute)
+                causal.append((slice(queries, queries + count), slice(place, stop), _beside(lengths, tuple(mute), dtype)))
+            queries += sum(lengths) - sum(mute)
             place = stop
-    return CpuPlan(tuple(of_prefixes), tuple(of_remainders), tuple(to_prefixes))
+        if segment.prefix:
+            to_prefixes.append((slice(before, queries), slice(start, start + segment.prefix)))
+    return CpuPlan(tuple(causal), tuple(to_prefixes))
 
 
-def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, plan: CpuPlan, scale: float, skip_prefixes: bool = False) -> Tensor:
+def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, plan: CpuPlan, scale: float) -> Tensor:
     """Attention of N tokens as `pack` lays them out.
 
     Args:
-        query: [1, heads, N, size]; key, value: [1, key heads, N, size].
-        skip_prefixes: nobody reads the result at prefix tokens; it is zero there.
+        query: [1, heads, Q, size], the queries that the plan is for; key, value: [1, key heads, N, size].
 
     Returns:
-        [1, N, heads, size].
+        [1, Q, heads, size].
     """
-    result: Tensor = _PackedAttention.apply(query, key, value, plan, scale, skip_prefixes)  # type: ignore[no-untyped-call]
+    result: Tensor = _PackedAttention.apply(query, key, value, plan, scale)  # type: ignore[no-untyped-call]
     return result
 
 
-def _side_by_side(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Neighbours that fit one block together; a longer one stands alone."""
-    group: list[int] = []
-    for length in lengths:
-        if group and sum(group) + length > _BLOCK:
-            yield tuple(group)
-            group = []
-        group.append(length)
-    yield tuple(group)
+def _side_by_side(lengths: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Neighbours that fit one block together, with the number of the first; a longer one stands alone."""
+    first = 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or sum(lengths[first : end + 1]) > _BLOCK:
+            yield first, tuple(lengths[first:end])
+            first = end
 
 
-def _blocks(start: int, stop: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-    """A causal stretch, block by block: queries, the keys up to the last of them, and the mask."""
-    for begin in range(start, stop, _BLOCK):
-        end = min(begin + _BLOCK, stop)
-        yield slice(begin, end), slice(start, end), _causal(end - begin, begin - start, dtype)
+def _blocks(begin: int, stop: int, start: int, dtype: torch.dtype, queries: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Places `begin` to `stop` of a causal stretch from `start`, block by block: queries, keys up to the last of them, and the mask.
+
+    Args:
+        queries: number of the first query.
+    """
+    for place in range(begin, stop, _BLOCK):
+        end = min(place + _BLOCK, stop)
+        own = slice(queries + place - begin, queries + end - begin)
+        yield own, slice(start, end), _causal(end - place, place - start, dtype)
 
 
 def _causal(size: int, offset: int, dtype: torch.dtype) -> Tensor:
@@ -110,25 +119,26 @@ def _widest_mask(offset: int, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _beside(lengths: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Additive mask of rows beside each other, each causal and blind for the others."""
+def _beside(lengths: tuple[int, ...], silent: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Additive mask of rows beside each other, each causal and blind for the others; the first `silent` places of a row do not ask."""
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    mask = _causal(len(row), 0, dtype)
-    return mask.masked_fill(row[:, None] != row[None, :], float("-inf"))
+    mask = _causal(len(row), 0, dtype).masked_fill(row[:, None] != row[None, :], float("-inf"))
+    asks = torch.cat([torch.arange(length) >= first for length, first in zip(lengths, silent, strict=True)])
+    return mask[asks]
 
 
 class _PackedAttention(torch.autograd.Function):
     """Heads stand as [key heads, query heads of each, N, size] throughout, which are views of the model's own tensors."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: CpuPlan, scale: float, skip_prefixes: bool) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: CpuPlan, scale: float) -> Tensor:
         queries, keys, values = _by_key_head(query, key, value)
-        groups, share, tokens, size = queries.shape
-        flat = query.new_zeros(tokens, groups, share, size) if skip_prefixes else query.new_empty(tokens, groups, share, size)
-        out, log_sums = flat.permute(1, 2, 0, 3), torch.empty(groups, share, tokens)
+        groups, share, asking, size = queries.shape
+        flat = query.new_empty(asking, groups, share, size)
+        out, log_sums = flat.permute(1, 2, 0, 3), torch.empty(groups, share, asking)
         ctx.save_for_backward(query, key, value, flat, log_sums)
-        ctx.plan, ctx.scale, ctx.skip_prefixes = plan, scale, skip_prefixes
-        for own, seen, mask in (*(() if skip_prefixes else plan.of_prefixes), *plan.of_remainders):
+        ctx.plan, ctx.scale = plan, scale
+        for own, seen, mask in plan.causal:
             out[:, :, own], log_sums[:, :, own] = _forward(
                 queries[:, :, own], keys[:, :, seen], values[:, :, seen], 0.0, False, attn_mask=mask, scale=scale
             )
@@ -137,21 +147,20 @@ class _PackedAttention(torch.autograd.Function):
             to_itself, own_log_sum = out[:, :, own], log_sums[:, :, own]
             to_itself.lerp_(to_prefix, torch.sigmoid(log_sum - own_log_sum)[..., None].to(query.dtype))
             own_log_sum.copy_(torch.logaddexp(own_log_sum, log_sum))
-        return flat.view(1, tokens, groups * share, size)
+        return flat.view(1, asking, groups * share, size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, flat, log_sums = ctx.saved_tensors
         queries, keys, values = _by_key_head(query, key, value)
-        groups, share, tokens, size = queries.shape
-        out, grad = flat.permute(1, 2, 0, 3), grad.view(tokens, groups, share, size).permute(1, 2, 0, 3)
+        groups, share, asking, size = queries.shape
+        out, grad = flat.permute(1, 2, 0, 3), grad.view(asking, groups, share, size).permute(1, 2, 0, 3)
         # Sums in float32, whatever the model computes in.
-        to_query = torch.zeros(tokens, groups, share, size) if ctx.skip_prefixes else torch.empty(tokens, groups, share, size)
-        to_key, to_value = torch.zeros(2, tokens, groups, size)
+        to_query = torch.empty(asking, groups, share, size)
+        to_key, to_value = torch.zeros(2, keys.shape[2], groups, size)
         by_head = (to_query.permute(1, 2, 0, 3), to_key.transpose(0, 1), to_value.transpose(0, 1))
         plan: CpuPlan = ctx.plan
-        causal = (*(() if ctx.skip_prefixes else plan.of_prefixes), *plan.of_remainders)
-        for number, (own, seen, *mask) in enumerate((*causal, *plan.to_prefixes)):
+        for number, (own, seen, *mask) in enumerate((*plan.causal, *plan.to_prefixes)):
             parts = _backward(
                 grad[:, :, own],
                 queries[:, :, own],
@@ -165,11 +174,11 @@ class _PackedAttention(torch.autograd.Function):
                 scale=ctx.scale,
             )
             # Every query stands in one causal call; what it reads of a prefix comes on top.
-            (by_head[0][:, :, own].copy_ if number < len(causal) else by_head[0][:, :, own].add_)(parts[0])
+            (by_head[0][:, :, own].copy_ if number < len(plan.causal) else by_head[0][:, :, own].add_)(parts[0])
             by_head[1][:, seen] += parts[1].sum(dim=1)
             by_head[2][:, seen] += parts[2].sum(dim=1)
-        heads = (to_query.view(1, tokens, groups * share, size), to_key[None], to_value[None])
-        return (*(tensor.transpose(1, 2).to(query.dtype) for tensor in heads), None, None, None)
+        heads = (to_query.view(1, asking, groups * share, size), to_key[None], to_value[None])
+        return (*(tensor.transpose(1, 2).to(query.dtype) for tensor in heads), None, None)
 
 
 def _by_key_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from fedmira.model.lora import LoraBranch
-from fedmira.model.loss import Draws
 from fedmira.model.packing import Row
+from fedmira.model.stack import Branch, Draws
 
 __all__ = ["TargetDraws", "response_tokens", "without_dropout"]
 
@@ -38,7 +37,7 @@ def response_tokens(batches: Mapping[int, Sequence[Row]]) -> dict[int, int]:
 
 
 @contextmanager
-def without_dropout(branch: LoraBranch) -> Iterator[None]:
+def without_dropout(branch: Branch) -> Iterator[None]:
     """The curvature is that of the adapter itself, and the streams of dropout are left where they are."""
     dropout, branch.dropout = branch.dropout, 0.0
     try:

@@ -16,7 +16,7 @@ from fedmira.model.decoding_probe import decoding_agrees
 from fedmira.model.lora import LoraBranch
 from fedmira.model.waves import CacheShape, Prompt, Wave, plan_waves
 
-__all__ = ["generate", "generate_tokens"]
+__all__ = ["answered", "end_tokens", "fit_prompts", "generate", "generate_tokens", "texts_of"]
 
 _CPU_CACHE = 2**28
 _FREE_SHARE = 4
@@ -34,10 +34,7 @@ def generate(
     cache_bytes: int | None = None,
 ) -> list[str]:
     """The texts of `generate_tokens`, without special tokens and surrounding blanks."""
-    texts: list[str] = base.tokenizer.batch_decode(
-        generate_tokens(base, branch, prompts, max_new_tokens, budget, cache_bytes), skip_special_tokens=True
-    )
-    return [text.strip() for text in texts]
+    return texts_of(base, generate_tokens(base, branch, prompts, max_new_tokens, budget, cache_bytes))
 
 
 def generate_tokens(
@@ -62,7 +59,7 @@ def generate_tokens(
     Returns:
         The new tokens of each prompt in the order given, without the one that ended it.
     """
-    asked = [_prompt(base, i, client, ids, max_new_tokens) for i, (client, ids) in enumerate(prompts)]
+    asked = fit_prompts(base, prompts, max_new_tokens)
     if not asked:
         return []
     with torch.no_grad():
@@ -71,19 +68,30 @@ def generate_tokens(
             found = [pair for wave in waves for pair in _continue(base, branch, wave, budget)]
         else:
             found = [pair for chosen in _padded_batches(asked) for pair in _padded(base, branch, chosen)]
-    ends = set(_ends(base))
-    answers: list[list[int]] = [[]] * len(asked)
+    return answered(base, found)
+
+
+def answered(base: BaseModel, found: Sequence[tuple[Prompt, Sequence[int]]]) -> list[list[int]]:
+    """The new tokens of each prompt up to its end of sequence and its limit, in the order in which the prompts were asked."""
+    ends = set(end_tokens(base))
+    answers: list[list[int]] = [[]] * len(found)
     for prompt, tokens in found:
         stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        answers[prompt.index] = tokens[: min(stop, prompt.limit)]
+        answers[prompt.index] = list(tokens[: min(stop, prompt.limit)])
     return answers
+
+
+def texts_of(base: BaseModel, answers: list[list[int]]) -> list[str]:
+    """Tokens as texts, without special tokens and surrounding blanks."""
+    texts: list[str] = base.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def _continue(base: BaseModel, branch: LoraBranch, wave: Wave, budget: int) -> Iterator[tuple[Prompt, list[int]]]:
     """The new tokens of a wave; what stands behind an end of sequence is meaningless."""
     decoder, extent = WaveDecoder(base, wave), wave.extent
     head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    ends = torch.tensor(_ends(base), device=base.device)
+    ends = torch.tensor(end_tokens(base), device=base.device)
     limits = rectangle(wave, [[prompt.limit for prompt in group.prompts] for group in wave.groups], base.device)
     tokens = rectangle(wave, [[prompt.response[0] for prompt in group.prompts] for group in wave.groups], base.device)
     done = limits < 1
@@ -137,17 +145,26 @@ def _padded(base: BaseModel, branch: LoraBranch, prompts: Sequence[Prompt]) -> I
     ids = torch.tensor([[padding] * (size - len(sequence)) + sequence for sequence in sequences], device=base.device)
     seen = torch.tensor([[0] * (size - len(sequence)) + [1] * len(sequence) for sequence in sequences], device=base.device)
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=prompts[0].limit, do_sample=False, num_beams=1, pad_token_id=padding, eos_token_id=_ends(base)
+        max_new_tokens=prompts[0].limit, do_sample=False, num_beams=1, pad_token_id=padding, eos_token_id=end_tokens(base)
     )
     with branch.rows([prompt.client for prompt in prompts]):
         output = base.model.generate(ids, attention_mask=seen, generation_config=settings)  # type: ignore[operator]
     yield from zip(prompts, output[:, size:].tolist(), strict=True)
 
 
-def _prompt(base: BaseModel, index: int, client: int, ids: Sequence[int], max_new_tokens: int) -> Prompt:
-    """A prompt that leaves the context room for an answer: a longer one loses tokens from its middle, as in training."""
-    ids = tuple(ids)
-    most, limit = base.max_positions, max_new_tokens
+def fit_prompts(base: BaseModel, prompts: Sequence[tuple[int, Sequence[int]]], max_new_tokens: int, extra: int = 0) -> list[Prompt]:
+    """Prompts that leave the context room for an answer: longer ones lose tokens from their middle, as in training.
+
+    Args:
+        prompts: (client, token ids) each.
+        max_new_tokens: most tokens of an answer; fewer where the context ends before.
+        extra: positions of the context that something else takes, in front of every prompt.
+    """
+    most = None if base.max_positions is None else base.max_positions - extra
+    return [_fitted(most, index, client, tuple(ids), max_new_tokens) for index, (client, ids) in enumerate(prompts)]
+
+
+def _fitted(most: int | None, index: int, client: int, ids: tuple[int, ...], limit: int) -> Prompt:
     if most is not None:
         if len(ids) >= most:
             kept = most - most // 4
@@ -156,7 +173,7 @@ def _prompt(base: BaseModel, index: int, client: int, ids: Sequence[int], max_ne
     return Prompt(index, client, ids[:-1], ids[-1:], limit)
 
 
-def _ends(base: BaseModel) -> list[int]:
+def end_tokens(base: BaseModel) -> list[int]:
     """Tokens that end an answer: the tokenizer's, and those the checkpoint names."""
     named = base.model.generation_config.eos_token_id
     listed = named if isinstance(named, list) else [] if named is None else [named]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,13 +16,14 @@ from fedmira.model.base_model import BaseModel, TargetModule
 from fedmira.model.batches import batch_indices
 from fedmira.model.curvature import TargetDraws, response_tokens, without_dropout
 from fedmira.model.lora import LoraBranch, StackedAdapters
-from fedmira.model.loss import Draws, TokenLosses, response_losses
+from fedmira.model.loss import response_losses
 from fedmira.model.optimizers import CohortOptimizer, Moments, add_curvature, clip_rows
 from fedmira.model.packing import Row
+from fedmira.model.stack import Branch, Draws, Passes, TokenLosses
 from fedmira.model.token_budget import within_memory
 from fedmira.model.zeroth_order import RandomSlopes
 
-__all__ = ["LocalOutcome", "LocalTask", "train_cohort"]
+__all__ = ["LocalOutcome", "LocalTask", "train_cohort", "train_with"]
 
 Hook = Callable[[Adapter, Adapter], Adapter]
 
@@ -31,11 +33,12 @@ class LocalTask:
     """What one client trains on in one round.
 
     Attributes:
-        start: its adapter; `scale` is alpha / rank.
+        start: its adapter.
+        scale: alpha / rank; 1 for adapters without a rank.
         rows: its training rows.
         seed: of its batches, dropout and drawn targets in this round.
         hook: turns (gradient, parameters) into the gradient to step with, or None.
-        moments: (first, second, steps) kept from its last round, flat as `StackedAdapters` lays them out, or None to start fresh.
+        moments: (first, second, steps) kept from its last round, named as the adapter is, or None to start fresh.
     """
 
     start: Adapter
@@ -84,52 +87,61 @@ def train_cohort(
     Returns:
         One outcome per task, in order. A client whose loss, gradient or adapter becomes non-finite stops and is reported.
     """
-    cohort = _Cohort(base, targets, tasks, settings, dropout, budget)
-    with LoraBranch(base.model, cohort.stacked, dropout, cohort.generators) as branch:
-        while cohort.step(branch):
+    stacked = StackedAdapters(targets, [task.start for task in tasks], [task.scale for task in tasks], base.device)
+    generators = [torch.Generator().manual_seed(task.seed ^ 0x5EED) for task in tasks] if dropout else []
+    branch = LoraBranch(base.model, stacked, dropout, generators)
+    return train_with(branch, partial(response_losses, base, branch), tasks, settings, budget)
+
+
+def train_with(branch: Branch, passes: Passes, tasks: Sequence[LocalTask], settings: LocalSettings, budget: int) -> list[LocalOutcome]:
+    """Train the adapters of any kind that a branch holds, one a task.
+
+    Args:
+        branch: of the tasks' start adapters, with gradients.
+        passes: forward passes with that branch.
+        budget: most token positions in one of them; lowered when memory runs out.
+
+    Returns:
+        One outcome per task, in order.
+    """
+    cohort = _Cohort(branch, passes, tasks, settings, budget)
+    with branch:
+        while cohort.step():
             pass
     return cohort.outcomes()
 
 
 class _Cohort:
-    """The moving parts of `train_cohort`: stacked adapters, moments, batches and figures of K clients.
+    """The moving parts of `train_with`: stacked adapters, moments, batches and figures of K clients.
 
     Figures stay on the device until the last step, so that no step waits for it.
     """
 
-    def __init__(
-        self,
-        base: BaseModel,
-        targets: Sequence[TargetModule],
-        tasks: Sequence[LocalTask],
-        settings: LocalSettings,
-        dropout: float,
-        budget: int,
-    ) -> None:
-        self.base, self.tasks, self.settings, self.budget = base, tasks, settings, budget
-        self.stacked = StackedAdapters(targets, [task.start for task in tasks], [task.scale for task in tasks], base.device)
+    def __init__(self, branch: Branch, passes: Passes, tasks: Sequence[LocalTask], settings: LocalSettings, budget: int) -> None:
+        self.branch, self.passes, self.tasks, self.settings, self.budget = branch, passes, tasks, settings, budget
+        self.stacked = branch.adapters
+        self.device = self.stacked.values.device
         self.optimizer = CohortOptimizer(
             settings.optimizer, settings.learning_rate, settings.weight_decay, settings.sophia_gamma, settings.sophia_rho
         )
         self.moments = self._initial_moments()
         self.batches = [batch_indices(len(task.rows), settings, task.seed) for task in tasks]
-        self.generators = [torch.Generator().manual_seed(task.seed ^ 0x5EED) for task in tasks] if dropout else []
-        self.alive = torch.ones(len(tasks), dtype=torch.bool, device=base.device)
-        self.failed_in_step = torch.zeros(len(tasks), dtype=torch.long, device=base.device)
+        self.alive = torch.ones(len(tasks), dtype=torch.bool, device=self.device)
+        self.failed_in_step = torch.zeros(len(tasks), dtype=torch.long, device=self.device)
         self.sums: list[Tensor] = []
         self.counts: list[dict[int, int]] = []
         self.tokens = [0] * len(tasks)
-        self.clipped = torch.zeros(len(tasks), dtype=torch.long, device=base.device)
+        self.clipped = torch.zeros(len(tasks), dtype=torch.long, device=self.device)
         self.target_draws = TargetDraws([task.seed for task in tasks])
         self.steps_before = [task.moments[2] if task.moments else 0 for task in tasks]
         self.slopes: RandomSlopes | None = None
         if settings.optimizer == "zeroth-order":
             self.slopes = RandomSlopes(self.stacked, [task.seed for task in tasks], settings.zeroth_seeds, settings.zeroth_width)
 
-    def step(self, branch: LoraBranch) -> bool:
+    def step(self) -> bool:
         """One local step of every client that has a batch left; False when nobody has."""
         # Asking a device who has failed would wait for it: there, failed clients run on beside the others without moving.
-        going = self.alive.tolist() if self.base.device.type == "cpu" else [True] * len(self.tasks)
+        going = self.alive.tolist() if self.device.type == "cpu" else [True] * len(self.tasks)
         batches = {
             client: [self.tasks[client].rows[index] for index in chosen]
             for client in range(len(self.tasks))
@@ -139,15 +151,15 @@ class _Cohort:
         }
         if not batches:
             return False
-        good = self._refresh_curvature(branch, batches) if self.settings.optimizer == "sophia" else self.alive
+        good = self._refresh_curvature(batches) if self.settings.optimizer == "sophia" else self.alive
         if self.slopes is not None:
             self.slopes.draw(list(batches))
-        states = [generator.get_state() for generator in self.generators]
+        states = [generator.get_state() for generator in self.branch.generators]
 
         def backward(budget: int) -> Tensor:
-            for generator, state in zip(self.generators, states, strict=True):
+            for generator, state in zip(self.branch.generators, states, strict=True):
                 generator.set_state(state)
-            return self._backward(branch, batches, budget)
+            return self._backward(batches, budget)
 
         sums, self.budget = within_memory(backward, self.budget)
         self.sums.append(sums)
@@ -157,7 +169,7 @@ class _Cohort:
         shares = clip_rows(self.stacked.gradients, self.settings.max_grad_norm)
         if self.slopes is not None:
             self.slopes.note(shares, self.settings.learning_rate)
-        active = torch.tensor(list(batches), device=self.base.device)
+        active = torch.tensor(list(batches), device=self.device)
         clipped = self.optimizer.step(self.stacked.values, self.stacked.gradients, self.moments, active)
         if clipped is not None:
             self.clipped.index_add_(0, active, clipped)
@@ -207,47 +219,45 @@ class _Cohort:
         entries = sum(tensor.numel() for tensor in self.tasks[client].start.values())
         return int(self.clipped[client]) / (entries * num_steps)
 
-    def _backward(self, branch: LoraBranch, batches: Mapping[int, list[Row]], budget: int) -> Tensor:
+    def _backward(self, batches: Mapping[int, list[Row]], budget: int) -> Tensor:
         """Each client's gradient of its own mean response loss, or what stands for it, and the sums of its losses [K]."""
         if self.slopes is None:
-            sums = self._gradients(branch, batches, budget)
+            sums = self._gradients(batches, budget)
         else:
-            sums = self.slopes.measure(lambda: self._losses(branch, batches, budget), batches)
+            sums = self.slopes.measure(lambda: self._losses(batches, budget), batches)
         self.counts.append(response_tokens(batches))
         return sums
 
-    def _gradients(self, branch: LoraBranch, batches: Mapping[int, list[Row]], budget: int, draws: Draws | None = None) -> Tensor:
+    def _gradients(self, batches: Mapping[int, list[Row]], budget: int, draws: Draws | None = None) -> Tensor:
         """Fill `stacked.gradients`, of drawn targets where there are draws; sums of losses [K]. Passes may share a client's batch."""
         counts = response_tokens(batches)
-        weights = torch.tensor([1 / counts.get(client, 1) for client in range(len(self.tasks))], device=self.base.device)
-        sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.base.device)
+        weights = torch.tensor([1 / counts.get(client, 1) for client in range(len(self.tasks))], device=self.device)
+        sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device)
         self.stacked.gradients.zero_()
-        for losses in self._passes(branch, batches, budget, draws):
+        for losses in self._passes(batches, budget, draws):
             (losses.values * weights[losses.clients]).sum().backward()  # type: ignore[no-untyped-call]
             sums.index_add_(0, losses.clients, losses.values.detach().double())
         return sums
 
-    def _losses(self, branch: LoraBranch, batches: Mapping[int, list[Row]], budget: int) -> Tensor:
+    def _losses(self, batches: Mapping[int, list[Row]], budget: int) -> Tensor:
         """Sums of losses alone."""
-        sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.base.device)
+        sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device)
         with torch.no_grad():
-            for losses in self._passes(branch, batches, budget):
+            for losses in self._passes(batches, budget):
                 sums.index_add_(0, losses.clients, losses.values.double())
         return sums
 
-    def _passes(
-        self, branch: LoraBranch, batches: Mapping[int, list[Row]], budget: int, draws: Draws | None = None
-    ) -> Iterator[TokenLosses]:
+    def _passes(self, batches: Mapping[int, list[Row]], budget: int, draws: Draws | None = None) -> Iterator[TokenLosses]:
         """Passes over the batches; the tokens they computed count when none of them ran out of memory."""
         tokens = dict.fromkeys(batches, 0)
-        for losses in response_losses(self.base, branch, list(batches.items()), budget, draws):
+        for losses in self.passes(list(batches.items()), budget, draws):
             for client, number in losses.num_tokens.items():
                 tokens[client] += number
             yield losses
         for client, number in tokens.items():
             self.tokens[client] += number
 
-    def _refresh_curvature(self, branch: LoraBranch, batches: Mapping[int, list[Row]]) -> Tensor:
+    def _refresh_curvature(self, batches: Mapping[int, list[Row]]) -> Tensor:
         """Sophia's estimate anew for clients whose turn it is, at the adapters and batches of the step to come.
 
         A client's turn comes every `sophia_refresh` of its own steps, the first included, wherever its kept state left off.
@@ -261,9 +271,9 @@ class _Cohort:
         if not due:
             return self.alive
         draws = self.target_draws.of(due)
-        with without_dropout(branch):
-            _, self.budget = within_memory(lambda budget: self._gradients(branch, due, budget, draws), self.budget)
-        clients, tokens = (torch.tensor(list(part), device=self.base.device) for part in (due, response_tokens(due).values()))
+        with without_dropout(self.branch):
+            _, self.budget = within_memory(lambda budget: self._gradients(due, budget, draws), self.budget)
+        clients, tokens = (torch.tensor(list(part), device=self.device) for part in (due, response_tokens(due).values()))
         add_curvature(self.moments, self.stacked.gradients, clients, tokens)
         return torch.isfinite(self.moments.second).all(dim=1)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -18,27 +17,9 @@ from fedmira.model.layers import read_only_at, recomputed
 from fedmira.model.lora import LoraBranch
 from fedmira.model.packing import PackedBatch, Row, gather, pack, segment_rows
 from fedmira.model.response_loss import draw_targets, response_loss, sampled_response_loss
+from fedmira.model.stack import Draws, TokenLosses
 
-__all__ = ["Draws", "TokenLosses", "response_losses"]
-
-Draws = Mapping[int, Sequence[Tensor]]
-"""Client -> per row of its batch a uniform number on [0, 1), float64, for every response token."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLosses:
-    """Losses of M response tokens from one forward pass.
-
-    Attributes:
-        values: float32 [M], minus log probability in nats, with gradient where asked for.
-        clients, rows: int64 [M], the client (position in the cohort) and the row of its batch that each token belongs to.
-        num_tokens: client -> token positions that were computed, padding included.
-    """
-
-    values: Tensor
-    clients: Tensor
-    rows: Tensor
-    num_tokens: Mapping[int, int]
+__all__ = ["Draws", "TokenLosses", "padded_losses", "response_losses"]
 
 
 def response_losses(
@@ -106,23 +87,53 @@ def _padded(
     base: BaseModel, branch: LoraBranch, batches: Sequence[tuple[int, Sequence[Row]]], budget: int, draws: Draws | None
 ) -> Iterator[TokenLosses]:
     """The plain path: one client at a time, rows padded on the right, the model's own attention and head."""
+
+    def forward(client: int, ids: Tensor, seen: Tensor) -> Tensor:
+        surroundings = partial(branch.tokens, [(client, slice(None))])
+        with surroundings(), _recomputed(base, branch, surroundings):
+            logits: Tensor = base.model(input_ids=ids, attention_mask=seen, use_cache=False).logits
+        return logits
+
+    yield from padded_losses(base, forward, batches, budget, draws)
+
+
+def padded_losses(
+    base: BaseModel,
+    forward: Callable[[int, Tensor, Tensor], Tensor],
+    batches: Sequence[tuple[int, Sequence[Row]]],
+    budget: int,
+    draws: Draws | None = None,
+    extra: int = 0,
+) -> Iterator[TokenLosses]:
+    """Response losses of (client, rows) batches, one client at a time, rows padded on the right.
+
+    Args:
+        forward: (client, token ids [n, L], attention mask [n, L]) -> logits [n, L, vocabulary].
+        budget: most token positions in one forward pass; a longer row is computed on its own.
+        draws: as in `response_losses`.
+        extra: positions that the forward pass puts in front of every row.
+    """
     for client, rows in batches:
-        for chosen in _padded_chunks(rows, budget):
+        for chosen in _padded_chunks(rows, budget, extra):
             numbers = None if draws is None else torch.cat([draws[client][index] for index in chosen])
-            yield _padded_pass(base, branch, client, rows, chosen, numbers)
+            yield _padded_pass(base, partial(forward, client), client, rows, chosen, numbers, extra)
 
 
 def _padded_pass(
-    base: BaseModel, branch: LoraBranch, client: int, rows: Sequence[Row], chosen: Sequence[int], draws: Tensor | None
+    base: BaseModel,
+    forward: Callable[[Tensor, Tensor], Tensor],
+    client: int,
+    rows: Sequence[Row],
+    chosen: Sequence[int],
+    draws: Tensor | None,
+    extra: int,
 ) -> TokenLosses:
     padding = base.tokenizer.pad_token_id
     sequences = [[*rows[i].prompt, *rows[i].response] for i in chosen]
     size = max(map(len, sequences))
     ids = torch.tensor([sequence + [padding] * (size - len(sequence)) for sequence in sequences], device=base.device)
     seen = torch.tensor([[1] * len(sequence) + [0] * (size - len(sequence)) for sequence in sequences], device=base.device)
-    surroundings = partial(branch.tokens, [(client, slice(None))])
-    with surroundings(), _recomputed(base, branch, surroundings):
-        logits = base.model(input_ids=ids, attention_mask=seen, use_cache=False).logits
+    logits = forward(ids, seen)
     owner = torch.tensor([i for i in chosen for _ in rows[i].response], device=base.device)
     at_row = torch.tensor([j for j, i in enumerate(chosen) for _ in rows[i].response], device=base.device)
     at = torch.tensor([len(rows[i].prompt) - 1 + j for i in chosen for j in range(len(rows[i].response))], device=base.device)
@@ -130,14 +141,14 @@ def _padded_pass(
     if draws is not None:
         targets = draw_targets(scores.detach().log_softmax(dim=-1), draws.to(base.device))
     values = functional.cross_entropy(scores, targets, reduction="none")
-    return TokenLosses(values, torch.full_like(owner, client), owner, {client: ids.numel()})
+    return TokenLosses(values, torch.full_like(owner, client), owner, {client: ids.numel() + extra * len(chosen)})
 
 
-def _padded_chunks(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
+def _padded_chunks(rows: Sequence[Row], budget: int, extra: int) -> Iterator[list[int]]:
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + len(rows[i].response), i))
     chunk: list[int] = []
     for index in order:
-        size = len(rows[index].prompt) + len(rows[index].response)
+        size = extra + len(rows[index].prompt) + len(rows[index].response)
         if chunk and size * (len(chunk) + 1) > budget:
             yield chunk
             chunk = []

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fedmira.adapters import Adapter
 from fedmira.errors import RunFolderError
 from fedmira.model.base_model import BaseModel, TargetModule
 
-__all__ = ["ADAPTER_WEIGHTS", "read_adapter", "write_adapter"]
+__all__ = ["ADAPTER_WEIGHTS", "ENCODER_WEIGHTS", "read_adapter", "write_adapter", "write_encoder"]
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ENCODER_WEIGHTS = "encoder.safetensors"
+"""What was trained, where that is more than what PEFT loads."""
 
 
 def write_adapter(
@@ -40,6 +44,20 @@ def write_adapter(
     save_file({name: tensor.contiguous() for name, tensor in sorted(adapter.items())}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
+def write_encoder(folder: Path, adapter: Adapter, config: Any, embeddings: Tensor) -> None:
+    """Write what PEFT loads for inference, adapter_config.json and adapter_model.safetensors, and the encoder beside it.
+
+    Args:
+        adapter: the encoder's own parameters.
+        config: PEFT's settings for inference.
+        embeddings: the encoder's output.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file({"prompt_embeddings": embeddings}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in sorted(adapter.items())}, folder / ENCODER_WEIGHTS, metadata={"format": "pt"})
+
+
 def _sort_targets(path: Path) -> None:
     """PEFT writes the targets in the order of a set, which differs from process to process; equal runs shall have equal files."""
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -47,13 +65,16 @@ def _sort_targets(path: Path) -> None:
     path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, weights: str = ADAPTER_WEIGHTS) -> Adapter:
     """The tensors of an adapter folder.
+
+    Args:
+        weights: the name of the file.
 
     Raises:
         RunFolderError: there is no such file, or it is damaged.
     """
-    path = folder / ADAPTER_WEIGHTS
+    path = folder / weights
     try:
         adapter: Adapter = load_file(path)
     except FileNotFoundError as error:

@@ -23,7 +23,7 @@ from fedmira.model.base_model import BaseModel, TargetModule
 from fedmira.model.lora import LoraBranch, StackedAdapters, start_adapter
 from fedmira.model.loss import response_losses
 
-__all__ = ["choose_token_budget", "within_memory"]
+__all__ = ["choose_token_budget", "usual_token_budget", "within_memory"]
 
 _CANDIDATES = {"cpu": (512, 1024, 2048, 4096), "other": (4096, 8192, 16384, 32768, 65536)}
 _USUAL = {"cpu": 2048, "other": 16384}
@@ -47,18 +47,26 @@ def choose_token_budget(base: BaseModel, targets: Sequence[TargetModule]) -> int
     The trial's outcome is kept in the cache folder, so that later runs group tokens alike and give the same bits. Where nothing
     can be kept there, the usual number for the device is taken.
     """
-    kind = "cpu" if base.device.type == "cpu" else "other"
     folder, key = cache_folder(), _key(base, targets)
     if folder is None:
-        return _USUAL[kind]
+        return usual_token_budget(base)
     path = folder / "token_budget.json"
     found = _read(path).get(key)
     if found is None:
-        found = _try_out(base, targets, _CANDIDATES[kind])
+        found = _try_out(base, targets, _CANDIDATES[_kind(base)])
         if found is None:
             return _LEAST  # not even the first trial had memory enough; another time it may have
         _keep(path, {**_read(path), key: found})
     return _bounded(found[0], found[1], _free_bytes(base.device))
+
+
+def usual_token_budget(base: BaseModel) -> int:
+    """The number of tokens that suits most machines with a device like the base's."""
+    return _USUAL[_kind(base)]
+
+
+def _kind(base: BaseModel) -> str:
+    return "cpu" if base.device.type == "cpu" else "other"
 
 
 def within_memory(work: Callable[[int], Result], budget: int) -> tuple[Result, int]:

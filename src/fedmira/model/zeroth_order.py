@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fedmira.adapters import Adapter
 from fedmira.adapters.directions import direction, movement
-from fedmira.model.lora import StackedAdapters
 from fedmira.model.packing import Row
+from fedmira.model.stack import Stack
 
 __all__ = ["RandomSlopes"]
 
@@ -32,7 +32,7 @@ class RandomSlopes:
         width: e, how far the adapter is moved to either side.
     """
 
-    def __init__(self, stacked: StackedAdapters, seeds: Sequence[int], candidates: int, width: float) -> None:
+    def __init__(self, stacked: Stack, seeds: Sequence[int], candidates: int, width: float) -> None:
         self._stacked, self._candidates, self._width = stacked, candidates, width
         self._generators = [torch.Generator().manual_seed(seed ^ 0x5EED5) for seed in seeds]
         self._directions = torch.zeros_like(stacked.values)

@@ -6,15 +6,19 @@ from fedmira.report.findings import SummaryRow, summary_rows
 from fedmira.report.page import write_report
 from fedmira.report.read import read_run
 from fedmira.report.records import Client, Event, Round, Run, TaskGraph
+from fedmira.report.targets import Reached, check_target, reached
 
 __all__ = [
     "Client",
     "Event",
     "Figures",
+    "Reached",
     "Round",
     "Run",
     "SummaryRow",
     "TaskGraph",
+    "check_target",
+    "reached",
     "read_run",
     "summary_rows",
     "write_comparison",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedmira.report.records import Event, Run
 
-__all__ = ["Budget", "budget_of", "inequalities"]
+__all__ = ["Budget", "budget_of", "dtype_of", "inequalities"]
 
 _HASH_DIGITS = 12
 
@@ -20,6 +20,7 @@ class Budget:
         local_steps: optimizer steps.
         response_tokens: tokens that carried loss; `tokens` are the positions computed for them, prompts and padding included.
         bytes_up, bytes_down: of the tensors and numbers that travelled, clients to server and server to clients.
+        bytes_up_each, bytes_down_each: of one client in one round, on average over the replies.
         parameters_least, parameters_most: of one client's adapter.
     """
 
@@ -28,6 +29,8 @@ class Budget:
     tokens: float | None
     bytes_up: float | None
     bytes_down: float | None
+    bytes_up_each: float | None
+    bytes_down_each: float | None
     parameters_least: float | None
     parameters_most: float | None
 
@@ -42,9 +45,21 @@ def budget_of(run: Run) -> Budget:
         tokens=_total(trained, "tokens"),
         bytes_up=_sum([row.bytes_up for row in run.rounds]),
         bytes_down=_sum([row.bytes_down for row in run.rounds]),
+        bytes_up_each=_mean(trained, "bytes_up"),
+        bytes_down_each=_mean(trained, "bytes_down"),
         parameters_least=min(sizes, default=None),
         parameters_most=max(sizes, default=None),
     )
+
+
+def dtype_of(run: Run) -> str | None:
+    """Number types that travelled, such as "float32", of both ways where they differ; None where the folder does not say."""
+    ways = {}
+    for way in ("up", "down"):
+        told = {event.texts.get(f"dtype_{way}", "") for event in run.of_kind("train")}
+        ways[way] = "+".join(sorted({kind for text in told for kind in text.split("+") if kind}))
+    up, down = ways["up"], ways["down"]
+    return (up if up == down else "; ".join(f"{way} {kinds or 'nothing'}" for way, kinds in ways.items())) or None
 
 
 def inequalities(runs: Mapping[str, Run], seed: int) -> dict[str, list[str]]:
@@ -83,6 +98,11 @@ def inequalities(runs: Mapping[str, Run], seed: int) -> dict[str, list[str]]:
 
 def _total(events: Sequence[Event], number: str) -> float | None:
     return _sum([event.numbers.get(number) for event in events])
+
+
+def _mean(events: Sequence[Event], number: str) -> float | None:
+    known = [event.numbers[number] for event in events if number in event.numbers]
+    return sum(known) / len(known) if known else None
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

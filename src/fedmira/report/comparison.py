@@ -20,6 +20,7 @@ from fedmira.report.paired import LEVEL, NOISE_RULE, ClientDifference
 from fedmira.report.read import read_run
 from fedmira.report.records import Run
 from fedmira.report.tables import MOST_ROWS, Cell, Column, loss_text, number_cell, number_text, text_cell
+from fedmira.report.targets import TARGET_RULE, reached_text
 
 __all__ = ["HEAT_LIMITS", "MOST_DRAWN", "heat", "write_comparison"]
 
@@ -28,7 +29,11 @@ MOST_DRAWN = 100  # clients in a heat map
 
 
 def write_comparison(
-    methods: Mapping[str, Mapping[int, Path]], folder: Path, reference: str = "", failures: Mapping[str, str] | None = None
+    methods: Mapping[str, Mapping[int, Path]],
+    folder: Path,
+    reference: str = "",
+    failures: Mapping[str, str] | None = None,
+    target: float | None = None,
 ) -> Figures:
     """Compare runs, and write comparison.html and the tables (see `write_tables`).
 
@@ -37,9 +42,10 @@ def write_comparison(
         folder: where to; it is made where it is missing. A run's report.html is linked, relative to it, where it exists.
         reference: a method that the others are paired with besides.
         failures: run -> why it failed, to be said on the page.
+        target: a mean test loss; how soon each method reached it is added to the tables.
 
     Raises:
-        ConfigError: the reference is not among the methods.
+        ConfigError: the reference is not among the methods, or the target is no loss.
         RunFolderError: no run is given, or run folders are missing or damaged; the problems of all folders together.
     """
     if not any(methods.values()):
@@ -54,7 +60,7 @@ def write_comparison(
                 problems.extend(error.problems)
     if problems:
         raise RunFolderError(problems)
-    figures = compare_runs(read, reference, failures)
+    figures = compare_runs(read, reference, failures, target)
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(figures, folder)
     (folder / "comparison.html").write_text(render("comparison.html.j2", _content(figures, folder)), encoding="utf-8")
@@ -83,6 +89,7 @@ def _content(figures: Figures, folder: Path) -> dict[str, Any]:
         "seeds": max(len(runs) for runs in figures.methods.values()),
         "methods": [_method(row, figures, folder) for row in figures.method_rows],
         "rule": NOISE_RULE,
+        "target_rule": TARGET_RULE,
         "level": f"{100 * LEVEL:g} %",
         "charts": [("Mean test loss per response token", legend(lines), line_chart(lines, "Mean test loss of each method"))]
         if lines
@@ -114,6 +121,9 @@ def _method(row: Mapping[str, Any], figures: Figures, folder: Path) -> dict[str,
         "standings": standings,
         "mib_up": None if row["bytes_up"] is None else row["bytes_up"] / MIB,
         "mib_down": None if row["bytes_down"] is None else row["bytes_down"] / MIB,
+        "mib_up_each": None if row["bytes_up_each"] is None else row["bytes_up_each"] / MIB,
+        "mib_down_each": None if row["bytes_down_each"] is None else row["bytes_down_each"] / MIB,
+        "soon": None if figures.target is None else reached_text(row),
         "parameters": parameters_text(row),
     }
 

@@ -10,9 +10,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedmira.errors import ConfigError
-from fedmira.report.budgets import Budget, budget_of, inequalities
+from fedmira.report.budgets import Budget, budget_of, dtype_of, inequalities
 from fedmira.report.paired import LEVEL, NOISE_RULE, RESAMPLES, Losses, Pairing, pair
 from fedmira.report.records import Client, Run
+from fedmira.report.targets import check_target, mean_reached, reached
 
 __all__ = ["BASELINE", "Figures", "compare_runs"]
 
@@ -32,6 +33,7 @@ class Figures:
         problems: method -> sentences that say where it does not stand on equal terms; empty for an equal comparison.
         pairings: (method, baseline) -> their paired differences.
         failures: run -> why it failed; its method is not among `methods`.
+        target: a mean test loss; how soon each method reached it stands in the tables. None for no such columns.
     """
 
     methods: Mapping[str, Mapping[int, Run]]
@@ -39,6 +41,7 @@ class Figures:
     problems: Mapping[str, Sequence[str]]
     pairings: Mapping[tuple[str, str], Pairing]
     failures: Mapping[str, str]
+    target: float | None = None
 
     @cached_property
     def described(self) -> dict[str, Client]:
@@ -67,6 +70,8 @@ class Figures:
                 "test_loss": _mean(list(_losses_of(run).values())),
                 "worst_tenth": _worst_tenth(run),
                 **{key: _whole(value) for key, value in asdict(budget_of(run)).items()},
+                "dtype": dtype_of(run),
+                **self._soon(run),
                 "wall_seconds": run.provenance.get("wall_seconds"),
             }
             for name, runs in self.methods.items()
@@ -99,6 +104,7 @@ class Figures:
             "failures": dict(self.failures),
             "baselines": list(self.baselines),
             "rule": NOISE_RULE,
+            **({} if self.target is None else {"target_loss": self.target}),
             "interval": {"kind": "percentile bootstrap over clients and seeds", "level": LEVEL, "resamples": RESAMPLES},
             "algorithms": self.method_rows,
             "runs": self.run_rows,
@@ -125,20 +131,35 @@ class Figures:
             row[f"difference_to_{baseline}_high"] = pairing.high if pairing else None
             for verdict, key in (("better", "better_than"), ("equal", "equal_to"), ("worse", "worse_than")):
                 row[f"{key}_{baseline}"] = pairing.count(verdict) if pairing else None
-        return row | _mean_budget([budget_of(run) for run in runs.values()]) | {"equal_budget": name not in self.problems}
+        kinds = {dtype for run in runs.values() if (dtype := dtype_of(run))}
+        row |= _mean_budget([budget_of(run) for run in runs.values()]) | {"dtype": "; ".join(sorted(kinds)) or None}
+        row |= {} if self.target is None else mean_reached(list(runs.values()), self.target)
+        return row | {"equal_budget": name not in self.problems}
+
+    def _soon(self, run: Run) -> dict[str, Any]:
+        """When a run reached the target; nothing where none is set."""
+        if self.target is None:
+            return {}
+        found = reached(run, self.target)
+        return {"rounds_to_target": found.rounds if found else None, "seconds_to_target": found.seconds if found else None}
 
 
-def compare_runs(methods: Mapping[str, Mapping[int, Run]], reference: str = "", failures: Mapping[str, str] | None = None) -> Figures:
+def compare_runs(
+    methods: Mapping[str, Mapping[int, Run]], reference: str = "", failures: Mapping[str, str] | None = None, target: float | None = None
+) -> Figures:
     """Pair and count.
 
     Args:
         methods: method -> seed -> run, in the order of the tables.
         reference: a method that the others are paired with besides local training; empty for none.
         failures: run -> why it failed.
+        target: see `Figures`.
 
     Raises:
-        ConfigError: there is no method of the reference's name, and none failed.
+        ConfigError: there is no method of the reference's name, and none failed; or the target is no loss.
     """
+    if target is not None:
+        check_target(target)
     if reference and reference not in methods and not failures:
         raise ConfigError(f"reference {reference!r} is not among the compared methods; they are {', '.join(methods)}")
     alone = [name for name, runs in methods.items() if next(iter(runs.values())).algorithm == BASELINE]
@@ -157,7 +178,7 @@ def compare_runs(methods: Mapping[str, Mapping[int, Run]], reference: str = "", 
         of_seed = {name: methods[name][seed] for name in order if seed in methods[name]}
         for name, sentences in inequalities(of_seed, seed).items():
             problems.setdefault(name, []).extend(sentences)
-    return Figures(methods, baselines, problems, pairings, dict(failures or {}))
+    return Figures(methods, baselines, problems, pairings, dict(failures or {}), target)
 
 
 def _losses_of(run: Run) -> dict[str, float]:

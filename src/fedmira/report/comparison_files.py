@@ -14,6 +14,7 @@ from fedmira.report.comparison_figures import Figures
 from fedmira.report.findings import MIB
 from fedmira.report.paired import LEVEL, NOISE_RULE
 from fedmira.report.tables import MISSING, MOST_ROWS, loss_text, number_text
+from fedmira.report.targets import TARGET_RULE, reached_text
 
 __all__ = ["interval_text", "markdown", "parameters_text", "write_tables"]
 
@@ -45,8 +46,11 @@ def markdown(figures: Figures) -> str:
     )
     parts += ["## Budget of a run", _table(_budget_columns(), figures.method_rows)]
     parts.append(
-        "Sums over clients and rounds, mean over seeds; tokens computed include prompts and padding; parameters of one client's adapter."
+        "Sums over clients and rounds, mean over seeds; tokens computed include prompts and padding; a client's MiB are what one client "
+        "sends (up) and is sent (down) in one round, on average, in the number type given; parameters of one client's adapter."
     )
+    if figures.target is not None:
+        parts += [f"## To a test loss of {figures.target:g}", _table(_target_columns(), figures.method_rows), TARGET_RULE]
     parts += ["## Clients", _table(_client_columns(figures), figures.client_rows[:MOST_ROWS])]
     if len(figures.client_rows) > MOST_ROWS:
         parts.append(f"The first {MOST_ROWS} of {len(figures.client_rows):,} clients; comparison-clients.csv holds all.")
@@ -77,9 +81,15 @@ def _budget_columns() -> Columns:
     columns: Columns = {"method": lambda row: row["method"] + ("" if row["equal_budget"] else " (UNEQUAL)")}
     for name in ("local_steps", "response_tokens", "tokens"):
         columns[{"tokens": "tokens computed"}.get(name, name.replace("_", " "))] = lambda row, name=name: number_text(row[name])
-    for name in ("bytes_up", "bytes_down"):
-        columns[name.replace("bytes_", "MiB ")] = lambda row, name=name: number_text(None if row[name] is None else row[name] / MIB)
-    return columns | {"parameters": parameters_text}
+    for name in ("bytes_up", "bytes_down", "bytes_up_each", "bytes_down_each"):
+        title = name.replace("bytes_", "MiB ").replace("_each", " a client")
+        columns[title] = lambda row, name=name: number_text(None if row[name] is None else row[name] / MIB)
+    return columns | {"parameters": parameters_text, "number type": lambda row: row["dtype"] or MISSING}
+
+
+def _target_columns() -> Columns:
+    columns: Columns = {"method": lambda row: row["method"] + ("" if row["equal_budget"] else " (UNEQUAL)")}
+    return columns | {"rounds": reached_text, "seconds": lambda row: number_text(row["seconds_to_target"])}
 
 
 def _client_columns(figures: Figures) -> Columns:

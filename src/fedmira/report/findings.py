@@ -14,6 +14,7 @@ from fedmira.report.records import Run
 __all__ = [
     "CHANGE_LIMIT",
     "Change",
+    "Kept",
     "SummaryRow",
     "Traffic",
     "algorithm_title",
@@ -22,6 +23,7 @@ __all__ = [
     "flat_settings",
     "mean",
     "mean_series",
+    "pull_kept",
     "summary_rows",
     "curve_of_test_loss",
     "traffic",
@@ -50,6 +52,7 @@ ALGORITHM_TITLES = {
     "hetlora": "HetLoRA",
     "fedex": "FedEx-LoRA",
     "fedalt": "FedALT",
+    "fedfomo": "FedFomo",
     "fedkseed": "FedKSeed",
 }
 
@@ -83,6 +86,20 @@ class Change:
     def verdict(self) -> str:
         """Whether the client "gained", was "harmed", or is "unchanged" within CHANGE_LIMIT."""
         return "harmed" if self.relative > CHANGE_LIMIT else "gained" if self.relative < -CHANGE_LIMIT else "unchanged"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Clients that chose by their own validation rows, when they were evaluated last: how much of the server's pull they kept."""
+
+    nothing: int
+    some: int
+    everything: int
+
+    @property
+    def clients(self) -> int:
+        """All that chose."""
+        return self.nothing + self.some + self.everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +141,17 @@ def changes_by_alignment(run: Run) -> list[Change]:
     if all(change.before == change.after for change in changes):
         return []
     return sorted(changes, key=lambda change: change.relative)
+
+
+def pull_kept(run: Run) -> Kept | None:
+    """What the clients chose when they were evaluated last; None where they had no choice."""
+    evaluated = run.of_kind("evaluate")
+    last = max((event.round for event in evaluated), default=0)
+    shares = [event.numbers["pull_kept"] for event in evaluated if event.round == last and "pull_kept" in event.numbers]
+    if not shares:
+        return None
+    nothing, everything = sum(share <= 0 for share in shares), sum(share >= 1 for share in shares)
+    return Kept(nothing, len(shares) - nothing - everything, everything)
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

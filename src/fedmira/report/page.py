@@ -23,6 +23,7 @@ from fedmira.report.findings import (
     flat_settings,
     mean,
     mean_series,
+    pull_kept,
     summary_rows,
     traffic,
 )
@@ -158,6 +159,10 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     best = mean([row.best_test_loss for row in run.clients if row.best_test_loss is not None])
     if best is not None and all(row.best_test_loss is not None for row in run.clients):
         tiles.append(("Mean at the best round", loss_text(best), "each client's round by its own validation rows"))
+    kept = pull_kept(run)
+    if kept is not None:
+        remark = f"by their own validation rows, at the last evaluation; {kept.some} more kept a part of it"
+        tiles.append(("Declined the server’s pull", f"{kept.nothing} of {kept.clients}", remark))
     for row in summary_rows(run):
         if not row.name.endswith("_loss") and row.mean is not None:
             tiles.append((row.title, f"{row.mean:.3f}", "mean over clients"))

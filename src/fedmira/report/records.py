@@ -47,6 +47,7 @@ class Round:
     disagreement_before: float | None = None
     disagreement_after: float | None = None
     pull: float | None = None
+    pull_kept: float | None = None
     train_seconds: float | None = None
     evaluate_seconds: float | None = None
     tokens_per_second: float | None = None

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fedmira.adapters import digest
 from fedmira.evaluation import TokenLoss
-from fedmira.messages import ClientId
+from fedmira.messages import ClientId, Failure, Payload, Reply, Volume
 from fedmira.rounds.loop import RoundOutcome
 
-__all__ = ["EventLine", "align_events", "evaluate_event", "failure_events", "round_event", "round_row", "train_events"]
+__all__ = ["EventLine", "align_events", "evaluate_event", "failure_event", "round_event", "round_row", "train_events"]
 
 EventLine = dict[str, object]
 """One JSON object of events.jsonl."""
 
-_OF_SOME_OPTIMIZERS = ("clip_share",)
+_OF_SOME_METHODS = ("clip_share", "pull_kept")
 
 
 def train_events(outcome: RoundOutcome, sent_hashes: Mapping[ClientId, str]) -> list[EventLine]:
@@ -36,10 +36,12 @@ def train_events(outcome: RoundOutcome, sent_hashes: Mapping[ClientId, str]) -> 
             "steps": int(reply.metrics["steps"]),
             "response_tokens": int(reply.metrics["response_tokens"]),
             "tokens": int(reply.metrics["tokens"]),
-            **{name: reply.metrics[name] for name in _OF_SOME_OPTIMIZERS if name in reply.metrics},
+            **{name: reply.metrics[name] for name in _OF_SOME_METHODS if name in reply.metrics},
             "rows": reply.num_examples,
-            "bytes_down": received[reply.client_id].num_bytes,
-            "bytes_up": reply.payload.num_bytes,
+            "bytes_down": _down(received[reply.client_id], reply).num_bytes,
+            "bytes_up": _up(reply).num_bytes,
+            "dtype_down": _down(received[reply.client_id], reply).dtype,
+            "dtype_up": _up(reply).dtype,
             "loaded_hash": digest(received[reply.client_id].tensors["adapter"]),
             "sent_hash": sent_hashes[reply.client_id],
         }
@@ -66,16 +68,23 @@ def align_events(outcome: RoundOutcome, saved_hash: Callable[[ClientId], str]) -
     ]
 
 
-def failure_events(outcome: RoundOutcome) -> list[EventLine]:
-    """A line per failure."""
-    return [
-        {"event": "failure", "round": outcome.round, "client": failure.client_id, "stage": failure.stage, "reason": failure.reason}
-        for failure in outcome.failures
-    ]
+def failure_event(failure: Failure) -> EventLine:
+    """What went wrong with one client."""
+    return {
+        "event": "failure",
+        "round": failure.round,
+        "client": failure.client_id,
+        "stage": failure.stage,
+        "reason": failure.reason,
+    }
 
 
-def evaluate_event(number: int, client: ClientId, test: TokenLoss, validation: float | None) -> EventLine:
-    """A client's losses in an evaluated round; numbers that are not finite become null."""
+def evaluate_event(number: int, client: ClientId, test: TokenLoss, validation: float | None, kept: float | None) -> EventLine:
+    """A client's losses in an evaluated round; numbers that are not finite become null.
+
+    Args:
+        kept: the share of the server's pull in the adapter that was evaluated, where clients choose it.
+    """
     return {
         "event": "evaluate",
         "round": number,
@@ -83,6 +92,7 @@ def evaluate_event(number: int, client: ClientId, test: TokenLoss, validation: f
         "test_loss": _finite(test.per_token),
         "validation_loss": _finite(validation),
         "test_tokens": test.tokens,
+        **({} if kept is None else {"pull_kept": kept}),
     }
 
 
@@ -105,6 +115,7 @@ def round_row(outcome: RoundOutcome, test: Sequence[TokenLoss], evaluate_seconds
     counts = [reply.metrics["response_tokens"] for reply in replies]
     total = sum(test, TokenLoss())
     pulls = [figures["pull"] for figures in diagnostics.clients.values() if "pull" in figures]
+    kept = [reply.metrics["pull_kept"] for reply in replies if "pull_kept" in reply.metrics]
     return {
         "round": outcome.round,
         "clients": len(replies),
@@ -115,11 +126,33 @@ def round_row(outcome: RoundOutcome, test: Sequence[TokenLoss], evaluate_seconds
         "disagreement_before": diagnostics.round.get("disagreement_before", ""),
         "disagreement_after": diagnostics.round.get("disagreement_after", ""),
         "pull": sum(pulls) / len(pulls) if pulls else "",
+        "pull_kept": sum(kept) / len(kept) if kept else "",
         "train_seconds": round(outcome.train_seconds, 4),
         "evaluate_seconds": round(evaluate_seconds, 4),
         "tokens_per_second": round(sum(counts) / outcome.train_seconds, 1),
-        "bytes_up": sum(reply.payload.num_bytes for reply in replies),
-        "bytes_down": sum(request.payload.num_bytes for request in outcome.requests),
+        **_bytes_of(outcome),
+    }
+
+
+def _down(payload: Payload, answer: Reply | Failure) -> Payload | Volume:
+    """What was sent to a client: as its engine counted it, else the payload that was handed over."""
+    return answer.traffic.down if answer.traffic else payload
+
+
+def _up(answer: Reply | Failure) -> Payload | Volume:
+    """What a client sent back: as its engine counted it, else the payload that was handed over."""
+    if answer.traffic:
+        return answer.traffic.up
+    return answer.payload if isinstance(answer, Reply) else Volume()
+
+
+def _bytes_of(outcome: RoundOutcome) -> EventLine:
+    """bytes_up and bytes_down of a round, those of clients that failed included."""
+    answers: list[Reply | Failure] = [*outcome.replies, *outcome.failures]
+    sent = {request.client_id: request.payload for request in outcome.requests}
+    return {
+        "bytes_up": sum(_up(answer).num_bytes for answer in answers),
+        "bytes_down": sum(_down(sent[answer.client_id], answer).num_bytes for answer in answers),
     }
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from fedmira.adapters import AdapterTable, LazyAdapters, digest
+from fedmira.adapters import Adapter, AdapterTable, LazyAdapters, digest
 from fedmira.algorithms import Algorithm, ServerState
 from fedmira.config import Config
-from fedmira.evaluation import Evaluator, TokenLoss
+from fedmira.evaluation import Evaluation, TokenLoss
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId, Payload
 from fedmira.rounds.checkpoint import Checkpoint, CheckpointFolder
-from fedmira.rounds.events import EventLine, align_events, evaluate_event, failure_events, round_event, round_row, train_events
+from fedmira.rounds.events import EventLine, align_events, evaluate_event, failure_event, round_event, round_row, train_events
 from fedmira.rounds.graph_file import graph_of, graph_text
 from fedmira.rounds.loop import RoundOutcome
 from fedmira.rounds.run_folder import RunFolder
@@ -58,7 +58,7 @@ class Recorder:
     config: Config
     folder: RunFolder
     algorithm: Algorithm
-    evaluator: Evaluator
+    evaluator: Evaluation
     checkpoints: CheckpointFolder
     memories: Callable[[], Mapping[ClientId, Payload]]
     progress: Progress
@@ -123,7 +123,7 @@ class Recorder:
             *train_events(outcome, {client: self.uploaded.digest_of(client) for client in sent}),
             *align_events(outcome, lambda client: digest(self.algorithm.adapter_for(state, client))),
             *self._note_pulls(outcome),
-            *failure_events(outcome),
+            *(failure_event(failure) for failure in outcome.failures),
         ]
         begun = time.perf_counter()
         every = self.config.evaluation.every
@@ -153,9 +153,31 @@ class Recorder:
         message = f"alignment moves adapters by at most {max(pulls):.2%} of their update a round: this is close to local training"
         return [{"event": "warning", "round": outcome.round, "message": message}]
 
+    def given(self, state: ServerState) -> tuple[LazyAdapters, Mapping[ClientId, float]]:
+        """The adapter that each client would be given now, and the share of the server's pull in it of clients that had a choice."""
+        clients = list(self.evaluator.parties)
+        if not self.algorithm.may_decline:
+            return LazyAdapters(clients, partial(self.algorithm.adapter_for, state)), {}
+
+        def candidates(client: ClientId) -> Mapping[float, Adapter]:
+            aligned = self.algorithm.adapter_for(state, client)
+            return {1.0: aligned, **(self.algorithm.alternatives(self.uploaded[client], aligned) if client in self.uploaded else {})}
+
+        kept = self.evaluator.chosen(clients, candidates)
+
+        def read(client: ClientId) -> Adapter:
+            share = kept.get(client, 1.0)
+            return self.algorithm.adapter_for(state, client) if share == 1 else candidates(client)[share]
+
+        return LazyAdapters(clients, read), kept
+
+    def unmeasured(self, number: int) -> list[EventLine]:
+        """A line for each client that could not be evaluated since this was asked last."""
+        return [failure_event(replace(failure, round=number)) for failure in self.evaluator.unmeasured()]
+
     def _evaluate(self, number: int, state: ServerState) -> list[EventLine]:
         """Test and validation loss of every client with the adapter it would be given now."""
-        adapters = LazyAdapters(self.evaluator.clients, partial(self.algorithm.adapter_for, state))
+        adapters, kept = self.given(state)
         test = self.evaluator.losses(adapters, "test")
         validation = self.evaluator.losses(adapters, "validation")
         self.latest, self.latest_round = test, number
@@ -166,10 +188,12 @@ class Recorder:
             if own is not None and math.isfinite(own) and (client not in self.best or own < self.best[client].validation_loss):
                 self.best[client] = Best(number, own, loss.per_token)
                 improved.append(client)
-            events.append(evaluate_event(number, client, loss, own))
+            events.append(evaluate_event(number, client, loss, own, kept.get(client)))
         self.best_adapters = self.best_adapters.replaced(LazyAdapters(improved, adapters.__getitem__))
         self._note_losses()
-        self.progress("evaluate", {"round": number, "test_loss": sum(loss.per_token for loss in test.values()) / len(test)})
+        mean = sum(loss.per_token for loss in test.values()) / len(test) if test else math.nan
+        self.progress("evaluate", {"round": number, "test_loss": mean})
+        events += self.unmeasured(number)
         return events
 
     def _note_graph(self, outcome: RoundOutcome) -> None:

@@ -1,0 +1,81 @@
+"""The two halves of a Flower app: `server_app` runs a federation, `client_app` answers for one node.
+
+`fedmira flower init` writes the app folder that names them. A node starts a process for each message, which imports this module, so
+everything that takes long is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from fedmira.config import unflattened
+from fedmira.errors import ConfigError, FedmiraError
+from fedmira.resident import answer_here, ask_resident
+
+try:
+    from flwr.app import Context, Error, Message
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+
+    from fedmira.engines.flower.records import bytes_of, record_of
+except ModuleNotFoundError as missing:
+    raise ConfigError(f"a federation needs Flower ({missing}); install it with: pip install 'fedmira[flower]'") from missing
+
+__all__ = ["OF_THE_APP", "client_app", "server_app"]
+
+OF_THE_APP = ("output", "resume")
+"""Keys of the app's config that are no settings of the run."""
+
+_ERROR_CODE = 1000  # Flower's own codes are small
+_log = logging.getLogger("fedmira")
+
+client_app = ClientApp()
+server_app = ServerApp()
+
+
+@server_app.main()
+def _run(grid: Grid, context: Context) -> None:
+    """Build the run that the app's config describes, and run it with the nodes of the grid."""
+    logging.basicConfig(format="%(message)s")
+    _log.setLevel(logging.INFO)
+    from fedmira.federation import run_federation
+
+    output, resume = Path(str(context.run_config["output"])), bool(context.run_config["resume"])
+    result = run_federation(unflattened(_settings(context)), grid, output, resume=resume, progress=_tell)
+    _log.info("report: %s", result.report)
+
+
+@client_app.train()
+@client_app.query("identity")
+@client_app.evaluate("losses")
+@client_app.evaluate("choice")
+@client_app.evaluate("scores")
+def _answer(message: Message, context: Context) -> Message:
+    """Answer a message of the server; what goes wrong goes back in the node's own words, and stands in its log."""
+    node, settings = dict(context.node_config), _settings(context)
+    answer = ask_resident if node.get("resident", True) else answer_here
+    try:
+        content = answer(node, settings, message.metadata.message_type, bytes_of(message.content))
+    except FedmiraError as error:
+        _log.error("%s: %s", message.metadata.message_type, error)
+        return Message(Error(_ERROR_CODE, str(error)), reply_to=message)
+    return Message(record_of(content), reply_to=message)
+
+
+@client_app.query("refusal")
+def _refused(message: Message, context: Context) -> Message:
+    """The server says why this node may not take part."""
+    from fedmira.engines.wire.blobs import unpack
+
+    _log.error("the server refused this node: %s", unpack(bytes_of(message.content)).header.get("reason"))
+    return Message(message.content, reply_to=message)
+
+
+def _settings(context: Context) -> dict[str, object]:
+    """The run's settings in the app's config."""
+    return {key: value for key, value in context.run_config.items() if key not in OF_THE_APP}
+
+
+def _tell(what: str, figures: object) -> None:
+    _log.info("%s %s", what, figures)

@@ -1,0 +1,116 @@
+"""What adapters are worth on rows: summed losses of many clients side by side, and the best of several adapters for each client."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fedmira.adapters import Adapter
+from fedmira.model.base_model import BaseModel, TargetModule
+from fedmira.model.lora import LoraBranch, StackedAdapters
+from fedmira.model.loss import response_losses
+from fedmira.model.packing import Row
+from fedmira.model.stack import Branch, Passes
+from fedmira.model.token_budget import within_memory
+
+__all__ = ["Choice", "Contender", "Measure", "choose_adapters", "choose_by", "measure_with", "summed_losses"]
+
+Measure = Callable[[Sequence[Adapter], Sequence[float], Sequence[Sequence[Row]]], tuple[list[float], list[int]]]
+"""(adapters, scales, rows of each) -> the sum of each one's losses, and the token positions computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A client and the adapters it may have.
+
+    Attributes:
+        adapters: at least one; of equals the first is taken, and without rows the last.
+        scale: alpha / rank; 1 for adapters without a rank.
+        rows: what they are measured on.
+    """
+
+    adapters: Sequence[Adapter]
+    scale: float
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which of its adapters a client takes, the token positions that were computed to find out, and each adapter's loss per response token.
+
+    Attributes:
+        losses: infinite where they are not finite; empty where nothing was measured.
+    """
+
+    index: int
+    tokens: int = 0
+    losses: tuple[float, ...] = ()
+
+
+def summed_losses(
+    base: BaseModel,
+    targets: Sequence[TargetModule],
+    adapters: Sequence[Adapter],
+    scales: Sequence[float],
+    rows: Sequence[Sequence[Row]],
+    budget: int,
+) -> tuple[list[float], list[int]]:
+    """The sum of the response losses of each adapter on its rows, in nats, without gradients; and the token positions computed.
+
+    Args:
+        adapters, scales, rows: of K clients that are measured side by side.
+        budget: most token positions in one forward pass; lowered when memory runs out.
+    """
+    branch = LoraBranch(base.model, StackedAdapters(targets, adapters, scales, base.device, trainable=False))
+    return measure_with(branch, partial(response_losses, base, branch), rows, budget)
+
+
+def measure_with(branch: Branch, passes: Passes, rows: Sequence[Sequence[Row]], budget: int) -> tuple[list[float], list[int]]:
+    """The same for adapters of any kind, which a branch holds: one for each client's rows."""
+    batches = list(enumerate(rows))
+    with torch.no_grad(), branch:
+        found, _ = within_memory(partial(_sums, passes, branch.adapters.values.device, batches), budget)
+    return found
+
+
+def choose_adapters(base: BaseModel, targets: Sequence[TargetModule], contenders: Sequence[Contender], budget: int) -> list[Choice]:
+    """For each client the adapter with the lowest loss on its rows; nothing is computed for clients with one adapter.
+
+    All clients' first adapters are measured side by side, then their second ones, and so on. A loss that is not finite is the
+    highest there is.
+    """
+    return choose_by(lambda adapters, scales, rows: summed_losses(base, targets, adapters, scales, rows, budget), contenders)
+
+
+def choose_by(measure: Measure, contenders: Sequence[Contender]) -> list[Choice]:
+    """The same by any measure."""
+    found: list[list[float]] = [[] for _ in contenders]
+    tokens = [0] * len(contenders)
+    measured = [k for k, one in enumerate(contenders) if one.rows and len(one.adapters) > 1]
+    for position in range(max((len(contenders[k].adapters) for k in measured), default=0)):
+        turn = [k for k in measured if position < len(contenders[k].adapters)]
+        adapters = [contenders[k].adapters[position] for k in turn]
+        scales, rows = [contenders[k].scale for k in turn], [contenders[k].rows for k in turn]
+        losses, computed = measure(adapters, scales, rows)
+        for k, loss, count in zip(turn, losses, computed, strict=True):
+            tokens[k] += count
+            found[k].append(loss / sum(len(row.response) for row in contenders[k].rows) if math.isfinite(loss) else math.inf)
+    return [
+        Choice(losses.index(min(losses)) if losses else 0 if one.rows else len(one.adapters) - 1, count, tuple(losses))
+        for one, losses, count in zip(contenders, found, tokens, strict=True)
+    ]
+
+
+def _sums(passes: Passes, device: torch.device, batches: Sequence[tuple[int, Sequence[Row]]], budget: int) -> tuple[list[float], list[int]]:
+    """Of each batch the sum of its losses, and its token positions."""
+    totals = torch.zeros(len(batches), dtype=torch.float64, device=device)
+    tokens = [0] * len(batches)
+    for losses in passes(batches, budget):
+        totals.index_add_(0, losses.clients, losses.values.double())
+        for client, count in losses.num_tokens.items():
+            tokens[client] += count
+    return totals.tolist(), tokens

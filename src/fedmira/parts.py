@@ -1,0 +1,75 @@
+"""What a run is made of, wherever its rows are: adapters on their base, and what follows from what the clients say of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedmira.adapters import Adapter
+from fedmira.algorithms import Algorithm, AlgorithmContext, build
+from fedmira.config import Config
+from fedmira.data import ClientSummary
+from fedmira.errors import ConfigError
+from fedmira.graphs import GraphSource, graph_source
+from fedmira.messages import ClientId
+from fedmira.model import AdapterKind, BaseModel, adapter_kind, load_base
+from fedmira.ranks import client_ranks
+from fedmira.rounds import cohort_size, seed_for
+
+__all__ = ["Scheme", "make_scheme", "prepare_kind"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is decided before round 1: each client's rank and start, who is related, and how adapters are combined."""
+
+    ranks: Mapping[ClientId, int]
+    starts: Mapping[ClientId, Adapter]
+    graph: GraphSource
+    algorithm: Algorithm
+
+
+def prepare_kind(config: Config, base: BaseModel | None = None) -> AdapterKind:
+    """The adapters of this run on its base model, which has the options of [engine].
+
+    Args:
+        base: one that is loaded already, to share it between runs.
+
+    Raises:
+        InputError: the base cannot be loaded, or does not fit the config.
+    """
+    base = base or load_base(config.model)
+    taken = config.adapter.positions
+    if base.max_positions is not None and config.data.max_length + taken > base.max_positions:
+        beside = f" beside adapter.virtual_tokens = {taken}" if taken else ""
+        room = base.max_positions - taken
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}{beside}, but {config.model.base!r} reads at most {base.max_positions} tokens; "
+            + (f"set data.max_length to {room} or less" if room >= 8 else "lower adapter.virtual_tokens")
+        )
+    return adapter_kind(config.adapter, base, config.engine)
+
+
+def make_scheme(config: Config, kind: AdapterKind, parties: Mapping[ClientId, ClientSummary]) -> Scheme:
+    """Build the algorithm for these clients.
+
+    Args:
+        parties: sorted by id.
+
+    Raises:
+        ConfigError: the settings cannot work on this federation.
+    """
+    clients = tuple(parties)
+    ranks = client_ranks(config.adapter, list(clients), kind.targets, config.seed)
+    categories = {client: party.category for client, party in parties.items()}
+    rows = {client: party.train_rows for client, party in parties.items()}
+    graph = graph_source(config.graph, clients, categories, seed_for(config.seed, "graph"), rows)
+    at_once = cohort_size(len(clients), config.rounds)
+    context = AlgorithmContext(clients, rows, ranks, config.adapter.alpha, graph, at_once, config.rounds.count)
+    algorithm = build(config.algorithm, context)
+    if algorithm.aligns and not graph.acts(config.rounds.count):
+        raise ConfigError(
+            f"graph.warmup_rounds is {config.graph.warmup_rounds} and rounds.count {config.rounds.count}: the graph would never "
+            "act; set rounds.count above the warm-up, or graph.warmup_rounds to 0"
+        )
+    return Scheme(ranks, kind.starts(ranks, seed_for(config.seed, "start")), graph, algorithm)

@@ -1,0 +1,177 @@
+"""A node's resident process, which keeps the base in memory: Flower starts a process for each message, and that one hands it over here.
+
+The two talk over a Unix socket in a folder that only this user can enter. What travels between them are bytes; nothing is unpickled.
+The resident process ends when the process that started the messages does (Flower's SuperNode), or after an hour without a message.
+This module is imported for each message, so it imports nothing that takes long.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmira.config import unflattened
+from fedmira.errors import FedmiraError, RunError
+
+if TYPE_CHECKING:
+    from fedmira.node import Node
+
+__all__ = ["NodeError", "answer_here", "ask_resident"]
+
+_IDLE_SECONDS = 3600.0
+_START_SECONDS = 600.0
+_DONE, _REFUSED = b"done", b"refused"
+
+
+class NodeError(RunError):
+    """The node answers with an error; the message is its own text."""
+
+
+def answer_here(node: Mapping[str, object], settings: Mapping[str, object], kind: str, content: bytes) -> bytes:
+    """Answer a message in this process, which loads the base for it.
+
+    Args:
+        node: the node's config.
+        settings: the run's settings by dotted key.
+        kind: of the message.
+        content: the message.
+
+    Raises:
+        FedmiraError: it cannot be done.
+    """
+    from fedmira.engines.wire.blobs import pack, unpack
+
+    return pack(_make_node(node, settings).answer(kind, unpack(content)))
+
+
+def ask_resident(node: Mapping[str, object], settings: Mapping[str, object], kind: str, content: bytes) -> bytes:
+    """Have the resident process of this node answer, and start it where there is none.
+
+    Raises:
+        NodeError: it cannot be done; the message is the resident process's own.
+    """
+    place = _place(os.getppid(), str(node.get("name", "")))
+    order = json.dumps({"node": dict(node), "settings": dict(settings), "kind": kind}).encode()
+    try:
+        with _connected(place) as line:
+            line.send_bytes(order)
+            line.send_bytes(content)
+            ending, answer = line.recv_bytes(), line.recv_bytes()
+    except (EOFError, ConnectionError) as error:
+        raise NodeError(f"the node's resident process ended while it worked: {_last_words(place)}") from error
+    if ending == _REFUSED:
+        raise NodeError(answer.decode())
+    return answer
+
+
+def _place(guardian: int, name: str) -> Path:
+    """The socket of the resident process that belongs to one SuperNode, in a folder of this user's alone."""
+    folder = Path(tempfile.gettempdir()) / f"fedmira-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o077:
+        raise NodeError(f"{folder}: must belong to this user and be closed to all others (chmod 700); it holds the node's socket")
+    return folder / f"{guardian}-{name[:40]}.socket"
+
+
+def _connected(place: Path) -> Connection:
+    """A line to the resident process, which is started where nobody listens; of several at once, one starts it."""
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return Client(str(place), "AF_UNIX")
+        except (FileNotFoundError, ConnectionRefusedError):
+            place.unlink(missing_ok=True)
+        with place.with_suffix(".log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fedmira.resident", str(place), str(os.getppid())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        end = time.monotonic() + _START_SECONDS
+        while time.monotonic() < end and process.poll() is None:
+            try:
+                return Client(str(place), "AF_UNIX")
+            except (FileNotFoundError, ConnectionRefusedError):
+                time.sleep(0.05)
+        raise NodeError(f"the node's resident process did not start: {_last_words(place)}")
+
+
+def _last_words(place: Path) -> str:
+    """The last line that the resident process wrote, and where the rest stands."""
+    log = place.with_suffix(".log")
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    return f"{lines[-1] if lines else 'it wrote nothing'} ({log})"
+
+
+def _make_node(node: Mapping[str, object], settings: Mapping[str, object]) -> Node:
+    from fedmira.node import Node, read_node_settings
+
+    return Node(unflattened(settings), read_node_settings(node))
+
+
+class _Host:
+    """The resident process: one node at a time, built anew where a message comes with other settings."""
+
+    def __init__(self, place: Path, guardian: int) -> None:
+        self._place = place
+        self._guardian = guardian
+        self._busy_until = time.monotonic()
+        self._built: tuple[str, Node] | None = None
+
+    def run(self) -> None:
+        """Answer one message after another; an error that is not fedmira's own ends the process and stands in its log."""
+        listener = Listener(str(self._place), "AF_UNIX")
+        threading.Thread(target=self._watch, daemon=True).start()
+        while True:
+            with listener.accept() as line:
+                order, content = json.loads(line.recv_bytes()), line.recv_bytes()
+                self._busy_until = math.inf
+                try:
+                    ending, answer = _DONE, self._answer(order, content)
+                except FedmiraError as error:
+                    ending, answer = _REFUSED, str(error).encode()
+                line.send_bytes(ending)
+                line.send_bytes(answer)
+                self._busy_until = time.monotonic()
+
+    def _answer(self, order: Mapping[str, Any], content: bytes) -> bytes:
+        from fedmira.engines.wire.blobs import pack, unpack
+
+        about = json.dumps([order["node"], order["settings"]], sort_keys=True)
+        if self._built is None or self._built[0] != about:
+            self._built = None  # the former node's base must not stay beside the next one's
+            self._built = about, _make_node(order["node"], order["settings"])
+        return pack(self._built[1].answer(order["kind"], unpack(content)))
+
+    def _watch(self) -> None:
+        """End the process when its SuperNode is gone or nobody has asked for long."""
+        while _is_alive(self._guardian) and time.monotonic() - self._busy_until < _IDLE_SECONDS:
+            time.sleep(0.5)
+        self._place.unlink(missing_ok=True)
+        os._exit(0)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    _Host(Path(sys.argv[1]), int(sys.argv[2])).run()

@@ -1,0 +1,84 @@
+"""Flower's grid within one process: messages go through fedmira's own client app, one node after another, with Flower's real messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedmira.config import Config, flattened
+from fedmira.flower_app import client_app
+
+__all__ = ["LoopbackGrid"]
+
+Meddler = Callable[[str, Message, Message], Message | None]
+"""(client, message, its reply) -> what arrives in place of the reply; None loses it."""
+
+
+class LoopbackGrid(Grid):
+    """Nodes that live in this process.
+
+    Args:
+        config: of the run.
+        nodes: node id -> node config.
+        meddler: changes replies on their way.
+        registered: node id -> the name that it is registered under, where nodes authenticate.
+    """
+
+    def __init__(
+        self, config: Config, nodes: Mapping[int, Mapping[str, Any]], meddler: Meddler | None = None, registered: Mapping[int, str] | None = None
+    ) -> None:
+        self.nodes = {node: dict(of) for node, of in nodes.items()}
+        # Flower's processes know which task they are; a message asks for it.
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+        self.delivered: list[tuple[str, int]] = []
+        self._run_config = {"output": "", "resume": False, **flattened(config)}
+        self._meddler = meddler
+        self._registered = registered or {}
+        self._replies: dict[str, Message] = {}
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError("the run of a test is this object")
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError("the run of a test is this object")
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        return Message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def get_nodes(self) -> Iterable[Any]:
+        return [SimpleNamespace(node_id=node, name=self._registered.get(node, "")) for node in self.nodes]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            node = message.metadata.dst_node_id
+            message.metadata.__dict__["_message_id"] = message.object_id
+            ids.append(message.object_id)
+            self.delivered.append((message.metadata.message_type, node))
+            reply = self._reply(node, message)
+            changed = self._meddler(str(self.nodes[node]["name"]), message, reply) if self._meddler else reply
+            if changed is not None:
+                self._replies[message.object_id] = changed
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(message_id) for message_id in list(message_ids) if message_id in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+    def _reply(self, node: int, message: Message) -> Message:
+        context = Context(0, node, {"resident": False, **self.nodes[node]}, RecordDict(), dict(self._run_config))
+        try:
+            return client_app(message, context)
+        except Exception as error:  # noqa: BLE001: so does the process in which Flower runs a client app
+            return Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message)
