@@ -22,6 +22,7 @@ from fedmira.config import (
     load_config,
     preset_path,
     with_algorithm,
+    with_overrides,
 )
 from fedmira.config.layers import algorithm_sections
 from fedmira.errors import ConfigError
@@ -292,3 +293,21 @@ def test_a_dumped_config_still_takes_overrides(tmp_path: Path) -> None:
 
 def test_a_preset_is_the_same_as_its_file() -> None:
     assert load_config(preset="mira-ni") == load_config(preset_path("mira-ni"))
+
+
+def test_a_measure_belongs_to_learned_graphs_and_goes_with_them() -> None:
+    with pytest.raises(ConfigError, match="measure = 'principal-angles' is for learned graphs, but kind is 'random'"):
+        load_config(overrides=["graph.kind=random", "graph.measure=principal-angles"])
+    learned = load_config(overrides=["graph.measure=principal-angles"])
+    assert with_overrides(learned, ["graph.kind=random"]).graph.measure == "cosine"
+
+
+@pytest.mark.parametrize("strength", ["algorithm.coupling=0", "algorithm.server_step=0"])
+def test_a_safeguard_needs_something_to_decline(strength: str) -> None:
+    with pytest.raises(ConfigError, match="nobody is pulled"):
+        load_config(overrides=["algorithm.safeguard=true", "data.validation_fraction=0.1", strength])
+
+
+def test_a_safeguard_compares_whole_messages() -> None:
+    with pytest.raises(ConfigError, match="engine.wire = 'int8' rounds what travels, but with algorithm.safeguard = true"):
+        load_config(overrides=["algorithm.safeguard=true", "data.validation_fraction=0.1", "engine.wire=int8"])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from fedmira.comparison import plan_methods
 from fedmira.config import Config, MiraSettings, dump_config, load_config, preset_description, preset_names, preset_path
 from fedmira.errors import ConfigError
+
+BUNDLED_CONTEXT = 512
+"""Tokens that the bundled base reads."""
 
 every_preset = pytest.mark.parametrize("name", preset_names())
 every_preset_on_files = pytest.mark.parametrize("name", [name for name in preset_names() if name != "demo"])
@@ -26,6 +32,16 @@ def test_a_preset_opens_with_what_it_is_and_the_command_that_runs_it(name: str) 
     assert description == f"# {preset_description(name)}"
     assert preset_description(name).endswith(".")
     assert command.startswith((f"# fedmira run --preset {name} --set data.path=", f"# fedmira compare --preset {name} "))
+
+
+@every_preset
+def test_the_variants_that_a_preset_prints_can_be_compared_with_it(name: str) -> None:
+    config = load_config(preset=name, overrides=[] if name == "demo" else ["data.path=here"])
+    printed = re.findall(r'--variant "([^"=]+)=([^"]*)"', preset_path(name).read_text(encoding="utf-8").replace("\n# ", " "))
+    plans = plan_methods(config, [], {variant: settings.split(";") for variant, settings in printed})
+    assert list(plans) == [variant for variant, _ in printed]
+    context = BUNDLED_CONTEXT if config.model.base == "bundled" else None
+    assert all(context is None or plan.data.max_length + plan.adapter.positions <= context for plan in plans.values())
 
 
 @every_preset_on_files
@@ -61,7 +77,7 @@ def test_the_local_presets_differ_from_the_published_ones_in_the_algorithm_only(
 @pytest.mark.parametrize("data", ["ni", "dolly"])
 def test_the_settings_on_the_bundled_base_are_the_published_ones(data: str) -> None:
     paper, bundled = load_config(preset=f"mira-paper-{data}"), load_config(preset=f"paper-{data}-bundled")
-    assert bundled.model.base == "bundled" and bundled.data.max_length == 512
+    assert bundled.model.base == "bundled" and bundled.data.max_length == BUNDLED_CONTEXT - 20
     for section in ("adapter", "algorithm", "graph", "local", "rounds", "seed"):
         assert getattr(bundled, section) == getattr(paper, section)
 

@@ -89,8 +89,8 @@ def cover(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:
     """Put `upper` on `lower`: sections are joined, all other values of `upper` win.
 
     What `upper` makes meaningless in `lower` goes with it, so that a change of one key is enough: the settings that a newly named
-    algorithm does not have, the rival of a key (`coupling` and `server_step`, `steps` and `epochs`, `rank` and `rank_distribution`), and
-    the file of another kind of graph. What `upper` itself sets is never dropped.
+    algorithm does not have, the rival of a key (`coupling` and `server_step`, `steps` and `epochs`, `rank` and `rank_distribution`), the
+    file of another kind of graph, and how a learned one compares. What `upper` itself sets is never dropped.
     """
     kept = {name: dict(value) if isinstance(value, dict) else value for name, value in lower.items()}
     for name, keys in upper.items():
@@ -106,6 +106,8 @@ def _drop_outdated(section: str, below: Settings, above: Mapping[str, Any]) -> N
             del below[key]
     if section == "graph" and above.get("kind", "file") != "file":
         below.pop("path", None)
+    if section == "graph" and above.get("kind") in ("random", "uniform", "category", "file"):
+        below.pop("measure", None)
     for first, second in _RIVALS.get(section, ()):
         if first in above:
             below.pop(second, None)

@@ -110,6 +110,14 @@ class MiraSettings(MethodSettings):
             raise ValueError("coupling and server_step say the same thing in two ways; set one of them")
         return self
 
+    @model_validator(mode="after")
+    def _something_to_decline(self) -> MiraSettings:
+        if self.safeguard and (self.coupling if self.server_step is None else self.server_step) == 0:
+            raise ValueError(
+                "safeguard = true, but with coupling or server_step 0 nobody is pulled; set safeguard = false, or a strength above 0"
+            )
+        return self
+
     @property
     def kept_moments_problem(self) -> str:
         """Products that are mixed are factored anew."""

@@ -195,6 +195,14 @@ class GraphSettings(Section):
             raise ValueError("kind = 'file' and path belong together; set both or neither")
         return self
 
+    @model_validator(mode="after")
+    def _fixed_graphs_compare_nothing(self) -> GraphSettings:
+        if self.measure != "cosine" and self.kind not in ("similarity", "pfedgraph"):
+            raise ValueError(
+                f"measure = {self.measure!r} is for learned graphs, but kind is {self.kind!r}; set kind = 'similarity' or leave it out"
+            )
+        return self
+
 
 class LocalSettings(Section):
     """[local]: a client's training within a round.
@@ -344,6 +352,11 @@ class Config(Section):
             raise ValueError(
                 f"engine.wire = {self.engine.wire!r} compresses changes of whole adapters, but algorithm.name = {self.algorithm.name!r} "
                 "sends a part of them; set engine.wire = 'float32'"
+            )
+        if self.engine.wire != "float32" and self.algorithm.needs_validation:
+            raise ValueError(
+                f"engine.wire = {self.engine.wire!r} rounds what travels, but with {self.algorithm.needs_validation} a client holds what "
+                "it sent against what comes back; set engine.wire = 'float32'"
             )
         return self
 

@@ -114,6 +114,8 @@ def _prompts(settings: AdapterSettings, base: BaseModel, engine: EngineSettings)
         with torch.no_grad():
             ids = torch.full((1, 2), base.tokenizer.eos_token_id, device=base.device)
             model.greedy(ids, 2, torch.tensor([], dtype=torch.long, device=base.device))
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the architecture
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
         raise ModelError(
             f"adapter.kind = {settings.kind!r} does not work on {type(base.model).__name__} "
