@@ -2,15 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+FLOWER_BIN := .venv-flower/bin
+FLOWER_STAMP := .venv-flower/.installed
 BENCH_BIN := .venv-bench/bin
 BENCH_STAMP := .venv-bench/.installed
 SIZE ?= small
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test federation check format bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## local training, FedAvg and MIRA on the bundled base and demo data; prints where the report is
 	@number=1; while [ -e "runs/demo-$$number" ]; do number=$$((number + 1)); done; \
@@ -18,6 +20,9 @@ demo: $(STAMP) ## local training, FedAvg and MIRA on the bundled base and demo d
 
 test: $(STAMP) ## all tests
 	$(BIN)/pytest
+
+federation: $(FLOWER_STAMP) ## tests of runs over Flower, as real processes too (minutes)
+	$(FLOWER_BIN)/pytest tests/engines/flower tests/federation_processes
 
 check: $(STAMP) ## format, lint, types, layers, public names; changes nothing
 	$(BIN)/ruff format --check .
@@ -39,7 +44,7 @@ ifeq ($(SIZE),full)
 endif
 
 clean: ## remove virtual environments and caches; runs/ stays
-	rm -rf .venv .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-flower .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Redone when the dependencies change.
@@ -48,6 +53,12 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "fedmira needs Python 3.11 or newer; '$(PYTHON)' is not: $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Flower wants older releases of typer and rich than the rest is tested with.
+$(FLOWER_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-flower
+	$(FLOWER_BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,flower]'
 	@touch $@
 
 # A peer that cannot be installed takes only its own tools away; the result says so.

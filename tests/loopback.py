@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -30,7 +30,11 @@ class LoopbackGrid(Grid):
     """
 
     def __init__(
-        self, config: Config, nodes: Mapping[int, Mapping[str, Any]], meddler: Meddler | None = None, registered: Mapping[int, str] | None = None
+        self,
+        config: Config,
+        nodes: Mapping[int, Mapping[str, Any]],
+        meddler: Meddler | None = None,
+        registered: Mapping[int, str] | None = None,
     ) -> None:
         self.nodes = {node: dict(of) for node, of in nodes.items()}
         # Flower's processes know which task they are; a message asks for it.
@@ -78,7 +82,4 @@ class LoopbackGrid(Grid):
 
     def _reply(self, node: int, message: Message) -> Message:
         context = Context(0, node, {"resident": False, **self.nodes[node]}, RecordDict(), dict(self._run_config))
-        try:
-            return client_app(message, context)
-        except Exception as error:  # noqa: BLE001: so does the process in which Flower runs a client app
-            return Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message)
+        return client_app(message, context)

@@ -4,8 +4,9 @@
 
 Each knob of `KNOBS` is tried with all others at the best so far, and keeps the option with the lowest validation loss: the mean over
 clients and seeds of the last round, or, with --set evaluation.select=best, of each client's best one. All options take equal local
-steps. Then the settings that were chosen, the defaults, local training and the control (the chosen graph with its clients exchanged at
-random) stand side by side, with validation and test losses, and as comparison.html in OUTPUT/<steps>/.
+steps. pFedGraph's are run as in its paper, which leaves no coupling and no size scale to tune. Then the settings that were chosen, the
+defaults, local training and the control (the chosen graph with its clients exchanged at random) stand side by side, with validation
+and test losses, and as comparison.html in OUTPUT/<steps>/.
 
 Runs are those of `fedmira compare`: finished ones are not repeated and interrupted ones continue, so the same command may be given
 again. A seed changes the splits: rows that validate under one seed may be test rows under another. So tune with one seed (--seeds), and
@@ -31,6 +32,8 @@ from fedmira.errors import InputError, RunError
 
 LOCAL_STEPS = 30  # of every client at full participation
 ANGLES = 'graph.measure="principal-angles"'
+PFEDGRAPH = ["graph.kind=pfedgraph", "algorithm.server_step=1", "algorithm.size_scale=0"]
+"""The paper's aggregation: its weights as they are. Under a coupling they would be rescaled."""
 KNOBS: dict[str, dict[str, list[str]]] = {
     "graph": {
         "nearest-3": [],
@@ -39,8 +42,8 @@ KNOBS: dict[str, dict[str, list[str]]] = {
         "nearest-8": ["graph.nearest=8"],
         "angles-3": [ANGLES],
         "angles-5": [ANGLES, "graph.nearest=5"],
-        **{f"pfedgraph-{alpha}": ["graph.kind=pfedgraph", f"graph.alpha={alpha}"] for alpha in (0.2, 0.4, 0.8)},
-        "pfedgraph-angles-0.4": ["graph.kind=pfedgraph", "graph.alpha=0.4", ANGLES],
+        **{f"pfedgraph-{alpha}": [*PFEDGRAPH, f"graph.alpha={alpha}"] for alpha in (0.2, 0.4, 0.8)},
+        "pfedgraph-angles-0.4": [*PFEDGRAPH, "graph.alpha=0.4", ANGLES],
     },
     "memory": {"memory-0.5": [], "memory-0": ["graph.memory=0"], "memory-0.8": ["graph.memory=0.8"]},
     "coupling": {"coupling-1": [], "coupling-0.5": ["algorithm.coupling=0.5"], "coupling-0.25": ["algorithm.coupling=0.25"]},
@@ -51,6 +54,8 @@ KNOBS: dict[str, dict[str, list[str]]] = {
     "steps": {"steps-5": [], "steps-2": ["local.steps=2"], "steps-3": ["local.steps=3"], "steps-10": ["local.steps=10"]},
 }
 """Knob -> option -> overrides; the first option is the default."""
+SETTLED = ("coupling", "size")
+"""Knobs that pFedGraph's options settle."""
 
 Chosen = dict[str, str]
 """Knob -> option."""
@@ -60,6 +65,16 @@ def name_of(chosen: Chosen) -> str:
     """What differs from the defaults."""
     parts = [option for knob, option in chosen.items() if option != next(iter(KNOBS[knob])) and knob != "steps"]
     return "_".join(parts) or "default"
+
+
+def settles(graph: str) -> bool:
+    """Whether this option says how strong the step is."""
+    return set(PFEDGRAPH) <= set(KNOBS["graph"][graph])
+
+
+def settled(chosen: Chosen) -> Chosen:
+    """The same, with the knobs that the graph settles at their defaults, which set nothing."""
+    return {**chosen, **({knob: next(iter(KNOBS[knob])) for knob in SETTLED} if settles(chosen["graph"]) else {})}
 
 
 def overrides_of(chosen: Chosen) -> list[str]:
@@ -145,9 +160,13 @@ def tuned(arguments: argparse.Namespace, knobs: Sequence[str]) -> Chosen:
     """The options with the lowest validation loss, one knob after the other."""
     chosen = {knob: next(iter(options)) for knob, options in KNOBS.items()}
     for knob in knobs:
+        if knob in SETTLED and settles(chosen["graph"]):
+            print(f"\n{knob}: settled by {chosen['graph']}", flush=True)
+            continue
         print(f"\n{knob}, with {', '.join(chosen.values())}", flush=True)
-        losses = measured(arguments, {option: {**chosen, knob: option} for option in KNOBS[knob]})
-        chosen[knob] = min(losses, key=lambda option: losses[option])
+        candidates = {option: settled({**chosen, knob: option}) for option in KNOBS[knob]}
+        losses = measured(arguments, candidates)
+        chosen = candidates[min(losses, key=lambda option: losses[option])]
         print(f"| {knob} | validation loss |\n|---|---|")
         for option, loss in losses.items():
             print(f"| {option}{' (chosen)' if option == chosen[knob] else ''} | {loss:.4f} |")

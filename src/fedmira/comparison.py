@@ -6,14 +6,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from fedmira.config import Config, dump_config, with_algorithm, with_overrides
-from fedmira.errors import ConfigError, RunError, RunFolderError
-from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
+from fedmira.data import Dataset, load_clients
+from fedmira.errors import ConfigError, InputError, RunError, RunFolderError
+from fedmira.experiment import build_experiment, resume_experiment, run_experiment
 from fedmira.model import BaseModel, load_base
+from fedmira.parts import make_scheme, prepare_kind
 from fedmira.report import Figures, check_target, write_comparison
+from fedmira.results import hash_of_rows
 from fedmira.rounds import Progress, RunFolder
 
 __all__ = ["Comparison", "compare_algorithms", "plan_methods"]
@@ -96,7 +100,8 @@ def compare_algorithms(
         target_loss: a mean test loss; the tables then say after how many rounds and seconds each method reached it.
 
     Raises:
-        InputError: a setting is wrong, a folder of another comparison is in the way, or rows or base changed since a run of it.
+        InputError: a setting is wrong, a folder of another comparison is in the way, or rows or base changed since a run of it; all
+            methods and seeds are checked before the first of them trains.
         RunError: a run failed; the tables hold the methods whose runs all finished. Call again to continue.
     """
     methods = plan_methods(config, algorithms, variants)
@@ -104,24 +109,31 @@ def compare_algorithms(
         raise ConfigError(f"reference {reference!r} is not among the compared methods; they are {', '.join(methods)}")
     if target_loss is not None:
         check_target(target_loss)
+        _check_evaluated_rounds(methods)
     folders = {name: {seed: output / f"{name}-seed{seed}" for seed in seeds} for name in methods}
-    base: BaseModel | None = None
-    failures: dict[str, RunError] = {}
-    for seed in dict.fromkeys(seeds):
-        for name, method in methods.items():
-            folder, plan = folders[name][seed], method.model_copy(update={"seed": seed})
-            if _is_finished(folder, plan):
-                continue
-            base = base or load_base(config.model)
-            experiment = build_experiment(plan, base, resumed=folder)
-            _refuse_other_ground(experiment, [runs[seed] for runs in folders.values()])
-            start = resume_experiment if (folder / "config.toml").exists() else run_experiment
-            try:
-                with watch(folder.name, plan.rounds.count) as progress:
-                    start(experiment, folder, progress)
-            except RunError as error:  # the other methods are still worth comparing
-                failures[folder.name] = error
+    plans = [
+        _Planned(name, folders[name][seed], method.model_copy(update={"seed": seed}))
+        for seed in dict.fromkeys(seeds)
+        for name, method in methods.items()
+    ]
+    unfinished = [run for run in plans if not run.is_finished()]
+    failures = _run(unfinished, _CommonGround(load_base(config.model), folders), watch) if unfinished else {}
     return _compared(folders, output, reference, failures, target_loss)
+
+
+def _run(runs: Sequence[_Planned], ground: _CommonGround, watch: Watch) -> dict[str, RunError]:
+    """Check all runs, then run them; name of a run -> why it failed."""
+    ground.check(runs)
+    failures = {}
+    for run in runs:
+        experiment = build_experiment(run.config, ground.base, run.folder, ground.dataset(run.config))
+        start = resume_experiment if run.is_begun else run_experiment
+        try:
+            with watch(run.folder.name, run.config.rounds.count) as progress:
+                start(experiment, run.folder, progress)
+        except RunError as error:  # the other methods are still worth comparing
+            failures[run.folder.name] = error
+    return failures
 
 
 def _compared(
@@ -141,26 +153,93 @@ def _compared(
     return comparison
 
 
-def _is_finished(folder: Path, plan: Config) -> bool:
-    """Whether the run is there and done.
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A run of a method with a seed."""
 
-    Raises:
-        RunFolderError: it was made with other settings.
+    method: str
+    folder: Path
+    config: Config
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is something to continue."""
+        return (self.folder / "config.toml").is_file()
+
+    def is_finished(self) -> bool:
+        """Whether the run is there and done.
+
+        Raises:
+            RunFolderError: it was made with other settings, or its folder holds something else.
+        """
+        if not self.is_begun:
+            RunFolder.refuse_taken(self.folder)
+            return False
+        if (self.folder / "config.toml").read_text(encoding="utf-8") != dump_config(self.config):
+            raise RunFolderError(f"{self.folder}: this run was made with other settings; choose another --output")
+        return RunFolder(self.folder).read_json("run.json").get("status") == "finished"
+
+
+class _CommonGround:
+    """What all methods stand on: the base, and the rows of a seed; those that were asked for last are in memory.
+
+    Args:
+        folders: method -> seed -> folder, of all runs, finished or not.
     """
-    if RunFolder(folder).read_json("run.json").get("status") != "finished":
-        return False
-    if (folder / "config.toml").read_text(encoding="utf-8") != dump_config(plan):
-        raise RunFolderError(f"{folder}: this run was made with other settings; choose another --output")
-    return True
+
+    def __init__(self, base: BaseModel, folders: Mapping[str, Mapping[int, Path]]) -> None:
+        self.base = base
+        self._folders = folders
+        self._rows: tuple[int, Dataset] | None = None
+
+    def dataset(self, config: Config) -> Dataset:
+        """The rows with this config's seed.
+
+        Raises:
+            DataError: they cannot be read.
+            RunFolderError: a run with this seed stands on other rows, or on another base.
+        """
+        if self._rows is None or self._rows[0] != config.seed:
+            self._rows = None  # the other seed's go before these are read
+            dataset = load_clients(config.data, config.seed, self.base.tokenizer)
+            present = {"data": hash_of_rows({client.client_id: client for client in dataset.clients}), "base": self.base.sha256}
+            _refuse_other_ground(present, [runs[config.seed] for runs in self._folders.values()])
+            self._rows = config.seed, dataset
+        return self._rows[1]
+
+    def check(self, runs: Sequence[_Planned]) -> None:
+        """Build those parts of each run that its settings can spoil; nothing is trained.
+
+        Args:
+            runs: those with one seed side by side.
+
+        Raises:
+            InputError: as `dataset`.
+            ConfigError: the problems of all methods together.
+        """
+        found: dict[str, list[str]] = {}
+        for _, of_seed in groupby(runs, key=lambda run: run.config.seed):
+            several = list(of_seed)
+            parties = {party.client_id: party for party in self.dataset(several[0].config).summaries()}
+            for run in several:
+                try:
+                    make_scheme(run.config, prepare_kind(run.config, self.base), parties)
+                except InputError as error:
+                    for problem in error.problems:
+                        found.setdefault(problem, []).append(run.method)
+        if found:
+            raise ConfigError([f"{', '.join(dict.fromkeys(methods))}: {problem}" for problem, methods in found.items()])
 
 
-def _refuse_other_ground(experiment: Experiment, folders: Sequence[Path]) -> None:
-    """Before training: the runs of this seed that exist must stand on the same rows and base.
+def _refuse_other_ground(present: Mapping[str, str], folders: Sequence[Path]) -> None:
+    """The runs of a seed that exist must stand on the rows and the base of those that follow.
+
+    Args:
+        present: SHA-256 of "data" and "base".
 
     Raises:
         RunFolderError: one does not.
     """
-    present = {"data": experiment.data_sha256, "base": experiment.base.sha256}
     for folder in folders:
         document: Mapping[str, Any] = RunFolder(folder).read_json("run.json")
         changed = [part for part, sha256 in present.items() if document.get(part, {}).get("sha256", sha256) != sha256]
@@ -169,6 +248,23 @@ def _refuse_other_ground(experiment: Experiment, folders: Sequence[Path]) -> Non
                 f"{folder}: the {' and the '.join(changed)} changed since this run, so that others would not be comparable with it; "
                 "put back what it was made with, or choose another --output"
             )
+
+
+def _check_evaluated_rounds(methods: Mapping[str, Config]) -> None:
+    """How soon a target is reached is known in evaluated rounds only, so all methods must be evaluated in the same ones.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    every = {name: method.evaluation.every for name, method in methods.items()}
+    first = next(iter(every), "")
+    problems = [
+        f"variant {name!r}: evaluation.every is {own}, and {every[first]} under {first}; with a target loss, set it for all methods"
+        for name, own in every.items()
+        if own != every[first]
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _terms(config: Config) -> dict[str, object]:

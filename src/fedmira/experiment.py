@@ -10,7 +10,7 @@ from fedmira.adapters import Adapter, AdapterTable
 from fedmira.algorithms import Algorithm
 from fedmira.clients import Cohort, CohortSettings
 from fedmira.config import Config, dump_config
-from fedmira.data import ClientSummary, load_clients
+from fedmira.data import ClientSummary, Dataset, load_clients
 from fedmira.engines import Engine, InProcessEngine, MemoryTable
 from fedmira.errors import AlignmentError, FedmiraError, RunError, RunFolderError
 from fedmira.evaluation import Evaluation, Evaluator
@@ -64,18 +64,21 @@ class Experiment:
         return Ground(self.kind, self.data_sha256, self.token_budget)
 
 
-def build_experiment(config: Config, base: BaseModel | None = None, resumed: Path | None = None) -> Experiment:
+def build_experiment(
+    config: Config, base: BaseModel | None = None, resumed: Path | None = None, dataset: Dataset | None = None
+) -> Experiment:
     """Load the base and the data and build the parts on them.
 
     Args:
         base: a base that is loaded already, to share it between runs.
         resumed: the folder of a run that is to be continued: with its token budget, so that it goes on bit for bit.
+        dataset: what `load_clients` gave for this config's [data] and seed, to share it between runs.
 
     Raises:
         InputError: something in the config cannot work; nothing was trained.
     """
     kind = prepare_kind(config, base)
-    dataset = load_clients(config.data, config.seed, kind.base.tokenizer)
+    dataset = dataset or load_clients(config.data, config.seed, kind.base.tokenizer)
     clients = {client.client_id: client for client in dataset.clients}
     parties = {party.client_id: party for party in dataset.summaries()}
     scheme = make_scheme(config, kind, parties)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmira.config import Config, dump_config
-from fedmira.data import ClientSummary
+from fedmira.data import ClientSummary, check_apart
 from fedmira.engines.wire import ServerEnd
 from fedmira.errors import ConfigError, RunFolderError
 from fedmira.experiment import Experiment, resume_experiment, run_experiment
@@ -22,7 +22,7 @@ from fedmira.results import Result
 from fedmira.rounds import Progress, RunFolder
 
 if TYPE_CHECKING:
-    from flwr.serverapp import Grid
+    from fedmira.engines.flower import Grid
 
 __all__ = ["build_federation", "run_federation"]
 
@@ -52,11 +52,10 @@ def build_federation(config: Config, grid: Grid, output: Path, names: tuple[Clie
     Raises:
         ConfigError: they did not come in time, or the settings cannot work on them.
     """
-    from fedmira.engines.flower.engine import FlowerEngine
-    from fedmira.engines.flower.evaluation import FlowerEvaluation
-    from fedmira.engines.flower.nodes import Nodes
+    from fedmira.engines.flower import FlowerEngine, FlowerEvaluation, Nodes
 
     settings = config.federation
+    check_apart(config.data)
     kind = prepare_kind(config)
     base = kind.base
     nodes = Nodes(grid, base.sha256, tokenizer_hash(base.tokenizer), names, settings.reply_s)

@@ -7,9 +7,9 @@ everything that takes long is imported where it is needed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
-from fedmira.config import unflattened
 from fedmira.errors import ConfigError, FedmiraError
 from fedmira.resident import answer_here, ask_resident
 
@@ -39,10 +39,15 @@ def _run(grid: Grid, context: Context) -> None:
     """Build the run that the app's config describes, and run it with the nodes of the grid."""
     logging.basicConfig(format="%(message)s")
     _log.setLevel(logging.INFO)
+    from fedmira.config import unflattened
     from fedmira.federation import run_federation
 
     output, resume = Path(str(context.run_config["output"])), bool(context.run_config["resume"])
-    result = run_federation(unflattened(_settings(context)), grid, output, resume=resume, progress=_tell)
+    try:
+        result = run_federation(unflattened(_settings(context)), grid, output, resume=resume, progress=_tell)
+    except FedmiraError as error:
+        _log.error("error: %s", error)  # before Flower's own lines, which are long
+        raise
     _log.info("report: %s", result.report)
 
 
@@ -77,5 +82,8 @@ def _settings(context: Context) -> dict[str, object]:
     return {key: value for key, value in context.run_config.items() if key not in OF_THE_APP}
 
 
-def _tell(what: str, figures: object) -> None:
-    _log.info("%s %s", what, figures)
+def _tell(what: str, figures: Mapping[str, object]) -> None:
+    """A line for each round and evaluation, in the server's log."""
+    names = {"clients": "clients", "train_loss": "train loss", "test_loss": "test loss", "pull": "pull"}
+    shown = [f"{label} {value:.4g}" for name, label in names.items() if isinstance(value := figures.get(name), int | float)]
+    _log.info("%s %s: %s", "evaluation after round" if what == "evaluate" else what, figures["round"], ", ".join(shown))

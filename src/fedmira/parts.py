@@ -65,6 +65,11 @@ def make_scheme(config: Config, kind: AdapterKind, parties: Mapping[ClientId, Cl
     rows = {client: party.train_rows for client, party in parties.items()}
     graph = graph_source(config.graph, clients, categories, seed_for(config.seed, "graph"), rows)
     at_once = cohort_size(len(clients), config.rounds)
+    if config.rounds.min_replies > at_once:
+        raise ConfigError(
+            f"rounds.min_replies is {config.rounds.min_replies}, but a round has {at_once} of {len(clients)} clients; lower it, or raise "
+            "rounds.participation"
+        )
     context = AlgorithmContext(clients, rows, ranks, config.adapter.alpha, graph, at_once, config.rounds.count)
     algorithm = build(config.algorithm, context)
     if algorithm.aligns and not graph.acts(config.rounds.count):

@@ -21,7 +21,6 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmira.config import unflattened
 from fedmira.errors import FedmiraError, RunError
 
 if TYPE_CHECKING:
@@ -118,6 +117,7 @@ def _last_words(place: Path) -> str:
 
 
 def _make_node(node: Mapping[str, object], settings: Mapping[str, object]) -> Node:
+    from fedmira.config import unflattened
     from fedmira.node import Node, read_node_settings
 
     return Node(unflattened(settings), read_node_settings(node))

@@ -18,11 +18,17 @@ from fedmira.algorithms import Algorithm, AlgorithmContext, ServerState, Trained
 from fedmira.algorithms.fedfomo import first_order_weights
 from fedmira.config.methods import FedFomoSettings, LocalOnlySettings
 from fedmira.errors import ConfigError
+from fedmira.graphs import FixedGraph, uniform_graph
 from fedmira.messages import Payload, Reply, Request
 from fedmira.model import BaseModel
 from lora_federation import best_of_rank, context, dense, lora, play, started
 
 RANK = 3
+
+
+def no_graph() -> FixedGraph:
+    """For federations so large that the graph of all pairs is refused; fedfomo reads none."""
+    return FixedGraph(uniform_graph(["a", "b"]))
 
 
 def begun(count: int, candidates: int = 2) -> tuple[AlgorithmContext, Algorithm, ServerState]:
@@ -66,6 +72,13 @@ def test_nobody_is_sent_anything_before_it_has_trained_and_then_new_ones_come_in
     state, _ = play(algorithm, federation, state, centres, 2)
     assert sent_to(algorithm, state, clients[2]) == [clients[4], clients[1]]
     assert algorithm.instruct(state, clients[2]).num_bytes == 2 * sum(4 * tensor.numel() for tensor in centres[clients[0]].values())
+
+
+def test_more_clients_than_the_kept_pairs_allow_are_refused_before_anything_is_held() -> None:
+    """2,000 clients have 1,999,000 pairs, 2,001 have 2,001,000."""
+    build(FedFomoSettings(name="fedfomo"), context([RANK] * 2000, graph=no_graph()))
+    with pytest.raises(ConfigError, match=r"fedfomo: .*2,001,000 pairs of 2,001 clients; at most 2,000,000 .*data\.clients"):
+        build(FedFomoSettings(name="fedfomo"), context([RANK] * 2001, graph=no_graph()))
 
 
 def test_half_of_the_places_go_to_those_who_helped_most() -> None:

@@ -66,6 +66,45 @@ def test_the_last_two_lie_there_until_the_server_says_which_counts(tmp_path: Pat
     assert files(tmp_path) == ["round-000001.safetensors", "round-000002.safetensors"]
 
 
+def test_an_older_memory_never_stands_for_the_accepted_one(tmp_path: Path) -> None:
+    """The folder was put back from a copy: round 2 is there, the accepted round 5 is lost."""
+    node = NodeMemory(tmp_path, "run-1", "north")
+    node.keep(2, memory(2))
+    assert node.recall(5) is None
+    node.keep(6, memory(6))  # the client went on without it
+    assert_is(node.recall(6), 6)
+
+
+def test_a_restart_between_keeping_and_acceptance_finds_the_round_before(tmp_path: Path) -> None:
+    for number in (1, 4):
+        NodeMemory(tmp_path, "run-1", "north").keep(number, memory(number))
+    assert_is(NodeMemory(tmp_path, "run-1", "north").recall(1), 1)
+
+
+def test_only_its_own_files_are_read_and_removed(tmp_path: Path) -> None:
+    node = NodeMemory(tmp_path, "run-1", "north")
+    node.keep(3, memory(3))
+    strangers = [
+        "round-000003 copy.safetensors",
+        "round-3.safetensors",
+        "round-0000003.safetensors",
+        "round-notes.safetensors",
+        "mine.partial",
+    ]
+    for name in strangers:
+        (node.folder / name).write_bytes(b"somebody else's")
+    assert_is(node.recall(3), 3)
+    assert files(tmp_path) == sorted(["round-000003.safetensors", *strangers])
+
+
+def test_more_than_a_million_rounds(tmp_path: Path) -> None:
+    node = NodeMemory(tmp_path, "run-1", "north")
+    for number in (999_999, 1_000_000):
+        node.keep(number, memory(number))
+    assert_is(node.recall(1_000_000), 1_000_000)
+    assert files(tmp_path) == ["round-1000000.safetensors"]
+
+
 def test_the_same_round_again_replaces_its_memory(tmp_path: Path) -> None:
     node = NodeMemory(tmp_path, "run-1", "north")
     node.keep(1, memory(1))

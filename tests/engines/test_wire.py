@@ -188,6 +188,15 @@ def test_a_change_too_large_for_float16_goes_whole() -> None:
     assert decode(encoded, with_reference(START))[1].digest == after.digest
 
 
+def test_what_was_carried_goes_along_with_a_tensor_that_goes_whole() -> None:
+    carried, target = adapter(7), {**START, A: START[A] + 1e5}
+    encoded, after = encode(Payload({"adapter": target}), "float16", with_reference(START, carried))
+    expected = (target[A].double() + carried[A]).float()
+    found, receiver = decode(over_bytes(encoded), with_reference(START))
+    assert torch.equal(found.tensors["adapter"][A], expected) and not torch.equal(expected, target[A])
+    assert receiver.digest == after.digest and set(after.unsent["adapter"]) == {B}, "nothing of A is still to be sent"
+
+
 def test_no_change_is_no_change_and_zero_rows_have_no_scale() -> None:
     start = {A: torch.zeros(3, 4), B: torch.zeros(5, 3)}
     for wire in COMPRESSED:

@@ -206,6 +206,84 @@ def test_rows_that_changed_since_a_run_are_refused_before_anything_trains(config
     assert watch.began == []
 
 
+def test_whatever_cannot_work_is_said_of_all_methods_before_anything_trains(config: Config, tmp_path: Path) -> None:
+    """The graph file is read and the layers are looked for when a run is built; here the two last methods have such problems."""
+    watch = Watch()
+    variants = {"elsewhere": ['adapter.targets=["nowhere"]'], "drawn": ["graph.kind=file", f"graph.path={tmp_path / 'none.json'}"]}
+    with pytest.raises(ConfigError) as caught:
+        compare_algorithms(config, ("local", "fedavg"), (0, 1), tmp_path / "all", watch, variants=variants)
+    assert [problem.split(" is no linear layer")[0] for problem in caught.value.problems[:1]] == ["elsewhere: adapter.targets: 'nowhere'"]
+    assert len(caught.value.problems) == 2 and caught.value.problems[1].startswith("drawn: ") and "none.json" in caught.value.problems[1]
+    assert watch.began == [] and not (tmp_path / "all").exists()
+
+
+def test_a_problem_that_all_methods_have_is_said_once(config: Config, tmp_path: Path) -> None:
+    long = config.model_copy(update={"data": config.data.model_copy(update={"max_length": 100_000})})
+    with pytest.raises(ConfigError, match="^local, mira: data.max_length is 100000, but") as caught:
+        compare_algorithms(long, ("local", "mira"), (0, 1), tmp_path / "all", Watch())
+    assert len(caught.value.problems) == 1
+
+
+def test_rows_that_changed_since_a_run_of_a_later_seed_are_refused_before_anything_trains(
+    config: Config, clients_folder: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "clients"
+    shutil.copytree(clients_folder, rows)
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"path": str(rows)})})
+    compare_algorithms(moved, ("local",), (1,), tmp_path / "all", Watch())
+    file = rows / "apple-1" / "train.jsonl"
+    file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
+    watch = Watch()
+    with pytest.raises(RunFolderError, match="local-seed1: the data changed since this run"):
+        compare_algorithms(moved, ("local", "fedavg"), (0, 1), tmp_path / "all", watch)
+    assert watch.began == []
+
+
+@pytest.mark.parametrize("kind", ["other settings", "taken"])
+def test_a_later_folder_that_is_in_the_way_is_found_before_anything_trains(kind: str, config: Config, tmp_path: Path) -> None:
+    folder, watch = tmp_path / "all" / "fedavg-seed0", Watch()
+    if kind == "taken":
+        folder.mkdir(parents=True)
+        (folder / "letter.txt").write_text("dear diary", encoding="utf-8")
+    else:  # a run that was stopped
+        other = config.model_copy(update={"local": config.local.model_copy(update={"steps": 3})})
+        with pytest.raises(PowerCut):
+            compare_algorithms(other, ("fedavg",), (0,), tmp_path / "all", Watch(("fedavg-seed0", 1)))
+    message = {"other settings": "this run was made with other settings", "taken": "the run folder exists already"}[kind]
+    with pytest.raises(RunFolderError, match=f"fedavg-seed0: {message}"):
+        compare_algorithms(config, ("local", "fedavg"), (0,), tmp_path / "all", watch)
+    assert watch.began == []
+
+
+def test_the_rows_of_a_seed_are_read_once_for_all_methods(config: Config, clients_folder: Path, tmp_path: Path) -> None:
+    """They vanish once the first run has begun; the second method has them all the same."""
+    rows = tmp_path / "clients"
+    shutil.copytree(clients_folder, rows)
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"path": str(rows)})})
+    began: list[str] = []
+
+    @contextmanager
+    def watch(name: str, rounds: int) -> Iterator[Any]:
+        began.append(name)
+        shutil.rmtree(rows, ignore_errors=True)
+        yield lambda what, figures: None
+
+    compare_algorithms(moved, ("local", "fedavg"), (0,), tmp_path / "all", watch)
+    assert began == ["local-seed0", "fedavg-seed0"]
+
+
+def test_a_target_is_for_methods_that_are_evaluated_in_the_same_rounds(compared: Comparison, config: Config, tmp_path: Path) -> None:
+    watch, variants = Watch(), {"often": ["evaluation.every=1"]}
+    message = "variant 'often': evaluation.every is 1, and 0 under local"
+    with pytest.raises(ConfigError, match=message):
+        compare_algorithms(config, NAMES, (0,), tmp_path / "all", watch, variants=variants, target_loss=2.0)
+    assert watch.began == [] and not (tmp_path / "all").exists()
+    shutil.copytree(compared.page.parent, tmp_path / "all")
+    found = compare_algorithms(config, NAMES, (0,), tmp_path / "all", watch, variants=variants)
+    assert watch.began == ["often-seed0"] and found.figures.document()["equal"], "losses at the end compare all the same"
+    compare_algorithms(config, NAMES, (0,), tmp_path / "all", watch, target_loss=2.0)
+
+
 def test_a_run_that_fails_leaves_the_others_compared(config: Config, tmp_path: Path) -> None:
     """The only edge joins two clients that are not drawn in the one round there is, so MIRA can pull nobody."""
     rounds = config.rounds.model_copy(update={"count": 1, "participation": 0.6})

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import fedmira
-from federation import CLIENTS, SETTINGS, adapter_bytes, events_of, make_config
+from federation import CLIENTS, SETTINGS, adapter_bytes, make_config
 from fedmira.errors import ConfigError
 from fedmira.experiment import build_experiment, run_experiment
 from fedmira.model import BaseModel
 from fedmira.plan import make_plan
+from fedmira.rounds import sample_clients
 
 PER_RANK = 2 * ((32 + 32) + (32 + 16))  # q_proj 32 to 32 and v_proj 32 to 16 in two layers
 
@@ -30,7 +32,11 @@ def test_the_plan_follows_from_settings_and_shapes(base: BaseModel, base_folder:
     assert plan.adapter_parameters == 8 * PER_RANK
     assert (plan.adapter_parameters_least, plan.dtype) == (4 * PER_RANK, "float32")
     assert plan.upload_mib == plan.download_mib == pytest.approx(4 * 8 * PER_RANK / 2**20)
-    assert plan.run_upload_mib == plan.run_download_mib == pytest.approx(7 * 3 * 4 * (8 + 4 * 4) / 5 * PER_RANK / 2**20)
+    config = experiment.config
+    drawn = Counter(client for number in range(1, 8) for client in sample_clients(CLIENTS, config.rounds, config.seed, number))
+    assert drawn.total() == 7 * 3
+    expected = sum(times * 4 * (8 if client == "apple-1" else 4) * PER_RANK for client, times in drawn.items())
+    assert plan.run_upload_mib == plan.run_download_mib == pytest.approx(expected / 2**20)
     assert plan.server_mib == pytest.approx(4 * (8 + 4 * 4) * PER_RANK / 2**20)
     assert plan.cohort_mib == pytest.approx(4 * 4 * 3 * 8 * PER_RANK / 2**20)  # values, gradients, two moments
     most = max(party.train_rows for party in experiment.parties.values())
@@ -59,27 +65,6 @@ def test_the_plan_tells_trained_parameters_from_frozen_ones(
 def test_a_learned_graph_has_no_bound_to_tell_in_advance(base: BaseModel, base_folder: Path, clients_folder: Path) -> None:
     plan = make_plan(build_experiment(make_config(base_folder, clients_folder), base))
     assert plan.max_degree is None and "learned in the run" in plan.lines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("settings", "down", "up"),
-    [
-        ({"algorithm.name": "fedavg"}, 4 * 4 * PER_RANK, 4 * 4 * PER_RANK),
-        ({"algorithm.name": "fedkseed", "local.optimizer": "zeroth-order"}, 0, 2 * (4 + 4)),  # two steps: a seed and a number each
-        ({"algorithm.name": "share-factor"}, 4 * 4 * 2 * (32 + 32), 4 * 4 * 2 * (32 + 32)),  # A of q_proj and v_proj in two layers
-    ],
-)
-def test_planned_traffic_is_that_of_the_first_round(
-    settings: dict[str, object], down: int, up: int, base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
-) -> None:
-    experiment = build_experiment(make_config(base_folder, clients_folder, {**settings, "rounds.count": 1}), base)
-    plan = make_plan(experiment)
-    assert (round(plan.download_mib * 2**20), round(plan.upload_mib * 2**20)) == (down, up)
-    folder = run_experiment(experiment, tmp_path / "run").folder
-    for event in events_of(folder, "train"):
-        assert (event["bytes_down"], event["bytes_up"]) == (down, up)
-        kinds = {kind for way in ("down", "up") for kind in event[f"dtype_{way}"].split("+") if kind}
-        assert "+".join(sorted(kinds)) == plan.dtype
 
 
 def test_one_call_runs_a_mapping_of_dotted_keys(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:

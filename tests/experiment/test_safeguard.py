@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from federation import adapter_bytes, cohort_of, events_of, make_config, run_loop, table_of, with_engine
-from fedmira.adapters import content_hash, digest
+from fedmira.adapters import Adapter, content_hash, digest
 from fedmira.config import load_config
 from fedmira.engines import InProcessEngine
 from fedmira.errors import ConfigError
+from fedmira.evaluation import Evaluator
 from fedmira.experiment import Experiment, build_experiment, run_experiment
 from fedmira.messages import Reply
 from fedmira.model import BaseModel
@@ -179,6 +180,28 @@ def test_the_choice_never_reads_test_rows(base: BaseModel, base_folder: Path, ru
     assert all(weights(result, client) == weights(expected, client) for client in clients)
     found, before = ({row["client"]: row["base_loss"] for row in each.clients} for each in (result, expected))
     assert found != before and sorted(found.values()) == pytest.approx(sorted(before.values())), "the test rows must really be exchanged"
+
+
+@dataclass(frozen=True)
+class CountingEvaluator(Evaluator):
+    """Notes when choices are measured."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def chosen(self, clients: Sequence[str], candidates: Callable[[str], Mapping[float, Adapter]]) -> dict[str, float]:
+        self.asked.append(len(clients))
+        return super().chosen(clients, candidates)
+
+
+def test_the_last_choice_is_measured_once(base: BaseModel, base_folder: Path, run: Run, one_apart: Path, tmp_path: Path) -> None:
+    """At the start and after each of three rounds; what is saved is what the last of them chose."""
+    experiment = built(base, base_folder, one_apart, {"algorithm.safeguard": True})
+    plain = experiment.evaluator
+    assert isinstance(plain, Evaluator)
+    counting = CountingEvaluator(plain.kind, plain.clients, plain.scales, plain.token_budget)
+    result = run_experiment(replace(experiment, evaluator=counting), tmp_path / "run")
+    assert counting.asked == [5] * 4
+    assert adapter_bytes(result.folder) == adapter_bytes(run(one_apart, algorithm__safeguard=True).folder)
 
 
 def test_a_client_remembers_what_it_sent_beside_kept_moments_and_nothing_more_travels(

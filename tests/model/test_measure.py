@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from fedmira.adapters import Adapter
-from fedmira.model import BaseModel, TargetModule, find_targets, start_adapter
+from fedmira.config import AdapterSettings, EngineSettings
+from fedmira.model import BaseModel, TargetModule, adapter_kind, find_targets, start_adapter
 from fedmira.model.measure import Contender, choose_adapters, summed_losses
 from tiny import TinyRow, draw_rows, tiny_base
 
@@ -58,7 +60,7 @@ def contenders(targets: list[TargetModule]) -> list[Contender]:
 
 def test_losses_side_by_side_are_those_of_merged_weights(base: BaseModel, targets: list[TargetModule], contenders: list[Contender]) -> None:
     firsts = [one.adapters[0] for one in contenders]
-    losses, tokens = summed_losses(base, targets, firsts, SCALES, [one.rows for one in contenders], 60)
+    losses, tokens, _ = summed_losses(base, targets, firsts, SCALES, [one.rows for one in contenders], 60)
     for k, one in enumerate(contenders):
         assert losses[k] == pytest.approx(merged_loss(base, firsts[k], SCALES[k], one.rows), rel=2e-5)
         assert sum(len(row.response) for row in one.rows) < tokens[k] <= sum(len(row.prompt) + len(row.response) for row in one.rows)
@@ -101,7 +103,29 @@ def test_an_adapter_that_gives_no_number_is_never_taken(
     assert choose_adapters(base, targets, [replace(one, adapters=[broken, broken])], 60)[0].index == 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"kind": "prompt", "virtual_tokens": 4}], ids=["lora", "prompt"])
+def test_where_memory_ran_out_the_next_adapter_starts_with_the_lowered_budget(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that has memory for 130 tokens only: 200 are too many once, and not again for the second and the third adapter."""
+    base = tiny_base()
+    kind = adapter_kind(AdapterSettings(**settings), base, EngineSettings())
+    adapters = [kind.starts({"one": 4}, seed)["one"] for seed in range(3)]
+    one = Contender(adapters, 1.0, draw_rows(40, 0, 3))
+    expected = kind.choose([one], 100)
+
+    def limited(module: Any, arguments: Any, options: dict[str, Any]) -> None:
+        given = options["input_ids"] if options.get("input_ids") is not None else options["inputs_embeds"][..., 0]
+        if given.numel() > 130:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    handle = base.model.base_model.register_forward_pre_hook(limited, with_kwargs=True)
+    assert kind.choose([one], 200) == expected
+    handle.remove()
+    assert caplog.text.count("going on with at most 100 tokens") == 1
+
+
 def test_every_pass_over_the_rows_is_counted(base: BaseModel, targets: list[TargetModule], contenders: list[Contender]) -> None:
     for one, choice in zip(contenders, choose_adapters(base, targets, contenders, 10_000), strict=True):
-        _, (each,) = summed_losses(base, targets, [one.adapters[0]], [one.scale], [one.rows], 10_000)
+        _, (each,), _ = summed_losses(base, targets, [one.adapters[0]], [one.scale], [one.rows], 10_000)
         assert choice.tokens == each * len(one.adapters)

@@ -11,9 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from fedmira.config import EngineSettings, LocalSettings
+from fedmira.config import AdapterSettings, EngineSettings, LocalSettings
 from fedmira.errors import ModelError, RunError
-from fedmira.model import BaseModel, LocalTask, find_targets, start_adapter, token_budget, train_cohort, with_engine_options, within_memory
+from fedmira.model import (
+    BaseModel,
+    LocalTask,
+    adapter_kind,
+    find_targets,
+    start_adapter,
+    token_budget,
+    train_cohort,
+    with_engine_options,
+    within_memory,
+)
 from fedmira.model import response_loss as response_loss_module
 from fedmira.model.local_training import LocalOutcome
 from fedmira.model.response_loss import response_loss
@@ -81,6 +91,23 @@ def test_compiled_parts_give_the_same_adapters_to_rounding() -> None:
     base = tiny_base()
     compiled = with_engine_options(base, EngineSettings(compile=True), find_targets(base.model, ()))
     assert_equal(plain, train(compiled), 5e-5)
+
+
+def patched(base: BaseModel) -> list[str]:
+    """Modules whose own `forward` has been replaced."""
+    return [name for name, module in base.model.named_modules() if "forward" in vars(module)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, where torch.compile is imported
+@pytest.mark.parametrize("adapter", [{}, {"kind": "prompt"}], ids=["lora", "prompt"])
+def test_options_of_one_run_do_not_stay_on_a_base_that_serves_the_next(adapter: dict[str, Any]) -> None:
+    base = tiny_base()
+    untouched = patched(base)
+    first = adapter_kind(AdapterSettings(), base, EngineSettings(compile=True, recompute=True))
+    assert patched(base) != untouched and len(first.base.recomputed_layers) == 2
+    for shared in (base, first.base):
+        after = adapter_kind(AdapterSettings(**adapter), shared, EngineSettings())
+        assert patched(after.base) == untouched and not after.base.recomputed_layers
 
 
 def test_compile_says_when_nothing_is_left_to_compile() -> None:

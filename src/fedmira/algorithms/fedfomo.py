@@ -29,6 +29,7 @@ from fedmira.algorithms.context import AlgorithmContext
 from fedmira.algorithms.partly_sent import PartlySent
 from fedmira.config.methods import FedFomoSettings
 from fedmira.errors import ConfigError
+from fedmira.graphs import MOST_EDGES, all_pairs
 from fedmira.messages import ClientId, Payload, Reply
 
 __all__ = ["FedFomo", "build_fedfomo", "first_order_weights"]
@@ -164,12 +165,18 @@ class FedFomo(PlainClient):
 
 
 def build_fedfomo(settings: FedFomoSettings, context: AlgorithmContext) -> FedFomo:
-    """Check that clients can be blended.
+    """Check that clients can be blended, and that what is kept of their pairs can be held.
 
     Raises:
-        ConfigError: clients differ in rank, or there is only one.
+        ConfigError: clients differ in rank, there is only one, or they have too many pairs.
     """
     require_one_rank(settings.name, context)
-    if len(context.clients) < 2:
+    count, pairs = len(context.clients), all_pairs(len(context.clients))
+    if pairs > MOST_EDGES:
+        raise ConfigError(
+            f"{settings.name}: it remembers who helped whom, for {pairs:,} pairs of {count:,} clients; at most {MOST_EDGES:,} can be held "
+            "(lower data.clients, or set algorithm.name to 'mira', whose learned graph keeps a few neighbours for each client)"
+        )
+    if count < 2:
         raise ConfigError(f"{settings.name}: 1 client has nobody to be sent; needs at least 2 (set algorithm.name to 'local')")
     return FedFomo(context, settings.candidates)

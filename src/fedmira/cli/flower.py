@@ -44,6 +44,9 @@ def init(
     Example: fedmira flower init federation --config run.toml
     """
     chosen = settings(config, preset, overrides)
+    from fedmira.data import check_apart
+
+    check_apart(chosen.data)
     if folder.exists():
         raise ConfigError(f"{folder}: exists already and is never overwritten; choose another folder")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", folder.resolve().name):
@@ -84,7 +87,11 @@ def app_text(name: str, config: Config, output: Path) -> str:
 
 def _absolute(config: Config) -> Config:
     """The config with paths that do not depend on where a process was started."""
-    data = {name: str(Path(value).resolve()) for name in ("path", "split_list") if (value := getattr(config.data, name)) and Path(value).exists()}
+    data = {
+        name: str(Path(value).resolve())
+        for name in ("path", "split_list")
+        if (value := getattr(config.data, name)) and Path(value).exists()
+    }
     base = {"base": str(Path(config.model.base).resolve())} if Path(config.model.base).exists() else {}
     graph = {"path": str(Path(config.graph.path).resolve())} if config.graph.path else {}
     changes = {

@@ -14,7 +14,7 @@ from fedmira.data.sources import SOURCES
 from fedmira.data.split import split_rows
 from fedmira.data.tokenizer import Tokenizer
 
-__all__ = ["ClientSummary", "Dataset", "load_clients", "load_own", "summary_of"]
+__all__ = ["ClientSummary", "Dataset", "check_apart", "load_clients", "load_own", "summary_of"]
 
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -86,14 +86,8 @@ def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str)
     Raises:
         DataError: the source holds several clients and none of this name, or the settings deal rows among clients.
     """
+    check_apart(settings)
     problems = Problems()
-    if settings.partition in ("category", "dirichlet"):
-        problems.add(
-            f"data.partition = {settings.partition!r} deals the rows of all clients, and this machine has its own; use 'task' or 'column'"
-        )
-    if not isinstance(settings.max_rows, int):
-        problems.add("data.max_rows is a list, given to the clients in turn, and this machine does not know its turn; set it to one number")
-    problems.raise_if_any()
     rows, _ = _read(settings.model_copy(update={"clients": 0}), seed)
     found = [client for client in rows if client.client_id == name] or (rows if len(rows) == 1 else [])
     if not found:
@@ -103,6 +97,22 @@ def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str)
     own = [replace(found[0], client_id=name)]
     _check_ids(own)
     return _split_and_encoded(own, settings, seed, tokenizer)[0]
+
+
+def check_apart(settings: DataSettings) -> None:
+    """Refuse settings that deal rows among clients, which cannot be done where each client's rows are on its own machine.
+
+    Raises:
+        DataError: with all of them.
+    """
+    problems = Problems()
+    if settings.partition in ("category", "dirichlet"):
+        problems.add(
+            f"data.partition = {settings.partition!r} deals the rows of all clients, and this machine has its own; use 'task' or 'column'"
+        )
+    if not isinstance(settings.max_rows, int):
+        problems.add("data.max_rows is a list, given to the clients in turn, and this machine does not know its turn; set it to one number")
+    problems.raise_if_any()
 
 
 def _read(settings: DataSettings, seed: int) -> tuple[list[ClientRows], tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,7 +18,8 @@ from fedmira.messages import ClientId, Payload
 
 __all__ = ["NodeMemory"]
 
-_SUFFIX, _PARTIAL = ".safetensors", ".partial"
+_PARTIAL = ".partial"
+_OF_A_ROUND = re.compile(r"round-(\d{6}|[1-9]\d{6,})\.safetensors")
 _BETWEEN = "|"
 _ABOUT, _SEAL = "memory", "sha256"
 
@@ -41,25 +43,23 @@ class NodeMemory:
     def recall(self, accepted_round: int) -> Payload | None:
         """The memory as of the round whose reply the server last accepted from this client.
 
-        What is newer belongs to replies that the server never used, and is removed; of what is older, only the newest stays.
+        All other rounds are removed: what is newer belongs to replies that the server never used, and nobody asks for what is older again.
+        Files of other names are neither read nor touched.
 
         Args:
             accepted_round: 0 where the server has accepted none.
 
         Returns:
-            None before the first accepted round, or where the folder knows nothing of this run.
+            None before the first accepted round, or where the folder does not have this very round.
 
         Raises:
             RunFolderError: the file is damaged or belongs to another run or client.
         """
-        for half in self.folder.glob(f"*{_PARTIAL}"):
-            half.unlink()
-        rounds = self._rounds()
-        valid = [number for number in rounds if number <= accepted_round]
-        for number in rounds:
-            if number not in valid[-1:]:
-                self._path(number).unlink()
-        return self._read(self._path(valid[-1])) if valid else None
+        accepted = self._path(accepted_round)
+        for path in list(self.folder.glob("round-*")):
+            if path != accepted and _OF_A_ROUND.fullmatch(path.name.removesuffix(_PARTIAL)):
+                path.unlink()
+        return self._read(accepted) if accepted.exists() else None
 
     def keep(self, round_number: int, memory: Payload) -> None:
         """Store the memory after a round, before its reply leaves; the one before stays until a `recall` says that it is not needed.
@@ -86,12 +86,8 @@ class NodeMemory:
                 f"{path}: the client's private memory cannot be written ({error}); make room or choose another folder"
             ) from error
 
-    def _rounds(self) -> list[int]:
-        """The rounds that files are named for, ascending."""
-        return sorted(int(path.name.removeprefix("round-").removesuffix(_SUFFIX)) for path in self.folder.glob(f"round-*{_SUFFIX}"))
-
     def _path(self, number: int) -> Path:
-        return self.folder / f"round-{number:06d}{_SUFFIX}"
+        return self.folder / f"round-{number:06d}.safetensors"
 
     def _read(self, path: Path) -> Payload:
         """A memory, checked.

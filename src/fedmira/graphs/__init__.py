@@ -1,7 +1,17 @@
 """Graphs: which clients are related, and how strongly."""
 
 from fedmira.graphs.bounds import GraphBounds, graph_bounds
-from fedmira.graphs.builders import category_graph, file_graph, graph_document, random_graph, shuffled, uniform_graph, write_graph
+from fedmira.graphs.builders import (
+    MOST_EDGES,
+    all_pairs,
+    category_graph,
+    file_graph,
+    graph_document,
+    random_graph,
+    shuffled,
+    uniform_graph,
+    write_graph,
+)
 from fedmira.graphs.collaboration import collaboration_weights, project_on_simplex
 from fedmira.graphs.graph import Graph
 from fedmira.graphs.products import ExactProducts, InnerProducts, SketchedProducts
@@ -17,7 +27,9 @@ __all__ = [
     "GraphSource",
     "InnerProducts",
     "LearnedGraph",
+    "MOST_EDGES",
     "SketchedProducts",
+    "all_pairs",
     "category_graph",
     "collaboration_weights",
     "file_graph",

@@ -18,6 +18,7 @@ from fedmira.graphs.edges import joined, list_of_matrix
 from fedmira.graphs.graph import Graph
 
 __all__ = [
+    "MOST_EDGES",
     "all_pairs",
     "category_graph",
     "check_pairs",

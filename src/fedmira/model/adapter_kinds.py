@@ -109,6 +109,7 @@ def _lora(settings: AdapterSettings, base: BaseModel, engine: EngineSettings) ->
 
 def _prompts(settings: AdapterSettings, base: BaseModel, engine: EngineSettings) -> PromptKind:
     """Make the model and try it on two tokens, as not every architecture can read virtual tokens or a prefix."""
+    base = with_engine_options(base, engine, ())
     try:
         model = PromptModel(base, settings)
         with torch.no_grad():

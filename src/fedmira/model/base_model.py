@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from fedmira.config import EngineSettings, ModelSettings
 from fedmira.errors import ModelError
 from fedmira.model.allocator import keep_freed_memory
-from fedmira.model.layers import LastLayer, compile_free_parts, decoder_layers
+from fedmira.model.layers import LastLayer, compile_free_parts, decoder_layers, uncompile
 
 __all__ = ["BaseModel", "TargetModule", "find_targets", "from_model", "load_base", "load_tokenizer", "with_engine_options"]
 
@@ -183,18 +183,19 @@ def from_model(
 
 
 def with_engine_options(base: BaseModel, settings: EngineSettings, targets: Sequence[TargetModule]) -> BaseModel:
-    """The base with its layers recomputed or compiled, as [engine] asks for.
+    """The base with its layers recomputed or compiled, as [engine] asks for; what an earlier run on it had asked for is undone.
 
     Raises:
         ModelError: the architecture's layers cannot be told apart, or none of their parts is free of adapters.
     """
     layers = decoder_layers(base.model)
+    uncompile(layers)
     wanted = [f"engine.{name}" for name in ("recompute", "compile") if getattr(settings, name)]
     if wanted and not layers:
         raise ModelError([f"{name}: the layers of {type(base.model).__name__} cannot be found; set it to false" for name in wanted])
     if settings.compile and not compile_free_parts(layers, [base.model.get_submodule(target.name) for target in targets]):
         raise ModelError("engine.compile: every part of every layer carries an adapter; set it to false or choose fewer adapter.targets")
-    return replace(base, recomputed_layers=tuple(layers)) if settings.recompute else base
+    return replace(base, recomputed_layers=tuple(layers) if settings.recompute else ())
 
 
 def find_targets(model: nn.Module, wanted: Sequence[str]) -> list[TargetModule]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 if TYPE_CHECKING:
     from fedmira.model.lora import LoraBranch
 
-__all__ = ["LastLayer", "compile_free_parts", "decoder_layers", "find_last_layer", "read_only_at", "recomputed"]
+__all__ = ["LastLayer", "compile_free_parts", "decoder_layers", "find_last_layer", "read_only_at", "recomputed", "uncompile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +42,25 @@ def find_last_layer(model: PreTrainedModel) -> LastLayer | None:
 
 
 def compile_free_parts(layers: Sequence[nn.Module], carriers: Sequence[nn.Module]) -> int:
-    """Let torch.compile fuse those parts of the layers (norms, feed-forward blocks) that carry no adapter; how many there are now.
+    """Let torch.compile fuse those parts of the layers (norms, feed-forward blocks) that carry no adapter; how many there are.
 
     Args:
+        layers: with no part compiled, see `uncompile`.
         carriers: modules that carry an adapter, whose hooks must go on running as they are.
     """
     carrying = {id(module) for module in carriers}
     parts = [part for layer in layers for part in layer.children() if not any(id(module) in carrying for module in part.modules())]
-    for part in (part for layer in layers for part in layer.children()):
-        if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
-            del part.forward  # a base may serve several runs, with other adapters on it
     for part in parts:
         if "forward" not in vars(part):
             part.forward = torch.compile(part.forward, dynamic=True)
     return len(parts)
+
+
+def uncompile(layers: Sequence[nn.Module]) -> None:
+    """Undo what `compile_free_parts` did: a base may serve several runs, with other adapters on it and other options."""
+    for part in (part for layer in layers for part in layer.children()):
+        if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+            del part.forward
 
 
 @contextmanager

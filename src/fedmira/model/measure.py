@@ -17,10 +17,13 @@ from fedmira.model.packing import Row
 from fedmira.model.stack import Branch, Passes
 from fedmira.model.token_budget import within_memory
 
-__all__ = ["Choice", "Contender", "Measure", "choose_adapters", "choose_by", "measure_with", "summed_losses"]
+__all__ = ["Choice", "Contender", "Measure", "Measured", "choose_adapters", "choose_by", "measure_with", "summed_losses"]
 
-Measure = Callable[[Sequence[Adapter], Sequence[float], Sequence[Sequence[Row]]], tuple[list[float], list[int]]]
-"""(adapters, scales, rows of each) -> the sum of each one's losses, and the token positions computed."""
+Measured = tuple[list[float], list[int], int]
+"""The sum of each adapter's losses in nats, the token positions computed for it, and the budget that sufficed."""
+
+Measure = Callable[[Sequence[Adapter], Sequence[float], Sequence[Sequence[Row]], int], Measured]
+"""(adapters, scales, rows of each, budget) -> what was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,8 @@ def summed_losses(
     scales: Sequence[float],
     rows: Sequence[Sequence[Row]],
     budget: int,
-) -> tuple[list[float], list[int]]:
-    """The sum of the response losses of each adapter on its rows, in nats, without gradients; and the token positions computed.
+) -> Measured:
+    """The sum of the response losses of each adapter on its rows, without gradients.
 
     Args:
         adapters, scales, rows: of K clients that are measured side by side.
@@ -69,12 +72,12 @@ def summed_losses(
     return measure_with(branch, partial(response_losses, base, branch), rows, budget)
 
 
-def measure_with(branch: Branch, passes: Passes, rows: Sequence[Sequence[Row]], budget: int) -> tuple[list[float], list[int]]:
+def measure_with(branch: Branch, passes: Passes, rows: Sequence[Sequence[Row]], budget: int) -> Measured:
     """The same for adapters of any kind, which a branch holds: one for each client's rows."""
     batches = list(enumerate(rows))
     with torch.no_grad(), branch:
-        found, _ = within_memory(partial(_sums, passes, branch.adapters.values.device, batches), budget)
-    return found
+        (losses, tokens), budget = within_memory(partial(_sums, passes, branch.adapters.values.device, batches), budget)
+    return losses, tokens, budget
 
 
 def choose_adapters(base: BaseModel, targets: Sequence[TargetModule], contenders: Sequence[Contender], budget: int) -> list[Choice]:
@@ -83,11 +86,11 @@ def choose_adapters(base: BaseModel, targets: Sequence[TargetModule], contenders
     All clients' first adapters are measured side by side, then their second ones, and so on. A loss that is not finite is the
     highest there is.
     """
-    return choose_by(lambda adapters, scales, rows: summed_losses(base, targets, adapters, scales, rows, budget), contenders)
+    return choose_by(partial(summed_losses, base, targets), contenders, budget)
 
 
-def choose_by(measure: Measure, contenders: Sequence[Contender]) -> list[Choice]:
-    """The same by any measure."""
+def choose_by(measure: Measure, contenders: Sequence[Contender], budget: int) -> list[Choice]:
+    """The same by any measure; where memory ran out, the next adapters start with the budget that sufficed."""
     found: list[list[float]] = [[] for _ in contenders]
     tokens = [0] * len(contenders)
     measured = [k for k, one in enumerate(contenders) if one.rows and len(one.adapters) > 1]
@@ -95,7 +98,7 @@ def choose_by(measure: Measure, contenders: Sequence[Contender]) -> list[Choice]
         turn = [k for k in measured if position < len(contenders[k].adapters)]
         adapters = [contenders[k].adapters[position] for k in turn]
         scales, rows = [contenders[k].scale for k in turn], [contenders[k].rows for k in turn]
-        losses, computed = measure(adapters, scales, rows)
+        losses, computed, budget = measure(adapters, scales, rows, budget)
         for k, loss, count in zip(turn, losses, computed, strict=True):
             tokens[k] += count
             found[k].append(loss / sum(len(row.response) for row in contenders[k].rows) if math.isfinite(loss) else math.inf)

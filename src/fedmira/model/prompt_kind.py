@@ -15,7 +15,7 @@ from fedmira.config import LocalSettings
 from fedmira.model.base_model import BaseModel, TargetModule
 from fedmira.model.generation import answered, end_tokens, fit_prompts, texts_of
 from fedmira.model.local_training import LocalOutcome, LocalTask, train_with
-from fedmira.model.measure import Choice, Contender, choose_by, measure_with
+from fedmira.model.measure import Choice, Contender, Measured, choose_by, measure_with
 from fedmira.model.packing import Row
 from fedmira.model.peft_files import ENCODER_WEIGHTS, read_adapter, write_encoder
 from fedmira.model.prompt_encoders import EncoderBranch, PromptModel, StackedEncoders
@@ -79,11 +79,11 @@ class PromptKind:
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
         """In turns."""
 
-        def measure(adapters: Sequence[Adapter], scales: Sequence[float], rows: Sequence[Sequence[Row]]) -> tuple[list[float], list[int]]:
+        def measure(adapters: Sequence[Adapter], scales: Sequence[float], rows: Sequence[Sequence[Row]], budget: int) -> Measured:
             branch = self._branch(adapters)
             return measure_with(branch, branch.losses, rows, budget)
 
-        return choose_by(measure, contenders)
+        return choose_by(measure, contenders, budget)
 
     def generate(
         self,

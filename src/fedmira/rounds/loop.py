@@ -46,7 +46,7 @@ def run_rounds(
     round, before the next begins.
 
     Raises:
-        RoundError: no client of a round sent a usable reply; failures of that round are passed to `on_round` first.
+        RoundError: fewer clients of a round than `min_replies` sent a usable reply; failures of that round are passed to `on_round` first.
         AlignmentError: a client that must have moved did not.
     """
     for number in range(first_round, settings.count + 1):
@@ -59,12 +59,13 @@ def run_rounds(
         trained = time.perf_counter()
         replies = sorted((answer for answer in answers if isinstance(answer, Reply)), key=lambda reply: reply.client_id)
         failures = sorted((answer for answer in answers if isinstance(answer, Failure)), key=lambda failure: failure.client_id)
-        if not replies:
+        if len(replies) < settings.min_replies:
             on_round(RoundOutcome(number, requests, (), failures, Combined(state), trained - begun, 0.0))
             reasons = "; ".join(f"{failure.client_id}: {failure.reason}" for failure in failures[:3])
+            needed = f"; rounds.min_replies is {settings.min_replies}" if replies else ""
             raise RoundError(
-                f"round {number}: none of {len(chosen)} clients sent a usable reply ({reasons}); the adapters of round "
-                f"{number - 1} are kept"
+                f"round {number}: {len(replies) or 'none'} of {len(chosen)} clients sent a usable reply ({reasons}){needed}; the adapters "
+                f"of round {number - 1} are kept"
             )
         combined = algorithm.combine(state, replies)
         _check_motion(number, combined)

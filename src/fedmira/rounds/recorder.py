@@ -78,6 +78,7 @@ class Recorder:
     def __post_init__(self) -> None:
         self.uploaded = self.best_adapters = AdapterTable(self.checkpoints.store, {})
         self._begun = time.monotonic()
+        self._given: tuple[ServerState, LazyAdapters, Mapping[ClientId, float]] | None = None
         self._losses: dict[str, object] = {}
 
     @property
@@ -115,6 +116,7 @@ class Recorder:
     def on_round(self, outcome: RoundOutcome) -> None:
         """Write down a round; called by the loop."""
         number, state = outcome.round, outcome.combined.state
+        self._given = None  # clients choose between what they sent last and what came of it
         sent = {reply.client_id: reply.payload.tensors["adapter"] for reply in outcome.replies}
         self.uploaded = self.uploaded.replaced(sent)
         for client in sent:
@@ -154,7 +156,16 @@ class Recorder:
         return [{"event": "warning", "round": outcome.round, "message": message}]
 
     def given(self, state: ServerState) -> tuple[LazyAdapters, Mapping[ClientId, float]]:
-        """The adapter that each client would be given now, and the share of the server's pull in it of clients that had a choice."""
+        """The adapter that each client would be given now, and the share of the server's pull in it of clients that had a choice.
+
+        A choice takes passes over the validation rows; asked again for the same state, the answer is the one before.
+        """
+        if self._given is None or self._given[0] is not state:
+            self._given = (state, *self._chosen(state))
+        return self._given[1:]
+
+    def _chosen(self, state: ServerState) -> tuple[LazyAdapters, Mapping[ClientId, float]]:
+        """The same, measured."""
         clients = list(self.evaluator.parties)
         if not self.algorithm.may_decline:
             return LazyAdapters(clients, partial(self.algorithm.adapter_for, state)), {}

@@ -42,16 +42,25 @@ class RunFolder:
         Raises:
             RunFolderError: the path is taken.
         """
-        if path.exists() and (not path.is_dir() or any(child.name != _HALF_MADE for child in path.iterdir())):
-            raise RunFolderError(
-                f"{path}: the run folder exists already and is never overwritten; choose another --output, or continue it with --resume"
-            )
+        cls.refuse_taken(path)
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
         folder.write_text("config.toml", config_text)
         for part in (folder.metrics, folder.adapters, folder.checkpoint):
             part.mkdir()
         return folder
+
+    @staticmethod
+    def refuse_taken(path: Path) -> None:
+        """Nothing may be where a run folder is to be made.
+
+        Raises:
+            RunFolderError: something is.
+        """
+        if path.exists() and (not path.is_dir() or any(child.name != _HALF_MADE for child in path.iterdir())):
+            raise RunFolderError(
+                f"{path}: the run folder exists already and is never overwritten; choose another --output, or continue it with --resume"
+            )
 
     @classmethod
     def reopen(cls, path: Path) -> RunFolder:

@@ -17,7 +17,7 @@ from fedmira.engines.wire import IDENTITY, REFUSAL, Encoded, pack, unpack
 from fedmira.errors import WireError
 from fedmira.messages import ClientId
 
-__all__ = ["Identity", "Nodes", "Problem"]
+__all__ = ["Grid", "Identity", "Nodes", "Problem"]
 
 _PAUSE_SECONDS = 0.1
 _log = logging.getLogger("fedmira")

@@ -100,7 +100,7 @@ def encode(payload: Payload, wire: str, line: Line) -> tuple[Encoded, Line]:
 
     A tensor goes as a compressed change where the format compresses and the reference holds one of its name and shape, and else whole
     in its own type (float32, int32 or int64; bfloat16 and float16 are widened to float32, exactly). What a change cannot express in
-    finite numbers, such as one too large for float16, goes whole, and nothing of it is carried.
+    finite numbers, such as one too large for float16, goes whole together with what was carried of it, and nothing remains.
 
     Args:
         wire: "float32", "float16" or "int8".
@@ -122,7 +122,8 @@ def encode(payload: Payload, wire: str, line: Line) -> tuple[Encoded, Line]:
             key, own = f"{part}{_BETWEEN}{name}", _travelling(name, tensor)
             written = _as_change(name, own, line, part, wire)
             if written is None:
-                arrays[key], received[part][name] = own.numpy(), own
+                received[part][name] = whole = _with_carried(own, _carried(name, own, line, part))
+                arrays[key] = whole.numpy()
                 continue
             changed = True
             arrays |= {f"{key}{_BETWEEN}{what}": array for what, array in written[0].items()}
@@ -219,7 +220,7 @@ def _as_change(name: str, own: Tensor, line: Line, part: str, wire: str) -> tupl
     known = line.reference.get(part, {}).get(name)
     if wire not in COMPRESSIONS or known is None or known.shape != own.shape or not known.dtype == own.dtype == torch.float32:
         return None
-    carried = line.unsent.get(part, {}).get(name)
+    carried = _carried(name, own, line, part)
     target = own.to(torch.float64) if carried is None else own.to(torch.float64) + carried
     change = (target - known).to(torch.float32)
     if not bool(torch.isfinite(change).all()):
@@ -229,6 +230,17 @@ def _as_change(name: str, own: Tensor, line: Line, part: str, wire: str) -> tupl
     if not bool(torch.isfinite(received).all()):
         return None
     return arrays, received, (target - received).to(torch.float32)
+
+
+def _carried(name: str, own: Tensor, line: Line, part: str) -> Tensor | None:
+    """What could not be sent of a tensor before; None where there is nothing of this shape."""
+    carried = line.unsent.get(part, {}).get(name)
+    return carried if carried is not None and own.dtype == torch.float32 and carried.shape == own.shape else None
+
+
+def _with_carried(own: Tensor, carried: Tensor | None) -> Tensor:
+    """theta + e, which goes whole; rounded once."""
+    return own if carried is None else (own.to(torch.float64) + carried).to(torch.float32)
 
 
 def _moved(known: Tensor, change: Tensor) -> Tensor:
