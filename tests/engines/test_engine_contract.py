@@ -18,12 +18,14 @@ from fedmira.messages import Failure, Reply, Request
 from fedmira.model import BaseModel
 from fedmira.rounds import seed_for
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 """float32, side by side or in turn: largest distance of two trained adapters of a client, as a share of what training changed.
 
-Not entry by entry: Adam divides by sqrt(v), so an entry whose gradient is near the rounding of float32 moves by a good part of the
-learning rate in a direction that rounding chose. Another batch gives a share of 0.5 and more.
+Measured with plain gradient descent: Adam divides by sqrt(v), so an entry whose gradient is near the rounding of float32 moves by a
+good part of the learning rate in a direction that rounding chose. Another batch gives a share of 0.5 and more.
 """
+
+STEADY = {"local__optimizer": "sgd", "local__learning_rate": 1.0}
 
 ENGINES: dict[str, Callable[[Experiment, int], Engine]] = {
     "in-process": lambda experiment, cohort_size: InProcessEngine(cohort_of(experiment, experiment.algorithm), cohort_size),
@@ -120,7 +122,7 @@ def test_what_is_trained_in_between_leaves_no_trace(make_engine: Any, experiment
 def test_the_order_of_requests_and_the_company_change_rounding_only(
     dropout: float, make_engine: Any, base: BaseModel, base_folder: Path, clients_folder: Path
 ) -> None:
-    experiment = built(base, base_folder, clients_folder, adapter__dropout=dropout)
+    experiment = built(base, base_folder, clients_folder, adapter__dropout=dropout, **STEADY)
     requests = requests_of(experiment)
     together = replies_of(make_engine(experiment, 64).exchange(requests))
     backwards = replies_of(make_engine(experiment, 64).exchange(requests[::-1]))
@@ -134,7 +136,10 @@ def test_the_order_of_requests_and_the_company_change_rounding_only(
 
 
 @pytest.mark.parametrize("cohort_size", [1, 2, 3])
-def test_clients_in_turn_equal_clients_side_by_side(cohort_size: int, make_engine: Any, experiment: Experiment) -> None:
+def test_clients_in_turn_equal_clients_side_by_side(
+    cohort_size: int, make_engine: Any, base: BaseModel, base_folder: Path, clients_folder: Path
+) -> None:
+    experiment = built(base, base_folder, clients_folder, **STEADY)
     requests = requests_of(experiment)
     side_by_side, in_turn = (replies_of(make_engine(experiment, size).exchange(requests)) for size in (64, cohort_size))
     assert list(in_turn) == [request.client_id for request in requests]

@@ -54,7 +54,8 @@ def init(
     run_folder = (output or folder.resolve().with_name(f"{folder.resolve().name}-run")).resolve()
     folder.mkdir(parents=True)
     (folder / "pyproject.toml").write_text(app_text(folder.resolve().name, chosen, run_folder), encoding="utf-8")
-    say(f"wrote {folder / 'pyproject.toml'}; start a SuperLink and the nodes (docs/federation.md), then: flwr run {folder} --stream")
+    typer.echo(folder / "pyproject.toml")
+    say(f"start a SuperLink and the nodes (docs/federation.md), then: flwr run {folder} --stream")
 
 
 def app_text(name: str, config: Config, output: Path) -> str:
