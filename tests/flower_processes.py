@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,19 +45,21 @@ class Federation:
     Args:
         folder: for logs, keys and Flower's own files.
         secure: TLS and authenticated nodes.
+        address: of this machine, at which the SuperLink listens and which its certificate names.
     """
 
-    def __init__(self, folder: Path, *, secure: bool) -> None:
+    def __init__(self, folder: Path, *, secure: bool, address: str = "127.0.0.1") -> None:
         self.folder = folder
         self.secure = secure
+        self.address = address
         self.port = free_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         (folder / "home").mkdir(parents=True)
         trust = f'root-certificates = "{folder / "ca.pem"}"' if secure else "insecure = true"
-        text = f'[superlink]\ndefault = "trial"\n\n[superlink.trial]\naddress = "127.0.0.1:{self.port}"\n{trust}\n'
+        text = f'[superlink]\ndefault = "trial"\n\n[superlink.trial]\naddress = "{address}:{self.port}"\n{trust}\n'
         (folder / "home" / "config.toml").write_text(text, encoding="utf-8")
         if secure:
-            _write_certificates(folder)
+            _write_certificates(folder, address)
 
     def environment(self) -> dict[str, str]:
         return {
@@ -109,7 +112,8 @@ class Federation:
             "superlink",
             "flower-superlink",
             *(keys if self.secure else ["--insecure"]),
-            *("--port", str(self.port), "--database", "superlink.db", "--disable-runtime-dependency-installation"),
+            *("--host", self.address, "--port", str(self.port)),
+            *("--database", "superlink.db", "--disable-runtime-dependency-installation"),
         )
         wait_until(self._listens, "the SuperLink's port")
 
@@ -122,15 +126,17 @@ class Federation:
         (self.folder / f"{name}.pub").write_bytes(public)
         self.call("flwr", "supernode", "register", f"{name}.pub", "--name", name)
 
-    def start_node(self, name: str, config: Mapping[str, str], *more: str) -> None:
-        """A SuperNode with this node config."""
+    def start_node(self, name: str, config: Mapping[str, str], *more: str, namespace: str = "") -> None:
+        """A SuperNode with this node config, in a network namespace where one is named."""
+        inside = [shutil.which("ip") or "ip", "netns", "exec", namespace] if namespace else []
         pairs = " ".join(f'{key}="{value}"' for key, value in config.items())
         keys = ["--root-certificates", "ca.pem", "--auth-supernode-private-key", f"{name}.key"]
         self.start(
             name,
+            *inside,
             "flower-supernode",
             *(more or (keys if self.secure else ["--insecure"])),
-            *("--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port()), "--node-config", pairs),
+            *("--superlink", f"{self.address}:{self.port}", "--port", str(free_port()), "--node-config", pairs),
         )
 
     def start_run(self, app: Path, name: str = "run", *more: str) -> subprocess.Popen[bytes]:
@@ -153,15 +159,15 @@ class Federation:
 
     def _listens(self) -> bool:
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+            return probe.connect_ex((self.address, self.port)) == 0
 
 
-def _write_certificates(folder: Path) -> None:
-    """ca.pem, server.pem and server.key for this machine, valid for a day."""
+def _write_certificates(folder: Path, address: str) -> None:
+    """ca.pem, server.pem and server.key for this address of this machine, valid for a day."""
     authority_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     authority = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "trial authority")])
     server = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    addresses = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    addresses = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(address))])
     root = _certificate(authority, authority, authority_key.public_key(), authority_key, x509.BasicConstraints(True, None))
     leaf = _certificate(server, authority, server_key.public_key(), authority_key, addresses)
     (folder / "ca.pem").write_bytes(root.public_bytes(serialization.Encoding.PEM))
