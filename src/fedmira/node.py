@@ -108,7 +108,7 @@ class Node:
 
     def _identity(self, message: Encoded) -> Encoded:
         """Name, task, counts of rows, and what must be equal on all machines."""
-        base = self._evaluator.base
+        base = self._evaluator.kind.base
         header: Header = {
             "party": json.dumps(asdict(summary_of(self._evaluator.clients[self.name]))),
             "base": base.sha256,

@@ -65,7 +65,7 @@ def answer(saved: SavedRun, client: ClientId, text: str, instruction: str | None
     evaluator = saved.evaluator
     own = evaluator.clients[client].instruction if instruction is None else instruction
     example = Example(own, text, "") if own else Example(text, "", "")
-    prompt = Encoder(evaluator.base.tokenizer, saved.config.data.prompt, saved.config.data.max_length).prompt(example)
+    prompt = Encoder(evaluator.kind.base.tokenizer, saved.config.data.prompt, saved.config.data.max_length).prompt(example)
     limit = max_new_tokens or saved.config.evaluation.max_new_tokens
     adapters, scales = [saved.adapters[client]], [evaluator.scales[client]]
     return evaluator.kind.generate(adapters, scales, [(0, prompt)], limit, evaluator.token_budget)[0]

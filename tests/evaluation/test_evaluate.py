@@ -53,7 +53,7 @@ def evaluator() -> Evaluator:
 
 
 def test_losses_read_each_needed_adapter_once_and_hold_few(evaluator: Evaluator) -> None:
-    adapters = OnDisk(list(evaluator.targets), list(evaluator.clients))
+    adapters = OnDisk(list(evaluator.kind.targets), list(evaluator.clients))
     losses = evaluator.losses(adapters)
     asked = [client for client, data in evaluator.clients.items() if data.test]
     assert list(losses) == asked and adapters.reads == len(asked) and adapters.most_held <= AT_ONCE
@@ -62,7 +62,7 @@ def test_losses_read_each_needed_adapter_once_and_hold_few(evaluator: Evaluator)
 
 
 def test_generations_read_each_adapter_once_and_hold_few(evaluator: Evaluator) -> None:
-    adapters = OnDisk(list(evaluator.targets), list(evaluator.clients))
+    adapters = OnDisk(list(evaluator.kind.targets), list(evaluator.clients))
     texts = evaluator.generations(adapters, 4)
     assert list(texts) == list(evaluator.clients) and adapters.reads == CLIENTS and adapters.most_held <= AT_ONCE
     assert [len(found) for found in texts.values()] == [len(data.test) for data in evaluator.clients.values()]

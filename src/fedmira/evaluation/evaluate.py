@@ -11,7 +11,7 @@ from fedmira.data import ClientData, ClientSummary, summary_of
 from fedmira.evaluation.base import SplitName
 from fedmira.evaluation.metrics import TokenLoss, text_scores
 from fedmira.messages import ClientId, Failure
-from fedmira.model import AdapterKind, BaseModel, Contender, TargetModule
+from fedmira.model import AdapterKind, Contender
 
 __all__ = ["Evaluator"]
 
@@ -32,16 +32,6 @@ class Evaluator:
     clients: Mapping[ClientId, ClientData]
     scales: Mapping[ClientId, float]
     token_budget: int
-
-    @property
-    def base(self) -> BaseModel:
-        """The frozen base model."""
-        return self.kind.base
-
-    @property
-    def targets(self) -> Sequence[TargetModule]:
-        """The layers that carry a LoRA branch."""
-        return self.kind.targets
 
     @cached_property
     def parties(self) -> Mapping[ClientId, ClientSummary]:
