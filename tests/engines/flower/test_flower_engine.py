@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 
 from federation import CLIENTS, adapter_bytes, cohort_of, events_of, make_config, table_of, with_engine
 from fedmira.config import Config
@@ -25,6 +25,9 @@ from fedmira.experiment import build_experiment, run_experiment
 from fedmira.federation import run_federation
 from fedmira.results import Result
 from loopback import LoopbackGrid, Meddler
+
+LOST_CODES = (3, 4, 5, 8)
+"""Flower's: message, reply or node unavailable, and a node's program that stopped responding."""
 
 
 def nodes_of(data: Path, memory: Path, names: Any = CLIENTS) -> dict[int, Mapping[str, Any]]:
@@ -182,6 +185,44 @@ def test_a_node_that_is_away_is_left_out_and_taken_up_again_under_another_id(
     away = {(f["round"], f["stage"]) for f in events_of(tmp_path / "run", "failure") if f["client"] == "birch-2"}
     assert (2, "send") in away and (3, "send") in away and (4, "send") not in away and (1, "evaluate") in away
     assert {event["round"] for event in events_of(tmp_path / "run", "train") if event["client"] == "birch-2"} == {1, 4}
+
+
+def test_a_node_whose_first_word_is_lost_is_asked_again(base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    config = make_config(base_folder, clients_folder, settings_of(**{"federation.wait_s": 5}))
+    lost = {client: LOST_CODES[i % len(LOST_CODES)] for i, client in enumerate(CLIENTS)}
+
+    def lose_once(client: str, message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "query.identity" and client in lost:
+            return Message(Error(lost.pop(client), "lost on the way"), reply_to=message)
+        return reply
+
+    run_apart(config, LoopbackGrid(config, nodes_of(clients_folder, tmp_path / "memory"), lose_once), tmp_path / "run")
+    assert not lost and {event["client"] for event in events_of(tmp_path / "run", "train")} == set(CLIENTS)
+
+
+def test_a_node_that_never_says_who_it_is_stands_in_the_error(base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    config = make_config(base_folder, clients_folder, settings_of())
+
+    def lose(client: str, message: Message, reply: Message) -> Message:
+        return Message(Error(LOST_CODES[0], "lost on the way"), reply_to=message) if client == "birch-2" else reply
+
+    grid = LoopbackGrid(config, nodes_of(clients_folder, tmp_path / "memory"), lose, registered={104: "birch-2"})
+    with pytest.raises(ConfigError, match=r"4 of 5 nodes came.*node birch-2 did not say who it is \(lost on the way\); it is asked again"):
+        run_apart(config, grid, tmp_path / "run")
+    assert grid.delivered.count(("query.identity", 104)) > 1
+
+
+def test_a_message_that_expired_is_a_late_reply(base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    config = make_config(base_folder, clients_folder, settings_of())
+
+    def expire(client: str, message: Message, reply: Message) -> Message:
+        expired = message.metadata.message_type == "train" and client == "birch-2"
+        return Message(Error(LOST_CODES[0], "Message Unavailable"), reply_to=message) if expired else reply
+
+    run_apart(config, LoopbackGrid(config, nodes_of(clients_folder, tmp_path / "memory"), expire), tmp_path / "run")
+    failures = events_of(tmp_path / "run", "failure")
+    assert {(failure["client"], failure["stage"]) for failure in failures} == {("birch-2", "reply")}
+    assert {failure["reason"] for failure in failures} == {"no reply within 0.3 s (federation.reply_s)"}
 
 
 def test_too_few_replies_end_the_run_and_it_resumes_when_the_nodes_are_back(

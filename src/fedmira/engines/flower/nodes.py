@@ -20,6 +20,11 @@ from fedmira.messages import ClientId
 __all__ = ["Grid", "Identity", "Nodes", "Problem"]
 
 _PAUSE_SECONDS = 0.1
+_GREETING_SECONDS = 120.0
+"""How long a node may take to say who it is before it is asked again; it goes on loading its base model meanwhile."""
+_UNAVAILABLE = 3
+_LOST = frozenset({_UNAVAILABLE, 4, 5, 8})
+"""Flower's error codes for an answer that never came: message, reply or node unavailable, and a node's program that stopped responding."""
 _log = logging.getLogger("fedmira")
 
 
@@ -73,6 +78,7 @@ class Nodes:
         self._reply_s = reply_s
         self._known: dict[int, Identity] = {}
         self._refused: dict[int, str] = {}
+        self._silent: dict[int, str] = {}
         self._greeted: dict[str, int] = {}
         self._online: dict[int, str] = {}
         self._closed: Mapping[ClientId, ClientSummary] = {}
@@ -85,11 +91,16 @@ class Nodes:
 
     @property
     def refusals(self) -> list[str]:
-        """Why nodes that are connected may not take part."""
-        return sorted(self._refused.values())
+        """Why nodes that are connected do not take part."""
+        return sorted((self._refused | self._silent).values())
 
-    def gather(self, wanted: Sequence[ClientId], count: int, wait_s: float) -> dict[ClientId, ClientSummary]:
+    def gather(
+        self, wanted: Sequence[ClientId], count: int, wait_s: float, *, until_refused: bool = False
+    ) -> dict[ClientId, ClientSummary]:
         """Wait until so many of these clients are connected, or of any where no names are given.
+
+        Args:
+            until_refused: no longer than until a node is refused, where no other can come in its place.
 
         Returns:
             What the connected clients say of themselves; perhaps of fewer than were wanted when the time is over.
@@ -99,7 +110,7 @@ class Nodes:
             self._look()
             parties = self.parties
             present = len(set(wanted) & set(parties)) if wanted else len(parties)
-            if present >= count or time.monotonic() >= end:
+            if present >= count or (until_refused and self._refused) or time.monotonic() >= end:
                 return parties
             time.sleep(_PAUSE_SECONDS)
 
@@ -121,35 +132,42 @@ class Nodes:
         }
         waiting: dict[str, ClientId] = {}
         asked = [client for client in messages if client in node_of]
-        sent = [self._message(kind, pack(messages[client]), node_of[client], group) for client in asked]
+        sent = [Message(record_of(pack(messages[client])), node_of[client], kind, ttl=self._reply_s, group_id=group) for client in asked]
         for client, message_id in zip(asked, self._push(sent), strict=True):
             if message_id:
                 waiting[message_id] = client
             else:
                 answers[client] = Problem("send", "the message could not be handed to the SuperLink; it may be too large")
+        late = Problem("reply", f"no reply within {self._reply_s:g} s (federation.reply_s)")
         end = time.monotonic() + self._reply_s
         while waiting and time.monotonic() < end:
             for reply in self._pull(waiting):
                 client = waiting.pop(reply.metadata.reply_to_message_id)
-                answers[client] = _opened(reply)
+                answers[client] = late if _expired(reply) else _opened(reply)
             if waiting:
                 time.sleep(_PAUSE_SECONDS)
-        late = Problem("reply", f"no reply within {self._reply_s:g} s (federation.reply_s)")
         return answers | dict.fromkeys(waiting.values(), late)
 
     def _look(self) -> None:
         """Note who is connected, ask newcomers who they are, and take in what they answer."""
         self._online = {node.node_id: node.name for node in self._grid.get_nodes()}
-        for gone in set(self._refused) - set(self._online):  # whoever comes again is asked again
-            del self._refused[gone]
+        for gone in {*self._refused, *self._silent} - set(self._online):  # whoever comes again is asked again
+            self._refused.pop(gone, None)
+            self._silent.pop(gone, None)
         pending = {*self._greeted.values(), *self._known, *self._refused}
         strangers = [node for node in self._online if node not in pending]
-        greetings = [self._message(IDENTITY, pack(Encoded({}, {})), node, "identity") for node in strangers]
+        greetings = [self._notice(IDENTITY, {}, node) for node in strangers]
         self._greeted |= {message_id: node for message_id, node in zip(self._push(greetings), strangers, strict=True) if message_id}
         for reply in self._pull(self._greeted):
             node = self._greeted.pop(reply.metadata.reply_to_message_id)
-            if node in self._online:
-                self._welcome(node, _opened(reply))
+            if node not in self._online:
+                continue
+            if reply.has_error() and reply.error.code in _LOST:
+                self._silent[node] = f"node {self._online[node] or node} did not say who it is ({reply.error.reason}); it is asked again"
+                _log.warning("%s", self._silent[node])
+                continue
+            self._silent.pop(node, None)
+            self._welcome(node, _opened(reply))
 
     def _welcome(self, node: int, answer: Encoded | Problem) -> None:
         """Take a node in, or refuse it and say so on both sides."""
@@ -170,7 +188,7 @@ class Nodes:
             return
         self._refused[node] = problem
         _log.warning("refused a node: %s", problem)
-        self._push([self._message(REFUSAL, pack(Encoded({}, {"reason": problem})), node, "identity")])
+        self._push([self._notice(REFUSAL, {"reason": problem}, node)])
 
     def _problem(self, node: int, identity: Identity) -> str:
         """Why this node may not take part; "" where it may."""
@@ -192,8 +210,9 @@ class Nodes:
             return f"the rows of client {name!r} changed since the run began; put them back, or start a new run"
         return ""
 
-    def _message(self, kind: str, content: bytes, node: int, group: str) -> Message:
-        return Message(record_of(content), node, kind, ttl=self._reply_s, group_id=group)
+    def _notice(self, kind: str, header: Mapping[str, str], node: int) -> Message:
+        lifetime = min(_GREETING_SECONDS, self._reply_s)
+        return Message(record_of(pack(Encoded({}, dict(header)))), node, kind, ttl=lifetime, group_id="identity")
 
     def _push(self, messages: Sequence[Message]) -> list[str]:
         """One message id each, "" for what the SuperLink did not take."""
@@ -206,6 +225,11 @@ class Nodes:
         """Replies that have come."""
         wanted = list(message_ids)
         return [reply for reply in self._grid.pull_messages(wanted) if reply.metadata.reply_to_message_id in wanted] if wanted else []
+
+
+def _expired(reply: Message) -> bool:
+    """Whether the message's time was over before its answer came; its lifetime is how long the server waits."""
+    return reply.has_error() and reply.error.code == _UNAVAILABLE
 
 
 def _opened(reply: Message) -> Encoded | Problem:
