@@ -2,8 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-FLOWER_BIN := .venv-flower/bin
-FLOWER_STAMP := .venv-flower/.installed
+FLOWER ?=
+FLOWER_ENVIRONMENT := .venv-flower$(if $(FLOWER),-$(FLOWER))
+FLOWER_BIN := $(FLOWER_ENVIRONMENT)/bin
+FLOWER_STAMP := $(FLOWER_ENVIRONMENT)/.installed
+FLOWER_WANTED := -e '.[dev,flower,flower-simulation]'
+ifneq ($(FLOWER),)
+FLOWER_WANTED := -e '.[dev,flower]' 'flwr==$(FLOWER)'
+endif
 BENCH_BIN := .venv-bench/bin
 BENCH_STAMP := .venv-bench/.installed
 SIZE ?= small
@@ -21,8 +27,8 @@ demo: $(STAMP) ## local training, FedAvg and MIRA on the bundled base and demo d
 test: $(STAMP) ## all tests
 	$(BIN)/pytest
 
-federation: $(FLOWER_STAMP) ## tests of runs over Flower, as real processes too (minutes)
-	$(FLOWER_BIN)/pytest tests/engines/flower tests/federation_processes
+federation: $(FLOWER_STAMP) ## tests of runs over Flower, as real processes too (minutes); FLOWER=1.40.0: with that release
+	$(FLOWER_BIN)/pytest tests/engines/flower tests/engines/test_engine_contract.py tests/federation_processes
 
 check: $(STAMP) ## format, lint, types, layers, public names; changes nothing
 	$(BIN)/ruff format --check .
@@ -44,7 +50,7 @@ ifeq ($(SIZE),full)
 endif
 
 clean: ## remove virtual environments and caches; runs/ stays
-	rm -rf .venv .venv-flower .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-flower* .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Redone when the dependencies change.
@@ -57,8 +63,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Flower wants older releases of typer and rich than the rest is tested with.
 $(FLOWER_STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-flower
-	$(FLOWER_BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,flower]'
+	$(PYTHON) -m venv $(FLOWER_ENVIRONMENT)
+	$(FLOWER_BIN)/python -m pip install --quiet -c constraints.txt $(FLOWER_WANTED)
 	@touch $@
 
 # A peer that cannot be installed takes only its own tools away; the result says so.

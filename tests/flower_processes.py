@@ -46,13 +46,15 @@ class Federation:
         folder: for logs, keys and Flower's own files.
         secure: TLS and authenticated nodes.
         address: of this machine, at which the SuperLink listens and which its certificate names.
+        variables: added to the processes' environment.
     """
 
-    def __init__(self, folder: Path, *, secure: bool, address: str = "127.0.0.1") -> None:
+    def __init__(self, folder: Path, *, secure: bool, address: str = "127.0.0.1", variables: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.secure = secure
         self.address = address
         self.port = free_port()
+        self._variables = dict(variables or {})
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         (folder / "home").mkdir(parents=True)
         trust = f'root-certificates = "{folder / "ca.pem"}"' if secure else "insecure = true"
@@ -70,6 +72,7 @@ class Federation:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "NO_COLOR": "1",
+            **self._variables,
         }
 
     def log(self, name: str) -> str:
@@ -105,7 +108,7 @@ class Federation:
         assert ended.returncode == 0, f"{command}: {ended.stdout}{ended.stderr}"
         return ended.stdout
 
-    def start_superlink(self) -> None:
+    def start_superlink(self, *more: str) -> None:
         """The SuperLink, with its memory in a file, so that it knows its nodes again after it was killed."""
         keys = ["--ssl-ca-certfile", "ca.pem", "--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key", "--enable-supernode-auth"]
         self.start(
@@ -114,6 +117,7 @@ class Federation:
             *(keys if self.secure else ["--insecure"]),
             *("--host", self.address, "--port", str(self.port)),
             *("--database", "superlink.db", "--disable-runtime-dependency-installation"),
+            *more,
         )
         wait_until(self._listens, "the SuperLink's port")
 
@@ -153,9 +157,26 @@ class Federation:
         process.wait(30)
 
     def close(self) -> None:
-        """End whatever still runs."""
+        """End whatever still runs, with those that were started in groups of their own."""
         for name in list(self._processes):
             self.kill(name)
+        for number in self.running():
+            try:
+                os.kill(number, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def running(self) -> list[int]:
+        """Ids of all processes that came from this federation, whoever started them: those in whose environment is its folder."""
+        mark, found = f"FLWR_HOME={self.folder / 'home'}".encode(), []
+        for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
+            if entry.name.isdigit():
+                try:
+                    if mark in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
+                except OSError:
+                    continue  # it has ended, or is another user's
+        return found
 
     def _listens(self) -> bool:
         with socket.socket() as probe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ class LoopbackGrid(Grid):
         nodes: node id -> node config.
         meddler: changes replies on their way.
         registered: node id -> the name that it is registered under, where nodes authenticate.
+        simulated_in: the run folder, where the nodes are those of a simulation.
     """
 
     def __init__(
@@ -35,15 +37,18 @@ class LoopbackGrid(Grid):
         nodes: Mapping[int, Mapping[str, Any]],
         meddler: Meddler | None = None,
         registered: Mapping[int, str] | None = None,
+        simulated_in: Path | None = None,
     ) -> None:
         self.nodes = {node: dict(of) for node, of in nodes.items()}
         # Flower's processes know which task they are; a message asks for it.
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
         self.delivered: list[tuple[str, int]] = []
-        self._run_config = {"output": "", "resume": False, **flattened(config)}
+        of_the_app = {"output": str(simulated_in or ""), "resume": False, "simulation": simulated_in is not None}
+        self._run_config = {**of_the_app, **flattened(config)}
         self._meddler = meddler
         self._registered = registered or {}
         self._replies: dict[str, Message] = {}
+        self.started: dict[int, str] = {}
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError("the run of a test is this object")
@@ -59,7 +64,11 @@ class LoopbackGrid(Grid):
         return list(self.nodes)
 
     def get_nodes(self) -> Iterable[Any]:
-        return [SimpleNamespace(node_id=node, name=self._registered.get(node, "")) for node in self.nodes]
+        started = self.started
+        return [
+            SimpleNamespace(node_id=node, name=self._registered.get(node, ""), last_activated_at=started.get(node, ""))
+            for node in self.nodes
+        ]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
@@ -69,7 +78,7 @@ class LoopbackGrid(Grid):
             ids.append(message.object_id)
             self.delivered.append((message.metadata.message_type, node))
             reply = self._reply(node, message)
-            changed = self._meddler(str(self.nodes[node]["name"]), message, reply) if self._meddler else reply
+            changed = self._meddler(str(self.nodes[node].get("name", node)), message, reply) if self._meddler else reply
             if changed is not None:
                 self._replies[message.object_id] = changed
         return ids

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 # Highest first; the parts of one level do not import each other.
 LEVELS = [
     {"cli", "flower_app"},
-    {"api", "comparison", "federation", "plan", "resident", "saved"},
+    {"api", "comparison", "federation", "plan", "resident", "saved", "simulation"},
     {"experiment", "node"},
     {"parts"},
     {"ranks", "results"},

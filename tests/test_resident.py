@@ -65,6 +65,25 @@ def test_it_answers_like_this_process_and_is_started_when_it_is_missing(
     assert place.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_it_ends_when_it_works_longer_than_the_server_waits(place: Path, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+    settings = flattened(make_config(base_folder, clients_folder))
+    node = {"name": "apple-1", "data-path": str(clients_folder), "memory": str(tmp_path / "memory")}
+    with pytest.raises(NodeError, match="ended while it worked: no answer within federation.reply_s"):
+        ask_resident(node, {**settings, "federation.reply_s": 0.1}, IDENTITY, pack(Encoded({}, {})))  # its base takes longer to load
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_any_name_finds_its_socket(place: Path, base_folder: Path, clients_folder: Path) -> None:
+    settings = flattened(make_config(base_folder, clients_folder))
+    with pytest.raises(NodeError, match="none is called|cannot name a folder"):
+        ask_resident({"name": "clinic/north" * 20, "data-path": str(clients_folder)}, settings, IDENTITY, pack(Encoded({}, {})))
+
+
 def test_a_node_config_is_checked_whole() -> None:
     assert read_node_settings({"name": "a", "data-path": "/d", "resident": False}) == NodeSettings("a", "/d")
     with pytest.raises(ConfigError) as caught:

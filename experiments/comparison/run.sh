@@ -15,6 +15,7 @@ compare() { # NAME PATH-OF-DATA
         --algorithms local,mira,fedavg,fedit-finetune,ditto,fedalt,share-factor,flexlora,fedex,fedprox \
         --variant "mira-safeguard=algorithm.safeguard=true" \
         --variant "mira-shuffled=graph.shuffled=true" \
+        --variant "fedalt-paper=algorithm.name=fedalt;graph.kind=uniform;adapter.rank=32;adapter.alpha=32" \
         --variant "ffa=algorithm.name=share-factor;algorithm.shared_factor=B;algorithm.private_factor=frozen"
 }
 

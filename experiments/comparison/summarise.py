@@ -2,55 +2,70 @@
 
     python experiments/comparison/summarise.py OUTPUT/natural_instructions
 
-Reads the runs that have finished, so it can be called while others still train; a method is held against `local` on the seeds both have.
+Reads the runs that have finished, so it can be called while others still train. A method is held against `local` on the seeds that both
+have, with the pairing, the interval and the verdict of the package's own tables; its mean is over these seeds.
 """
 
 from __future__ import annotations
 
-import csv
-import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedmira.report import read_run
+from fedmira.report.comparison_figures import BASELINE, pools_of
+from fedmira.report.paired import LEVEL, NOISE_RULE, Losses, Pairing, pair
+from fedmira.report.records import Run
+
 READ_OUTS = {"last round": "after_align_loss", "own best round": "best_test_loss"}
-MARGIN = 0.02
-"""A client counts as better or worse beyond this share of its loss under `local`."""
-
-Losses = Mapping[tuple[str, str], float]
-"""(seed, client) -> test loss."""
+VERDICTS = ("better", "equal", "worse")
 
 
-def read(folder: Path) -> dict[str, dict[str, Losses]]:
-    """Method -> read-out -> losses."""
-    found: dict[str, dict[str, dict[tuple[str, str], float]]] = {}
+def finished_runs(folder: Path) -> dict[str, dict[int, Run]]:
+    """Method -> seed -> its run."""
+    found: dict[str, dict[int, Run]] = {}
     for path in sorted(folder.glob("*-seed*/metrics/clients.csv")):
         method, _, seed = path.parents[1].name.rpartition("-seed")
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                for name, column in READ_OUTS.items():
-                    found.setdefault(method, {}).setdefault(name, {})[seed, row["client"]] = float(row[column])
-    return {method: dict(read_outs) for method, read_outs in found.items()}
+        run = read_run(path.parents[1])
+        if run.status == "finished":
+            found.setdefault(method, {})[int(seed)] = run
+    return found
 
 
-def line(method: str, losses: Losses, local: Losses) -> str:
+def losses_of(runs: Mapping[int, Run], column: str) -> Losses:
+    """Test losses of a read-out, of the clients that were measured."""
+    measured = {seed: {row.client: getattr(row, column) for row in run.clients} for seed, run in runs.items()}
+    return {seed: {client: loss for client, loss in losses.items() if loss is not None} for seed, losses in measured.items()}
+
+
+def line(method: str, found: Pairing) -> str:
     """A row of the table."""
-    seeds = sorted({seed for seed, _ in losses})
-    common = sorted(losses.keys() & local.keys())
-    changes = [losses[key] / local[key] - 1 for key in common]
-    difference = statistics.mean(losses[key] - local[key] for key in common)
-    better, worse = (sum(sign * change > MARGIN for change in changes) / len(changes) for sign in (-1, 1))
-    mean = statistics.mean(losses.values())
-    return f"| {method} | {len(seeds)} | {mean:.3f} | {difference:+.3f} | {better:.0%} | {worse:.0%} |"
+    counts = {verdict: found.count(verdict) for verdict in VERDICTS}
+    shares = [f"{count} ({count / len(found.clients):.0%})" for count in counts.values()]
+    difference = f"{found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+    cells = [method, str(found.seeds), f"{own_mean(found):.3f}", difference, *shares]
+    return "| " + " | ".join(cells) + " |"
+
+
+def own_mean(found: Pairing) -> float:
+    """Over clients and the common seeds."""
+    return sum(client.own for client in found.clients.values()) / len(found.clients)
 
 
 def main() -> None:
     """Print a table for each read-out."""
-    methods = read(Path(sys.argv[1]))
-    for name in READ_OUTS:
-        print(f"\n| {name} | seeds | mean test loss | vs local | better by more than 2 % | worse |\n|---|---|---|---|---|---|")
-        for method in sorted(methods, key=lambda each: statistics.mean(methods[each][name].values())):
-            print(line(method, methods[method][name], methods["local"][name]))
+    methods = finished_runs(Path(sys.argv[1]))
+    if BASELINE not in methods:
+        raise SystemExit(f"{sys.argv[1]}: no finished run of {BASELINE!r}, which the others are held against")
+    pools = pools_of([run for runs in methods.values() for run in runs.values()])
+    for name, column in READ_OUTS.items():
+        losses = {method: losses_of(runs, column) for method, runs in methods.items()}
+        pairings = {method: found for method in methods if (found := pair(losses[method], losses[BASELINE], pools)) is not None}
+        print(f"\n| {name} | seeds | mean test loss | vs {BASELINE} ({LEVEL:.0%} interval) | better | equal | worse |")
+        print("|---|---|---|---|---|---|---|")
+        print("\n".join(line(method, pairings[method]) for method in sorted(pairings, key=lambda each: own_mean(pairings[each]))))
+    over = "clients" if pools is None else "categories with all their clients"
+    print(f"\nIntervals by resampling {over}, and seeds where there are several. {NOISE_RULE}")
 
 
 if __name__ == "__main__":

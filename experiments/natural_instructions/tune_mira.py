@@ -4,9 +4,9 @@
 
 Each knob of `KNOBS` is tried with all others at the best so far, and keeps the option with the lowest validation loss: the mean over
 clients and seeds of the last round, or, with --set evaluation.select=best, of each client's best one. All options take equal local
-steps. pFedGraph's are run as in its paper, which leaves no coupling and no size scale to tune. Then the settings that were chosen, the
-defaults, local training and the control (the chosen graph with its clients exchanged at random) stand side by side, with validation
-and test losses, and as comparison.html in OUTPUT/<steps>/.
+steps. pFedGraph's are run as in its paper, which leaves no coupling and no size scale to tune. Then the settings that were chosen, and
+with the rank, layers and steps that were chosen the defaults, local training and the control (the chosen graph with its clients
+exchanged at random) stand side by side, with validation and test losses, and as comparison.html in OUTPUT/<steps>/.
 
 Runs are those of `fedmira compare`: finished ones are not repeated and interrupted ones continue, so the same command may be given
 again. A seed changes the splits: rows that validate under one seed may be test rows under another. So tune with one seed (--seeds), and
@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -57,6 +57,9 @@ KNOBS: dict[str, dict[str, list[str]]] = {
 SETTLED = ("coupling", "size")
 """Knobs that pFedGraph's options settle."""
 
+CAPACITY = ("rank", "layers", "steps")
+"""Knobs that would serve any method."""
+
 Chosen = dict[str, str]
 """Knob -> option."""
 
@@ -77,17 +80,17 @@ def settled(chosen: Chosen) -> Chosen:
     return {**chosen, **({knob: next(iter(KNOBS[knob])) for knob in SETTLED} if settles(chosen["graph"]) else {})}
 
 
-def overrides_of(chosen: Chosen) -> list[str]:
-    """The settings of all knobs but the steps, which must be equal for all methods of one comparison."""
-    return [override for knob, option in chosen.items() if knob != "steps" for override in KNOBS[knob][option]]
+def overrides_of(chosen: Chosen, knobs: Iterable[str]) -> list[str]:
+    """The settings of these knobs."""
+    return [override for knob in knobs for override in KNOBS[knob][chosen[knob]]]
 
 
-def ground_of(arguments: argparse.Namespace, chosen: Chosen) -> Config:
-    """The settings that all methods of one comparison share: data, base, rounds and local steps."""
-    config = load_config(None, None, [*COMMON, *KNOBS["steps"][chosen["steps"]]])
-    rounds = LOCAL_STEPS // config.local.steps
+def ground_of(arguments: argparse.Namespace, chosen: Chosen, shared: Sequence[str] = ("steps",)) -> Config:
+    """The settings that all methods of one comparison share: data, base, rounds, and those of the knobs `shared`."""
+    common = [*COMMON, *overrides_of(chosen, shared)]
+    rounds = LOCAL_STEPS // load_config(None, None, common).local.steps
     own = [f"data.path={arguments.tasks}", f"rounds.count={rounds}", f"evaluation.every={max(1, rounds // 3)}"]
-    return load_config(None, None, [*COMMON, *KNOBS["steps"][chosen["steps"]], *own, *arguments.extra])
+    return load_config(None, None, [*common, *own, *arguments.extra])
 
 
 @contextmanager
@@ -149,7 +152,7 @@ def measured(arguments: argparse.Namespace, candidates: Mapping[str, Chosen]) ->
     for steps in dict.fromkeys(chosen["steps"] for chosen in candidates.values()):
         alike = {option: chosen for option, chosen in candidates.items() if chosen["steps"] == steps}
         ground = ground_of(arguments, next(iter(alike.values())))
-        variants = {name_of(chosen): overrides_of(chosen) for chosen in alike.values()}
+        variants = {name_of(chosen): overrides_of(chosen, [knob for knob in KNOBS if knob != "steps"]) for chosen in alike.values()}
         runs = run_all(arguments, ground, steps, [], variants, arguments.seeds)
         for option, chosen in alike.items():
             losses[option] = fmean(validation_loss(run, ground.evaluation.select) for run in runs[name_of(chosen)])
@@ -190,7 +193,9 @@ def main() -> None:
     final_seeds = [int(seed) for seed in arguments.final_seeds.split(",")] if arguments.final_seeds else arguments.seeds
 
     chosen = tuned(arguments, knobs)
-    name, overrides, ground = name_of(chosen), overrides_of(chosen), ground_of(arguments, chosen)
+    # Capacity is no merit of alignment: local training and the defaults get the rank, layers and steps that were chosen for MIRA.
+    name, overrides = name_of(chosen), overrides_of(chosen, [knob for knob in KNOBS if knob not in CAPACITY])
+    ground = ground_of(arguments, chosen, CAPACITY)
     variants = {"default": [], name: overrides, f"{name}_shuffled": [*overrides, "graph.shuffled=true"]}
     print(f"\nfinal, seeds {final_seeds}: {', '.join(chosen.values())}", flush=True)
     runs = run_all(arguments, ground, chosen["steps"], ["local"], variants, final_seeds)

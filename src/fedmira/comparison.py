@@ -73,8 +73,8 @@ def plan_methods(config: Config, algorithms: Sequence[str], variants: Mapping[st
         changed = [term for term in terms if terms[term] != equal[term]]
         if changed:
             problems.append(
-                f"variant {name!r} changes {', '.join(changed)}: methods are compared on equal rows, base, rounds and local steps; "
-                "set these for all methods"
+                f"variant {name!r} changes {', '.join(changed)}: methods are compared on equal rows, base, rounds and local steps, "
+                "evaluated alike; set these for all methods"
             )
     if problems:
         raise ConfigError(problems)
@@ -109,7 +109,6 @@ def compare_algorithms(
         raise ConfigError(f"reference {reference!r} is not among the compared methods; they are {', '.join(methods)}")
     if target_loss is not None:
         check_target(target_loss)
-        _check_evaluated_rounds(methods)
     folders = {name: {seed: output / f"{name}-seed{seed}" for seed in seeds} for name in methods}
     plans = [
         _Planned(name, folders[name][seed], method.model_copy(update={"seed": seed}))
@@ -250,24 +249,11 @@ def _refuse_other_ground(present: Mapping[str, str], folders: Sequence[Path]) ->
             )
 
 
-def _check_evaluated_rounds(methods: Mapping[str, Config]) -> None:
-    """How soon a target is reached is known in evaluated rounds only, so all methods must be evaluated in the same ones.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    every = {name: method.evaluation.every for name, method in methods.items()}
-    first = next(iter(every), "")
-    problems = [
-        f"variant {name!r}: evaluation.every is {own}, and {every[first]} under {first}; with a target loss, set it for all methods"
-        for name, own in every.items()
-        if own != every[first]
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
 def _terms(config: Config) -> dict[str, object]:
-    """What must be equal for all methods of a comparison, by the keys that set it."""
+    """What must be equal for all methods of a comparison, by the keys that set it.
+
+    Evaluated rounds are those among which a client's best one is chosen, and in which a target loss can be seen to be reached.
+    """
     local = {f"local.{key}": getattr(config.local, key) for key in ("steps", "epochs", "batch_size")}
-    return {"seed": config.seed, "model": config.model, "data": config.data, "rounds": config.rounds, **local}
+    evaluated = {f"evaluation.{key}": getattr(config.evaluation, key) for key in ("select", "every")}
+    return {"seed": config.seed, "model": config.model, "data": config.data, "rounds": config.rounds, **local, **evaluated}

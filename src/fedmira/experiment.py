@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedmira.adapters import Adapter, AdapterTable
@@ -17,7 +17,7 @@ from fedmira.evaluation import Evaluation, Evaluator
 from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
 from fedmira.model import AdapterKind, BaseModel, TargetModule
-from fedmira.parts import make_scheme, prepare_kind
+from fedmira.parts import make_scheme, prepare_kind, token_budget
 from fedmira.results import Ground, Provenance, Result, hash_of_rows, write_results
 from fedmira.rounds import CheckpointFolder, Progress, Recorder, RunFolder, run_rounds
 
@@ -31,7 +31,7 @@ class Experiment:
     Attributes:
         kind: the adapters, on their base.
         parties: what each client says of itself, by client id.
-        data_sha256, token_budget: as in `Ground`.
+        data_sha256, token_budget, federation: as in `Ground`.
         skipped: what was left out of the data, one "name: reason" each.
     """
 
@@ -47,6 +47,7 @@ class Experiment:
     data_sha256: str
     token_budget: int | None
     skipped: tuple[str, ...] = ()
+    federation: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def base(self) -> BaseModel:
@@ -61,7 +62,7 @@ class Experiment:
     @property
     def ground(self) -> Ground:
         """What the run stands on."""
-        return Ground(self.kind, self.data_sha256, self.token_budget)
+        return Ground(self.kind, self.data_sha256, self.token_budget, self.federation)
 
 
 def build_experiment(
@@ -194,10 +195,8 @@ def _divergence(result: Result) -> str | None:
 
 def _token_budget(config: Config, kind: AdapterKind, resumed: Path | None) -> int:
     """As set, else that of the run that is continued, else what is fastest."""
-    if config.engine.token_budget != "auto":
-        return config.engine.token_budget
     recorded = RunFolder(resumed).read_json("run.json").get("token_budget") if resumed else None
-    return recorded if isinstance(recorded, int) else kind.token_budget()
+    return recorded if isinstance(recorded, int) and config.engine.token_budget == "auto" else token_budget(config, kind)
 
 
 def _quiet(what: str, figures: Mapping[str, object]) -> None:

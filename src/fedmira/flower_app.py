@@ -24,7 +24,7 @@ except ModuleNotFoundError as missing:
 
 __all__ = ["OF_THE_APP", "client_app", "server_app"]
 
-OF_THE_APP = ("output", "resume")
+OF_THE_APP = ("output", "resume", "simulation")
 """Keys of the app's config that are no settings of the run."""
 
 _ERROR_CODE = 1000  # Flower's own codes are small
@@ -37,14 +37,13 @@ server_app = ServerApp()
 @server_app.main()
 def _run(grid: Grid, context: Context) -> None:
     """Build the run that the app's config describes, and run it with the nodes of the grid."""
-    logging.basicConfig(format="%(message)s")
-    _log.setLevel(logging.INFO)
+    _show_log()
     from fedmira.config import unflattened
     from fedmira.federation import run_federation
 
-    output, resume = Path(str(context.run_config["output"])), bool(context.run_config["resume"])
+    output, resume, simulated = _output(context), bool(context.run_config["resume"]), _is_simulated(context)
     try:
-        result = run_federation(unflattened(_settings(context)), grid, output, resume=resume, progress=_tell)
+        result = run_federation(unflattened(_settings(context)), grid, output, resume=resume, simulated=simulated, progress=_tell)
     except FedmiraError as error:
         _log.error("error: %s", error)  # before Flower's own lines, which are long
         raise
@@ -58,14 +57,24 @@ def _run(grid: Grid, context: Context) -> None:
 @client_app.evaluate("scores")
 def _answer(message: Message, context: Context) -> Message:
     """Answer a message of the server; what goes wrong goes back in the node's own words, and stands in its log."""
-    node, settings = dict(context.node_config), _settings(context)
-    answer = ask_resident if node.get("resident", True) else answer_here
     try:
-        content = answer(node, settings, message.metadata.message_type, bytes_of(message.content))
+        content = _content(message, context)
     except FedmiraError as error:
         _log.error("%s: %s", message.metadata.message_type, error)
         return Message(Error(_ERROR_CODE, str(error)), reply_to=message)
     return Message(record_of(content), reply_to=message)
+
+
+def _content(message: Message, context: Context) -> bytes:
+    """The answer of whoever has the base: this process in a simulation, else the node's resident process."""
+    node, settings, kind, content = dict(context.node_config), _settings(context), message.metadata.message_type, bytes_of(message.content)
+    if _is_simulated(context):
+        _show_log()
+        from fedmira.simulation import answer_simulated
+
+        return answer_simulated(node, settings, _output(context), kind, content)
+    answer = ask_resident if node.get("resident", True) else answer_here
+    return answer(node, settings, kind, content)
 
 
 @client_app.query("refusal")
@@ -80,6 +89,22 @@ def _refused(message: Message, context: Context) -> Message:
 def _settings(context: Context) -> dict[str, object]:
     """The run's settings in the app's config."""
     return {key: value for key, value in context.run_config.items() if key not in OF_THE_APP}
+
+
+def _output(context: Context) -> Path:
+    """The run folder."""
+    return Path(str(context.run_config["output"]))
+
+
+def _is_simulated(context: Context) -> bool:
+    """Whether Flower simulates the nodes; the app says so."""
+    return bool(context.run_config.get("simulation", False))
+
+
+def _show_log() -> None:
+    """Have what fedmira logs written, as lines without more."""
+    logging.basicConfig(format="%(message)s")
+    _log.setLevel(logging.INFO)
 
 
 def _tell(what: str, figures: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""A client's own machine in a federation: its rows, its copy of the base and its private memory; answers the server's messages."""
+"""A client of a federation where its rows are: they, its base and its private memory; answers the server's messages."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any, cast
 from fedmira.algorithms import Algorithm, AlgorithmContext, build
 from fedmira.clients import Cohort, CohortSettings
 from fedmira.config import Config, GraphSettings, cache_folder
-from fedmira.data import load_own, summary_of
+from fedmira.data import ClientData, load_own, summary_of
 from fedmira.engines.wire import CHOICE, IDENTITY, LOSSES, SCORES, TRAIN, Encoded, Header, Line, decode, serve
 from fedmira.errors import ConfigError, WireError
 from fedmira.evaluation import Evaluator, SplitName
 from fedmira.graphs import graph_source
 from fedmira.messages import ClientId, Failure, Payload, Reply, Request
-from fedmira.model import tokenizer_hash
-from fedmira.parts import prepare_kind
+from fedmira.model import AdapterKind, tokenizer_hash
+from fedmira.parts import prepare_kind, token_budget
 from fedmira.ranks import client_ranks
 
-__all__ = ["Node", "NodeSettings", "read_node_settings"]
+__all__ = ["Node", "NodeSettings", "memory_beside", "own_node", "read_node_settings"]
 
 _SOMEBODY_ELSE = "another client"
 
@@ -52,6 +52,8 @@ def read_node_settings(values: Mapping[str, object]) -> NodeSettings:
     Raises:
         ConfigError: a key is unknown, the name is missing, or a value is no text; all of these together.
     """
+    if "partition-id" in values and not values.get("name"):
+        raise ConfigError("this is a node of a Flower simulation, and the run is none; start it with --run-config 'simulation=true'")
     keys = {"name": "name", "data-path": "data_path", "base": "base", "device": "device", "memory": "memory"}
     unknown = sorted(set(values) - set(keys) - {"resident"})
     problems = [f"node config: {key!r} is unknown; a node has {', '.join([*keys, 'resident'])}" for key in unknown]
@@ -70,20 +72,16 @@ class Node:
 
     Args:
         config: the run's, the same on all machines.
-        settings: of this node.
-
-    Raises:
-        InputError: the base or the rows cannot be loaded, or the config does not fit them.
+        kind: the adapters on the base; nodes of one process may share them.
+        data: the client's rows.
+        rank: of its adapter.
+        budget: most tokens in one forward pass.
+        memory: the folder of the client's private memory.
     """
 
-    def __init__(self, config: Config, settings: NodeSettings) -> None:
-        self.config = _on_this_machine(config, settings)
-        self.name = settings.name
-        self._memory = Path(settings.memory) if settings.memory else (cache_folder() or Path(".fedmira")) / "nodes"
-        kind = prepare_kind(self.config)
-        data = load_own(self.config.data, config.seed, kind.base.tokenizer, self.name)
-        rank = client_ranks(self.config.adapter, [self.name], kind.targets, config.seed)[self.name]
-        budget = kind.token_budget() if config.engine.token_budget == "auto" else config.engine.token_budget
+    def __init__(self, config: Config, kind: AdapterKind, data: ClientData, rank: int, budget: int, memory: Path) -> None:
+        self.name = data.client_id
+        self._memory = memory
         scales, clients = {self.name: kind.scale(rank)}, {self.name: data}
         algorithm = _client_half(config, self.name, rank, len(data.train))
         self._cohort = Cohort(algorithm, kind, clients, CohortSettings(config.local, scales, budget))
@@ -137,6 +135,29 @@ class Node:
         payload, _ = decode(message, Line())
         scores = self._evaluator.text_scores({self.name: payload.tensors["adapter"]}, int(message.header["max_new_tokens"]))
         return Encoded({}, dict(scores[self.name]))
+
+
+def own_node(config: Config, settings: NodeSettings) -> Node:
+    """The client of one operator, with the rows and the base of this machine.
+
+    Args:
+        config: the run's, the same on all machines.
+        settings: of this node.
+
+    Raises:
+        InputError: the base or the rows cannot be loaded, or the config does not fit them.
+    """
+    here, name = _on_this_machine(config, settings), settings.name
+    kind = prepare_kind(here)
+    data = load_own(here.data, config.seed, kind.base.tokenizer, name)
+    rank = client_ranks(here.adapter, [name], kind.targets, config.seed)[name]
+    memory = Path(settings.memory) if settings.memory else (cache_folder() or Path(".fedmira")) / "nodes"
+    return Node(config, kind, data, rank, token_budget(here, kind), memory)
+
+
+def memory_beside(output: Path) -> Path:
+    """The folder of the private memories of simulated clients, beside the run folder; whichever process serves a client next finds it."""
+    return output.with_name(f"{output.name}-memory")
 
 
 def _on_this_machine(config: Config, settings: NodeSettings) -> Config:

@@ -16,7 +16,7 @@ from fedmira.model import AdapterKind, BaseModel, adapter_kind, load_base
 from fedmira.ranks import client_ranks
 from fedmira.rounds import cohort_size, seed_for
 
-__all__ = ["Scheme", "make_scheme", "prepare_kind"]
+__all__ = ["Scheme", "make_scheme", "prepare_kind", "token_budget"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ def prepare_kind(config: Config, base: BaseModel | None = None) -> AdapterKind:
             + (f"set data.max_length to {room} or less" if room >= 8 else "lower adapter.virtual_tokens")
         )
     return adapter_kind(config.adapter, base, config.engine)
+
+
+def token_budget(config: Config, kind: AdapterKind) -> int:
+    """The most tokens in one forward pass: as set, else what is fastest on this machine."""
+    return kind.token_budget() if config.engine.token_budget == "auto" else config.engine.token_budget
 
 
 def make_scheme(config: Config, kind: AdapterKind, parties: Mapping[ClientId, ClientSummary]) -> Scheme:

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from fedmira.adapters.directions import movement
 from fedmira.algorithms import ServerState, Start, Trained
 from fedmira.engines.wire import Line, encode
@@ -16,6 +14,7 @@ from fedmira.experiment import Experiment
 from fedmira.graphs import graph_bounds
 from fedmira.messages import ClientId, Payload, Reply, Volume
 from fedmira.model import count_steps
+from fedmira.results import trained_parameters
 from fedmira.rounds import cohort_size, sample_clients
 
 __all__ = ["Plan", "make_plan"]
@@ -175,7 +174,7 @@ def make_plan(experiment: Experiment) -> Plan:
         targets=len(experiment.targets),
         adapter_parameters=largest,
         adapter_parameters_least=min(sizes.values()),
-        trained_parameters=max(_trained_parameters(each.start) for each in traffic.first.values()),
+        trained_parameters=max(trained_parameters(each.start) for each in traffic.first.values()),
         clients=len(ranks),
         clients_per_round=per_round,
         rounds=config.rounds.count,
@@ -282,10 +281,3 @@ def _number_types(exchanges: Mapping[int, _Exchange]) -> str:
     """Of all messages."""
     volumes = [volume for each in exchanges.values() for volume in (each.down, each.up)]
     return "+".join(sorted({kind for volume in volumes for kind in volume.dtype.split("+") if kind})) or "nothing"
-
-
-def _trained_parameters(start: Start) -> int:
-    """Entries of the adapter whose gradient the method lets through."""
-    ones = {name: torch.ones_like(tensor) for name, tensor in start.adapter.items()}
-    let_through = start.hook(ones, start.adapter) if start.hook else ones
-    return sum(int(tensor.count_nonzero()) for tensor in let_through.values())

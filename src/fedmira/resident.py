@@ -1,13 +1,15 @@
 """A node's resident process, which keeps the base in memory: Flower starts a process for each message, and that one hands it over here.
 
 The two talk over a Unix socket in a folder that only this user can enter. What travels between them are bytes; nothing is unpickled.
-The resident process ends when the process that started the messages does (Flower's SuperNode), or after an hour without a message.
+The resident process ends when the process that started the messages does (Flower's SuperNode), after an hour without a message, or when
+it works longer than the server waits for the answer.
 This module is imported for each message, so it imports nothing that takes long.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -60,8 +62,8 @@ def ask_resident(node: Mapping[str, object], settings: Mapping[str, object], kin
     Raises:
         NodeError: it cannot be done; the message is the resident process's own.
     """
-    place = _place(os.getppid(), str(node.get("name", "")))
     order = json.dumps({"node": dict(node), "settings": dict(settings), "kind": kind}).encode()
+    place = _place(os.getppid(), str(node.get("name", "")))
     try:
         with _connected(place) as line:
             line.send_bytes(order)
@@ -69,6 +71,10 @@ def ask_resident(node: Mapping[str, object], settings: Mapping[str, object], kin
             ending, answer = line.recv_bytes(), line.recv_bytes()
     except (EOFError, ConnectionError) as error:
         raise NodeError(f"the node's resident process ended while it worked: {_last_words(place)}") from error
+    except OSError as error:
+        raise NodeError(
+            f"{place}: the node's resident process cannot be reached ({error}); set TMPDIR to a short path of a local disk"
+        ) from error
     if ending == _REFUSED:
         raise NodeError(answer.decode())
     return answer
@@ -81,7 +87,7 @@ def _place(guardian: int, name: str) -> Path:
     about = folder.stat()
     if about.st_uid != os.getuid() or about.st_mode & 0o077:
         raise NodeError(f"{folder}: must belong to this user and be closed to all others (chmod 700); it holds the node's socket")
-    return folder / f"{guardian}-{name[:40]}.socket"
+    return folder / f"{guardian}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.socket"
 
 
 def _connected(place: Path) -> Connection:
@@ -118,9 +124,9 @@ def _last_words(place: Path) -> str:
 
 def _make_node(node: Mapping[str, object], settings: Mapping[str, object]) -> Node:
     from fedmira.config import unflattened
-    from fedmira.node import Node, read_node_settings
+    from fedmira.node import own_node, read_node_settings
 
-    return Node(unflattened(settings), read_node_settings(node))
+    return own_node(unflattened(settings), read_node_settings(node))
 
 
 class _Host:
@@ -129,7 +135,8 @@ class _Host:
     def __init__(self, place: Path, guardian: int) -> None:
         self._place = place
         self._guardian = guardian
-        self._busy_until = time.monotonic()
+        self._idle_since = time.monotonic()
+        self._deadline = math.inf
         self._built: tuple[str, Node] | None = None
 
     def run(self) -> None:
@@ -139,14 +146,15 @@ class _Host:
         while True:
             with listener.accept() as line:
                 order, content = json.loads(line.recv_bytes()), line.recv_bytes()
-                self._busy_until = math.inf
+                self._idle_since = math.inf
+                self._deadline = time.monotonic() + _patience(order)
                 try:
                     ending, answer = _DONE, self._answer(order, content)
                 except FedmiraError as error:
                     ending, answer = _REFUSED, str(error).encode()
                 line.send_bytes(ending)
                 line.send_bytes(answer)
-                self._busy_until = time.monotonic()
+                self._deadline, self._idle_since = math.inf, time.monotonic()
 
     def _answer(self, order: Mapping[str, Any], content: bytes) -> bytes:
         from fedmira.engines.wire.blobs import pack, unpack
@@ -158,17 +166,26 @@ class _Host:
         return pack(self._built[1].answer(order["kind"], unpack(content)))
 
     def _watch(self) -> None:
-        """End the process when its SuperNode is gone or nobody has asked for long."""
-        while _is_alive(self._guardian) and time.monotonic() - self._busy_until < _IDLE_SECONDS:
+        """End the process when its SuperNode is gone, nobody has asked for long, or nobody waits for its answer any more."""
+        while _is_alive(self._guardian) and time.monotonic() - self._idle_since < _IDLE_SECONDS:
+            if time.monotonic() > self._deadline:
+                sys.stderr.write("no answer within federation.reply_s; the work hangs, or the machine is too slow for it\n")
+                break
             time.sleep(0.5)
         self._place.unlink(missing_ok=True)
         os._exit(0)
 
 
+def _patience(order: Mapping[str, Any]) -> float:
+    """How long the server waits for an answer, in seconds."""
+    return float(order["settings"].get("federation.reply_s", math.inf))
+
+
 def _is_alive(process: int) -> bool:
+    """Whether this user has such a process; one of somebody else has only taken over the number."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return False
     return True
 

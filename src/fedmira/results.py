@@ -9,14 +9,16 @@ import platform
 import sys
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedmira.adapters import Adapter, LazyAdapters, content_hash
-from fedmira.algorithms import ServerState
+from fedmira.algorithms import ServerState, Start
 from fedmira.data import ClientData
 from fedmira.errors import RunFolderError
 from fedmira.evaluation import TokenLoss, summarise
@@ -26,7 +28,7 @@ from fedmira.model import AdapterKind, BaseModel
 from fedmira.report import write_report
 from fedmira.rounds import Recorder
 
-__all__ = ["Ground", "Provenance", "Result", "hash_of_rows", "write_results"]
+__all__ = ["Ground", "Provenance", "Result", "hash_of_rows", "trained_parameters", "write_results"]
 
 _LOSSES = ("base_loss", "before_align_loss", "after_align_loss")
 _TEXTS = ("rouge_l", "rouge_l_package", "exact_match")
@@ -62,11 +64,13 @@ class Ground:
         kind: the adapters, on their base.
         data_sha256: tells whether the clients' rows are those that the run began with.
         token_budget: most tokens in one forward pass, or None where each client's machine has its own.
+        federation: of clients on machines of their own, what a resume must know.
     """
 
     kind: AdapterKind
     data_sha256: str
     token_budget: int | None
+    federation: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def base(self) -> BaseModel:
@@ -89,13 +93,14 @@ def write_results(recorder: Recorder, ground: Ground, ranks: Mapping[ClientId, i
     texts = evaluator.text_scores(chosen, config.evaluation.max_new_tokens) if generate else {}
     rows = [_client_row(recorder, client, ranks[client], losses, texts.get(client, {})) for client in ranks]
     summary = _summary(rows)
+    trained = _trained_by_rank(recorder, ranks, state)
     index: dict[str, object] = {}
     for client, row in zip(ranks, rows, strict=True):
         rank, adapter = ranks[client], chosen[client]
         ground.kind.write(folder.adapters / client, adapter)
         figures = {name: row[name] for name in (*_LOSSES, *_TEXTS) if row[name] != "" and math.isfinite(row[name])}
         entry = {"task": row["task"], "category": row["category"], "rank": rank, "rounds_trained": row["rounds_trained"]}
-        entry["parameters"] = sum(tensor.numel() for tensor in adapter.values())
+        entry |= {"parameters": sum(tensor.numel() for tensor in adapter.values()), "trained_parameters": trained[rank]}
         index[client] = {**entry, "sha256": content_hash(adapter), "base_sha256": ground.base.sha256, "metrics": figures}
     folder.write_json("adapters/index.json", index)
     folder.append_events(recorder.unmeasured(config.rounds.count))
@@ -103,6 +108,21 @@ def write_results(recorder: Recorder, ground: Ground, ranks: Mapping[ClientId, i
     diverged = tuple(client for client, loss in after.items() if not math.isfinite(loss.total))
     saved = LazyAdapters(ranks, lambda client: ground.kind.read(folder.adapters / client))
     return Result(folder.path, folder.path / "report.html", saved, rows, recorder.graph, summary, diverged)
+
+
+def trained_parameters(start: Start) -> int:
+    """Entries of the adapter that local training moves: those whose gradient the method lets through."""
+    if start.hook is None:
+        return sum(tensor.numel() for tensor in start.adapter.values())
+    ones, zeros = ({name: torch.full_like(tensor, value) for name, tensor in start.adapter.items()} for value in (1.0, 0.0))
+    passed, kept = start.hook(ones, start.adapter), start.hook(zeros, start.adapter)
+    return sum(int((passed[name] != kept[name]).sum()) for name in passed)
+
+
+def _trained_by_rank(recorder: Recorder, ranks: Mapping[ClientId, int], state: ServerState) -> dict[int, int]:
+    """Rank -> trained parameters of an adapter of this rank; what a method freezes depends on the adapter's form only."""
+    algorithm, one_of = recorder.algorithm, {rank: client for client, rank in ranks.items()}
+    return {rank: trained_parameters(algorithm.begin(algorithm.instruct(state, client), None)) for rank, client in one_of.items()}
 
 
 def _before(recorder: Recorder, last: Mapping[ClientId, Adapter], after: Mapping[ClientId, TokenLoss]) -> dict[ClientId, TokenLoss]:
@@ -167,6 +187,7 @@ class Provenance:
             },
             "data": {"sha256": self._ground.data_sha256, "clients": list(self._recorder.evaluator.parties)},
             "token_budget": self._ground.token_budget,
+            **({"federation": dict(self._ground.federation)} if self._ground.federation else {}),
             "machine": {
                 "cpu": platform.processor() or platform.machine(),
                 "cores": os.cpu_count(),

@@ -11,7 +11,7 @@ from fedmira.algorithms.rank_split import RankSplit
 from fedmira.config.methods import FedAltSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import FixedGraph, Graph, LearnedGraph, category_graph
-from lora_federation import context, dense, lora, names, play, started
+from lora_federation import best_of_rank, context, dense, lora, names, play, started
 
 SPLIT = RankSplit(2)
 CENTRES = {client: lora(8, 70 + k) for k, client in enumerate(names(4))}
@@ -34,6 +34,30 @@ def test_the_rest_is_half_the_mean_of_the_other_clients_own_parts() -> None:
         for module, rest in dense(SPLIT.frozen(given)).items():
             expected = 0.5 * sum(dense(part)[module] for other, part in parts.items() if other != client) / 3
             torch.testing.assert_close(rest, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("rank", "fits"), [(4, False), (8, True)])
+def test_truncation_is_the_norm_of_what_the_frozen_parts_of_the_round_leave_out(rank: int, fits: bool) -> None:
+    """Three others of rank 2 need 6 directions: a client of rank 4 has 2 of them, one of rank 8 all 6. A dense reference in float64."""
+    federation = context([rank] * 4)
+    algorithm = build(SETTINGS, federation)
+    centres = {client: lora(rank, 70 + k) for k, client in enumerate(names(4))}
+    state, sent = play(algorithm, federation, started(algorithm, federation), centres, 1)
+    first = algorithm.combine(started(algorithm, federation), sent).diagnostics.round["truncation"]
+    assert first == 0.0, "nobody had trained before, so there was nothing to leave out"
+    parts = {reply.client_id: dense(own(reply.payload.tensors["adapter"]), scale(16.0, rank)) for reply in sent}
+    squares = whole = 0.0
+    for client in names(2):
+        held = dense(SPLIT.frozen(algorithm.instruct(state, client).tensors["adapter"]), scale(16.0, rank))
+        for module, matrix in held.items():
+            exact = 0.5 * sum(part[module] for other, part in parts.items() if other != client) / 3
+            torch.testing.assert_close(matrix, best_of_rank(exact, rank - 2), rtol=1e-5, atol=1e-5)
+            squares += float((exact - matrix).square().sum())
+            whole += float(exact.square().sum())
+    _, some = play(algorithm, federation, state, {client: centres[client] for client in names(2)}, 2)
+    found = algorithm.combine(state, some).diagnostics.round["truncation"]
+    assert found == pytest.approx(squares**0.5, rel=1e-6, abs=1e-6 * whole**0.5)
+    assert (squares < 1e-10 * whole) == fits and (found < 1e-5 * whole**0.5) == fits
 
 
 def test_ranks_may_differ_and_every_client_has_its_own_scale() -> None:

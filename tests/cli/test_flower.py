@@ -23,11 +23,19 @@ def test_the_app_holds_the_config_and_names_both_halves(base_folder: Path, clien
     app = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
     assert app["components"] == {"serverapp": "fedmira.flower_app:server_app", "clientapp": "fedmira.flower_app:client_app"}
     settings = app["config"]
-    assert (settings.pop("output"), settings.pop("resume")) == (str(tmp_path / "out"), False)
+    assert (settings.pop("output"), settings.pop("resume"), settings.pop("simulation")) == (str(tmp_path / "out"), False, False)
     flat = {
         key if not isinstance(value, dict) else f"{key}.{name}": inner for key, value in settings.items() for name, inner in pairs(value)
     }
     assert unflattened(flat) == load_config(file, None, ["rounds.count=9"])
+
+
+def test_an_app_for_simulation_says_so_and_may_deal_rows_among_clients(tmp_path: Path) -> None:
+    ended = call_main("flower", "init", tmp_path / "app", "--simulation", "--set", "data.partition=category")
+    assert ended.code == 0, ended.err
+    document = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text(encoding="utf-8"))
+    assert document["tool"]["flwr"]["app"]["config"]["simulation"] is True
+    assert document["project"]["dependencies"] == ["fedmira[flower-simulation]"]
 
 
 def pairs(value: object) -> list[tuple[str, object]]:

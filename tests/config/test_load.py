@@ -281,7 +281,8 @@ def test_a_dump_writes_every_default_out() -> None:
     text = dump_config(Config())
     for section, settings in Config():
         for key in type(settings).model_fields if section != "seed" else ():
-            if key not in {"server_step", "ranks", "rank_types"}:  # unset has no form in TOML; a table has a header of its own
+            # unset has no form in TOML; a table has a header of its own
+            if key not in {"server_step", "sample_least", "ranks", "rank_types"}:
                 assert f"\n{key} = " in text, f"{section}.{key}"
 
 
@@ -306,6 +307,34 @@ def test_a_measure_belongs_to_learned_graphs_and_goes_with_them() -> None:
 def test_a_safeguard_needs_something_to_decline(strength: str) -> None:
     with pytest.raises(ConfigError, match="nobody is pulled"):
         load_config(overrides=["algorithm.safeguard=true", "data.validation_fraction=0.1", strength])
+
+
+def test_slopes_along_random_directions_are_clipped_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    """The dump holds the number, so a run folder says what was done and is read back to the same run."""
+    assert load_config().local.max_grad_norm == 1.0
+    path = write(tmp_path, '[local]\noptimizer = "zeroth-order"\n')
+    free = load_config(path)
+    asked = load_config(path, overrides=["local.max_grad_norm=0.5"])
+    assert (free.local.max_grad_norm, asked.local.max_grad_norm) == (0.0, 0.5)
+    for config in (free, asked):
+        assert f"\nmax_grad_norm = {config.local.max_grad_norm}\n" in dump_config(config)
+        assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_a_limit_of_gradients_does_not_become_one_of_slopes_nor_the_other_way_round(tmp_path: Path) -> None:
+    slopes, gradients = "local.optimizer=zeroth-order", "local.optimizer=sgd"
+    dumped = write(tmp_path, dump_config(load_config(overrides=[slopes])))
+    assert load_config(dumped, overrides=[gradients]).local.max_grad_norm == 1.0
+    assert with_overrides(load_config(overrides=[slopes]), [gradients]).local.max_grad_norm == 1.0
+    assert load_config(preset="fedit-ni", overrides=[gradients]).local.max_grad_norm == 5.0
+    assert load_config(preset="fedit-ni", overrides=[slopes]).local.max_grad_norm == 0.0
+    asked = write(tmp_path, '[local]\noptimizer = "zeroth-order"\nmax_grad_norm = 0.5\n')
+    assert load_config(asked, overrides=[slopes, "local.steps=2"]).local.max_grad_norm == 0.5
+
+
+def test_a_wrong_optimizer_is_the_only_problem_although_a_default_depends_on_it() -> None:
+    (problem,) = problems("local.optimizer=sgdd")
+    assert problem.startswith('local.optimizer = "sgdd": must be one of')
 
 
 def test_a_safeguard_compares_whole_messages() -> None:

@@ -112,6 +112,15 @@ def test_flexloras_presets_differ_in_the_ranks_only() -> None:
     assert fixed.model_copy(update={"adapter": drawn.adapter}) == drawn
 
 
+def test_fedkseed_has_the_published_steps_seeds_and_sampling_without_clipping() -> None:
+    config = load_config(preset="fedkseed-ni")
+    assert (config.local.steps, config.local.batch_size, config.local.zeroth_seeds, config.local.zeroth_width) == (200, 1, 4096, 5e-4)
+    assert (config.rounds.count, config.rounds.participation, config.seed) == (40, 0.05, 42)
+    assert (config.data.sample_fraction, config.data.min_rows, config.data.input_limit) == (0.2, 20, 1024)
+    assert config.local.max_grad_norm == config.local.weight_decay == 0
+    assert config.model.base == "bundled" and config.data.max_length == BUNDLED_CONTEXT
+
+
 def test_an_unknown_preset_is_an_error_that_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="preset 'mira-in' does not exist; did you mean 'mira-ni'"):
         preset_description("mira-in")

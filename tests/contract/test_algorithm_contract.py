@@ -12,6 +12,7 @@ from torch import Tensor
 from fedmira.adapters import Adapter, digest, same_shapes
 from fedmira.adapters.directions import movement
 from fedmira.algorithms import ALGORITHMS, Algorithm, AlgorithmContext, ServerState, Trained, build
+from fedmira.config import LocalSettings
 from fedmira.config.methods import (
     AlgorithmSettings,
     DittoSettings,
@@ -29,7 +30,10 @@ from fedmira.config.methods import (
     ShareFactorSettings,
 )
 from fedmira.graphs import CollaborationGraph, FixedGraph, GraphSource, LearnedGraph, random_graph
-from fedmira.messages import Reply
+from fedmira.messages import Payload, Reply
+from fedmira.model import BaseModel, LocalTask, find_targets, train_cohort
+from fedmira.model import start_adapter as drawn_start
+from tiny import draw_rows
 
 CLIENTS = tuple(f"client-{k}" for k in range(6))
 FIXED = FixedGraph(random_graph(CLIENTS, 0))
@@ -78,9 +82,17 @@ def start_adapter() -> dict[str, Tensor]:
     return {name: torch.zeros_like(tensor) if ".lora_B." in name else tensor for name, tensor in lora(0).items()}
 
 
+FREEZING = ("share-factor, A frozen", "fedex", "fedalt", "fedalt, learned graph", "fedalt, sketched", "fedalt, pfedgraph")
+"""Those that freeze a part of the adapter."""
+
+
 @pytest.fixture(params=SETTINGS)
 def algorithm(request: pytest.FixtureRequest) -> Algorithm:
-    settings, graph = SETTINGS[request.param]
+    return built(request.param)
+
+
+def built(name: str) -> Algorithm:
+    settings, graph = SETTINGS[name]
     context = AlgorithmContext(CLIENTS, dict.fromkeys(CLIENTS, 20), dict.fromkeys(CLIENTS, 4), 16.0, graph, cohort=4, rounds=3)
     return build(settings, context)
 
@@ -158,6 +170,31 @@ def test_a_personal_adapter_of_a_client_outside_the_round_is_the_same_object(alg
     after = algorithm.combine(state, replies(algorithm, state, CLIENTS[1:3], 2)).state
     for client in (name for name in state.adapters if name in CLIENTS and name not in CLIENTS[1:3]):
         assert after.adapters[client] is state.adapters[client]
+
+
+def put_back(algorithm: Algorithm, payload: Payload) -> dict[str, Tensor]:
+    """Which entries are sent as they were at the beginning, although every one of them has changed by the end: those that are frozen."""
+    begun = algorithm.begin(payload, None).adapter
+    changed = {name: tensor + 1 for name, tensor in begun.items()}
+    sent, _ = algorithm.finish(payload, None, Trained(changed, 20, 5, 1e-3, movement({1: 0.1})))
+    return {name: tensor == begun[name] for name, tensor in sent.tensors["adapter"].items()}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_frozen_gets_no_step_in_local_training_and_everything_else_does(name: str, base: BaseModel) -> None:
+    """Real training on a tiny base, looked at before `finish`: putting frozen entries back does not undo what they did to the others."""
+    algorithm, targets = built(name), find_targets(base.model, ())
+    state = algorithm.initial_state(dict.fromkeys(CLIENTS, drawn_start(targets, 4, 1)))
+    payload = algorithm.instruct(state, CLIENTS[0])
+    begun, frozen = algorithm.begin(payload, None), put_back(algorithm, payload)
+    assert (name in FREEZING) == any(bool(part.any()) for part in frozen.values())
+    task = LocalTask(begun.adapter, 4.0, draw_rows(6, 3, 0), seed=1, hook=begun.hook)
+    (outcome,) = train_cohort(base, targets, [task], LocalSettings(steps=3, batch_size=4), 0.0, 400)
+    assert not outcome.failure
+    for parameter, part in frozen.items():
+        still = outcome.adapter[parameter] == begun.adapter[parameter]
+        assert bool(still[part].all()), f"{parameter}: a frozen entry was trained"
+        assert bool(part.all()) or not bool(still[~part].all()), f"{parameter}: nothing was trained"
 
 
 def test_one_client_in_a_round_is_enough(algorithm: Algorithm) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedmira.config.schema import DataSettings
 from fedmira.data.examples import Example, RawTask
 from fedmira.data.partition import ClientRows, Partition, partition_tasks
+from fedmira.data.randomness import generator, shuffled
 from fedmira.errors import DataError
 
 
@@ -57,6 +58,39 @@ def test_a_category_is_dealt_independently_of_the_others() -> None:
     together = partition(EIGHT, partition="category", clients_per_category=2).clients
     alone = partition(EIGHT[3:4], partition="category", clients_per_category=2).clients
     assert [client for client in together if client.category == "cat_3"] == list(alone)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 5))
+def test_rows_that_all_differ_are_dealt_like_cards(total: int, count: int, seed: int) -> None:
+    task = RawTask("cat", "cat", rows("cat", total))
+    clients = partition([task], seed, partition="category", clients_per_category=count, min_rows=1).clients
+    order = shuffled(task.examples, generator(seed, "category", "cat", "examples"))
+    assert [list(client.examples) for client in clients] == [order[k::count] for k in range(count) if k < total]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 12), min_size=12, max_size=60), st.integers(2, 4), st.integers(0, 5))
+def test_rows_with_one_prompt_go_to_one_client_of_a_category(prompts: list[int], count: int, seed: int) -> None:
+    given_rows = [Example("Do.", f"row {prompt}", f"answer {k}") for k, prompt in enumerate(prompts)]
+    own_test = [Example("Do.", f"row {prompt}", "yes") for prompt in range(0, 15, 2)]
+    tasks = [RawTask("cat", "cat", given_rows, own_test)]
+    clients = partition(tasks, seed, partition="category", clients_per_category=count, min_rows=1).clients
+    assume(len(clients) == count)  # with fewer prompts than clients, some have no rows and are left out
+    assert_is_a_partition(clients, tasks)
+    assert sorted(row.input for client in clients for row in client.test or ()) == sorted(row.input for row in own_test)
+    holders = Counter(prompt for client in clients for prompt in {row.prompt for row in (*client.examples, *(client.test or ()))})
+    assert set(holders.values()) == {1}
+    sizes, largest = [len(client.examples) for client in clients], max(Counter(prompts).values())
+    assert max(sizes) - min(sizes) <= largest, "the client with fewest gets the next prompt"
+
+
+def test_a_prompt_under_two_categories_stays_in_both() -> None:
+    """The categories are other tasks; which of them may ask the same is for the source to say."""
+    tasks = [RawTask(name, name, [Example("Do.", "the same", name), *rows(name, 11)]) for name in ("one", "two")]
+    clients = partition(tasks, partition="category", clients_per_category=2).clients
+    assert sorted(row.output for client in clients for row in client.examples if row.input == "the same") == ["one", "two"]
+    assert all(row.output in (client.category, "x") for client in clients for row in client.examples)
 
 
 def test_category_pools_its_tasks_and_deals_their_own_test_rows_as_test_rows() -> None:

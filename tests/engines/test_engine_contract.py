@@ -15,7 +15,7 @@ from fedmira.algorithms import ServerState
 from fedmira.engines import Engine, InProcessEngine
 from fedmira.experiment import Experiment, build_experiment
 from fedmira.messages import Failure, Reply, Request
-from fedmira.model import BaseModel
+from fedmira.model import BaseModel, tokenizer_hash
 from fedmira.rounds import seed_for
 
 TOLERANCE = 1e-4
@@ -27,15 +27,34 @@ good part of the learning rate in a direction that rounding chose. Another batch
 
 STEADY = {"local__optimizer": "sgd", "local__learning_rate": 1.0}
 
-ENGINES: dict[str, Callable[[Experiment, int], Engine]] = {
-    "in-process": lambda experiment, cohort_size: InProcessEngine(cohort_of(experiment, experiment.algorithm), cohort_size),
-}
-"""Name -> makes the engine of an experiment, with at most so many clients at once."""
+
+def in_process(experiment: Experiment, cohort_size: int, folder: Path) -> Engine:
+    return InProcessEngine(cohort_of(experiment, experiment.algorithm), cohort_size)
+
+
+def over_flower(experiment: Experiment, cohort_size: int, folder: Path) -> Engine:
+    pytest.importorskip("flwr", reason="Flower is not installed; pip install 'fedmira[flower]'")
+    from fedmira.engines.flower import FlowerEngine, Nodes
+    from fedmira.engines.wire import ServerEnd
+    from loopback import LoopbackGrid
+
+    grid = LoopbackGrid(experiment.config, {number: {"name": name, "memory": str(folder)} for number, name in enumerate(experiment.ranks)})
+    base = experiment.kind.base
+    nodes = Nodes(grid, base.sha256, tokenizer_hash(base.tokenizer), tuple(experiment.ranks), reply_s=60)
+    return FlowerEngine(nodes, ServerEnd("float32", folder.name), min_replies=len(experiment.ranks), wait_s=60)
+
+
+ENGINES: dict[str, Callable[[Experiment, int, Path], Engine]] = {"in-process": in_process, "flower": over_flower}
+"""Name -> makes the engine of an experiment, with at most so many clients at once, and a folder of its own."""
 
 
 @pytest.fixture(params=ENGINES)
-def make_engine(request: pytest.FixtureRequest) -> Callable[[Experiment, int], Engine]:
-    return ENGINES[request.param]
+def make_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment, int], Engine]:
+    return lambda experiment, cohort_size: ENGINES[request.param](experiment, cohort_size, tmp_path_factory.mktemp("engine"))
+
+
+remembers = pytest.mark.parametrize("make_engine", ["in-process"], indirect=True)
+"""For tests of what clients remember, where the engine keeps it; other engines leave it on the clients' machines (test_node_memory.py)."""
 
 
 @pytest.fixture
@@ -146,6 +165,7 @@ def test_clients_in_turn_equal_clients_side_by_side(
     assert largest_share(side_by_side, in_turn, requests) < TOLERANCE
 
 
+@remembers
 def test_a_plain_client_keeps_nothing(make_engine: Any, experiment: Experiment) -> None:
     engine = make_engine(experiment, 64)
     engine.exchange(requests_of(experiment))
@@ -157,6 +177,7 @@ def keeping(base: BaseModel, base_folder: Path, clients_folder: Path) -> Experim
     return built(base, base_folder, clients_folder, local__optimizer_state="kept")
 
 
+@remembers
 def test_memories_belong_to_their_clients_and_are_used(make_engine: Any, keeping: Experiment) -> None:
     engine, requests = make_engine(keeping, 64), requests_of(keeping)
     first = hashes(replies_of(engine.exchange(requests[:2])))
@@ -170,6 +191,7 @@ def test_memories_belong_to_their_clients_and_are_used(make_engine: Any, keeping
     assert {part: digest(adapter) for part, adapter in engine.memories[other].tensors.items()} == untouched[other]
 
 
+@remembers
 def test_restored_memories_continue_bit_for_bit(make_engine: Any, keeping: Experiment) -> None:
     engine, requests = make_engine(keeping, 64), requests_of(keeping)
     engine.exchange(requests)
@@ -181,6 +203,7 @@ def test_restored_memories_continue_bit_for_bit(make_engine: Any, keeping: Exper
     assert hashes(replies_of(make_engine(keeping, 64).exchange(requests_of(keeping, 2)))) != expected
 
 
+@remembers
 def test_a_copy_of_the_memories_is_handed_out(make_engine: Any, keeping: Experiment) -> None:
     engine = make_engine(keeping, 64)
     engine.exchange(requests_of(keeping)[:1])
@@ -189,6 +212,7 @@ def test_a_copy_of_the_memories_is_handed_out(make_engine: Any, keeping: Experim
     assert len(before) == 1 and len(engine.memories) == 2
 
 
+@remembers
 def test_a_client_that_diverges_fails_alone_and_keeps_its_memory(make_engine: Any, keeping: Experiment) -> None:
     requests = requests_of(keeping)
     engine, healthy = make_engine(keeping, 64), make_engine(keeping, 64)

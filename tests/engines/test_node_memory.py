@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def test_what_was_kept_is_there_after_a_restart(tmp_path: Path) -> None:
     NodeMemory(tmp_path, "run-1", "north").keep(3, memory(3))
     for _ in range(2):
         assert_is(NodeMemory(tmp_path, "run-1", "north").recall(3), 3)
+
+
+def test_other_users_of_the_machine_cannot_read_it(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        node = NodeMemory(tmp_path / "folder", "run", "clinic")
+        node.keep(1, memory(1))
+    finally:
+        os.umask(before)
+    assert [folder.stat().st_mode & 0o077 for folder in (node.folder, node.folder.parent)] == [0, 0]
 
 
 def test_a_new_client_remembers_nothing_and_writes_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -52,14 +53,21 @@ def test_the_plan_follows_from_settings_and_shapes(base: BaseModel, base_folder:
         ({"algorithm.name": "fedprox"}, 4 * PER_RANK),
         ({"algorithm.name": "fedex", "algorithm.trained_rank": 1}, PER_RANK),
         ({"algorithm.name": "share-factor", "algorithm.shared_factor": "B", "algorithm.private_factor": "frozen"}, 4 * 2 * (32 + 16)),
+        ({"algorithm.name": "share-factor"}, 4 * PER_RANK),
+        ({"algorithm.name": "fedalt"}, 2 * PER_RANK),
+        ({"algorithm.name": "ditto"}, 4 * PER_RANK),
     ],
 )
-def test_the_plan_tells_trained_parameters_from_frozen_ones(
-    settings: dict[str, object], trained: int, base: BaseModel, base_folder: Path, clients_folder: Path
+def test_plan_and_run_folder_tell_trained_parameters_from_frozen_ones(
+    settings: dict[str, object], trained: int, base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:
-    plan = make_plan(build_experiment(make_config(base_folder, clients_folder, settings), base))
+    experiment = build_experiment(make_config(base_folder, clients_folder, {"rounds.count": 1, **settings}), base)
+    plan = make_plan(experiment)
     assert (plan.adapter_parameters, plan.trained_parameters) == (4 * PER_RANK, trained)
     assert ("are trained" in "\n".join(plan.lines())) == (trained < 4 * PER_RANK)
+    run_experiment(experiment, tmp_path / "run")
+    index = json.loads((tmp_path / "run" / "adapters" / "index.json").read_text(encoding="utf-8"))
+    assert {(entry["parameters"], entry["trained_parameters"]) for entry in index.values()} == {(4 * PER_RANK, trained)}
 
 
 def test_a_learned_graph_has_no_bound_to_tell_in_advance(base: BaseModel, base_folder: Path, clients_folder: Path) -> None:

@@ -46,10 +46,25 @@ def test_a_slope_is_the_gradient_along_its_direction() -> None:
     plain = LocalSettings(optimizer="sgd", steps=1, batch_size=4, learning_rate=1.0, max_grad_norm=0)
     gradient = subtract(job.start, trained([job], plain)[0].adapter)
     for seed in range(5):
-        settings = SETTINGS.model_copy(update={"steps": 1, "max_grad_norm": 0, "zeroth_width": 2e-3})
+        settings = SETTINGS.model_copy(update={"steps": 1, "zeroth_width": 2e-3})
         [(chosen, coefficient)] = sent(trained([replace(job, seed=seed)], settings)[0]).items()
         z = direction(chosen, job.start)
         assert coefficient == pytest.approx(-RATE * dot(gradient, z), rel=0.02, abs=RATE * 2e-3 * norm(gradient))
+
+
+def test_without_a_limit_of_ones_own_coefficients_keep_their_magnitudes() -> None:
+    """Clipped to 1, every step is as long as any other: what is left of a slope is its sign, as |g z| is far above 1."""
+    job = jobs()[0]
+
+    def lengths(settings: LocalSettings) -> list[float]:
+        """|g z| of the first step from six seeds, as far as it was taken."""
+        steps = [sent(trained([replace(job, seed=seed)], settings)[0]) for seed in range(6)]
+        return [abs(c) / RATE * norm(direction(seed, job.start)) for step in steps for seed, c in step.items()]
+
+    kept = lengths(LocalSettings(optimizer="zeroth-order", steps=1, batch_size=4, learning_rate=RATE))
+    clipped = lengths(LocalSettings(optimizer="zeroth-order", steps=1, batch_size=4, learning_rate=RATE, max_grad_norm=1.0))
+    assert clipped == pytest.approx([1.0] * 6, rel=1e-3)
+    assert min(kept) > 1.0 and max(kept) > 3 * min(kept)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.5])
@@ -80,7 +95,7 @@ def test_a_client_does_not_depend_on_cohort_budget_or_path() -> None:
 
 
 def test_the_loss_falls() -> None:
-    settings = SETTINGS.model_copy(update={"steps": 150, "learning_rate": 0.05, "zeroth_seeds": 4096})
+    settings = SETTINGS.model_copy(update={"steps": 150, "learning_rate": 0.003, "zeroth_seeds": 4096})
     outcome = trained(jobs(), settings)[0]
     assert outcome.last_loss < outcome.first_loss - 0.05
 

@@ -39,6 +39,8 @@ class RunFolder:
         self.events: list[Row] = []
         self.round_rows = [self._round(number) for number in range(1, ROUNDS + 1)]
         self.status, self.error = "finished", None
+        self.trained_parameters: int | None = 43_008
+        self.more_settings = ""
 
     def _client(self, index: int, name: str) -> Row:
         family = self.families[index % len(self.families)]
@@ -165,7 +167,7 @@ class RunFolder:
     def write(self) -> Path:
         """Writes all files that such a run has, and returns the folder."""
         (self.folder / "metrics").mkdir(parents=True)
-        settings = f'seed = 0\n\n[algorithm]\nname = "{self.algorithm}"\n\n[local]\nsteps = 7\nbatch_size = 8\n'
+        settings = f'seed = 0\n\n[algorithm]\nname = "{self.algorithm}"\n\n[local]\nsteps = 7\nbatch_size = 8\n{self.more_settings}'
         (self.folder / "config.toml").write_text(settings, encoding="utf-8")
         (self.folder / "run.json").write_text(json.dumps(self.provenance()), encoding="utf-8")
         lines = "".join(json.dumps(event) + "\n" for event in self.events)
@@ -182,6 +184,7 @@ class RunFolder:
             (self.folder / "adapters").mkdir()
             index = {
                 row["client"]: {"category": row["category"], "rank": row["rank"], "parameters": 43_008, "sha256": "cd" * 32}
+                | ({} if self.trained_parameters is None else {"trained_parameters": self.trained_parameters})
                 for row in self.client_rows
             }
             (self.folder / "adapters" / "index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -23,7 +23,7 @@ def test_a_budget_adds_up_what_was_written(run_folder: Folders) -> None:
     assert found.local_steps == 7 * exchanges and found.response_tokens == 310 * exchanges
     assert found.tokens == 2100 * exchanges + 100 * len(folder.round_rows)
     assert found.bytes_up == found.bytes_down == sum(row["bytes_up"] for row in folder.round_rows) > 0
-    assert found.parameters_least == found.parameters_most == 43_008
+    assert found.parameters_least == found.parameters_most == found.trained_least == found.trained_most == 43_008
 
 
 def test_what_the_folder_does_not_say_is_none(run_folder: Folders) -> None:
@@ -32,7 +32,7 @@ def test_what_the_folder_does_not_say_is_none(run_folder: Folders) -> None:
         event.pop("steps", None)
     folder.fail_early("out of memory")
     found = budget_of(read_run(folder.write()))
-    assert found.local_steps is None and found.bytes_up is None and found.parameters_least is None
+    assert found.local_steps is None and found.bytes_up is None and found.parameters_least is None and found.trained_most is None
     assert found.response_tokens == 2 * 310
 
 
@@ -63,6 +63,10 @@ def fewer_clients(folder: Any) -> None:
     folder.client_rows.pop()
 
 
+def best_adapters(folder: Any) -> None:
+    folder.more_settings = '\n[evaluation]\nselect = "best"\n'
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -71,6 +75,7 @@ def fewer_clients(folder: Any) -> None:
         (other_rows, "mira, seed 4: other rows (sha256): 121212121212, and efefefefefef under local"),
         (other_base, "mira, seed 4: other base model (sha256): 343434343434, and abababababab under local"),
         (fewer_clients, "mira, seed 4: other clients: they are not the same"),
+        (best_adapters, "mira, seed 4: other evaluation.select: best, and not recorded under local"),
     ],
 )
 def test_each_inequality_is_named_with_both_values(change: Callable[[Any], None], expected: str, run_folder: Folders) -> None:

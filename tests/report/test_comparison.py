@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from fedmira.errors import ConfigError, RunFolderError
-from fedmira.report import Figures, write_comparison, write_report
+from fedmira.report import Figures, read_run, write_comparison, write_report
 from fedmira.report.comparison import MOST_DRAWN, heat
+from fedmira.report.comparison_figures import pools_of
 
 Folders = Callable[..., Any]
 
@@ -130,6 +131,55 @@ def test_unequal_budgets_are_said_loudly_everywhere(run_folder: Folders, tmp_pat
     page, text = page_in(tmp_path), (tmp_path / "comparison.md").read_text(encoding="utf-8")
     assert "Unequal: these methods were not run on equal terms" in page and said in page and "Equal terms" not in page
     assert "**UNEQUAL" in text and said in text and "| fedavg (UNEQUAL) |" in text
+
+
+def test_methods_that_train_less_are_named_and_still_compare(run_folder: Folders, tmp_path: Path) -> None:
+    made = three_methods(run_folder)
+    for run in made["fedavg"].values():
+        run.trained_parameters = 21_504
+    for run in made["mira"].values():
+        run.trained_parameters = None  # of a run that did not write it down
+    figures = compare(made, tmp_path)
+    note = "fedavg trains 21,504 parameters of a client's adapter, local 43,008"
+    document = figures.document()
+    assert document["equal"] is True and document["notes"] == [note]
+    assert [row["parameters_most"] for row in figures.method_rows] == [43_008] * 3
+    assert [row["trained_most"] for row in figures.method_rows] == [43_008, 21_504, None]
+    text, page = (tmp_path / "comparison.md").read_text(encoding="utf-8"), page_in(tmp_path)
+    assert f"- {note}\n" in text and "| 43,008 | 21,504 | " in text and "| 43,008 | – | " in text
+    assert note.replace("'", "&#39;") in page and "Equal terms" in page and '<td class="number">21,504</td>' in page
+
+
+def test_clients_of_one_category_are_resampled_together_where_the_partition_makes_them(run_folder: Folders, tmp_path: Path) -> None:
+    found = {}
+    for kind in ("task", "category"):
+        made = {name: {0: run_folder(f"{kind}-{name}", clients=24, algorithm=name)} for name in ("local", "mira")}
+        for runs in made.values():
+            runs[0].more_settings = f'\n[data]\npartition = "{kind}"\n'
+        found[kind] = compare(made, tmp_path / kind)
+    said = {"task": "clients", "category": "categories with all their clients"}
+    for kind, resampled in said.items():
+        assert found[kind].document()["interval"]["kind"] == f"percentile bootstrap over {resampled}"
+        assert f"resampling {resampled}. " in page_in(tmp_path / kind)
+        assert f"interval over {resampled}. " in (tmp_path / kind / "comparison.md").read_text(encoding="utf-8")
+    alone, together = (found[kind].pairings["mira", "local"] for kind in said)
+    assert alone.difference == together.difference and (alone.low, alone.high) != (together.low, together.high)
+
+
+def test_a_category_with_one_client_is_that_client(run_folder: Folders) -> None:
+    several, single = run_folder("several", clients=2), run_folder("single", clients=1)
+    several.more_settings = single.more_settings = '\n[data]\npartition = "category"\n'
+    assert pools_of([read_run(several.write())]) == dict.fromkeys(several.names, "triage")
+    assert pools_of([read_run(single.write())]) is None
+
+
+def test_what_was_resampled_is_said_as_it_was(run_folder: Folders, tmp_path: Path) -> None:
+    one = compare({name: {0: run_folder(f"one-{name}", clients=3, algorithm=name)} for name in ("local", "mira")}, tmp_path / "one")
+    two = compare(three_methods(run_folder), tmp_path / "two")
+    assert (one.resampled, two.resampled) == ("clients", "clients and seeds")
+    said = [(tmp_path / name / "comparison.md").read_text(encoding="utf-8") for name in ("one", "two")]
+    assert "mean over clients. " in said[0] and "interval over clients. " in said[0]
+    assert "mean over clients and seeds; ± is" in said[1] and "interval over clients and seeds. " in said[1]
 
 
 @pytest.mark.parametrize(("excess", "expected"), [(0, 0), (0.01, 1), (0.04, 2), (0.09, 3), (0.2, 4), (0.3, 5)])

@@ -8,11 +8,12 @@ adapter that client k trains, R_k the frozen one, a_kl the graph and rho the sha
 R_k is computed when the client is about to train and stays as it is until its next round; nothing ever overwrites L_k. With the
 uniform graph the weights are the paper's 1 / (K - 1); other graphs are ours. The paper weighs both parts by a mixer that looks at the
 input, which is no LoRA adapter any more; here rho is one number, and both parts are one adapter: the first directions are L_k, the
-others rho R_k, cut to the directions that the rank leaves for it.
+others rho R_k, cut to the directions that the rank leaves for it; the log's `truncation` says what did not fit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapter, mix, replaced
+from fedmira.adapters import Adapter, gram, mix, replaced
 from fedmira.algorithms.base import Combined, Diagnostics, PlainClient, ServerState, Start, Trained
 from fedmira.algorithms.context import AlgorithmContext
 from fedmira.algorithms.kept_products import KeptProducts, Taken
@@ -72,7 +73,7 @@ class FedAlt(PlainClient):
         return PartlySent({"adapter": self.split.joined(self.split.trained(before), rest)}, sent={"rest": rest})
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
-        """Keep what each client trained, and learn the graph from the own parts."""
+        """Keep what each client trained, learn the graph from the own parts, and log what the frozen parts of the round left out."""
         clients, source = self.context.clients, self.context.graph
         changes = {reply.client_id: reply.payload.tensors["adapter"] for reply in replies}
         adapters = replaced(state.adapters, changes)
@@ -87,7 +88,8 @@ class FedAlt(PlainClient):
         after = ServerState(adapters, numbers)
         graph = self._graph(after)
         degrees = graph.degrees if graph else torch.zeros(len(clients))
-        return Combined(after, Diagnostics(clients={clients[k]: {"degree": float(degrees[k])} for k in cohort}, graph=graph))
+        cut = {"truncation": math.sqrt(sum(self._left_out(state, client, changes[client]) for client in sorted(changes)))}
+        return Combined(after, Diagnostics(cut, {clients[k]: {"degree": float(degrees[k])} for k in cohort}, graph))
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
         """Both parts, the rest of the world as it was when the client trained beside it."""
@@ -117,10 +119,21 @@ class FedAlt(PlainClient):
     def _rest(self, state: ServerState, client: ClientId) -> Adapter:
         """rho R_k in the frozen part's rank; zero with the start's A where no neighbour has trained."""
         rank, scale, room = self.context.ranks[client], self.context.scale(client), self.split.frozen(state.adapters[client])
+        (parts, scales), weights = self._others(state, client)
+        return mix(parts, weights.tolist(), scales, rank - self.split.of(rank), scale, room).adapter
+
+    def _left_out(self, state: ServerState, client: ClientId, trained: Adapter) -> float:
+        """|rho R_k - what the client held of it|^2, norms of s B A; it travels with neither message, so it is measured afterwards."""
+        (parts, scales), weights = self._others(state, client)
+        products = gram([*parts, self.split.frozen(trained)], [*scales, self.context.scale(client)])
+        difference = torch.cat([weights, torch.tensor([-1.0], dtype=torch.float64)])
+        return max(0.0, float(difference @ products @ difference))
+
+    def _others(self, state: ServerState, client: ClientId) -> tuple[Taken, Tensor]:
+        """The own parts that a client's rest of the world is made of, and their weights, float64."""
         weights = self._weights(state, self.context.clients.index(client))
         others = torch.nonzero(weights).flatten().tolist()
-        parts, scales = self._own_parts(state.adapters, others)
-        return mix(parts, weights[others].tolist(), scales, rank - self.split.of(rank), scale, room).adapter
+        return self._own_parts(state.adapters, others), weights[others]
 
     def _weights(self, state: ServerState, k: int) -> Tensor:
         """rho a_kl / delta_k over the clients that have trained, float64 [K]."""

@@ -7,7 +7,8 @@ Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foun
     client of rank r:   the first r rows of A and columns of B
 
 The norms stand for the paper's sparsity weights; where all updates are zero, the weights are equal. As in the paper factors are averaged
-as they are, whatever alpha / r a client applies to its own. The paper's clients also prune their rank as they train; here
+as they are, whatever alpha / r a client applies to its own. Directions that nobody of the round has stay as they are: the mean of nothing
+but padding would be A = B = 0, of which neither ever gets a gradient again. The paper's clients also prune their rank as they train; here
 a client's rank is that of its settings.
 """
 
@@ -24,6 +25,7 @@ from fedmira.adapters.low_rank import DOWN
 from fedmira.algorithms.averaging import COMMON, CutToRank, by_rows
 from fedmira.algorithms.base import Combined, ServerState
 from fedmira.algorithms.context import AlgorithmContext
+from fedmira.algorithms.rank_split import RankSplit
 from fedmira.config.methods import HetLoraSettings
 from fedmira.messages import Reply
 
@@ -43,13 +45,17 @@ class HetLora(CutToRank):
     """The state holds one adapter of the largest rank."""
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
-        """Average the padded factors; a row that nobody of this round has becomes zero."""
-        adapters = [reply.payload.tensors["adapter"] for reply in by_rows(replies)[0]]
+        """Average the padded factors; the directions that no client with a weight has stay as they are."""
+        ordered, _ = by_rows(replies)
+        adapters = [reply.payload.tensors["adapter"] for reply in ordered]
         norms = [product_norm(adapter) for adapter in adapters]
         total = sum(norms)
         weights = [norm / total if total else 1 / len(norms) for norm in norms]
+        reached = max(self.context.ranks[reply.client_id] for reply, weight in zip(ordered, weights, strict=True) if weight)
         mean = weighted_sum([padded(adapter, self.context.largest_rank) for adapter in adapters], weights)
-        return Combined(ServerState(replaced(state.adapters, {COMMON: mean}), state.numbers))
+        split = RankSplit(reached)
+        shared = split.joined(split.trained(mean), split.frozen(state.adapters[COMMON]))
+        return Combined(ServerState(replaced(state.adapters, {COMMON: shared}), state.numbers))
 
 
 def build_hetlora(settings: HetLoraSettings, context: AlgorithmContext) -> HetLora:

@@ -82,10 +82,12 @@ def _print(comparison: Comparison) -> None:
         level = f"{100 * document['interval']['level']:g} %"
         _print_columns(f"against {baseline}: paired difference, its {level} bootstrap interval, and clients beyond noise", columns, others)
     budget = {"method": "method", "local_steps": "local steps", "response_tokens": "response tokens", "tokens": "tokens computed"}
-    budget |= {"MiB_up": "MiB up", "MiB_down": "MiB down", "parameters_most": "parameters a client", "equal_budget": "equal"}
+    budget |= {"MiB_up": "MiB up", "MiB_down": "MiB down", "parameters_most": "parameters a client", "trained_most": "of these trained"}
+    budget |= {"equal_budget": "equal"}
     ways = ("up", "down", "up_each", "down_each")
     in_mib = [row | {f"MiB_{way}": _mib(row[f"bytes_{way}"]) for way in ways} for row in rows]
     _print_columns("budget of a run, mean over seeds", budget, in_mib)
+    print("".join(f"{note}\n" for note in document["notes"]), end="")
     each = {"method": "method", "MiB_down_each": "MiB down", "MiB_up_each": "MiB up", "dtype": "number type"}
     _print_columns("what one client sends and is sent in one round, on average", each, in_mib)
     if document.get("target_loss") is not None:

@@ -38,6 +38,9 @@ def init(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The run folder, on the server. Default: run, beside the app.", show_default=False)
     ] = None,
+    simulation: Annotated[
+        bool, typer.Option("--simulation", help="Flower simulates the clients, on the run's own data; it takes fedmira[flower-simulation].")
+    ] = False,
 ) -> None:
     """Write a Flower app that makes this run; then flower-superlink, flower-supernode and flwr run do the rest (docs/federation.md).
 
@@ -46,39 +49,45 @@ def init(
     chosen = settings(config, preset, overrides)
     from fedmira.data import check_apart
 
-    check_apart(chosen.data)
+    if not simulation:
+        check_apart(chosen.data)
     if folder.exists():
         raise ConfigError(f"{folder}: exists already and is never overwritten; choose another folder")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", folder.resolve().name):
         raise ConfigError(f"{folder}: Flower wants an app folder's name in small letters, digits and '-', such as 'federation'")
     run_folder = (output or folder.resolve().with_name(f"{folder.resolve().name}-run")).resolve()
     folder.mkdir(parents=True)
-    (folder / "pyproject.toml").write_text(app_text(folder.resolve().name, chosen, run_folder), encoding="utf-8")
+    (folder / "pyproject.toml").write_text(app_text(folder.resolve().name, chosen, run_folder, simulation), encoding="utf-8")
     typer.echo(folder / "pyproject.toml")
-    say(f"start a SuperLink and the nodes (docs/federation.md), then: flwr run {folder} --stream")
+    programs, more = (
+        ("a SuperLink for simulation", " --federation-config 'num-supernodes=CLIENTS'") if simulation else ("a SuperLink and the nodes", "")
+    )
+    say(f"start {programs} (docs/federation.md), then: flwr run {folder}{more} --stream")
 
 
-def app_text(name: str, config: Config, output: Path) -> str:
+def app_text(name: str, config: Config, output: Path, simulation: bool = False) -> str:
     """The pyproject.toml of a Flower app.
 
     Args:
         name: of the app.
         output: the run folder on the server.
+        simulation: Flower simulates the nodes.
     """
+    extra = "flower-simulation" if simulation else "flower"
     document = {
         "project": {
             "name": name,
             "version": "1.0.0",
             "description": "A run of fedmira over Flower",
             "license": "Apache-2.0",
-            "dependencies": ["fedmira[flower]"],
+            "dependencies": [f"fedmira[{extra}]"],
         },
         "tool": {
             "flwr": {
                 "app": {
                     "publisher": "local",
                     "components": {"serverapp": "fedmira.flower_app:server_app", "clientapp": "fedmira.flower_app:client_app"},
-                    "config": {"output": str(output), "resume": False, **_nested(flattened(_absolute(config)))},
+                    "config": {"output": str(output), "resume": False, "simulation": simulation, **_nested(flattened(_absolute(config)))},
                 }
             }
         },

@@ -90,7 +90,8 @@ def cover(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:
 
     What `upper` makes meaningless in `lower` goes with it, so that a change of one key is enough: the settings that a newly named
     algorithm does not have, the rival of a key (`coupling` and `server_step`, `steps` and `epochs`, `rank` and `rank_distribution`), the
-    file of another kind of graph, and how a learned one compares. What `upper` itself sets is never dropped.
+    file of another kind of graph, how a learned one compares, and the limit of gradients under slopes along random directions and the
+    other way round. What `upper` itself sets is never dropped.
     """
     kept = {name: dict(value) if isinstance(value, dict) else value for name, value in lower.items()}
     for name, keys in upper.items():
@@ -108,11 +109,17 @@ def _drop_outdated(section: str, below: Settings, above: Mapping[str, Any]) -> N
         below.pop("path", None)
     if section == "graph" and above.get("kind") in ("random", "uniform", "category", "file"):
         below.pop("measure", None)
+    if section == "local" and "optimizer" in above and _random_directions(above) != _random_directions(below):
+        below.pop("max_grad_norm", None)  # the norm of one is not that of the other
     for first, second in _RIVALS.get(section, ()):
         if first in above:
             below.pop(second, None)
         if second in above:
             below.pop(first, None)
+
+
+def _random_directions(local: Mapping[str, Any]) -> bool:
+    return local.get("optimizer") == "zeroth-order"
 
 
 def _join(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:

@@ -45,6 +45,8 @@ def describe_problems(error: ValidationError, settings: Settings, layers: Sequen
     """
     details: dict[_Path, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
+        if detail["type"] == "default_factory_not_called":
+            continue  # a default that depends on a wrong key is not wrong itself
         details.setdefault(_locate(detail["loc"], settings), []).append(detail)
     # A value that may be one of several types fails once for each; where an item inside it is wrong, only the item counts.
     outermost = [path for path in details if any(other[: len(path)] == path for other in details if len(other) > len(path))]

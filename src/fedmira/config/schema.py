@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -119,7 +119,8 @@ class DataSettings(Section):
             draws each client's mix of categories from Dirichlet(`dirichlet_alpha`) over `dirichlet_clients` clients, each with at
             least `min_rows`; "column" makes a client per value of `column`.
         min_rows: a client with fewer rows is skipped (task, category) or redrawn (dirichlet).
-        sample_fraction: share of a task's rows that is used at all (FedKSeed: 0.2).
+        sample_fraction: share of a task's rows that is used at all (FedKSeed: 0.2, and 0.02 of its unseen tasks).
+        sample_least: that share is at least so many rows, or all there are (FedKSeed: 20 of its unseen tasks).
         train_fraction, validation_fraction: shares of a client's rows; the rest is its test set, cut to `test_rows` (0 = no cut).
         max_rows: most training rows of a client (0 = all); a list is given to the clients in turn. Validation is cut in proportion.
         max_length: most tokens of a row, prompt and response together; longer prompts lose tokens, never the whole response.
@@ -141,6 +142,7 @@ class DataSettings(Section):
     min_rows: Positive = 4
     input_limit: Positive = 1024
     sample_fraction: float = Field(1.0, gt=0, le=1)
+    sample_least: Positive | None = None
     train_fraction: float = Field(0.8, gt=0, lt=1)
     validation_fraction: float = Field(0.0, ge=0, lt=1)
     test_rows: Count = 0
@@ -204,12 +206,23 @@ class GraphSettings(Section):
         return self
 
 
+GRADIENT_LIMIT = 1.0
+"""Default of `local.max_grad_norm` for optimizers that step along gradients."""
+
+
+def _gradient_limit(local: dict[str, Any]) -> float:
+    """The default of `max_grad_norm`, from the keys of the section that stand before it."""
+    return 0.0 if local.get("optimizer") == "zeroth-order" else GRADIENT_LIMIT
+
+
 class LocalSettings(Section):
     """[local]: a client's training within a round.
 
     Attributes:
         steps: optimizer steps a round; ignored when `epochs` is above 0, which counts passes over the client's rows.
-        max_grad_norm: each client's gradient is clipped to this norm; 0 switches clipping off.
+        max_grad_norm: each client's gradient is clipped to this norm; 0 switches clipping off. Of optimizer "zeroth-order" the default is
+            0: its slope g times a random direction has a norm of about |g| sqrt(P) with P parameters, of which clipping to 1 would leave
+            little but the sign of g.
         optimizer_state: "fresh" starts each round with empty moments, "kept" keeps them in the client's private memory.
         sophia_refresh: optimizer "sophia" estimates the curvature h anew every so many local steps of a client.
         sophia_gamma, sophia_rho: its step is learning_rate * clip(m / (gamma * h), -rho, rho).
@@ -223,7 +236,7 @@ class LocalSettings(Section):
     batch_size: Positive = 8
     learning_rate: float = Field(3e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(default_factory=_gradient_limit, ge=0, json_schema_extra={"default": GRADIENT_LIMIT})
     optimizer_state: Literal["fresh", "kept"] = "fresh"
     sophia_refresh: Positive = 10
     sophia_gamma: float = Field(0.05, gt=0)

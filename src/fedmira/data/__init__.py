@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedmira.data.encoding import ClientData, EncodedExample, Encoder
 from fedmira.data.examples import Example, RawTask, Reading
-from fedmira.data.load import ClientSummary, Dataset, check_apart, load_clients, load_own, summary_of
+from fedmira.data.load import ClientSummary, Dataset, check_apart, id_problem, load_clients, load_own, read_summary, summary_of
 from fedmira.data.prompts import PROMPTS
 from fedmira.data.sources import SOURCES
 from fedmira.data.tokenizer import Tokenizer
@@ -22,7 +22,9 @@ __all__ = [
     "Reading",
     "Tokenizer",
     "check_apart",
+    "id_problem",
     "load_clients",
     "load_own",
+    "read_summary",
     "summary_of",
 ]

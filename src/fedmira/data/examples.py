@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Example", "RawTask", "Reading"]
+__all__ = ["Example", "RawTask", "Reading", "by_prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,11 @@ class Example:
     output: str
     where: str = field(default="", compare=False)
     messages: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def prompt(self) -> Hashable:
+        """Equal for rows that ask the same, whatever the response."""
+        return (self.instruction, self.input, self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +63,11 @@ class Reading:
 
     tasks: tuple[RawTask, ...]
     skipped: tuple[str, ...] = ()
+
+
+def by_prompt(rows: Iterable[Example]) -> list[list[Example]]:
+    """Rows with the same prompt together, in the order in which each prompt comes first."""
+    groups: dict[Hashable, list[Example]] = {}
+    for row in rows:
+        groups.setdefault(row.prompt, []).append(row)
+    return list(groups.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from fedmira.config.schema import DataSettings
 from fedmira.data.encoding import ClientData, Encoder
@@ -14,7 +14,7 @@ from fedmira.data.sources import SOURCES
 from fedmira.data.split import split_rows
 from fedmira.data.tokenizer import Tokenizer
 
-__all__ = ["ClientSummary", "Dataset", "check_apart", "load_clients", "load_own", "summary_of"]
+__all__ = ["ClientSummary", "Dataset", "check_apart", "id_problem", "load_clients", "load_own", "read_summary", "summary_of"]
 
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -139,16 +139,42 @@ def _check_ids(clients: Sequence[ClientRows]) -> None:
     folders: dict[str, str] = {}
     for client in clients:
         name = client.client_id
-        if not _SAFE.fullmatch(name) or len(name) > 200:
-            proposal = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:200] or "client-1"
-            problems.add(
-                f"client id {name!r} cannot name a folder: use at most 200 letters, digits, '.', '_' and '-', "
-                f"and begin with a letter, digit or '_'; for example {proposal!r}"
-            )
+        if problem := id_problem(name):
+            problems.add(problem)
         if name.casefold() in folders:
             problems.add(f"client ids {folders[name.casefold()]!r} and {name!r} would share a folder where case is ignored; rename one")
         folders[name.casefold()] = name
     problems.raise_if_any()
+
+
+def read_summary(values: object) -> ClientSummary:
+    """A summary that was written elsewhere.
+
+    Args:
+        values: a mapping of the fields' names to texts and to whole numbers, 0 or more.
+
+    Raises:
+        ValueError: a field is missing, unknown or of another type.
+    """
+    expected = {field.name: str if field.type == "str" else int for field in fields(ClientSummary)}
+    if not isinstance(values, dict) or set(values) != set(expected):
+        raise ValueError(f"a client's summary has the fields {', '.join(expected)}")
+    for name, kind in expected.items():
+        value = values[name]
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
+            raise ValueError(f"{name} is {str(value)[:200]!r}; must be a {'text' if kind is str else 'whole number, 0 or more'}")
+    return ClientSummary(**values)
+
+
+def id_problem(name: str) -> str:
+    """Why this cannot be a client's id, which names a folder; "" where it can."""
+    if _SAFE.fullmatch(name) and len(name) <= 200:
+        return ""
+    proposal = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:200] or "client-1"
+    return (
+        f"client id {name[:200]!r} cannot name a folder: use at most 200 letters, digits, '.', '_' and '-', "
+        f"and begin with a letter, digit or '_'; for example {proposal!r}"
+    )
 
 
 def summary_of(client: ClientData) -> ClientSummary:

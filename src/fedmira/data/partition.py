@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedmira.config.schema import DataSettings
-from fedmira.data.examples import Example, RawTask
+from fedmira.data.examples import Example, RawTask, by_prompt
 from fedmira.data.problems import Problems
 from fedmira.data.randomness import generator, shuffled
 
@@ -59,7 +59,8 @@ def partition_tasks(tasks: Sequence[RawTask], settings: DataSettings, seed: int)
     """Makes clients as `settings.partition` says and keeps the first `settings.clients` of them.
 
     Clients come in the order of the tasks, or of their sorted categories. Rows that a source sets aside for testing or validation
-    are dealt to clients in the same way, and stay test or validation rows.
+    are dealt to clients in the same way, and stay test or validation rows. Among the clients of one category, all rows with the same prompt
+    go to one.
 
     Raises:
         DataError: a task without a category where the partition needs one; too few rows; fewer clients than asked for; a name twice.
@@ -131,8 +132,9 @@ def _by_category(pools: Sequence[_Pool], settings: DataSettings, seed: int) -> l
     count = settings.clients_per_category
     clients = []
     for pool in pools:
+        owners: dict[Hashable, int] = {}
         shares = {
-            kind: _deal(rows, count, generator(seed, "category", pool.category, kind))
+            kind: _deal(rows, count, generator(seed, "category", pool.category, kind), owners)
             for kind, rows in (("examples", pool.examples), ("test", pool.test), ("validation", pool.validation))
             if rows is not None
         }
@@ -143,10 +145,21 @@ def _by_category(pools: Sequence[_Pool], settings: DataSettings, seed: int) -> l
     return clients
 
 
-def _deal(rows: Sequence[Example], count: int, rng: np.random.Generator) -> list[list[Example]]:
-    """Shuffled rows dealt like cards: shares differ by at most one row."""
-    order = shuffled(rows, rng)
-    return [order[k::count] for k in range(count)]
+def _deal(rows: Sequence[Example], count: int, rng: np.random.Generator, owners: dict[Hashable, int]) -> list[list[Example]]:
+    """Shuffled rows dealt like cards: rows with the same prompt together, the next of them to the first client that has fewest.
+
+    Where no prompt comes twice, shares differ by at most one row.
+
+    Args:
+        owners: prompt -> who has it, of kinds of rows that were dealt before; what is dealt here is added.
+    """
+    shares: list[list[Example]] = [[] for _ in range(count)]
+    sizes = np.zeros(count, dtype=np.int64)
+    for group in by_prompt(shuffled(rows, rng)):
+        owner = owners.setdefault(group[0].prompt, int(sizes.argmin()))
+        shares[owner].extend(group)
+        sizes[owner] += len(group)
+    return shares
 
 
 def _by_dirichlet(pools: Sequence[_Pool], settings: DataSettings, seed: int, problems: Problems) -> list[ClientRows]:

@@ -25,9 +25,10 @@ def shuffled(items: Sequence[Item], rng: np.random.Generator) -> list[Item]:
     return [items[int(i)] for i in rng.permutation(len(items))]
 
 
-def sample(items: Sequence[Item], fraction: float, rng: np.random.Generator) -> list[Item]:
-    """int(fraction * n) of the n items (FedKSeed's floor), drawn without replacement, in their first order."""
+def sample(items: Sequence[Item], fraction: float, rng: np.random.Generator, least: int = 0) -> list[Item]:
+    """max(least, int(fraction * n)) of the n items (FedKSeed's floor), or all, drawn without replacement, in their first order."""
     if fraction == 1:
         return list(items)
-    kept = rng.choice(len(items), size=int(fraction * len(items)), replace=False)
+    size = min(len(items), max(least, int(fraction * len(items))))
+    kept = rng.choice(len(items), size=size, replace=False)
     return [items[int(i)] for i in np.sort(kept)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedmira.config.schema import DataSettings
-from fedmira.data.examples import Example
+from fedmira.data.examples import Example, by_prompt
 from fedmira.data.partition import ClientRows
 from fedmira.data.problems import Problems
 from fedmira.data.randomness import generator, shuffled
@@ -66,7 +66,7 @@ def split_rows(client: ClientRows, settings: DataSettings, seed: int, position: 
 
 def _parts(rows: Sequence[Example], client: ClientRows, settings: DataSettings, rng: np.random.Generator) -> Split:
     """The three parts at full size, and the number of rows that overlap with the source's own."""
-    groups = shuffled(_groups(rows), rng)
+    groups = shuffled(by_prompt(rows), rng)
     if client.test is not None:
         test = shuffled(_distinct(client.test), rng)
     else:
@@ -74,7 +74,7 @@ def _parts(rows: Sequence[Example], client: ClientRows, settings: DataSettings, 
         test, groups = _take(groups, max(1, _rounded(len(rows) * test_fraction)))
     validation = shuffled(_distinct(client.validation or ()), rng)
     before = sum(len(group) for group in groups) + len(validation)
-    groups, validation = _without(groups, test), [row for group in _without(_groups(validation), test) for row in group]
+    groups, validation = _without(groups, test), [row for group in _without(by_prompt(validation), test) for row in group]
     if client.validation is not None:
         groups = _without(groups, validation)
     overlaps = before - sum(len(group) for group in groups) - len(validation)
@@ -93,7 +93,7 @@ def _cut(parts: Split, settings: DataSettings, position: int) -> Split:
 
 
 def _shortage(client: ClientRows, rows: Sequence[Example], missing: str, parts: int) -> str:
-    prompts = len(_groups(rows))
+    prompts = len(by_prompt(rows))
     return (
         f"client {client.client_id!r} has no {missing} rows left: it has {len(rows)} distinct rows with {prompts} distinct prompts, and a "
         f"prompt stays on one side (a source's own test rows first); at least {parts} prompts that differ are needed: add rows, or "
@@ -106,20 +106,9 @@ def _rounded(value: float) -> int:
     return math.floor(value + 0.5 + 1e-9)
 
 
-def _prompt(row: Example) -> Hashable:
-    return (row.instruction, row.input, row.messages)
-
-
 def _distinct(rows: Iterable[Example]) -> list[Example]:
     """The rows without copies, in their first order; `where` plays no part in the comparison."""
     return list(dict.fromkeys(rows))
-
-
-def _groups(rows: Sequence[Example]) -> list[list[Example]]:
-    groups: dict[Hashable, list[Example]] = {}
-    for row in rows:
-        groups.setdefault(_prompt(row), []).append(row)
-    return list(groups.values())
 
 
 def _take(groups: Sequence[list[Example]], target: int) -> tuple[list[Example], list[list[Example]]]:
@@ -137,5 +126,5 @@ def _take(groups: Sequence[list[Example]], target: int) -> tuple[list[Example], 
 
 
 def _without(groups: Sequence[list[Example]], rows: Sequence[Example]) -> list[list[Example]]:
-    prompts = {_prompt(row) for row in rows}
-    return [group for group in groups if _prompt(group[0]) not in prompts]
+    prompts = {row.prompt for row in rows}
+    return [group for group in groups if group[0].prompt not in prompts]

@@ -76,7 +76,9 @@ class NodeMemory:
         path = self._path(round_number)
         partial = path.with_name(path.name + _PARTIAL)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parents[1].mkdir(parents=True, exist_ok=True)
+            for folder in (self.folder.parent, self.folder):
+                folder.mkdir(mode=0o700, exist_ok=True)  # for this user's eyes: moments tell of rows
             partial.write_bytes(save(flat, {_ABOUT: about, _SEAL: _seal(about, flat)}))
             sync(partial)
             partial.replace(path)

@@ -2,6 +2,17 @@
 
 from fedmira.evaluation.base import Evaluation, SplitName
 from fedmira.evaluation.evaluate import Evaluator
-from fedmira.evaluation.metrics import TokenLoss, exact_match, rouge_l, rouge_l_package, summarise, text_scores
+from fedmira.evaluation.metrics import TEXT_SCORES, TokenLoss, exact_match, rouge_l, rouge_l_package, summarise, text_scores
 
-__all__ = ["Evaluation", "Evaluator", "SplitName", "TokenLoss", "exact_match", "rouge_l", "rouge_l_package", "summarise", "text_scores"]
+__all__ = [
+    "TEXT_SCORES",
+    "Evaluation",
+    "Evaluator",
+    "SplitName",
+    "TokenLoss",
+    "exact_match",
+    "rouge_l",
+    "rouge_l_package",
+    "summarise",
+    "text_scores",
+]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import string
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-__all__ = ["TokenLoss", "exact_match", "rouge_l", "rouge_l_package", "summarise", "text_scores"]
+__all__ = ["TEXT_SCORES", "TokenLoss", "exact_match", "rouge_l", "rouge_l_package", "summarise", "text_scores"]
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -75,22 +75,29 @@ def exact_match(prediction: str, reference: str) -> float:
     return float(_normalise(prediction) == _normalise(reference))
 
 
+TEXT_SCORES: Mapping[str, Callable[[str, str], float]] = {
+    "rouge_l": rouge_l,
+    "rouge_l_package": rouge_l_package,
+    "exact_match": exact_match,
+}
+"""Name -> score of one prediction against its reference."""
+
+
 def text_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Means of all text metrics over rows.
 
     Returns:
-        rouge_l, rouge_l_package and exact_match, each 0..1.
+        Each of `TEXT_SCORES`, 0..1.
 
     Raises:
         ValueError: there are no rows, or not as many predictions as references.
     """
     if len(predictions) != len(references) or not predictions:
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references; need equally many, and at least one")
-    metrics: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l, "rouge_l_package": rouge_l_package, "exact_match": exact_match}
     return {
         name: math.fsum(metric(prediction, reference) for prediction, reference in zip(predictions, references, strict=True))
         / len(predictions)
-        for name, metric in metrics.items()
+        for name, metric in TEXT_SCORES.items()
     }
 
 

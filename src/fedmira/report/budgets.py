@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedmira.report.findings import flat_settings
 from fedmira.report.records import Event, Run
 
 __all__ = ["Budget", "budget_of", "dtype_of", "inequalities"]
 
 _HASH_DIGITS = 12
+_EVALUATED = ("evaluation.every", "evaluation.select")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,7 @@ class Budget:
         bytes_up, bytes_down: of the tensors and numbers that travelled, clients to server and server to clients.
         bytes_up_each, bytes_down_each: of one client in one round, on average over the replies.
         parameters_least, parameters_most: of one client's adapter.
+        trained_least, trained_most: of those, what local training moves; some methods freeze a part.
     """
 
     local_steps: float | None
@@ -33,12 +36,14 @@ class Budget:
     bytes_down_each: float | None
     parameters_least: float | None
     parameters_most: float | None
+    trained_least: float | None
+    trained_most: float | None
 
 
 def budget_of(run: Run) -> Budget:
     """Read from events.jsonl, metrics/rounds.csv and adapters/index.json."""
     trained = run.of_kind("train")
-    sizes = [entry["parameters"] for entry in run.adapters.values() if isinstance(entry.get("parameters"), int)]
+    sizes, moved = _counts(run, "parameters"), _counts(run, "trained_parameters")
     return Budget(
         local_steps=_total(trained, "steps"),
         response_tokens=_total(trained, "response_tokens"),
@@ -49,6 +54,8 @@ def budget_of(run: Run) -> Budget:
         bytes_down_each=_mean(trained, "bytes_down"),
         parameters_least=min(sizes, default=None),
         parameters_most=max(sizes, default=None),
+        trained_least=min(moved, default=None),
+        trained_most=max(moved, default=None),
     )
 
 
@@ -65,8 +72,8 @@ def dtype_of(run: Run) -> str | None:
 def inequalities(runs: Mapping[str, Run], seed: int) -> dict[str, list[str]]:
     """Where runs of one seed do not stand on equal terms.
 
-    Rows, base, clients, local steps and response tokens must be the same. Tokens computed depend on how batches are packed, and bytes and
-    parameters are what methods differ in; these are only reported.
+    Rows, base, clients, local steps, response tokens, and which adapters are evaluated when, must be the same. Tokens computed depend on
+    how batches are packed, and bytes and parameters are what methods differ in; these are only reported.
 
     Args:
         runs: method -> its run with this seed; the first is what the others are held against.
@@ -79,12 +86,14 @@ def inequalities(runs: Mapping[str, Run], seed: int) -> dict[str, list[str]]:
         return found
     first, *others = runs
     budgets = {method: budget_of(run) for method, run in runs.items()}
+    settings = {method: flat_settings(run.settings) for method, run in runs.items()}
     terms: dict[str, Callable[[str], str]] = {
         "rows (sha256)": lambda method: _hash(runs[method], "data"),
         "base model (sha256)": lambda method: _hash(runs[method], "base"),
         "clients": lambda method: ", ".join(sorted(row.client for row in runs[method].clients)),
         "local steps": lambda method: _count(budgets[method].local_steps),
         "response tokens": lambda method: _count(budgets[method].response_tokens),
+        **{key: lambda method, key=key: str(settings[method].get(key, "not recorded")) for key in _EVALUATED},  # type: ignore[misc]
     }
     for method in others:
         for term, value_of in terms.items():
@@ -108,6 +117,11 @@ def _mean(events: Sequence[Event], number: str) -> float | None:
 def _sum(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) if known else None
+
+
+def _counts(run: Run, name: str) -> list[int]:
+    """A count of each client's entry in adapters/index.json, where it has it."""
+    return [count for entry in run.adapters.values() if isinstance(count := entry.get(name), int)]
 
 
 def _hash(run: Run, section: str) -> str:

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 from fedmira.errors import RunFolderError
 from fedmira.report.charts import Series, legend, line_chart, percent_text
-from fedmira.report.comparison_figures import Figures, compare_runs
-from fedmira.report.comparison_files import interval_text, parameters_text, write_tables
+from fedmira.report.comparison_figures import Figures, budget_text, compare_runs
+from fedmira.report.comparison_files import interval_text, write_tables
 from fedmira.report.findings import MIB, algorithm_title, curve_of_test_loss, flat_settings
 from fedmira.report.heat_map import HeatCell, HeatRow, heat_map, shift_keys
 from fedmira.report.page import render
@@ -124,7 +124,8 @@ def _method(row: Mapping[str, Any], figures: Figures, folder: Path) -> dict[str,
         "mib_up_each": None if row["bytes_up_each"] is None else row["bytes_up_each"] / MIB,
         "mib_down_each": None if row["bytes_down_each"] is None else row["bytes_down_each"] / MIB,
         "soon": None if figures.target is None else reached_text(row),
-        "parameters": parameters_text(row),
+        "parameters": budget_text(row, "parameters"),
+        "trained": budget_text(row, "trained"),
     }
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 from fedmira.errors import ConfigError
 from fedmira.report.budgets import Budget, budget_of, dtype_of, inequalities
+from fedmira.report.findings import flat_settings
 from fedmira.report.paired import LEVEL, NOISE_RULE, RESAMPLES, Losses, Pairing, pair
 from fedmira.report.records import Client, Run
+from fedmira.report.tables import number_text
 from fedmira.report.targets import check_target, mean_reached, reached
 
-__all__ = ["BASELINE", "Figures", "compare_runs"]
+__all__ = ["BASELINE", "Figures", "budget_text", "compare_runs", "pools_of"]
 
 BASELINE = "local"
 """The algorithm that every method is held against where it was run."""
@@ -32,6 +34,7 @@ class Figures:
         baselines: methods that the others are paired with: the one that trains alone, and the chosen reference.
         problems: method -> sentences that say where it does not stand on equal terms; empty for an equal comparison.
         pairings: (method, baseline) -> their paired differences.
+        pooled: whether several clients hold rows of one pool, see `pools_of`.
         failures: run -> why it failed; its method is not among `methods`.
         target: a mean test loss; how soon each method reached it stands in the tables. None for no such columns.
     """
@@ -41,7 +44,26 @@ class Figures:
     problems: Mapping[str, Sequence[str]]
     pairings: Mapping[tuple[str, str], Pairing]
     failures: Mapping[str, str]
+    pooled: bool = False
     target: float | None = None
+
+    @property
+    def resampled(self) -> str:
+        """What the bootstrap intervals resample."""
+        several = any(pairing.seeds > 1 for pairing in self.pairings.values())
+        return ("categories with all their clients" if self.pooled else "clients") + (" and seeds" if several else "")
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """Where methods train another number of parameters: said, and no inequality, since that is what methods may differ in."""
+        known = [row for row in self.method_rows if row["trained_most"] is not None]
+        first = next((row for row in known if row["method"] in self.baselines), known[0] if known else {})
+        return [
+            f"{row['method']} trains {budget_text(row, 'trained')} parameters of a client's adapter, "
+            f"{first['method']} {budget_text(first, 'trained')}"
+            for row in known
+            if any(row[f"trained_{end}"] != first[f"trained_{end}"] for end in ("least", "most"))
+        ]
 
     @cached_property
     def described(self) -> dict[str, Client]:
@@ -101,11 +123,12 @@ class Figures:
         return {
             "equal": not self.problems,
             "problems": [problem for problems in self.problems.values() for problem in problems],
+            "notes": self.notes,
             "failures": dict(self.failures),
             "baselines": list(self.baselines),
             "rule": NOISE_RULE,
             **({} if self.target is None else {"target_loss": self.target}),
-            "interval": {"kind": "percentile bootstrap over clients and seeds", "level": LEVEL, "resamples": RESAMPLES},
+            "interval": {"kind": f"percentile bootstrap over {self.resampled}", "level": LEVEL, "resamples": RESAMPLES},
             "algorithms": self.method_rows,
             "runs": self.run_rows,
             "clients": self.client_rows,
@@ -166,11 +189,12 @@ def compare_runs(
     alone = [BASELINE] if BASELINE in alone else alone[:1]
     baselines = tuple(dict.fromkeys([*alone, *([reference] if reference in methods else [])]))
     losses = {name: _losses(runs) for name, runs in methods.items()}
+    pools = pools_of([run for runs in methods.values() for run in runs.values()])
     pairings = {
         (name, baseline): found
         for name in methods
         for baseline in baselines
-        if name != baseline and (found := pair(losses[name], losses[baseline])) is not None
+        if name != baseline and (found := pair(losses[name], losses[baseline], pools)) is not None
     }
     order = [*baselines, *(name for name in methods if name not in baselines)]
     problems: dict[str, list[str]] = {}
@@ -178,7 +202,28 @@ def compare_runs(
         of_seed = {name: methods[name][seed] for name in order if seed in methods[name]}
         for name, sentences in inequalities(of_seed, seed).items():
             problems.setdefault(name, []).extend(sentences)
-    return Figures(methods, baselines, problems, pairings, dict(failures or {}), target)
+    return Figures(methods, baselines, problems, pairings, dict(failures or {}), pools is not None, target)
+
+
+def pools_of(runs: Sequence[Run]) -> dict[str, str] | None:
+    """Client -> the pool that its rows were dealt from, where the partition deals one pool to several clients; else None.
+
+    With `data.partition = "category"` and several clients per category, the clients of a category resemble each other, and are no
+    independent draws of a population of clients. Under the other partitions each client has a task or a mixture of its own.
+    """
+    of_client = {row.client: row.category for run in runs for row in run.clients}
+    dealt = all(flat_settings(run.settings).get("data.partition") == "category" for run in runs)
+    return of_client if dealt and len(set(of_client.values())) < len(of_client) else None
+
+
+def budget_text(row: Mapping[str, Any], figure: str) -> str:
+    """A figure of one client in a row of methods, as a range where clients differ.
+
+    Args:
+        figure: "parameters" or "trained".
+    """
+    least, most = row[f"{figure}_least"], row[f"{figure}_most"]
+    return number_text(least) if least == most else f"{number_text(least)} to {number_text(most)}"
 
 
 def _losses_of(run: Run) -> dict[str, float]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.report.charts import percent_text
-from fedmira.report.comparison_figures import Figures
+from fedmira.report.comparison_figures import Figures, budget_text
 from fedmira.report.findings import MIB
 from fedmira.report.paired import LEVEL, NOISE_RULE
 from fedmira.report.tables import MISSING, MOST_ROWS, loss_text, number_text
 from fedmira.report.targets import TARGET_RULE, reached_text
 
-__all__ = ["interval_text", "markdown", "parameters_text", "write_tables"]
+__all__ = ["interval_text", "markdown", "write_tables"]
 
 
 def write_tables(figures: Figures, folder: Path) -> None:
@@ -40,15 +40,19 @@ def markdown(figures: Figures) -> str:
         parts.append("\n".join(f"- {problem}" for problems in figures.problems.values() for problem in problems))
     parts += [f"**{run} failed:** {error}" for run, error in figures.failures.items()]
     parts += ["## Test loss", _table(_loss_columns(figures), figures.method_rows)]
+    several = any(len(runs) > 1 for runs in figures.methods.values())
+    means = "mean over clients and seeds; ± is the standard deviation over seeds" if several else "mean over clients"
     parts.append(
-        "Test loss per response token, mean over clients and seeds; ± is the standard deviation over seeds. Differences are paired by "
-        f"client and seed, with the {100 * LEVEL:g} % bootstrap interval over clients and seeds. {NOISE_RULE}"
+        f"Test loss per response token, {means}. Differences are paired by "
+        f"client and seed, with the {100 * LEVEL:g} % bootstrap interval over {figures.resampled}. {NOISE_RULE}"
     )
     parts += ["## Budget of a run", _table(_budget_columns(), figures.method_rows)]
     parts.append(
         "Sums over clients and rounds, mean over seeds; tokens computed include prompts and padding; a client's MiB are what one client "
-        "sends (up) and is sent (down) in one round, on average, in the number type given; parameters of one client's adapter."
+        "sends (up) and is sent (down) in one round, on average, in the number type given; parameters of one client's adapter, and those "
+        "of them that local training moves."
     )
+    parts += ["\n".join(f"- {note}" for note in figures.notes)] if figures.notes else []
     if figures.target is not None:
         parts += [f"## To a test loss of {figures.target:g}", _table(_target_columns(), figures.method_rows), TARGET_RULE]
     parts += ["## Clients", _table(_client_columns(figures), figures.client_rows[:MOST_ROWS])]
@@ -84,7 +88,8 @@ def _budget_columns() -> Columns:
     for name in ("bytes_up", "bytes_down", "bytes_up_each", "bytes_down_each"):
         title = name.replace("bytes_", "MiB ").replace("_each", " a client")
         columns[title] = lambda row, name=name: number_text(None if row[name] is None else row[name] / MIB)
-    return columns | {"parameters": parameters_text, "number type": lambda row: row["dtype"] or MISSING}
+    columns |= {"parameters": lambda row: budget_text(row, "parameters"), "trained": lambda row: budget_text(row, "trained")}
+    return columns | {"number type": lambda row: row["dtype"] or MISSING}
 
 
 def _target_columns() -> Columns:
@@ -100,12 +105,6 @@ def _client_columns(figures: Figures) -> Columns:
         name = f"{method}_to_{baseline}_relative"
         columns[f"{method} to {baseline}"] = lambda row, name=name: MISSING if row[name] is None else percent_text(row[name], 1)
     return columns
-
-
-def parameters_text(row: Mapping[str, Any]) -> str:
-    """Parameters of one client's adapter, as a range where they differ."""
-    least, most = row["parameters_least"], row["parameters_most"]
-    return number_text(least) if least == most else f"{number_text(least)} to {number_text(most)}"
 
 
 def interval_text(row: Mapping[str, Any], baseline: str) -> str:

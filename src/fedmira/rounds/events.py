@@ -15,7 +15,7 @@ __all__ = ["EventLine", "align_events", "evaluate_event", "failure_event", "roun
 EventLine = dict[str, object]
 """One JSON object of events.jsonl."""
 
-_OF_SOME_METHODS = ("clip_share", "pull_kept")
+_OF_SOME_METHODS = ("clip_share", "pull_kept", "memory_lost")
 
 
 def train_events(outcome: RoundOutcome, sent_hashes: Mapping[ClientId, str]) -> list[EventLine]:

@@ -80,6 +80,14 @@ def test_a_fifth_is_a_floor_and_drawn_without_replacement(tmp_path: Path, count:
     assert len(task.examples) == len(set(task.examples)) == kept
 
 
+@pytest.mark.parametrize(("count", "kept"), [(20, 20), (21, 20), (1049, 20), (1050, 21), (1099, 21), (1100, 22)])
+def test_of_an_unseen_task_two_percent_are_drawn_and_at_least_twenty(tmp_path: Path, count: int, kept: int) -> None:
+    """max(20, int(0.02 n)): FedKSeed's rule for the tasks of the official test list."""
+    write_task(tmp_path, "task001_a", instances(count))
+    (task,) = read(options(tmp_path, sample_fraction=0.02, sample_least=20), 42).tasks
+    assert len(task.examples) == len(set(task.examples)) == kept
+
+
 def test_the_draw_of_a_task_depends_on_the_seed_and_its_name_only(tmp_path: Path) -> None:
     write_task(tmp_path / "one", "task002_b", instances(100))
     write_task(tmp_path / "two", "task001_a", instances(50))

@@ -40,8 +40,8 @@ def tasks_by_key(rows: Iterable[tuple[str, Row]], key: str, settings: DataSettin
 
 
 def sampled(examples: list[Example], name: str, settings: DataSettings, seed: int) -> list[Example]:
-    """The share `sample_fraction` of a task's rows; the draw depends on the seed and the task's name only."""
-    return sample(examples, settings.sample_fraction, generator(seed, "sample", name))
+    """The share `sample_fraction` of a task's rows, `sample_least` at least; the draw depends on the seed and the task's name only."""
+    return sample(examples, settings.sample_fraction, generator(seed, "sample", name), settings.sample_least or 0)
 
 
 def _name(row: Row, key: str, where: str, problems: Problems) -> str:

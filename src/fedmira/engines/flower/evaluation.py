@@ -8,9 +8,9 @@ from typing import TypeVar
 from fedmira.adapters import Adapter
 from fedmira.data import ClientSummary
 from fedmira.engines.flower.nodes import Nodes, Problem
-from fedmira.engines.wire import CHOICE, LOSSES, SCORES, Encoded, Header, Line, encode, number
+from fedmira.engines.wire import CHOICE, LOSSES, SCORES, Encoded, Header, Line, encode, number, whole_number
 from fedmira.errors import WireError
-from fedmira.evaluation import SplitName, TokenLoss
+from fedmira.evaluation import TEXT_SCORES, SplitName, TokenLoss
 from fedmira.messages import ClientId, Failure, Payload
 
 __all__ = ["FlowerEvaluation"]
@@ -47,18 +47,19 @@ class FlowerEvaluation:
         """The response loss of each given client's adapter on its rows of `split`; clients without such rows are left out."""
         asked = [client for client in adapters if getattr(self._parties[client], f"{split}_rows")]
         messages = self._messages(asked, lambda client: {_ADAPTER: adapters[client]}, {"split": split})
-        return self._ask(LOSSES, messages, lambda header: TokenLoss(number(header, "total"), int(number(header, "tokens"))))
+        return self._ask(LOSSES, messages, lambda client, header: _read_loss(header))
 
     def chosen(self, clients: Sequence[ClientId], candidates: Callable[[ClientId], Mapping[float, Adapter]]) -> dict[ClientId, float]:
         """The key of the candidate with the lowest loss on each client's validation rows; clients with one candidate are left out."""
-        several = [client for client in clients if len(candidates(client)) > 1]
+        keys = {client: tuple(candidates(client)) for client in clients}
+        several = [client for client in clients if len(keys[client]) > 1]
         messages = self._messages(several, lambda client: {repr(key): of for key, of in candidates(client).items()}, {})
-        return self._ask(CHOICE, messages, lambda header: number(header, "chosen"))
+        return self._ask(CHOICE, messages, lambda client, header: _read_choice(header, keys[client]))
 
     def text_scores(self, adapters: Mapping[ClientId, Adapter], max_new_tokens: int) -> dict[ClientId, dict[str, float]]:
         """Rouge-L in both dialects and exact match of each given client's generations against its references."""
         messages = self._messages(list(adapters), lambda client: {_ADAPTER: adapters[client]}, {"max_new_tokens": max_new_tokens})
-        return self._ask(SCORES, messages, lambda header: {name: number(header, name) for name in header})
+        return self._ask(SCORES, messages, lambda client, header: {name: number(header, name) for name in TEXT_SCORES})
 
     def _messages(
         self, clients: Sequence[ClientId], parts: Callable[[ClientId], Mapping[str, Adapter]], header: Header
@@ -69,7 +70,9 @@ class FlowerEvaluation:
             written = {client: encode(Payload(parts(client)), "float32", Line())[0] for client in names}
             yield {client: Encoded(message.arrays, {**message.header, **header}) for client, message in written.items()}
 
-    def _ask(self, kind: str, messages: Iterable[Mapping[ClientId, Encoded]], read: Callable[[Header], Result]) -> dict[ClientId, Result]:
+    def _ask(
+        self, kind: str, messages: Iterable[Mapping[ClientId, Encoded]], read: Callable[[ClientId, Header], Result]
+    ) -> dict[ClientId, Result]:
         """What `read` finds in each answer; clients without a readable one are noted."""
         found: dict[ClientId, Result] = {}
         for batch in messages:
@@ -79,7 +82,31 @@ class FlowerEvaluation:
                 try:
                     if isinstance(answer, Problem):
                         raise WireError(answer.reason)
-                    found[client] = read(answer.header)
+                    found[client] = read(client, answer.header)
                 except WireError as error:
                     self._unmeasured.append(Failure(client, 0, "evaluate", str(error)))
         return found
+
+
+def _read_loss(header: Header) -> TokenLoss:
+    """A loss that a node measured.
+
+    Raises:
+        WireError: it is none.
+    """
+    tokens = whole_number(header, "tokens")
+    if tokens == 0:
+        raise WireError("the node measured no response tokens, though it said that it has such rows")
+    return TokenLoss(number(header, "total"), tokens)
+
+
+def _read_choice(header: Header, keys: Sequence[float]) -> float:
+    """The key that a node chose.
+
+    Raises:
+        WireError: it is none of those that it was offered.
+    """
+    chosen = number(header, "chosen")
+    if chosen not in keys:
+        raise WireError(f"the node chose {chosen!r}; it was offered {', '.join(map(repr, keys))}")
+    return chosen

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedmira.data import ClientSummary
+from fedmira.data import ClientSummary, id_problem, read_summary
 from fedmira.engines.flower.records import bytes_of, record_of
-from fedmira.engines.wire import IDENTITY, REFUSAL, Encoded, pack, unpack
+from fedmira.engines.wire import IDENTITY, REFUSAL, Encoded, pack, text, unpack
 from fedmira.errors import WireError
 from fedmira.messages import ClientId
 
@@ -22,6 +22,9 @@ __all__ = ["Grid", "Identity", "Nodes", "Problem"]
 _PAUSE_SECONDS = 0.1
 _GREETING_SECONDS = 120.0
 """How long a node may take to say who it is before it is asked again; it goes on loading its base model meanwhile."""
+_AGAIN_SECONDS = 30.0
+"""After what time a node that may not take part is asked again: the obstacle may be gone, such as a name that another node had."""
+_CLOCKS = "it is asked again; where this goes on, look at its log, and compare its clock with the SuperLink's"
 _UNAVAILABLE = 3
 _LOST = frozenset({_UNAVAILABLE, 4, 5, 8})
 """Flower's error codes for an answer that never came: message, reply or node unavailable, and a node's program that stopped responding."""
@@ -34,6 +37,14 @@ class Problem:
 
     stage: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Bar:
+    """Why a node does not take part, and from when on it is asked again."""
+
+    reason: str
+    until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +63,10 @@ class Identity:
             WireError: it is none; the node may run another version.
         """
         try:
-            return cls(
-                ClientSummary(**json.loads(str(message.header["party"]))), str(message.header["base"]), str(message.header["tokenizer"])
-            )
-        except (KeyError, ValueError, TypeError) as error:
+            party = read_summary(json.loads(text(message.header, "party")))
+        except (ValueError, RecursionError) as error:
             raise WireError(f"its answer is no identity ({error}); install the server's version of fedmira on the node") from error
+        return cls(party, text(message.header, "base"), text(message.header, "tokenizer"))
 
 
 class Nodes:
@@ -77,10 +87,10 @@ class Nodes:
         self._allowed = tuple(allowed)
         self._reply_s = reply_s
         self._known: dict[int, Identity] = {}
-        self._refused: dict[int, str] = {}
-        self._silent: dict[int, str] = {}
+        self._barred: dict[int, _Bar] = {}
         self._greeted: dict[str, int] = {}
         self._online: dict[int, str] = {}
+        self._started: dict[int, str] = {}
         self._closed: Mapping[ClientId, ClientSummary] = {}
 
     @property
@@ -92,7 +102,7 @@ class Nodes:
     @property
     def refusals(self) -> list[str]:
         """Why nodes that are connected do not take part."""
-        return sorted((self._refused | self._silent).values())
+        return sorted(bar.reason for bar in self._barred.values())
 
     def gather(
         self, wanted: Sequence[ClientId], count: int, wait_s: float, *, until_refused: bool = False
@@ -110,7 +120,9 @@ class Nodes:
             self._look()
             parties = self.parties
             present = len(set(wanted) & set(parties)) if wanted else len(parties)
-            if present >= count or (until_refused and self._refused) or time.monotonic() >= end:
+            now = time.monotonic()
+            refused = any(now < bar.until for bar in self._barred.values())  # the others are asked again at once
+            if present >= count or (until_refused and refused) or now >= end:
                 return parties
             time.sleep(_PAUSE_SECONDS)
 
@@ -140,21 +152,31 @@ class Nodes:
                 answers[client] = Problem("send", "the message could not be handed to the SuperLink; it may be too large")
         late = Problem("reply", f"no reply within {self._reply_s:g} s (federation.reply_s)")
         end = time.monotonic() + self._reply_s
-        while waiting and time.monotonic() < end:
+        while waiting:
+            over = time.monotonic() >= end  # a pull can take long while somebody uploads: what came meanwhile is pulled all the same
             for reply in self._pull(waiting):
                 client = waiting.pop(reply.metadata.reply_to_message_id)
                 answers[client] = late if _expired(reply) else _opened(reply)
-            if waiting:
-                time.sleep(_PAUSE_SECONDS)
+            if over:
+                break
+            time.sleep(_PAUSE_SECONDS if waiting else 0)
         return answers | dict.fromkeys(waiting.values(), late)
 
     def _look(self) -> None:
         """Note who is connected, ask newcomers who they are, and take in what they answer."""
-        self._online = {node.node_id: node.name for node in self._grid.get_nodes()}
-        for gone in {*self._refused, *self._silent} - set(self._online):  # whoever comes again is asked again
-            self._refused.pop(gone, None)
-            self._silent.pop(gone, None)
-        pending = {*self._greeted.values(), *self._known, *self._refused}
+        nodes = list(self._grid.get_nodes())
+        self._online = {node.node_id: node.name for node in nodes}
+        started = {node.node_id: node.last_activated_at for node in nodes}
+        for node in self._started.keys() & started.keys():
+            if self._started[node] != started[node]:  # it was started again, perhaps with other rows or another base
+                self._known.pop(node, None)
+                self._barred.pop(node, None)
+                self._greeted = {message_id: to for message_id, to in self._greeted.items() if to != node}
+        self._started |= started
+        for gone in set(self._barred) - set(self._online):  # whoever comes again is asked again
+            del self._barred[gone]
+        now = time.monotonic()
+        pending = {*self._greeted.values(), *self._known, *(node for node, bar in self._barred.items() if now < bar.until)}
         strangers = [node for node in self._online if node not in pending]
         greetings = [self._notice(IDENTITY, {}, node) for node in strangers]
         self._greeted |= {message_id: node for message_id, node in zip(self._push(greetings), strangers, strict=True) if message_id}
@@ -163,17 +185,15 @@ class Nodes:
             if node not in self._online:
                 continue
             if reply.has_error() and reply.error.code in _LOST:
-                self._silent[node] = f"node {self._online[node] or node} did not say who it is ({reply.error.reason}); it is asked again"
-                _log.warning("%s", self._silent[node])
+                self._bar(node, f"node {self._online[node] or node} did not say who it is ({reply.error.reason}); {_CLOCKS}", now)
                 continue
-            self._silent.pop(node, None)
             self._welcome(node, _opened(reply))
 
     def _welcome(self, node: int, answer: Encoded | Problem) -> None:
         """Take a node in, or refuse it and say so on both sides."""
+        again = time.monotonic() + _AGAIN_SECONDS
         if isinstance(answer, Problem):
-            self._refused[node] = f"a node cannot take part: {answer.reason}"
-            _log.warning("%s", self._refused[node])
+            self._bar(node, f"a node cannot take part: {answer.reason}", again)
             return
         try:
             identity = Identity.of(answer)
@@ -184,30 +204,52 @@ class Nodes:
             self._known = {other: of for other, of in self._known.items() if of.party.client_id != identity.party.client_id} | {
                 node: identity
             }
+            self._barred.pop(node, None)
             _log.info("client %s is connected: %d training rows", identity.party.client_id, identity.party.train_rows)
             return
-        self._refused[node] = problem
-        _log.warning("refused a node: %s", problem)
-        self._push([self._notice(REFUSAL, {"reason": problem}, node)])
+        if self._bar(node, f"refused a node: {problem}", again):
+            self._push([self._notice(REFUSAL, {"reason": problem}, node)])
+
+    def _bar(self, node: int, reason: str, until: float) -> bool:
+        """Leave a node out and log it; whether the reason is a new one."""
+        new = node not in self._barred or self._barred[node].reason != reason
+        self._barred[node] = _Bar(reason, until)
+        if new:
+            _log.warning("%s", reason)
+        return new
 
     def _problem(self, node: int, identity: Identity) -> str:
         """Why this node may not take part; "" where it may."""
-        name, registered = identity.party.client_id, self._online[node]
+        name = identity.party.client_id
+        if problem := self._name_problem(node, name):
+            return problem
+        for (what, expected), found in zip(self._ground.items(), (identity.base_sha256, identity.tokenizer_sha256), strict=True):
+            if found != expected:
+                return (
+                    f"client {name!r} has another {what} (sha256 {found[:12]}, the server's is {expected[:12]}); install the same on both"
+                )
+        if identity.party.train_rows == 0:
+            return f"client {name!r} has no training rows"
+        if self._closed and name not in self._closed:
+            return f"client {name!r} was not there when the run began ({', '.join(self._closed)}); it can take part in the next run"
+        if self._closed and identity.party != self._closed[name]:
+            return f"the rows of client {name!r} changed since the run began; put them back, or start a new run"
+        return ""
+
+    def _name_problem(self, node: int, name: ClientId) -> str:
+        """Why no node of this name may take part; "" where it may. A name comes from elsewhere, and names a folder here."""
+        registered = self._online[node]
+        if unfit := id_problem(name):
+            return unfit
         if registered and registered != name:
             return f"the node is registered as {registered!r} but calls itself {name!r}; make the two names equal"
         if self._allowed and name not in self._allowed:
             return f"client {name!r} is not in federation.clients ({', '.join(self._allowed)})"
         if any(of.party.client_id == name and other != node and other in self._online for other, of in self._known.items()):
             return f"a node called {name!r} is connected already; give each node a name of its own"
-        for (what, expected), found in zip(self._ground.items(), (identity.base_sha256, identity.tokenizer_sha256), strict=True):
-            if found != expected:
-                return (
-                    f"client {name!r} has another {what} (sha256 {found[:12]}, the server's is {expected[:12]}); install the same on both"
-                )
-        if self._closed and name not in self._closed:
-            return f"client {name!r} was not there when the run began ({', '.join(self._closed)}); it can take part in the next run"
-        if self._closed and identity.party != self._closed[name]:
-            return f"the rows of client {name!r} changed since the run began; put them back, or start a new run"
+        alike = [of.party.client_id for of in self._known.values() if of.party.client_id.casefold() == name.casefold()]
+        if set(alike) - {name}:
+            return f"clients {alike[0]!r} and {name!r} would share a folder where case is ignored; rename one"
         return ""
 
     def _notice(self, kind: str, header: Mapping[str, str], node: int) -> Message:
@@ -229,7 +271,7 @@ class Nodes:
 
 def _expired(reply: Message) -> bool:
     """Whether the message's time was over before its answer came; its lifetime is how long the server waits."""
-    return reply.has_error() and reply.error.code == _UNAVAILABLE
+    return bool(reply.has_error() and reply.error.code == _UNAVAILABLE)
 
 
 def _opened(reply: Message) -> Encoded | Problem:

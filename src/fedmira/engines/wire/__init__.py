@@ -4,7 +4,7 @@ from fedmira.engines.wire.blobs import pack, unpack
 from fedmira.engines.wire.codec import Encoded, Header, Line, decode, encode, joined, separated
 from fedmira.engines.wire.ends import ServerEnd, Work, serve
 from fedmira.engines.wire.envelopes import ACCEPTED_ROUND, RUN, WIRE_STAGE, decode_answer, decode_request, encode_answer, encode_request
-from fedmira.engines.wire.headers import number
+from fedmira.engines.wire.headers import number, text, whole_number
 from fedmira.engines.wire.kinds import CHOICE, IDENTITY, LOSSES, REFUSAL, SCORES, TRAIN
 
 __all__ = [
@@ -33,5 +33,7 @@ __all__ = [
     "pack",
     "separated",
     "serve",
+    "text",
     "unpack",
+    "whole_number",
 ]

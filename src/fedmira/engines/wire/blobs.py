@@ -36,7 +36,7 @@ def unpack(content: bytes) -> Encoded:
             name: np.frombuffer(form["data"], dtype=np.dtype(_TYPES[form["dtype"]]).newbyteorder("<")).reshape(form["shape"])
             for name, form in deserialize(content)  # type: ignore[no-untyped-call]
         }
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WireError(f"{len(content)} bytes came, but they are no message ({type(error).__name__}: {error})") from error
     if not isinstance(header, dict) or not all(isinstance(value, str | int | float) for value in header.values()):
         raise WireError("the message's header is no mapping of names to texts and numbers")

@@ -294,8 +294,8 @@ def _names(header: Header) -> list[str]:
     """
     try:
         parts = json.loads(text(header, _PARTS))
-    except ValueError as error:
-        raise WireError(f"the header's {_PARTS} is {header[_PARTS]!r}; must be a JSON list of names") from error
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"the header's {_PARTS} is {str(header[_PARTS])[:200]!r}; must be a JSON list of names") from error
     if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
         raise WireError(f"the header's {_PARTS} is {header[_PARTS]!r}; must be a JSON list of names")
     return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,10 @@ Work = Callable[[Request, Payload | None], tuple[Reply | Failure, Payload | None
 """(request, the client's private memory) -> its answer, and its memory afterwards."""
 
 _OWN, _LINE = "own", "line"
+_log = logging.getLogger("fedmira")
+
+MEMORY_LOST = "memory_lost"
+"""A reply's figure, 1, where the client had to begin without the private memory of its last reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class ServerEnd:
         A reply is accepted here: the next request says so. After a failure the line is what it was before the request; where the client
         does not hold our reference, the next message goes whole.
         """
-        sent = self._sent[request.client_id]
+        sent = self._sent.pop(request.client_id)
         answer, line = decode_answer(request, encoded, sent.line)
         if isinstance(answer, Reply):
             self._remember(request.client_id, line)
@@ -82,8 +87,9 @@ class ServerEnd:
         return replace(answer, traffic=Traffic(sent.volume, encoded.volume))
 
     def lost(self, request: Request, stage: str, reason: str) -> Failure:
-        """A failure in place of an answer that never came, for a request that was sent; the line is what it was before."""
-        return Failure(request.client_id, request.round, stage, reason, Traffic(self._sent[request.client_id].volume, Volume()))
+        """A failure in place of an answer that never came; the line is what it was before. At stage "send" nothing has travelled."""
+        down = self._sent.pop(request.client_id).volume
+        return Failure(request.client_id, request.round, stage, reason, Traffic(Volume() if stage == "send" else down, Volume()))
 
     def _line(self, client: ClientId) -> Line:
         return Line.of(self._memories[client]) if client in self._memories else Line()
@@ -118,11 +124,15 @@ def serve(encoded: Encoded, client: ClientId, folder: Path, work: Work) -> Encod
     except FedmiraError as error:
         return encode_answer(Failure(name, round_number, "memory", str(error)), "float32", Line())[0]
     try:
+        forgot = before is None and whole_number(header, ACCEPTED_ROUND) > 0
         request, line = decode_request(encoded, Line.of(separated(before, _LINE)))
     except WireError as error:
         return encode_answer(Failure(name, round_number, WIRE_STAGE, str(error)), "float32", Line())[0]
     try:
         answer, own = work(request, separated(before, _OWN))
+        if forgot and own is not None and isinstance(answer, Reply):
+            _log.warning("%s: this node no longer has what it remembered of the run (in %s); it began anew", client, memory.folder)
+            answer = replace(answer, metrics={**answer.metrics, MEMORY_LOST: 1.0})
         message, line = encode_answer(answer, text(header, "wire"), line)
         if isinstance(answer, Reply):
             memory.keep(round_number, joined({_OWN: own, _LINE: line.as_payload()}))

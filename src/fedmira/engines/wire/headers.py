@@ -30,7 +30,10 @@ def number(header: Mapping[str, object], name: str) -> float:
     value = header.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise WireError(f"the header's {name} is {value!r}; must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise WireError(f"the header's {name} is a whole number beyond the largest float") from error
 
 
 def whole_number(header: Mapping[str, object], name: str) -> int:
