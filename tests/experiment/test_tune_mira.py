@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from itertools import product
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ def test_pfedgraph_is_run_as_in_its_paper_whatever_else_was_chosen(tuning: Modul
     default = {knob: next(iter(options)) for knob, options in tuning.KNOBS.items()}
     for graph, coupling, size in product(*(tuning.KNOBS[knob] for knob in ("graph", "coupling", "size"))):
         chosen = tuning.settled({**default, "graph": graph, "coupling": coupling, "size": size})
-        algorithm: Any = load_config(None, None, ["data.path=tasks", *tuning.COMMON, *tuning.overrides_of(chosen)]).algorithm
+        algorithm: Any = load_config(None, None, ["data.path=tasks", *tuning.COMMON, *tuning.overrides_of(chosen, chosen)]).algorithm
         if graph.startswith("pfedgraph"):
             assert (algorithm.server_step, algorithm.size_scale, tuning.name_of(chosen)) == (1, 0, graph)
         else:
@@ -49,3 +49,12 @@ def test_a_knob_that_the_graph_settles_is_not_tried(tuning: ModuleType, monkeypa
     assert [len(names) for names in tried] == [10, 3]
     assert tuning.name_of(tuning.tuned(None, ["coupling", "graph"])) == "pfedgraph-0.4"
     assert "nearest-5_coupling-0.5" in tried[-1] and "pfedgraph-0.8" in tried[-1]
+
+
+def test_capacity_that_was_chosen_is_given_to_all_methods_of_the_final_table(tuning: ModuleType) -> None:
+    default = {knob: next(iter(options)) for knob, options in tuning.KNOBS.items()}
+    chosen = {**default, "rank": "rank-32", "layers": "layers-qkvo", "steps": "steps-3", "graph": "nearest-5"}
+    arguments = SimpleNamespace(tasks="tasks", extra=[])
+    ground = tuning.ground_of(arguments, chosen, tuning.CAPACITY)
+    assert (ground.adapter.rank, len(ground.adapter.targets), ground.local.steps, ground.rounds.count) == (32, 4, 3, 10)
+    assert ground.graph.nearest == load_config(None, None, ["data.path=tasks", *tuning.COMMON]).graph.nearest
