@@ -85,7 +85,10 @@ def _print(comparison: Comparison) -> None:
     budget |= {"MiB_up": "MiB up", "MiB_down": "MiB down", "parameters_most": "parameters a client", "trained_most": "of these trained"}
     budget |= {"equal_budget": "equal"}
     ways = ("up", "down", "up_each", "down_each")
-    in_mib = [row | {f"MiB_{way}": _mib(row[f"bytes_{way}"]) for way in ways} for row in rows]
+    counts = ("local_steps", "response_tokens", "tokens")
+    in_mib = [
+        row | {f"MiB_{way}": _mib(row[f"bytes_{way}"]) for way in ways} | {name: _whole(row[name]) for name in counts} for row in rows
+    ]
     _print_columns("budget of a run, mean over seeds", budget, in_mib)
     print("".join(f"{note}\n" for note in document["notes"]), end="")
     each = {"method": "method", "MiB_down_each": "MiB down", "MiB_up_each": "MiB up", "dtype": "number type"}
@@ -113,6 +116,11 @@ def _print_columns(title: str, columns: Mapping[str, str], rows: Sequence[Mappin
 
 def _word(value: object) -> object:
     return ("yes" if value else "NO") if isinstance(value, bool) else value
+
+
+def _whole(count: float | None) -> int | None:
+    """A mean over seeds of what is counted."""
+    return None if count is None else round(count)
 
 
 def _mib(size: float | None) -> float | None:
