@@ -28,7 +28,7 @@ SETTINGS = {
     "data.max_length": 160,
     "data.input_limit": 400,
     "federation.nodes": TASKS,
-    "federation.wait_s": 400,
+    "federation.wait_s": 700,
     "federation.reply_s": 120,
 }
 
@@ -151,7 +151,7 @@ def test_a_federation_survives_its_machines(federation: Federation, base_folder:
     a node without a key and one without TLS are refused.
     """
     names = ["apple-1", "apple-2", "apple-3", "birch-1"]
-    settings: dict[str, Any] = {"rounds.count": 7, "federation.clients": names, "federation.wait_s": 400, "federation.reply_s": 120}
+    settings: dict[str, Any] = {"rounds.count": 7, "federation.clients": names, "federation.wait_s": 700, "federation.reply_s": 120}
     config = make_config(base_folder, clients_folder, {**settings, "local.steps": 1, "algorithm.name": "local"})
     run = tmp_path / "run"
     write_app(federation, config, tmp_path / "app")
