@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from federation import adapter_bytes, cohort_of, events_of, make_config, table_of, with_engine
 from fedmira.config import Config, dump_config
 from fedmira.engines import InProcessEngine
@@ -40,15 +38,6 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
         yield processes
     finally:
         processes.close()
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the processes of a federation have here: sums over several threads round otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

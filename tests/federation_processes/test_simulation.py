@@ -13,8 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from federation import CLIENTS, adapter_bytes, cohort_of, events_of, make_config, with_engine
 from fedmira.config import dump_config
 from fedmira.engines import InProcessEngine
@@ -35,15 +33,6 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
         processes.close()
         wait_until(lambda: not processes.running(), "the end of all processes", 30)
         shutil.rmtree(ray)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the processes have here: sums over several threads round otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
