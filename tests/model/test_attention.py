@@ -56,7 +56,7 @@ def test_kernels_equal_attention_of_each_row_by_itself(shared: list[int], shape:
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
     wanted = torch.autograd.grad((expected * weight).sum(), inputs)
     scale = SIZE**-0.5
-    for result in (attend_on_cpu(*inputs, plan_for_cpu(batch, torch.float32), scale), _attend_by_row(*inputs, batch, scale, None)):
+    for result in (attend_on_cpu(*inputs, plan_for_cpu(batch), scale), _attend_by_row(*inputs, batch, scale, None)):
         assert torch.allclose(result.double(), expected, atol=1e-5)
         for found, want in zip(torch.autograd.grad((result * weight).sum(), inputs), wanted, strict=True):
             assert torch.allclose(found, want, atol=3e-5)
@@ -65,7 +65,7 @@ def test_kernels_equal_attention_of_each_row_by_itself(shared: list[int], shape:
 def test_long_rows_are_cut_into_blocks_without_a_difference() -> None:
     batch = batch_of((300,), 3, longest=150)
     inputs = [heads(count, len(batch.ids), count) for count in (4, 2, 2)]
-    result, expected = attend_on_cpu(*inputs, plan_for_cpu(batch, torch.float32), SIZE**-0.5), row_by_row(*inputs, batch)
+    result, expected = attend_on_cpu(*inputs, plan_for_cpu(batch), SIZE**-0.5), row_by_row(*inputs, batch)
     assert torch.allclose(result.double(), expected, atol=1e-5)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     pairs = zip(*(torch.autograd.grad((each * weight).sum(), inputs) for each in (result, expected)), strict=True)
@@ -77,7 +77,7 @@ def test_long_rows_are_cut_into_blocks_without_a_difference() -> None:
 def test_queries_that_predict_alone_get_what_they_get_among_all(shared: list[int], longest: int, seed: int) -> None:
     batch = batch_of(tuple(shared), seed, longest=longest)
     inputs = [heads(count, len(batch.ids), seed + count) for count in (4, 2, 2)]
-    plans = [plan_for_cpu(batch, torch.float32, predicting) for predicting in (False, True)]
+    plans = [plan_for_cpu(batch, predicting) for predicting in (False, True)]
     query, key, value = inputs
     whole = attend_on_cpu(query, key, value, plans[0], 0.3)[:, batch.predict_at]
     alone = attend_on_cpu(query[:, :, batch.predict_at], key, value, plans[1], 0.3)

@@ -37,9 +37,9 @@ class _Layout:
     def sequences(self) -> Sequences:
         return sequences_of(self.batch)
 
-    def cpu_plan(self, dtype: torch.dtype, predicting: bool) -> CpuPlan:
+    def cpu_plan(self, predicting: bool) -> CpuPlan:
         if predicting not in self.plans:
-            self.plans[predicting] = plan_for_cpu(self.batch, dtype, predicting)
+            self.plans[predicting] = plan_for_cpu(self.batch, predicting)
         return self.plans[predicting]
 
 
@@ -100,9 +100,9 @@ def packed_attention(
         return attend_on_cuda(query, key, value, layout.sequences, scale, window), None
     if same_size and query.device.type == "cpu" and not window:
         if module.layer_idx != layout.last_layer:
-            return attend_on_cpu(query, key, value, layout.cpu_plan(query.dtype, False), scale), None
+            return attend_on_cpu(query, key, value, layout.cpu_plan(False), scale), None
         # Only what predicts is read of the last layer: there all other places give nothing but keys and values.
-        read = attend_on_cpu(query[:, :, batch.predict_at], key, value, layout.cpu_plan(query.dtype, True), scale)
+        read = attend_on_cpu(query[:, :, batch.predict_at], key, value, layout.cpu_plan(True), scale)
         return read.new_zeros(1, query.shape[2], *read.shape[2:]).index_copy(1, batch.predict_at, read), None
     return _attend_by_row(query, key, value, batch, scale, window), None
 

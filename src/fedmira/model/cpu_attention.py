@@ -3,7 +3,7 @@
 A prefix, and a long remainder, is cut into blocks of queries that read only the keys before them; short remainders lie beside
 each other in one block, whose mask keeps them apart. What remainders read of their prefix is one call for all of a segment. The
 two parts of a remainder are joined by their log-sum-exps (Dao et al. 2022, section 3.1), with which the kernel's backward is exact
-for each part on its own.
+for each part on its own. The kernel always computes in float32: in bfloat16 its backward takes two and a half times as long.
 """
 
 from __future__ import annotations
@@ -40,11 +40,10 @@ class CpuPlan:
     to_prefixes: tuple[tuple[slice, slice], ...]
 
 
-def plan_for_cpu(batch: PackedBatch, dtype: torch.dtype, predicting: bool = False) -> CpuPlan:
+def plan_for_cpu(batch: PackedBatch, predicting: bool = False) -> CpuPlan:
     """Cut a packed batch into kernel calls.
 
     Args:
-        dtype: of the masks, which is that of the queries.
         predicting: whether the queries are those at `batch.predict_at` alone, in that order, or those of all tokens.
     """
     causal: list[tuple[slice, slice, Tensor]] = []
@@ -53,7 +52,7 @@ def plan_for_cpu(batch: PackedBatch, dtype: torch.dtype, predicting: bool = Fals
     for segment, start in zip(batch.segments, batch.starts, strict=True):
         place = start + segment.prefix
         if not predicting:
-            causal += _blocks(start, place, start, dtype, queries)
+            causal += _blocks(start, place, start, queries)
             queries += segment.prefix
         before = queries
         # Who predicts stands at the end of its row.
@@ -62,10 +61,10 @@ def plan_for_cpu(batch: PackedBatch, dtype: torch.dtype, predicting: bool = Fals
             stop = place + sum(lengths)
             mute = silent[first : first + len(lengths)]
             if len(lengths) == 1:
-                causal += _blocks(place + mute[0], stop, place, dtype, queries)
+                causal += _blocks(place + mute[0], stop, place, queries)
             else:
                 count = sum(lengths) - sum(mute)
-                causal.append((slice(queries, queries + count), slice(place, stop), _beside(lengths, tuple(mute), dtype)))
+                causal.append((slice(queries, queries + count), slice(place, stop), _beside(lengths, tuple(mute))))
             queries += sum(lengths) - sum(mute)
             place = stop
         if segment.prefix:
@@ -95,7 +94,7 @@ def _side_by_side(lengths: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]
             first = end
 
 
-def _blocks(begin: int, stop: int, start: int, dtype: torch.dtype, queries: int) -> Iterator[tuple[slice, slice, Tensor]]:
+def _blocks(begin: int, stop: int, start: int, queries: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Places `begin` to `stop` of a causal stretch from `start`, block by block: queries, keys up to the last of them, and the mask.
 
     Args:
@@ -104,25 +103,25 @@ def _blocks(begin: int, stop: int, start: int, dtype: torch.dtype, queries: int)
     for place in range(begin, stop, _BLOCK):
         end = min(place + _BLOCK, stop)
         own = slice(queries + place - begin, queries + end - begin)
-        yield own, slice(start, end), _causal(end - place, place - start, dtype)
+        yield own, slice(start, end), _causal(end - place, place - start)
 
 
-def _causal(size: int, offset: int, dtype: torch.dtype) -> Tensor:
+def _causal(size: int, offset: int) -> Tensor:
     """Additive mask [size, offset + size] of queries at positions offset and on: a view of one mask for all offsets of a size class."""
     widest = _BLOCK * (offset // _BLOCK + 1)
-    return _widest_mask(widest, dtype)[:size, widest - offset : widest + size]
+    return _widest_mask(widest)[:size, widest - offset : widest + size]
 
 
 @lru_cache(maxsize=64)
-def _widest_mask(offset: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((_BLOCK, offset + _BLOCK), float("-inf"), dtype=dtype).triu(offset + 1)
+def _widest_mask(offset: int) -> Tensor:
+    return torch.full((_BLOCK, offset + _BLOCK), float("-inf")).triu(offset + 1)
 
 
 @lru_cache(maxsize=64)
-def _beside(lengths: tuple[int, ...], silent: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _beside(lengths: tuple[int, ...], silent: tuple[int, ...]) -> Tensor:
     """Additive mask of rows beside each other, each causal and blind for the others; the first `silent` places of a row do not ask."""
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    mask = _causal(len(row), 0, dtype).masked_fill(row[:, None] != row[None, :], float("-inf"))
+    mask = _causal(len(row), 0).masked_fill(row[:, None] != row[None, :], float("-inf"))
     asks = torch.cat([torch.arange(length) >= first for length, first in zip(lengths, silent, strict=True)])
     return mask[asks]
 
@@ -132,12 +131,10 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: CpuPlan, scale: float) -> Tensor:
-        queries, keys, values = _by_key_head(query, key, value)
+        queries, keys, values = _by_key_head(query.float(), key.float(), value.float())
         groups, share, asking, size = queries.shape
-        flat = query.new_empty(asking, groups, share, size)
+        flat = torch.empty(asking, groups, share, size)
         out, log_sums = flat.permute(1, 2, 0, 3), torch.empty(groups, share, asking)
-        ctx.save_for_backward(query, key, value, flat, log_sums)
-        ctx.plan, ctx.scale = plan, scale
         for own, seen, mask in plan.causal:
             out[:, :, own], log_sums[:, :, own] = _forward(
                 queries[:, :, own], keys[:, :, seen], values[:, :, seen], 0.0, False, attn_mask=mask, scale=scale
@@ -145,17 +142,19 @@ class _PackedAttention(torch.autograd.Function):
         for own, seen in plan.to_prefixes:
             to_prefix, log_sum = _forward(queries[:, :, own], keys[:, :, seen], values[:, :, seen], 0.0, False, scale=scale)
             to_itself, own_log_sum = out[:, :, own], log_sums[:, :, own]
-            to_itself.lerp_(to_prefix, torch.sigmoid(log_sum - own_log_sum)[..., None].to(query.dtype))
+            to_itself.lerp_(to_prefix, torch.sigmoid(log_sum - own_log_sum)[..., None])
             own_log_sum.copy_(torch.logaddexp(own_log_sum, log_sum))
-        return flat.view(1, asking, groups * share, size)
+        result = flat.view(1, asking, groups * share, size).to(query.dtype)
+        ctx.save_for_backward(query, key, value, result, log_sums)
+        ctx.plan, ctx.scale = plan, scale
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, flat, log_sums = ctx.saved_tensors
-        queries, keys, values = _by_key_head(query, key, value)
+        query, key, value, result, log_sums = ctx.saved_tensors
+        queries, keys, values = _by_key_head(query.float(), key.float(), value.float())
         groups, share, asking, size = queries.shape
-        out, grad = flat.permute(1, 2, 0, 3), grad.view(asking, groups, share, size).permute(1, 2, 0, 3)
-        # Sums in float32, whatever the model computes in.
+        out, grad = (tensor.float().view(asking, groups, share, size).permute(1, 2, 0, 3) for tensor in (result, grad))
         to_query = torch.empty(asking, groups, share, size)
         to_key, to_value = torch.zeros(2, keys.shape[2], groups, size)
         by_head = (to_query.permute(1, 2, 0, 3), to_key.transpose(0, 1), to_value.transpose(0, 1))
