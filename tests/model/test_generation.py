@@ -142,8 +142,8 @@ def test_the_cache_takes_the_bytes_that_were_planned(federation: Federation) -> 
             decoder.read(branch, 2048)
             with decoder.attached(), branch.rows(decoder.clients):
                 decoder.step(decoder.places * 0)
-        kept = [*decoder._own.values(), *decoder._shared.values()]
-        assert sum(tensor.nbytes for pair in kept for tensor in pair) == replace(shape, row_bytes=0).of(wave.extent)
+        kept = [pair for block in decoder._blocks for layers in (block.own, block.shared) for pair in layers.values()]
+        assert sum(tensor.nbytes for pair in kept for tensor in pair) == replace(shape, row_bytes=0).of(wave.size)
 
 
 def test_bfloat16_decodes_from_the_cache() -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fedmira.model.base_model import BaseModel
 from fedmira.model.decoding import WaveDecoder, rectangle
 from fedmira.model.lora import LoraBranch
-from fedmira.model.waves import Prompt, PromptGroup, Wave
+from fedmira.model.waves import Block, Prompt, PromptGroup, Wave
 
 __all__ = ["decoding_agrees"]
 
@@ -32,7 +32,8 @@ def decoding_agrees(base: BaseModel, branch: LoraBranch) -> bool:
         asked = enumerate((*((*head, *tail) for tail in sorted(tails, key=len, reverse=True)), tuple(last)))
         prompts = [Prompt(i, 0, ids[:-1], ids[-1:], 4) for i, ids in asked]
         following = torch.randint(0, limit, (len(prompts), 4), generator=draw)
-        wave = Wave((PromptGroup(0, tuple(prompts[:3]), len(head)), PromptGroup(0, tuple(prompts[3:]), 2)))
+        groups = [PromptGroup(0, tuple(prompts[:2]), len(head)), *(PromptGroup(0, (prompt,), 2) for prompt in prompts[2:])]
+        wave = Wave((Block(tuple(groups[:2])), Block(tuple(groups[2:]))))
         try:
             own = _forced_losses(base, branch, wave, following)
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError):

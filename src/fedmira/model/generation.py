@@ -89,17 +89,17 @@ def texts_of(base: BaseModel, answers: list[list[int]]) -> list[str]:
 
 def _continue(base: BaseModel, branch: LoraBranch, wave: Wave, budget: int) -> Iterator[tuple[Prompt, list[int]]]:
     """The new tokens of a wave; what stands behind an end of sequence is meaningless."""
-    decoder, extent = WaveDecoder(base, wave), wave.extent
+    decoder, size = WaveDecoder(base, wave), wave.size
     head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     ends = torch.tensor(end_tokens(base), device=base.device)
     limits = rectangle(wave, [[prompt.limit for prompt in group.prompts] for group in wave.groups], base.device)
     tokens = rectangle(wave, [[prompt.response[0] for prompt in group.prompts] for group in wave.groups], base.device)
     done = limits < 1
-    answers = torch.zeros(done.numel(), extent.limit, dtype=torch.long, device=base.device)
+    answers = torch.zeros(done.numel(), size.limit, dtype=torch.long, device=base.device)
     decoder.read(branch, budget)
     with decoder.attached(), ExitStack() as factors:
         factors.enter_context(branch.rows(decoder.clients))
-        for count in range(1, extent.limit + 1):
+        for count in range(1, size.limit + 1):
             tokens = head(decoder.step(tokens)).argmax(dim=-1)
             answers[decoder.places, count - 1] = tokens
             done |= torch.isin(tokens, ends) | (limits <= count)
@@ -113,7 +113,7 @@ def _continue(base: BaseModel, branch: LoraBranch, wave: Wave, budget: int) -> I
             decoder.keep(groups, rows)
             factors.close()
             factors.enter_context(branch.rows(decoder.clients))
-    for group, found in zip(wave.groups, answers.view(extent.groups, extent.rows, -1).tolist(), strict=True):
+    for group, found in zip(wave.groups, answers.view(size.groups, size.rows, -1).tolist(), strict=True):
         yield from zip(group.prompts, found, strict=False)
 
 
