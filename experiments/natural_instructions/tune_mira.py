@@ -4,9 +4,10 @@
 
 Each knob of `KNOBS` is tried with all others at the best so far, and keeps the option with the lowest validation loss: the mean over
 clients and seeds of the last round, or, with --set evaluation.select=best, of each client's best one. All options take equal local
-steps. pFedGraph's are run as in its paper, which leaves no coupling and no size scale to tune. Then the settings that were chosen, and
-with the rank, layers and steps that were chosen the defaults, local training and the control (the chosen graph with its clients
-exchanged at random) stand side by side, with validation and test losses, and as comparison.html in OUTPUT/<steps>/.
+steps. pFedGraph's are run as in its paper, which leaves no coupling and no size scale to tune. Then the settings that were chosen, with
+and without the safeguard, and with the rank, layers and steps that were chosen the defaults, the control (the chosen graph with its
+clients exchanged at random) and the methods of --final-methods stand side by side, with validation and test losses, and as
+comparison.html in OUTPUT/final/.
 
 Runs are those of `fedmira compare`: finished ones are not repeated and interrupted ones continue, so the same command may be given
 again. A seed changes the splits: rows that validate under one seed may be test rows under another. So tune with one seed (--seeds), and
@@ -132,13 +133,13 @@ def test_loss(folder: Path) -> float:
 def run_all(
     arguments: argparse.Namespace,
     ground: Config,
-    steps: str,
+    name: str,
     algorithms: Sequence[str],
     variants: Mapping[str, list[str]],
     seeds: list[int],
 ) -> dict[str, list[Path]]:
     """Method -> its run folders, by seed."""
-    output = arguments.output / steps
+    output = arguments.output / name
     try:
         compare_algorithms(ground, algorithms, seeds, output, watch, variants=variants)
     except RunError as error:  # a diverged option is not chosen
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--final-seeds", default="", help="seeds of the final table; those of --seeds when left out")
+    parser.add_argument("--final-methods", default="local,fedavg,fedit-finetune,ditto,fedalt")
     parser.add_argument("--knobs", default=",".join(KNOBS))
     parser.add_argument("--set", action="append", default=[], dest="extra")
     arguments = parser.parse_args()
@@ -194,11 +196,18 @@ def main() -> None:
 
     chosen = tuned(arguments, knobs)
     # Capacity is no merit of alignment: local training and the defaults get the rank, layers and steps that were chosen for MIRA.
-    name, overrides = name_of(chosen), overrides_of(chosen, [knob for knob in KNOBS if knob not in CAPACITY])
+    overrides = overrides_of(chosen, [knob for knob in KNOBS if knob not in CAPACITY])
+    name = name_of(chosen) if overrides else "default"
     ground = ground_of(arguments, chosen, CAPACITY)
-    variants = {"default": [], name: overrides, f"{name}_shuffled": [*overrides, "graph.shuffled=true"]}
+    variants = {
+        "default": [],
+        name: overrides,  # the same where only the capacity was changed
+        f"{name}_safeguard": [*overrides, "algorithm.safeguard=true"],
+        f"{name}_shuffled": [*overrides, "graph.shuffled=true"],
+    }
     print(f"\nfinal, seeds {final_seeds}: {', '.join(chosen.values())}", flush=True)
-    runs = run_all(arguments, ground, chosen["steps"], ["local"], variants, final_seeds)
+    # In a folder of its own: what the tuning calls "default" there has the default rank and layers.
+    runs = run_all(arguments, ground, "final", arguments.final_methods.split(","), variants, final_seeds)
     print(f"| {chosen['steps']} | validation loss | test loss |\n|---|---|---|")
     for method, folders in runs.items():
         validation = fmean(validation_loss(folder, ground.evaluation.select) for folder in folders)
