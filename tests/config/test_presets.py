@@ -8,6 +8,7 @@ import pytest
 
 from fedmira.comparison import plan_methods
 from fedmira.config import Config, MiraSettings, dump_config, load_config, preset_description, preset_names, preset_path
+from fedmira.data.sources.natural_instructions import FEWEST_ROWS
 from fedmira.errors import ConfigError
 
 BUNDLED_CONTEXT = 512
@@ -116,7 +117,8 @@ def test_fedkseed_has_the_published_steps_seeds_and_sampling_without_clipping() 
     config = load_config(preset="fedkseed-ni")
     assert (config.local.steps, config.local.batch_size, config.local.zeroth_seeds, config.local.zeroth_width) == (200, 1, 4096, 5e-4)
     assert (config.rounds.count, config.rounds.participation, config.seed) == (40, 0.05, 42)
-    assert (config.data.sample_fraction, config.data.min_rows, config.data.input_limit) == (0.2, 20, 1024)
+    assert (config.data.sample_fraction, config.data.input_limit) == (0.2, 1024)
+    assert config.data.min_rows == int(0.2 * FEWEST_ROWS), "20 rows are asked for before they are drawn, and no further number after"
     assert config.local.max_grad_norm == config.local.weight_decay == 0
     assert config.model.base == "bundled" and config.data.max_length == BUNDLED_CONTEXT
 

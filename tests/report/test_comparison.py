@@ -67,7 +67,44 @@ def test_clients_are_counted_beyond_noise(run_folder: Folders, tmp_path: Path) -
         row["after_align_loss"] = factor * alone["after_align_loss"]
     row = compare(made, tmp_path).method_rows[1]
     assert (row["better_than_local"], row["equal_to_local"], row["worse_than_local"]) == (2, 3, 3)
+    assert (row["below_local"], row["above_local"]) == (2, 3), "with one seed noise is not measured"
     assert row["test_loss_spread"] is None, "one seed has no spread"
+    assert "With one seed noise is not measured" in page_in(tmp_path) and "bold is beyond noise" not in page_in(tmp_path)
+
+
+def test_clients_that_moved_by_much_are_counted_whatever_their_noise(run_folder: Folders, tmp_path: Path) -> None:
+    made = {name: {seed: run_folder(f"{name}-seed{seed}", clients=4, algorithm=name) for seed in (0, 1)} for name in ("local", "mira")}
+    for seed, factors in ((0, (0.9, 0.9, 1.0, 1.0)), (1, (0.9, 1.02, 1.1, 1.0))):  # means 0.9, 0.96, 1.05, 1; only the first without noise
+        for factor, row, alone in zip(factors, made["mira"][seed].client_rows, made["local"][seed].client_rows, strict=True):
+            alone["after_align_loss"] = 2.0
+            row["after_align_loss"] = 2.0 * factor
+    row = compare(made, tmp_path).method_rows[1]
+    assert (row["better_than_local"], row["equal_to_local"], row["worse_than_local"]) == (1, 3, 0)
+    assert (row["below_local"], row["above_local"]) == (2, 1)
+
+
+def test_the_best_rounds_are_paired_for_themselves(run_folder: Folders, tmp_path: Path) -> None:
+    made = {name: {0: run_folder(name, clients=4, algorithm=name)} for name in ("local", "mira")}
+    for row, alone in zip(made["mira"][0].client_rows, made["local"][0].client_rows, strict=True):
+        row["after_align_loss"], row["best_test_loss"] = 0.5 * alone["after_align_loss"], 1.25 * alone["best_test_loss"]
+    row = compare(made, tmp_path).method_rows[1]
+    best = [alone["best_test_loss"] for alone in made["local"][0].client_rows]
+    assert row["better_than_local"] == 4 and row["best_worse_than_local"] == 4, "a gain at the last round, a loss at the best"
+    assert row["best_difference_to_local"] == pytest.approx(0.25 * fmean(best)) and row["difference_to_local"] < 0
+    for text in (
+        page_in(tmp_path).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"),
+        (tmp_path / "comparison.md").read_text(encoding="utf-8"),
+    ):
+        assert "t each client's own best round" in text
+
+
+def test_best_rounds_are_no_second_table_where_they_are_the_first(run_folder: Folders, tmp_path: Path) -> None:
+    made = {name: {0: run_folder(name, clients=4, algorithm=name)} for name in ("local", "mira")}
+    for runs in made.values():
+        runs[0].more_settings = '\n[evaluation]\nselect = "best"\n'
+    figures = compare(made, tmp_path)
+    assert figures.best_pairings == {} and not any(key.startswith("best_d") for key in figures.method_rows[1])
+    assert "Test loss per response token at each client&#39;s own best round" in page_in(tmp_path)
 
 
 def test_every_file_holds_the_same_figures(run_folder: Folders, tmp_path: Path) -> None:

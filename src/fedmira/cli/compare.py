@@ -69,18 +69,23 @@ def compare(
 
 def _print(comparison: Comparison) -> None:
     """The tables for people."""
+    from fedmira.report.comparison_files import COUNTS
     from fedmira.report.targets import TARGET_RULE, reached_text
 
     document, rows = comparison.figures.document(), comparison.rows
     losses = {"method": "method", "seeds": "seeds", "test_loss": "mean", "test_loss_spread": "± seeds", "worst_tenth": "worst tenth"}
-    _print_columns("test loss per response token", losses, rows)
+    _print_columns(f"test loss per response token {comparison.figures.read_out}", losses, rows)
     for baseline in document["baselines"]:
         difference = f"difference_to_{baseline}"
         columns = {"method": "method", difference: "difference", f"{difference}_low": "low", f"{difference}_high": "high"}
-        columns |= {f"{key}_{baseline}": key.partition("_")[0] for key in ("better_than", "equal_to", "worse_than")}
+        columns |= {f"{key}_{baseline}": words.removesuffix(" than").removesuffix(" to") for key, words in COUNTS.items()}
         others = [row for row in rows if row["method"] != baseline]
         level = f"{100 * document['interval']['level']:g} %"
-        _print_columns(f"against {baseline}: paired difference, its {level} bootstrap interval, and clients beyond noise", columns, others)
+        told = f"paired difference, its {level} bootstrap interval, and clients"
+        _print_columns(f"against {baseline}: {told}", columns, others)
+        if comparison.figures.best_pairings:
+            at_best = {key if key == "method" else f"best_{key}": title for key, title in columns.items()}
+            _print_columns(f"against {baseline}, each client at its own best round: {told}", at_best, others)
     budget = {"method": "method", "local_steps": "local steps", "response_tokens": "response tokens", "tokens": "tokens computed"}
     budget |= {"MiB_up": "MiB up", "MiB_down": "MiB down", "parameters_most": "parameters a client", "trained_most": "of these trained"}
     budget |= {"equal_budget": "equal"}
@@ -100,6 +105,8 @@ def _print(comparison: Comparison) -> None:
         print(TARGET_RULE)
     if document["baselines"]:
         print(document["rule"])
+        if max(row["seeds"] for row in rows) == 1:
+            print("With one seed noise is not measured: a difference may be chance.")
     if not document["equal"]:
         print("\nUNEQUAL: these methods were not run on equal terms, and their figures do not compare:")
         print("\n".join(f"  {problem}" for problem in document["problems"]))

@@ -13,7 +13,7 @@ from fedmira.errors import RunFolderError
 from fedmira.report.charts import Series, legend, line_chart, percent_text
 from fedmira.report.comparison_figures import Figures, budget_text, compare_runs
 from fedmira.report.comparison_files import interval_text, write_tables
-from fedmira.report.findings import MIB, algorithm_title, curve_of_test_loss, flat_settings
+from fedmira.report.findings import CHANGE_LIMIT, MIB, algorithm_title, curve_of_test_loss, flat_settings
 from fedmira.report.heat_map import HeatCell, HeatRow, heat_map, shift_keys
 from fedmira.report.page import render
 from fedmira.report.paired import LEVEL, NOISE_RULE, ClientDifference
@@ -91,6 +91,7 @@ def _content(figures: Figures, folder: Path) -> dict[str, Any]:
         "rule": NOISE_RULE,
         "target_rule": TARGET_RULE,
         "level": f"{100 * LEVEL:g} %",
+        "limit": f"{100 * CHANGE_LIMIT:g} %",
         "charts": [("Mean test loss per response token", legend(lines), line_chart(lines, "Mean test loss of each method"))]
         if lines
         else [],
@@ -109,9 +110,12 @@ def _method(row: Mapping[str, Any], figures: Figures, folder: Path) -> dict[str,
     name = row["method"]
     pages = {seed: run.folder / "report.html" for seed, run in figures.methods[name].items()}
     links = {seed: quote(Path(os.path.relpath(page, folder)).as_posix()) for seed, page in pages.items() if page.is_file()}
-    standings = [
-        (*interval_text(row, baseline).partition(" (")[::2], figures.pairings.get((name, baseline))) for baseline in figures.baselines
-    ]
+    standings, best_standings = (
+        [(*interval_text(row, baseline, prefix).partition(" (")[::2], found.get((name, baseline))) for baseline in figures.baselines]
+        if found
+        else []
+        for prefix, found in (("", figures.pairings), ("best_", figures.best_pairings))
+    )
     return {
         **row,
         "title": name,
@@ -119,6 +123,7 @@ def _method(row: Mapping[str, Any], figures: Figures, folder: Path) -> dict[str,
         "links": links,
         "unfinished": [(seed, run) for seed, run in figures.methods[name].items() if run.status != "finished"],
         "standings": standings,
+        "best_standings": best_standings,
         "mib_up": None if row["bytes_up"] is None else row["bytes_up"] / MIB,
         "mib_down": None if row["bytes_down"] is None else row["bytes_down"] / MIB,
         "mib_up_each": None if row["bytes_up_each"] is None else row["bytes_up_each"] / MIB,

@@ -34,6 +34,7 @@ class Figures:
         baselines: methods that the others are paired with: the one that trains alone, and the chosen reference.
         problems: method -> sentences that say where it does not stand on equal terms; empty for an equal comparison.
         pairings: (method, baseline) -> their paired differences.
+        best_pairings: the same, with each client at the round that its validation rows choose; empty where that is no other read-out.
         pooled: whether several clients hold rows of one pool, see `pools_of`.
         failures: run -> why it failed; its method is not among `methods`.
         target: a mean test loss; how soon each method reached it stands in the tables. None for no such columns.
@@ -43,6 +44,7 @@ class Figures:
     baselines: tuple[str, ...]
     problems: Mapping[str, Sequence[str]]
     pairings: Mapping[tuple[str, str], Pairing]
+    best_pairings: Mapping[tuple[str, str], Pairing]
     failures: Mapping[str, str]
     pooled: bool = False
     target: float | None = None
@@ -52,6 +54,14 @@ class Figures:
         """What the bootstrap intervals resample."""
         several = any(pairing.seeds > 1 for pairing in self.pairings.values())
         return ("categories with all their clients" if self.pooled else "clients") + (" and seeds" if several else "")
+
+    @property
+    def read_out(self) -> str:
+        """When the adapters that clients were given were made."""
+        chosen = {flat_settings(run.settings).get("evaluation.select") == "best" for runs in self.methods.values() for run in runs.values()}
+        if len(chosen) > 1:
+            return "after the last round or at each client's own best, by method"
+        return "at each client's own best round" if chosen == {True} else "after the last round"
 
     @cached_property
     def notes(self) -> list[str]:
@@ -147,13 +157,9 @@ class Figures:
             "best_round": _over_seeds([_at_best_round(run) for run in runs.values()]),
             **{text: _over_seeds([run.summary.get(text, {}).get("mean") for run in runs.values()]) for text in _TEXTS},
         }
-        for baseline in self.baselines:
-            pairing = self.pairings.get((name, baseline))
-            row[f"difference_to_{baseline}"] = pairing.difference if pairing else None
-            row[f"difference_to_{baseline}_low"] = pairing.low if pairing else None
-            row[f"difference_to_{baseline}_high"] = pairing.high if pairing else None
-            for verdict, key in (("better", "better_than"), ("equal", "equal_to"), ("worse", "worse_than")):
-                row[f"{key}_{baseline}"] = pairing.count(verdict) if pairing else None
+        for prefix, pairings in (("", self.pairings), ("best_", self.best_pairings)):
+            for baseline in () if prefix and not pairings else self.baselines:
+                row |= _standing(pairings.get((name, baseline)), prefix, baseline)
         kinds = {dtype for run in runs.values() if (dtype := dtype_of(run))}
         row |= _mean_budget([budget_of(run) for run in runs.values()]) | {"dtype": "; ".join(sorted(kinds)) or None}
         row |= {} if self.target is None else mean_reached(list(runs.values()), self.target)
@@ -188,21 +194,19 @@ def compare_runs(
     alone = [name for name, runs in methods.items() if next(iter(runs.values())).algorithm == BASELINE]
     alone = [BASELINE] if BASELINE in alone else alone[:1]
     baselines = tuple(dict.fromkeys([*alone, *([reference] if reference in methods else [])]))
-    losses = {name: _losses(runs) for name, runs in methods.items()}
-    pools = pools_of([run for runs in methods.values() for run in runs.values()])
-    pairings = {
-        (name, baseline): found
-        for name in methods
-        for baseline in baselines
-        if name != baseline and (found := pair(losses[name], losses[baseline], pools)) is not None
-    }
+    every = [run for runs in methods.values() for run in runs.values()]
+    pools = pools_of(every)
+    pairings = _pairings({name: _losses(runs) for name, runs in methods.items()}, baselines, pools)
+    at_best = {name: {seed: _best_losses_of(run) for seed, run in runs.items()} for name, runs in methods.items()}
+    other_round = all(flat_settings(run.settings).get("evaluation.select") != "best" for run in every)
+    best_pairings = _pairings(at_best, baselines, pools) if other_round else {}
     order = [*baselines, *(name for name in methods if name not in baselines)]
     problems: dict[str, list[str]] = {}
     for seed in sorted({seed for runs in methods.values() for seed in runs}):
         of_seed = {name: methods[name][seed] for name in order if seed in methods[name]}
         for name, sentences in inequalities(of_seed, seed).items():
             problems.setdefault(name, []).extend(sentences)
-    return Figures(methods, baselines, problems, pairings, dict(failures or {}), pools is not None, target)
+    return Figures(methods, baselines, problems, pairings, best_pairings, dict(failures or {}), pools is not None, target)
 
 
 def pools_of(runs: Sequence[Run]) -> dict[str, str] | None:
@@ -229,6 +233,33 @@ def budget_text(row: Mapping[str, Any], figure: str) -> str:
 def _losses_of(run: Run) -> dict[str, float]:
     """Client -> test loss at the end, of those that were measured."""
     return {row.client: row.after_align_loss for row in run.clients if row.after_align_loss is not None}
+
+
+def _best_losses_of(run: Run) -> dict[str, float]:
+    """Client -> test loss at the round that its validation rows choose, of those that have such rows."""
+    return {row.client: row.best_test_loss for row in run.clients if row.best_test_loss is not None}
+
+
+def _pairings(losses: Mapping[str, Losses], baselines: Sequence[str], pools: Mapping[str, str] | None) -> dict[tuple[str, str], Pairing]:
+    """Every method against every baseline but itself, where they have clients in common."""
+    pairs = [(name, baseline) for name in losses for baseline in baselines if name != baseline]
+    found = {(name, baseline): pair(losses[name], losses[baseline], pools) for name, baseline in pairs}
+    return {key: pairing for key, pairing in found.items() if pairing is not None}
+
+
+def _standing(pairing: Pairing | None, prefix: str, baseline: str) -> dict[str, float | None]:
+    """A method's difference to a baseline and its counts of clients; None for the baseline itself."""
+    figures: dict[str, float | None] = {
+        f"difference_to_{baseline}": pairing.difference if pairing else None,
+        f"difference_to_{baseline}_low": pairing.low if pairing else None,
+        f"difference_to_{baseline}_high": pairing.high if pairing else None,
+        f"better_than_{baseline}": pairing.count("better") if pairing else None,
+        f"equal_to_{baseline}": pairing.count("equal") if pairing else None,
+        f"worse_than_{baseline}": pairing.count("worse") if pairing else None,
+        f"below_{baseline}": pairing.below if pairing else None,
+        f"above_{baseline}": pairing.above if pairing else None,
+    }
+    return {f"{prefix}{key}": value for key, value in figures.items()}
 
 
 def _losses(runs: Mapping[int, Run]) -> Losses:

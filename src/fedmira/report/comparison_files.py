@@ -11,12 +11,21 @@ from typing import Any
 
 from fedmira.report.charts import percent_text
 from fedmira.report.comparison_figures import Figures, budget_text
-from fedmira.report.findings import MIB
+from fedmira.report.findings import CHANGE_LIMIT, MIB
 from fedmira.report.paired import LEVEL, NOISE_RULE
 from fedmira.report.tables import MISSING, MOST_ROWS, loss_text, number_text
 from fedmira.report.targets import TARGET_RULE, reached_text
 
-__all__ = ["interval_text", "markdown", "write_tables"]
+__all__ = ["COUNTS", "interval_text", "markdown", "write_tables"]
+
+COUNTS = {
+    "better_than": "better than",
+    "equal_to": "equal to",
+    "worse_than": "worse than",
+    "below": f"{100 * CHANGE_LIMIT:g} % below",
+    "above": f"{100 * CHANGE_LIMIT:g} % above",
+}
+"""What clients are counted by against a baseline, key -> words; the last two whatever the noise."""
 
 
 def write_tables(figures: Figures, folder: Path) -> None:
@@ -39,13 +48,15 @@ def markdown(figures: Figures) -> str:
         parts.append("**UNEQUAL: these methods were not run on equal terms, and their figures do not compare.**")
         parts.append("\n".join(f"- {problem}" for problems in figures.problems.values() for problem in problems))
     parts += [f"**{run} failed:** {error}" for run, error in figures.failures.items()]
-    parts += ["## Test loss", _table(_loss_columns(figures), figures.method_rows)]
+    parts += [f"## Test loss {figures.read_out}", _table(_loss_columns(figures), figures.method_rows)]
     several = any(len(runs) > 1 for runs in figures.methods.values())
     means = "mean over clients and seeds; ± is the standard deviation over seeds" if several else "mean over clients"
     parts.append(
         f"Test loss per response token, {means}. Differences are paired by "
         f"client and seed, with the {100 * LEVEL:g} % bootstrap interval over {figures.resampled}. {NOISE_RULE}"
     )
+    if figures.best_pairings:
+        parts += ["## Test loss at each client's own best round", _table(_best_columns(figures), figures.method_rows)]
     parts += ["## Budget of a run", _table(_budget_columns(), figures.method_rows)]
     parts.append(
         "Sums over clients and rounds, mean over seeds; tokens computed include prompts and padding; a client's MiB are what one client "
@@ -73,11 +84,21 @@ def _loss_columns(figures: Figures) -> Columns:
         "± seeds": lambda row: loss_text(row["test_loss_spread"]),
         "worst tenth": lambda row: loss_text(row["worst_tenth"]),
     }
+    return columns | _standing_columns(figures)
+
+
+def _best_columns(figures: Figures) -> Columns:
+    columns: Columns = {"method": lambda row: row["method"], "test loss": lambda row: loss_text(row["best_round"])}
+    return columns | _standing_columns(figures, "best_")
+
+
+def _standing_columns(figures: Figures, prefix: str = "") -> Columns:
+    """Difference and counts against each baseline."""
+    columns: Columns = {}
     for baseline in figures.baselines:
-        columns[f"to {baseline}"] = lambda row, baseline=baseline: interval_text(row, baseline)
-        for key in ("better_than", "equal_to", "worse_than"):
-            name = f"{key}_{baseline}"
-            columns[name.replace("_", " ")] = lambda row, name=name: number_text(row[name])
+        columns[f"to {baseline}"] = lambda row, baseline=baseline: interval_text(row, baseline, prefix)
+        for key, title in COUNTS.items():
+            columns[f"{title} {baseline}"] = lambda row, name=f"{prefix}{key}_{baseline}": number_text(row[name])
     return columns
 
 
@@ -107,9 +128,13 @@ def _client_columns(figures: Figures) -> Columns:
     return columns
 
 
-def interval_text(row: Mapping[str, Any], baseline: str) -> str:
-    """The mean difference of a method to a baseline with its interval; a dash for the baseline itself."""
-    name = f"difference_to_{baseline}"
+def interval_text(row: Mapping[str, Any], baseline: str, prefix: str = "") -> str:
+    """The mean difference of a method to a baseline with its interval; a dash for the baseline itself.
+
+    Args:
+        prefix: "best_" for the clients' best rounds.
+    """
+    name = f"{prefix}difference_to_{baseline}"
     if row[name] is None:
         return MISSING
     signed = [f"{row[key]:+.3f}".replace("-", "\N{MINUS SIGN}") for key in (name, f"{name}_low", f"{name}_high")]

@@ -33,7 +33,7 @@ NOISE_RULE = (
     f"with several seeds, by more than t standard errors of its difference over the seeds, t being the two-sided {100 * LEVEL:g} % "
     "quantile of Student's t with one degree of freedom less than there are seeds ("
     + ", ".join(f"{errors_of_noise(seeds):.3g} with {seeds} seeds" for seeds in (2, 3, 5))
-    + "); otherwise it is equal."
+    + "); otherwise it is equal, which may also mean that there are too few seeds to tell."
 )
 
 
@@ -89,6 +89,16 @@ class Pairing:
     def count(self, verdict: str) -> int:
         """Clients with this verdict."""
         return sum(client.verdict == verdict for client in self.clients.values())
+
+    @property
+    def below(self) -> int:
+        """Clients whose loss is lower by more than CHANGE_LIMIT, whatever their noise."""
+        return sum(client.difference < -CHANGE_LIMIT * client.other for client in self.clients.values())
+
+    @property
+    def above(self) -> int:
+        """Clients whose loss is higher by more than CHANGE_LIMIT, whatever their noise."""
+        return sum(client.difference > CHANGE_LIMIT * client.other for client in self.clients.values())
 
 
 def pair(own: Losses, other: Losses, pools: Mapping[str, str] | None = None) -> Pairing | None:
