@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fedmira.algorithms import ALGORITHMS
 from fedmira.config import Config, dump_config, with_algorithm, with_overrides
 from fedmira.data import Dataset, load_clients
 from fedmira.errors import ConfigError, InputError, RunError, RunFolderError
@@ -58,8 +59,14 @@ def plan_methods(config: Config, algorithms: Sequence[str], variants: Mapping[st
     Raises:
         ConfigError: a name or a setting is wrong, or a variant changes what must be equal for all.
     """
-    plans = {name: with_algorithm(config, name) for name in algorithms}
-    problems = []
+    plans: dict[str, Config] = {}
+    problems: list[str] = []
+    for name in algorithms:
+        try:
+            plans[name] = with_algorithm(config, name)
+        except ConfigError as error:
+            alone = f'or, for this method alone, leave it out of --algorithms and give --variant "{name}=algorithm.name={name};KEY=VALUE"'
+            problems += [f"{name}: {problem}; {alone}" if name in ALGORITHMS else problem for problem in error.problems]
     for name, overrides in (variants or {}).items():
         if name in plans or not _NAME.fullmatch(name):
             problems.append(f"variant {name!r}: must be a new name of letters, digits, '.', '_' and '-'; it names the run folders")
@@ -143,13 +150,25 @@ def _compared(
     page, comparison = output / "comparison.html", None
     if complete:
         seeds = next(iter(complete.values()))
-        figures = write_comparison(complete, output, reference, {name: str(error) for name, error in failures.items()}, target)
+        failed = {name: str(error) for name, error in failures.items()}
+        figures = write_comparison(complete, output, reference, failed, target, _other_seeds(complete, output))
         comparison = Comparison(page, figures, {runs[seed].name: runs[seed] for seed in seeds for runs in complete.values()})
     if failures or comparison is None:
         reasons = "; ".join(f"{name}: {error}" for name, error in failures.items())
         rest = f"the others are compared in {page}" if complete else "no method has all its runs, so nothing is compared"
         raise RunError(f"{len(failures)} of {sum(map(len, folders.values()))} runs failed ({reasons}); {rest}")
     return comparison
+
+
+def _other_seeds(folders: Mapping[str, Mapping[int, Path]], output: Path) -> list[int]:
+    """Seeds with finished runs of these methods in the folder that are not among those compared."""
+    found: set[int] = set()
+    for name, runs in folders.items():
+        for path in output.glob(f"{name}-seed*/run.json"):
+            seed = path.parent.name.removeprefix(f"{name}-seed")
+            if seed.isdecimal() and int(seed) not in runs and RunFolder(path.parent).read_json("run.json").get("status") == "finished":
+                found.add(int(seed))
+    return sorted(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +271,9 @@ def _refuse_other_ground(present: Mapping[str, str], folders: Sequence[Path]) ->
 def _terms(config: Config) -> dict[str, object]:
     """What must be equal for all methods of a comparison, by the keys that set it.
 
-    Evaluated rounds are those among which a client's best one is chosen, and in which a target loss can be seen to be reached.
+    Evaluated rounds are those among which a client's best one is chosen, and in which a target loss can be seen to be reached. Text
+    scores depend on how long answers may be.
     """
     local = {f"local.{key}": getattr(config.local, key) for key in ("steps", "epochs", "batch_size")}
-    evaluated = {f"evaluation.{key}": getattr(config.evaluation, key) for key in ("select", "every")}
+    evaluated = {f"evaluation.{key}": getattr(config.evaluation, key) for key in ("select", "every", "rouge", "max_new_tokens")}
     return {"seed": config.seed, "model": config.model, "data": config.data, "rounds": config.rounds, **local, **evaluated}

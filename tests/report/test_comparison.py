@@ -98,6 +98,34 @@ def test_the_best_rounds_are_paired_for_themselves(run_folder: Folders, tmp_path
         assert "t each client's own best round" in text
 
 
+def test_a_clients_validation_rows_name_its_method(run_folder: Folders, tmp_path: Path) -> None:
+    made = {name: {seed: run_folder(f"{name}-seed{seed}", clients=3, algorithm=name) for seed in (0, 1)} for name in ("local", "mira")}
+    for seed, losses in ((0, (1.0, 3.0, 2.0)), (1, (2.0, 1.0, 2.5))):  # means 1.5, 2 and 2.25, beside 1.75
+        for loss, row, alone in zip(losses, made["mira"][seed].client_rows, made["local"][seed].client_rows, strict=True):
+            row["best_validation_loss"], alone["best_validation_loss"] = loss, 1.75
+    chosen = {row["client"]: row["validation_choice"] for row in compare(made, tmp_path).client_rows}
+    assert chosen == dict(zip((row["client"] for row in made["mira"][0].client_rows), ("mira", "local", "local"), strict=True))
+    assert "by its validation rows" in page_in(tmp_path)
+
+
+def test_finished_runs_with_other_seeds_are_said_to_be_left_out(run_folder: Folders, tmp_path: Path) -> None:
+    made = {name: {1: run_folder(f"{name}-seed1", clients=3, algorithm=name)} for name in ("local", "mira")}
+    figures = compare(made, tmp_path, other_seeds=[0, 2])
+    assert figures.document()["other_seeds"] == [0, 2] and "--seeds 0,1,2 adds them" in figures.left_out
+    assert figures.left_out in page_in(tmp_path) and figures.left_out in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_methods_stand_by_their_mean_loss_behind_the_baseline(run_folder: Folders, tmp_path: Path) -> None:
+    made = {name: {0: run_folder(name, clients=3, algorithm=name)} for name in ("fedavg", "local", "mira")}
+    for name, loss in (("fedavg", 1.2), ("local", 1.5), ("mira", 1.1)):
+        for row in made[name][0].client_rows:
+            row["after_align_loss"] = loss
+    compare(made, tmp_path)
+    table = page_in(tmp_path).partition('<h2 id="methods">')[2].partition("</table>")[0]
+    places = [table.index(f'<th scope="row">{name}') for name in ("local", "mira", "fedavg")]
+    assert places == sorted(places)
+
+
 def test_best_rounds_are_no_second_table_where_they_are_the_first(run_folder: Folders, tmp_path: Path) -> None:
     made = {name: {0: run_folder(name, clients=4, algorithm=name)} for name in ("local", "mira")}
     for runs in made.values():

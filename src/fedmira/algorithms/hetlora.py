@@ -8,8 +8,8 @@ Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foun
 
 The norms stand for the paper's sparsity weights; where all updates are zero, the weights are equal. As in the paper factors are averaged
 as they are, whatever alpha / r a client applies to its own. Directions that nobody of the round has stay as they are: the mean of nothing
-but padding would be A = B = 0, of which neither ever gets a gradient again. The paper's clients also prune their rank as they train; here
-a client's rank is that of its settings.
+but padding would be A = B = 0, of which neither ever gets a gradient again. The paper's clients also prune their rank as they train,
+helped by a penalty on the norms of their last directions; here a client's rank is that of its settings and there is no penalty.
 """
 
 from __future__ import annotations

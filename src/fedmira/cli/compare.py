@@ -110,6 +110,8 @@ def _print(comparison: Comparison) -> None:
     if not document["equal"]:
         print("\nUNEQUAL: these methods were not run on equal terms, and their figures do not compare:")
         print("\n".join(f"  {problem}" for problem in document["problems"]))
+    if comparison.figures.left_out:
+        print(comparison.figures.left_out)
     print(f"report: {comparison.page}")
 
 

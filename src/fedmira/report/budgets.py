@@ -11,7 +11,7 @@ from fedmira.report.records import Event, Run
 __all__ = ["Budget", "budget_of", "dtype_of", "inequalities"]
 
 _HASH_DIGITS = 12
-_EVALUATED = ("evaluation.every", "evaluation.select")
+_EVALUATED = ("evaluation.every", "evaluation.select", "evaluation.rouge", "evaluation.max_new_tokens")
 
 
 @dataclass(frozen=True, slots=True)

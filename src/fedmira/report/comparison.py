@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,6 +36,7 @@ def write_comparison(
     reference: str = "",
     failures: Mapping[str, str] | None = None,
     target: float | None = None,
+    other_seeds: Sequence[int] = (),
 ) -> Figures:
     """Compare runs, and write comparison.html and the tables (see `write_tables`).
 
@@ -43,6 +46,7 @@ def write_comparison(
         reference: a method that the others are paired with besides.
         failures: run -> why it failed, to be said on the page.
         target: a mean test loss; how soon each method reached it is added to the tables.
+        other_seeds: of runs that lie beside these and were left out, to be said on the page.
 
     Raises:
         ConfigError: the reference is not among the methods, or the target is no loss.
@@ -60,7 +64,7 @@ def write_comparison(
                 problems.extend(error.problems)
     if problems:
         raise RunFolderError(problems)
-    figures = compare_runs(read, reference, failures, target)
+    figures = replace(compare_runs(read, reference, failures, target), other_seeds=tuple(other_seeds))
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(figures, folder)
     (folder / "comparison.html").write_text(render("comparison.html.j2", _content(figures, folder)), encoding="utf-8")
@@ -76,7 +80,7 @@ def heat(loss: float, best: float) -> int:
 def _content(figures: Figures, folder: Path) -> dict[str, Any]:
     columns, cells = _loss_table(figures)
     lines = [
-        Series(name, _mean_curve(list(runs.values())), index % 8 + 1, dashed=index % 2 == 1)
+        Series(name, _mean_curve(list(runs.values())), index % 8 + 1, dashed=(index + index // 8) % 2 == 1)  # 16 that differ
         for index, (name, runs) in enumerate(figures.methods.items())
     ]
     lines = [line for line in lines if line.points]
@@ -87,7 +91,7 @@ def _content(figures: Figures, folder: Path) -> dict[str, Any]:
         "title": "Comparison: " + ", ".join(figures.methods),
         "figures": figures,
         "seeds": max(len(runs) for runs in figures.methods.values()),
-        "methods": [_method(row, figures, folder) for row in figures.method_rows],
+        "methods": [_method(row, figures, folder) for row in sorted(figures.method_rows, key=_place(figures))],
         "rule": NOISE_RULE,
         "target_rule": TARGET_RULE,
         "level": f"{100 * LEVEL:g} %",
@@ -134,6 +138,17 @@ def _method(row: Mapping[str, Any], figures: Figures, folder: Path) -> dict[str,
     }
 
 
+def _place(figures: Figures) -> Callable[[Mapping[str, Any]], tuple[int, float]]:
+    """Baselines first, then the lowest mean loss; what was not measured last."""
+
+    def place(row: Mapping[str, Any]) -> tuple[int, float]:
+        name, loss = row["method"], row["test_loss"]
+        first = figures.baselines.index(name) if name in figures.baselines else len(figures.baselines)
+        return first, math.inf if loss is None else loss
+
+    return place
+
+
 def _mean_curve(runs: Sequence[Run]) -> list[tuple[float, float]]:
     """The mean over seeds, in rounds that all of them evaluated."""
     curves = [dict(curve_of_test_loss(run)) for run in runs]
@@ -163,13 +178,16 @@ def _heat_cell(found: ClientDifference | None) -> HeatCell | None:
 
 def _loss_table(figures: Figures) -> tuple[list[Column], list[list[Cell]]]:
     """Client by method; a cell is coloured by how far it lies above the best of its row."""
+    choice = any(row["validation_choice"] for row in figures.client_rows)
     columns = [Column("client", number=False), *map(Column, figures.methods), Column("train rows"), Column("category", number=False)]
+    columns[1:1] = [Column("by its validation rows", number=False)] if choice else []
     cells = []
     for row in figures.client_rows:
         losses = [row[f"{name}_test_loss"] for name in figures.methods]
         best = min((loss for loss in losses if loss is not None), default=0.0)
         measured = [number_cell(loss, loss_text, "" if loss is None else f"heat-{heat(loss, best)}") for loss in losses]
-        cells.append([text_cell(row["client"]), *measured, number_cell(row["train_rows"]), text_cell(row["category"])])
+        chosen = [text_cell(row["validation_choice"] or "")] if choice else []
+        cells.append([text_cell(row["client"]), *chosen, *measured, number_cell(row["train_rows"]), text_cell(row["category"])])
     return columns, cells
 
 

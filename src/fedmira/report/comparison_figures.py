@@ -38,6 +38,7 @@ class Figures:
         pooled: whether several clients hold rows of one pool, see `pools_of`.
         failures: run -> why it failed; its method is not among `methods`.
         target: a mean test loss; how soon each method reached it stands in the tables. None for no such columns.
+        other_seeds: of finished runs in the folder that are not among these.
     """
 
     methods: Mapping[str, Mapping[int, Run]]
@@ -48,6 +49,19 @@ class Figures:
     failures: Mapping[str, str]
     pooled: bool = False
     target: float | None = None
+    other_seeds: tuple[int, ...] = ()
+
+    @property
+    def left_out(self) -> str:
+        """What lies in the folder and is not compared; empty where that is nothing."""
+        if not self.other_seeds:
+            return ""
+        own = {seed for runs in self.methods.values() for seed in runs}
+        everything = ",".join(map(str, sorted(own | set(self.other_seeds))))
+        known = ", ".join(map(str, self.other_seeds))
+        return (
+            f"Finished runs with other seeds ({known}) lie in this folder and are not in this comparison; --seeds {everything} adds them."
+        )
 
     @property
     def resampled(self) -> str:
@@ -65,15 +79,18 @@ class Figures:
 
     @cached_property
     def notes(self) -> list[str]:
-        """Where methods train another number of parameters: said, and no inequality, since that is what methods may differ in."""
-        known = [row for row in self.method_rows if row["trained_most"] is not None]
-        first = next((row for row in known if row["method"] in self.baselines), known[0] if known else {})
-        return [
-            f"{row['method']} trains {budget_text(row, 'trained')} parameters of a client's adapter, "
-            f"{first['method']} {budget_text(first, 'trained')}"
-            for row in known
-            if any(row[f"trained_{end}"] != first[f"trained_{end}"] for end in ("least", "most"))
-        ]
+        """Where methods have or train another number of parameters: no inequality, since that is what methods may differ in."""
+        told = []
+        for figure, does in (("parameters", "has {} parameters in"), ("trained", "trains {} parameters of")):
+            known = [row for row in self.method_rows if row[f"{figure}_most"] is not None]
+            first = next((row for row in known if row["method"] in self.baselines), known[0] if known else {})
+            own = budget_text(first, figure) if first else ""
+            told += [
+                f"{row['method']} {does.format(budget_text(row, figure))} a client's adapter, {first['method']} {own}"
+                for row in known
+                if any(row[f"{figure}_{end}"] != first[f"{figure}_{end}"] for end in ("least", "most"))
+            ]
+        return told
 
     @cached_property
     def described(self) -> dict[str, Client]:
@@ -117,6 +134,7 @@ class Figures:
         rows = []
         for client, described in self.described.items():
             row: dict[str, Any] = {"client": client, "category": described.category, "train_rows": _whole(described.train_rows)}
+            row["validation_choice"] = self._choices.get(client)
             for name, of_seed in losses.items():
                 row[f"{name}_test_loss"] = _mean([found[client] for found in of_seed.values() if client in found])
             for (name, baseline), pairing in self.pairings.items():
@@ -135,6 +153,7 @@ class Figures:
             "problems": [problem for problems in self.problems.values() for problem in problems],
             "notes": self.notes,
             "failures": dict(self.failures),
+            "other_seeds": list(self.other_seeds),
             "baselines": list(self.baselines),
             "rule": NOISE_RULE,
             **({} if self.target is None else {"target_loss": self.target}),
@@ -164,6 +183,18 @@ class Figures:
         row |= _mean_budget([budget_of(run) for run in runs.values()]) | {"dtype": "; ".join(sorted(kinds)) or None}
         row |= {} if self.target is None else mean_reached(list(runs.values()), self.target)
         return row | {"equal_budget": name not in self.problems}
+
+    @cached_property
+    def _choices(self) -> dict[str, str]:
+        """Client -> the method with its lowest validation loss, each at its best rounds and as a mean over seeds; where all have one."""
+        losses: dict[str, dict[str, list[float]]] = {}
+        for name, runs in self.methods.items():
+            for run in runs.values():
+                for row in run.clients:
+                    if row.best_validation_loss is not None:
+                        losses.setdefault(row.client, {}).setdefault(name, []).append(row.best_validation_loss)
+        means = {client: {name: fmean(found) for name, found in of.items()} for client, of in losses.items()}
+        return {client: min(of, key=lambda name, of=of: of[name]) for client, of in means.items() if len(of) == len(self.methods) > 1}  # type: ignore[misc]
 
     def _soon(self, run: Run) -> dict[str, Any]:
         """When a run reached the target; nothing where none is set."""

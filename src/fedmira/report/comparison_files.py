@@ -48,6 +48,7 @@ def markdown(figures: Figures) -> str:
         parts.append("**UNEQUAL: these methods were not run on equal terms, and their figures do not compare.**")
         parts.append("\n".join(f"- {problem}" for problems in figures.problems.values() for problem in problems))
     parts += [f"**{run} failed:** {error}" for run, error in figures.failures.items()]
+    parts += [figures.left_out] if figures.left_out else []
     parts += [f"## Test loss {figures.read_out}", _table(_loss_columns(figures), figures.method_rows)]
     several = any(len(runs) > 1 for runs in figures.methods.values())
     means = "mean over clients and seeds; ± is the standard deviation over seeds" if several else "mean over clients"
