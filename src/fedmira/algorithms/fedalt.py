@@ -8,7 +8,8 @@ adapter that client k trains, R_k the frozen one, a_kl the graph and rho the sha
 R_k is computed when the client is about to train and stays as it is until its next round; nothing ever overwrites L_k. With the
 uniform graph the weights are the paper's 1 / (K - 1); other graphs are ours. The paper weighs both parts by a mixer that looks at the
 input, with shares that sum to one, which is no LoRA adapter any more; here the own part has the weight 1 and the rest rho, one
-number, and both parts are one adapter: the first directions are L_k, the others rho R_k, cut to the directions that the rank leaves for it; the log's `truncation` says what did not fit.
+number, and both parts are one adapter: the first directions are L_k, the others rho R_k, cut to the directions that the rank leaves
+for it; the log's `truncation` says what did not fit.
 """
 
 from __future__ import annotations
