@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,20 @@ def test_a_preset_opens_with_what_it_is_and_the_command_that_runs_it(name: str) 
     assert description == f"# {preset_description(name)}"
     assert preset_description(name).endswith(".")
     assert command.startswith((f"# fedmira run --preset {name} --set data.path=", f"# fedmira compare --preset {name} "))
+
+
+def test_the_comparisons_of_the_reproduction_page_can_be_run() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reproduction.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^    fedmira compare (.*)$", text, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        words = shlex.split(command)
+        options = list(zip(words[::2], words[1::2], strict=True))
+        given = {option: value for option, value in options}
+        config = load_config(preset=given["--preset"], overrides=[value for option, value in options if option == "--set"])
+        variants = dict(value.split("=", 1) for option, value in options if option == "--variant")
+        plans = plan_methods(config, given["--algorithms"].split(","), {name: sets.split(";") for name, sets in variants.items()})
+        assert given.get("--reference", "local") in plans
 
 
 @every_preset

@@ -183,6 +183,7 @@ def test_a_variant_is_a_method_of_its_own(compared: Comparison, config: Config, 
             "variant 'often' changes evaluation.every: methods are compared on equal rows, base, rounds and local steps, evaluated alike",
         ),
         ({"kept": ["evaluation.select=best"]}, "variant 'kept' changes evaluation.select: "),
+        ({"short": ["evaluation.max_new_tokens=2"]}, "variant 'short' changes evaluation.max_new_tokens: "),
         ({"mira": ["graph.nearest=2"]}, "variant 'mira': must be a new name"),
         ({"a/b": ["graph.nearest=2"]}, "variant 'a/b': must be a new name"),
         ({"odd": ["graph.nearst=2"]}, "variant 'odd': "),
@@ -192,6 +193,21 @@ def test_variants_that_would_not_compare_are_refused(variants: dict[str, list[st
     with pytest.raises(ConfigError, match=re.escape(message)):
         compare_algorithms(config, NAMES, (0,), tmp_path / "all", Watch(), variants=variants)
     assert not (tmp_path / "all").exists()
+
+
+def test_settings_that_one_method_needs_are_to_be_given_to_it_alone(config: Config, tmp_path: Path) -> None:
+    hint = '--variant "fedkseed=algorithm.name=fedkseed;KEY=VALUE"'
+    with pytest.raises(ConfigError, match=re.escape(hint)):
+        compare_algorithms(config, ("local", "fedkseed"), (0,), tmp_path / "all", Watch())
+    with pytest.raises(ConfigError) as refused:
+        compare_algorithms(config, ("local", "fedkseeds"), (0,), tmp_path / "all", Watch())
+    assert "--variant" not in str(refused.value), "there is no such method to give settings to"
+
+
+def test_finished_runs_with_other_seeds_are_named(config: Config, tmp_path: Path) -> None:
+    compare_algorithms(config, ("local",), (0, 1), tmp_path / "all", Watch())
+    found = compare_algorithms(config, ("local",), (1,), tmp_path / "all", Watch())
+    assert found.figures.other_seeds == (0,) and "--seeds 0,1 adds them" in found.figures.left_out
 
 
 def test_a_reference_must_be_one_of_the_methods(config: Config, tmp_path: Path) -> None:
