@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fedmira.report import write_report
+from fedmira.report.page import FEW_TEST_ROWS
 
 Folders = Callable[..., Any]
 HOSTILE = [
@@ -242,3 +243,21 @@ def test_the_report_does_not_import(module: str) -> None:
     source = Path(__file__).parents[2] / "src"
     code = f"import sys; sys.path.insert(0, {str(source)!r}); import fedmira.report; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_few_test_rows_are_said_to_tell_little_of_a_client(run_folder: Folders) -> None:
+    for rows, few in ((FEW_TEST_ROWS - 1, True), (FEW_TEST_ROWS, False)):
+        made = run_folder(f"with-{rows}", clients=3)
+        for row in made.client_rows:
+            row["test_rows"] = rows
+        text = page_of(made.write()).text
+        assert f"Test rows of a client: {rows}." in text and ("means little" in text) == few
+
+
+def test_the_page_says_which_adapter_is_saved_and_what_limits_harm(run_folder: Folders) -> None:
+    made = run_folder(clients=4)
+    for row in made.client_rows:
+        row["after_align_loss"] = 1.5 * row["before_align_loss"]
+    text = page_of(made.write()).text
+    assert "The adapter in adapters/ is that after the step" in text and "fedmira compare --algorithms local,mira" in text
+    assert 'evaluation.select = "best"' in text and "algorithm.safeguard" in text

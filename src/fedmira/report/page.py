@@ -39,6 +39,7 @@ MOST_LISTED = 200  # failures and warnings
 MOST_CHARTED = 100  # clients with a chart of their own
 MOST_BARS = 400  # more would be thinner than a pixel
 SMALL = (200, 120)  # a chart of one client
+FEW_TEST_ROWS = 50  # fewer tell little of a single client
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,8 @@ def _content(run: Run) -> dict[str, Any]:
         "losses": [row for row in rows if row.name.endswith("_loss")],
         "scores": [row for row in rows if not row.name.endswith("_loss")],
         "tiles": _tiles(run),
+        "tests": _test_rows(run),
+        "algorithm": run.algorithm,
         "changes": _change_content(changes),
         "changed_settings": changed_settings(run),
         "charts": _round_charts(run),
@@ -146,6 +149,15 @@ def _duration(seconds: object) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _test_rows(run: Run) -> dict[str, object] | None:
+    """How many test rows clients have, and whether that is too few to look at single ones; None where nothing was measured."""
+    rows = sorted(row.test_rows for row in run.clients if row.test_rows)
+    if not rows:
+        return None
+    least, most = number_text(rows[0]), number_text(rows[-1])
+    return {"rows": least if rows[0] == rows[-1] else f"{least} to {most}", "few": rows[len(rows) // 2] < FEW_TEST_ROWS}
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
