@@ -41,8 +41,8 @@ format: $(STAMP) ## rewrite the files in the project's format
 	$(BIN)/ruff check --fix .
 
 bench: $(BENCH_STAMP) ## fedmira beside other tools, into benchmarks/results/ (minutes; SIZE=full: hours)
-	$(BENCH_BIN)/python benchmarks/run.py --size $(SIZE) --output benchmarks/results/$(SIZE).json
-	$(BENCH_BIN)/python benchmarks/generation.py --size $(SIZE) --output benchmarks/results/generation-$(SIZE).json
+	$(BENCH_BIN)/python benchmarks/run.py --size $(SIZE) --threads 1 --output benchmarks/results/$(SIZE).json
+	$(BENCH_BIN)/python benchmarks/generation.py --size $(SIZE) --threads 1 --output benchmarks/results/generation-$(SIZE).json
 ifeq ($(SIZE),full)
 	$(BENCH_BIN)/python benchmarks/curves.py --output benchmarks/results/curves.json
 	$(BENCH_BIN)/python benchmarks/profile_step.py --output benchmarks/results/profile.json

@@ -40,11 +40,13 @@ def measure(workload: Path, outputs: Path, repeats: int, passes: int, threads: i
     seconds = {tool: [statistics.mean(run["seconds_per_round"][1:]) for run in runs[tool]] for tool in TOOLS}
     texts = {tool: [text for client in runs[tool][-1]["texts"] for text in client] for tool in TOOLS}
     ratios = [own / other for own, other in zip(seconds["fedmira"], seconds["resident_peft"], strict=True)]
+    timed = {tool: [spent for run in runs[tool] for spent in run["seconds_per_round"][1:]] for tool in TOOLS}
     return {
         "prompts": runs["fedmira"][-1]["prompts"],
         "new_tokens": runs["fedmira"][-1]["new_tokens"],
         "equal_texts": sum(own == other for own, other in zip(texts["fedmira"], texts["resident_peft"], strict=True)),
         "ratio_to_resident_peft": {"median": statistics.median(ratios), "spread": [min(ratios), max(ratios)]},
+        "ratio_of_every_pass": [own / other for own, other in zip(timed["fedmira"], timed["resident_peft"], strict=True)],
         "tools": {
             tool: {
                 "seconds": {"median": statistics.median(seconds[tool]), "spread": [min(seconds[tool]), max(seconds[tool])]},

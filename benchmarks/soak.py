@@ -24,17 +24,18 @@ __all__ = ["main"]
 
 WARM_UP = 20
 """Rounds after which nothing may grow."""
+FIRST, LAST = 10, 30
+"""Rounds after the warm-up, and rounds at the end, that are compared."""
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, Any]:
-    """The first third of the rounds after the warm-up against the last third: medians, and the highest of each."""
+    """Rounds 21 to 30 against the last 30: medians, and the highest of each; with less than 60 rounds some stand on both sides."""
     later = [sample for sample in samples if sample.round > WARM_UP]
-    third = max(1, len(later) // 3)
-    begin, end = later[:third], later[-third:]
+    begin, end = later[:FIRST], later[-LAST:]
     memory = [statistics.median(sample.resident_bytes for sample in part) for part in (begin, end)]
     return {
-        "resident_bytes_first_third": memory[0],
-        "resident_bytes_last_third": memory[1],
+        "resident_bytes_rounds_21_to_30": memory[0],
+        "resident_bytes_last_30_rounds": memory[1],
         "resident_growth": memory[1] / memory[0] - 1,
         "highest_resident_bytes": [max(sample.resident_bytes for sample in part) for part in (begin, end)],
         "open_files": sorted({sample.open_files for sample in later}),

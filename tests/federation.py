@@ -144,9 +144,10 @@ def run_loop(config: Config, base: BaseModel) -> tuple[Experiment, list[ServerSt
     return experiment, states, outcomes
 
 
-def adapter_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file under adapters/ as bytes."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted((folder / "adapters").rglob("*")) if path.is_file()}
+def adapter_bytes(folder: Path, cards: bool = True) -> dict[str, bytes]:
+    """Every file under adapters/ as bytes; without the cards, which name the method, where runs of two methods are held together."""
+    paths = [path for path in sorted((folder / "adapters").rglob("*")) if path.is_file() and (cards or path.name != "README.md")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def adapters_of(folder: Path) -> dict[str, dict[str, np.ndarray[Any, Any]]]:

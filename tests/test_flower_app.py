@@ -12,7 +12,7 @@ from fedmira.errors import ConfigError
 
 @pytest.mark.skipif(find_spec("flwr") is not None, reason="Flower is installed")
 def test_without_flower_it_says_what_to_install() -> None:
-    with pytest.raises(ConfigError, match=r"a federation needs Flower.*pip install 'fedmira\[flower\]'"):
+    with pytest.raises(ConfigError, match=r"a federation needs Flower.*pip install '\.\[flower\]'"):
         importlib.import_module("fedmira.flower_app")
 
 

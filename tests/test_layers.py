@@ -21,7 +21,7 @@ LEVELS = [
     {"report"},
     {"rounds"},
     {"engines"},
-    {"clients", "evaluation"},
+    {"cards", "clients", "evaluation"},
     {"algorithms", "data", "model"},
     {"messages"},
     {"graphs"},

@@ -20,7 +20,9 @@ try:
 
     from fedmira.engines.flower.records import bytes_of, record_of
 except ModuleNotFoundError as missing:
-    raise ConfigError(f"a federation needs Flower ({missing}); install it with: pip install 'fedmira[flower]'") from missing
+    raise ConfigError(
+        f"a federation needs Flower ({missing}); in a checkout of fedmira, install it with: pip install '.[flower]'"
+    ) from missing
 
 __all__ = ["OF_THE_APP", "client_app", "server_app"]
 

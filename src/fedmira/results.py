@@ -19,6 +19,7 @@ import torch
 
 from fedmira.adapters import Adapter, LazyAdapters, content_hash
 from fedmira.algorithms import ServerState, Start
+from fedmira.cards import AdapterCards
 from fedmira.data import ClientData
 from fedmira.errors import RunFolderError
 from fedmira.evaluation import TokenLoss, summarise
@@ -94,6 +95,7 @@ def write_results(recorder: Recorder, ground: Ground, ranks: Mapping[ClientId, i
     rows = [_client_row(recorder, client, ranks[client], losses, texts.get(client, {})) for client in ranks]
     summary = _summary(rows)
     trained = _trained_by_rank(recorder, ranks, state)
+    cards = AdapterCards(config, ground.base)
     index: dict[str, object] = {}
     for client, row in zip(ranks, rows, strict=True):
         rank, adapter = ranks[client], chosen[client]
@@ -101,7 +103,9 @@ def write_results(recorder: Recorder, ground: Ground, ranks: Mapping[ClientId, i
         figures = {name: row[name] for name in (*_LOSSES, *_TEXTS) if row[name] != "" and math.isfinite(row[name])}
         entry = {"task": row["task"], "category": row["category"], "rank": rank, "rounds_trained": row["rounds_trained"]}
         entry |= {"parameters": sum(tensor.numel() for tensor in adapter.values()), "trained_parameters": trained[rank]}
-        index[client] = {**entry, "sha256": content_hash(adapter), "base_sha256": ground.base.sha256, "metrics": figures}
+        entry |= {"sha256": content_hash(adapter), "base_sha256": ground.base.sha256, "metrics": figures}
+        (folder.adapters / client / "README.md").write_text(cards.text(client, entry, row), encoding="utf-8")
+        index[client] = entry
     folder.write_json("adapters/index.json", index)
     folder.append_events(recorder.unmeasured(config.rounds.count))
     folder.write_table("clients.csv", rows)
@@ -169,7 +173,7 @@ class Provenance:
         Args:
             status: "running", "finished" or "failed".
         """
-        folder, base = self._recorder.folder, self._ground.base
+        folder, base, packed = self._recorder.folder, self._ground.base, self._ground.kind.packed
         document = {
             "status": status,
             "error": None,
@@ -183,7 +187,9 @@ class Provenance:
                 "sha256": base.sha256,
                 "parameters": base.num_parameters,
                 "dtype": str(base.dtype).removeprefix("torch."),
-                "packed": self._ground.kind.packed,
+                "packed": packed,
+                "kernels": packed and base.kernels,
+                "shortened_last_layer": packed and base.last_layer is not None,
             },
             "data": {"sha256": self._ground.data_sha256, "clients": list(self._recorder.evaluator.parties)},
             "token_budget": self._ground.token_budget,

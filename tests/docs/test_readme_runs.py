@@ -1,4 +1,4 @@
-"""README's commands and Python blocks run, in their order, on made-up data; only sizes are cut down."""
+"""The commands and Python blocks of README and of some pages run, in their order, on made-up data; only sizes are cut down."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 
 import fedmira.api
 from federation import call_main, write_clients
+from fedmira.saved import answer, reload_run
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"```python\n(.*?)```|((?:^    [^\n]*\n)+)", re.MULTILINE | re.DOTALL)
 PLACES = ("NI", "BASE", "DATA")
 """Variables that the reader is asked to set."""
@@ -79,18 +79,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers for it
-@pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
-)  # README opens a file in one line
-def test_everything_in_the_readme_runs_in_its_order(workplace: Path) -> None:
+def follow(page: Path, workplace: Path) -> list[str]:
+    """Run the blocks of a page in their order; the verbs of the commands, and "python" for each Python block."""
     places = {"NI": workplace / "ni", "BASE": ROOT / "src" / "fedmira" / "bundled" / "base", "DATA": workplace / "clients"}
     assignments: list[str] = []
     ran: list[str] = []
-    for python, indented in BLOCK.findall(README):
+    for python, indented in BLOCK.findall(page.read_text(encoding="utf-8")):
         if python:
-            exec(compile(python, "README.md", "exec"), {"__name__": "readme"})
+            exec(compile(python, page.name, "exec"), {"__name__": "page"})
             ran.append("python")
         for line in (line.strip() for line in indented.splitlines()):
             name = re.match(r"([A-Z]+)=", line)
@@ -99,7 +95,36 @@ def test_everything_in_the_readme_runs_in_its_order(workplace: Path) -> None:
             elif line.startswith("fedmira "):
                 run_command(expanded(line, assignments))
                 ran.append(line.split()[1])
-    assert {"run", "check", "compare", "evaluate", "generate", "python"} <= set(ran)
+    return ran
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers for it
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
+)  # README opens a file in one line
+def test_everything_in_the_readme_runs_in_its_order(workplace: Path) -> None:
+    assert {"run", "check", "compare", "evaluate", "generate", "python"} <= set(follow(ROOT / "README.md", workplace))
+
+
+@pytest.mark.slow
+def test_the_way_to_a_decision_can_be_gone_as_it_is_written(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = follow(ROOT / "docs" / "deciding.md", workplace)
+    assert ran == ["check", "compare", "python", "run", "run", "evaluate", "generate"]
+    clients = sorted(path.name for path in (workplace / "runs" / "together" / "adapters").iterdir() if path.is_dir())
+    chosen = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.partition(" ")[0] in clients)
+    assert sorted(chosen) == clients and set(chosen.values()) <= {"local", "mira", "mira-safeguard"}
+
+
+def test_the_code_for_plain_peft_answers_as_fedmira_does(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fedmira.api.run({}, output=Path("runs/from-python"))
+    capsys.readouterr()
+    assert follow(ROOT / "docs" / "python.md", workplace) == ["python", "python"]
+    *told, sha256 = capsys.readouterr().out.splitlines()
+    instruction = "Read the patient note and name the department that should see the patient."
+    run = Path("runs/from-python")
+    assert "\n".join(told) == answer(reload_run(run), "clinic-north", "Ada reports dizziness since Monday.", instruction, 64)
+    assert sha256 == json.loads((run / "adapters" / "index.json").read_text(encoding="utf-8"))["clinic-north"]["base_sha256"]
 
 
 @pytest.mark.slow

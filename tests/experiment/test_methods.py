@@ -78,7 +78,7 @@ def test_every_method_takes_the_steps_of_local_training(name: str, run: Run) -> 
 
 def test_fedprox_without_a_pull_is_fedavg_bit_for_bit_and_with_one_stays_nearer_to_what_was_sent(run: Run) -> None:
     free, average = run("fedprox", algorithm__proximal=0.0)[1], run("fedavg")[1]
-    assert adapter_bytes(free.folder) == adapter_bytes(average.folder)
+    assert adapter_bytes(free.folder, cards=False) == adapter_bytes(average.folder, cards=False)
     lengths = []
     for pull in (0.0, 100.0):
         _, result = run("fedprox", algorithm__proximal=pull, rounds__count=1, local__steps=8)

@@ -53,7 +53,9 @@ def document(path: Path) -> Any:
 
 def test_every_file_of_the_contract_is_there_and_no_other(folder: Path) -> None:
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    adapters = {f"adapters/{client}/{name}" for client in CLIENTS for name in ("adapter_config.json", "adapter_model.safetensors")}
+    adapters = {
+        f"adapters/{client}/{name}" for client in CLIENTS for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")
+    }
     tables = {"metrics/clients.csv", "metrics/rounds.csv", "adapters/index.json"}
     checkpoint = {f"checkpoint/round-000004/{name}" for name in ("numbers.safetensors", "values.json", "graph.json")}
     stored = {name for name in found if re.fullmatch(r"checkpoint/adapters/[0-9a-f]{64}\.safetensors", name)}
@@ -80,6 +82,8 @@ def test_run_json_says_what_ran_where(finished: Finished, folder: Path) -> None:
     ] == torch.__version__
     assert provenance["base"]["sha256"] == experiment.base.sha256 and len(experiment.base.sha256) == 64
     assert provenance["base"]["parameters"] == sum(parameter.numel() for parameter in experiment.base.model.parameters())
+    paths = {name: provenance["base"][name] for name in ("packed", "kernels", "shortened_last_layer")}
+    assert paths == dict.fromkeys(paths, True), "the tiny Llama is trained the fastest way there is"
     assert {"cpu", "cores", "platform", "device"} <= set(provenance["machine"]) and provenance["machine"]["device"] == "cpu"
     assert provenance["wall_seconds"] > 0 and provenance["started"] and provenance["resumed"] == []
     assert provenance["summary"] == result.summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmira.model.attention import _attend_by_row, packed_attention, packed_layout
+from fedmira.model.attention import _attend_by_row, _layout, packed_attention, packed_layout
 from fedmira.model.cpu_attention import attend_on_cpu, plan_for_cpu
 from fedmira.model.packing import PackedBatch, pack, segment_rows
 from fedmira.model.varlen_attention import sequences_of, varlen_available
@@ -56,7 +57,7 @@ def test_kernels_equal_attention_of_each_row_by_itself(shared: list[int], shape:
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
     wanted = torch.autograd.grad((expected * weight).sum(), inputs)
     scale = SIZE**-0.5
-    for result in (attend_on_cpu(*inputs, plan_for_cpu(batch), scale), _attend_by_row(*inputs, batch, scale, None)):
+    for result in (attend_on_cpu(*inputs, plan_for_cpu(batch), scale), _attend_by_row(*inputs, batch, scale, None, {})):
         assert torch.allclose(result.double(), expected, atol=1e-5)
         for found, want in zip(torch.autograd.grad((result * weight).sum(), inputs), wanted, strict=True):
             assert torch.allclose(found, want, atol=3e-5)
@@ -121,3 +122,22 @@ def test_the_cuda_kernel_equals_attention_of_each_row_by_itself(shared: tuple[in
     assert torch.allclose(result.cpu().double(), expected, atol=2e-2)
     result.float().sum().backward()
     assert all(tensor.grad is not None and bool(torch.isfinite(tensor.grad).all()) for tensor in on_device)
+
+
+def test_masks_are_shared_by_the_layers_of_a_pass_and_gone_after_it() -> None:
+    base, batch = tiny_base(), batch_of((5, 0), 2)
+    module = base.model.model.layers[0].self_attn  # type: ignore[union-attr]
+    inputs = [heads(count, len(batch.ids), count).detach() for count in (4, 2, 2)]
+    with packed_layout(base.model, batch, kernels=False):
+        layout = _layout.get()
+        assert layout is not None
+        packed_attention(module, *inputs, None)
+        first = {kind: id(mask) for kind, mask in layout.masks.items()}
+        packed_attention(module, *inputs, None)
+        assert first == {kind: id(mask) for kind, mask in layout.masks.items()}
+        sizes = {(segment.prefix, 0) for segment in batch.segments if segment.prefix}
+        sizes |= {(length, segment.prefix) for segment in batch.segments for length in segment.lengths}
+        assert {kind[:2] for kind in first} == sizes
+        masks = [weakref.ref(mask) for mask in layout.masks.values()]
+    del layout
+    assert [mask() for mask in masks] == [None] * len(sizes)

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from fedmira.config import LocalSettings, ModelSettings
 from fedmira.errors import ModelError
-from fedmira.model import LocalTask, StackedAdapters, find_targets, from_model, load_base, start_adapter, train_cohort
+from fedmira.model import (
+    LocalTask,
+    LoraBranch,
+    StackedAdapters,
+    attention,
+    find_targets,
+    from_model,
+    load_base,
+    start_adapter,
+    train_cohort,
+)
+from fedmira.model.decoding_probe import decoding_agrees
+from fedmira.model.probe import losses_agree
 from tiny import ARCHITECTURES, draw_rows, tiny_base, tiny_model, tiny_tokenizer
 
 
@@ -53,6 +67,55 @@ def test_unknown_target_lists_what_exists_and_the_head_is_not_offered() -> None:
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_the_probe_accepts_every_tested_architecture(architecture: str) -> None:
     assert tiny_base(architecture).packed
+
+
+@pytest.mark.parametrize("name", ["bundled", "stories260K-hf", "babyllama-tok105-hf"])
+def test_trained_models_lose_no_fast_path_to_the_rounding_of_bfloat16(name: str, shared_folder: Path) -> None:
+    base = load_base(ModelSettings(base=name if name == "bundled" else str(shared_folder / "models" / name), dtype="bfloat16"))
+    assert base.packed and base.kernels and base.last_layer is not None
+    targets = find_targets(base.model, ["q_proj", "v_proj"])
+    stacked = StackedAdapters(targets, [start_adapter(targets, 4, 0)], [1.0], base.device, trainable=False)
+    with torch.no_grad(), LoraBranch(base.model, stacked) as branch:
+        assert decoding_agrees(base, branch)
+
+
+def test_losses_of_other_tokens_are_no_rounding() -> None:
+    """A row that sees the other rows, or one token less: in bfloat16, too, more than rounding."""
+    base = load_base(ModelSettings(base="bundled", dtype="bfloat16"))
+    ids = torch.randint(0, base.num_embeddings, (2, 24), generator=torch.Generator().manual_seed(3))
+
+    def losses(tokens: torch.Tensor, read: int) -> torch.Tensor:
+        logits = base.model(input_ids=tokens[None], use_cache=False).logits[0, read:-1].float()
+        return torch.nn.functional.cross_entropy(logits, tokens[read + 1 :], reduction="none")
+
+    with torch.no_grad():
+        alone, behind, without = losses(ids[0], 12), losses(ids.flip(0).flatten(), 36), losses(ids[0, 1:], 11)
+    assert losses_agree(alone, alone * (1 + 2**-8), torch.bfloat16), "the last bit"
+    assert not losses_agree(behind, alone, torch.bfloat16) and not losses_agree(without, alone, torch.bfloat16)
+
+
+def test_a_base_that_does_not_fit_in_memory_is_not_taken_for_one_that_cannot_be_packed() -> None:
+    model = tiny_model("llama")
+
+    def refuse(module: torch.nn.Module, arguments: Any) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    handle = model.base_model.layers[1].register_forward_pre_hook(refuse)  # type: ignore[index, union-attr]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    with pytest.raises(ModelError, match=rf"model\.base 'large': out of memory on cpu beside its {count:,} parameters.*model\.dtype"):
+        from_model(model, tiny_tokenizer(), "large")
+    handle.remove()
+    assert from_model(model, tiny_tokenizer(), "large").packed
+
+
+def test_kernels_that_are_lost_are_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def lacking(*_: object) -> None:
+        raise NotImplementedError("no such kernel on this processor")
+
+    monkeypatch.setattr(attention, "attend_on_cpu", lacking)
+    base = tiny_base()
+    assert base.packed and not base.kernels and base.last_layer is not None
+    assert "tiny llama: packed steps agree only without attention kernels, which is slower" in caplog.text
 
 
 def test_the_probe_rejects_attention_with_soft_capping() -> None:
@@ -119,3 +182,10 @@ def test_a_quantised_base_trains_close_to_the_whole_one(bits: str, base_folder: 
         outcomes.append(train_cohort(base, targets, [task], LocalSettings(steps=3), 0.0, 500)[0])
     assert outcomes[1].last_loss < outcomes[1].first_loss
     assert abs(outcomes[0].first_loss - outcomes[1].first_loss) < 0.3
+
+
+def test_an_architecture_that_cannot_take_a_step_is_refused_by_name() -> None:
+    """State-space layers have no q_proj; the first linear layer that is found is read past its forward method."""
+    model = MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=16, state_size=4, num_hidden_layers=2))
+    with pytest.raises(ModelError, match="model.base 'mamba': a trial step of MambaForCausalLM ends in "):
+        from_model(model, tiny_tokenizer(), "mamba")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from fedmira.model import (
 from fedmira.model.decoding import WaveDecoder
 from fedmira.model.decoding_probe import decoding_agrees
 from fedmira.model.generation import _cache_shape, _survivors, fit_prompts
+from fedmira.model.packing import gather, pack, segment_rows
 from fedmira.model.waves import plan_waves
 from tiny import ARCHITECTURES, draw_rows, tiny_base, tiny_model
 
@@ -130,6 +132,80 @@ def test_all_tiny_architectures_decode_from_the_cache(federation: Federation) ->
     stacked = StackedAdapters(federation.targets, federation.adapters, [ALPHA / rank for rank in RANKS], federation.base.device)
     with torch.no_grad(), LoraBranch(federation.base.model, stacked) as branch:
         assert decoding_agrees(federation.base, branch)
+
+
+@contextmanager
+def refusing(base: BaseModel, error: Exception) -> Iterator[None]:
+    """Every pass over more than one row raises; packed prompts and plain passes have one."""
+
+    def refuse(module: Any, arguments: Any, options: dict[str, Any]) -> None:
+        if options["input_ids"].shape[0] > 1:
+            raise error
+
+    handle = base.model.base_model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_no_clients_adapter_decides_how_everybody_is_answered() -> None:
+    """Not even one that is not finite, though it is asked first."""
+    base = tiny_base()
+    targets = find_targets(base.model, ())
+    broken = {name: tensor * float("nan") for name, tensor in start_adapter(targets, 4, 1).items()}
+    with LoraBranch(base.model, StackedAdapters(targets, [broken], [2.0], base.device)) as branch:
+        assert decoding_agrees(base, branch)
+        assert len(branch._handles) == len(targets), "the branch is back where it was"
+
+
+def test_decoding_that_is_lost_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    base = tiny_base()
+    targets = find_targets(base.model, ())
+    with LoraBranch(base.model, StackedAdapters(targets, [start_adapter(targets, 4, 1)], [2.0], base.device)) as branch:
+        with refusing(base, NotImplementedError("one row only")):
+            assert not decoding_agrees(base, branch) and not decoding_agrees(base, branch)
+        assert generate_tokens(base, branch, [(0, (5, 6, 7))], 3)
+    said = "tiny llama: decoding from the cache raises NotImplementedError: one row only; it answers by transformers' own loop"
+    assert [said in record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [True]
+
+
+def test_a_lack_of_memory_is_not_taken_for_an_architecture_that_cannot_decode() -> None:
+    base = tiny_base()
+    targets = find_targets(base.model, ())
+    with LoraBranch(base.model, StackedAdapters(targets, [start_adapter(targets, 4, 1)], [2.0], base.device)) as branch:
+        with refusing(base, torch.OutOfMemoryError("CUDA out of memory")), pytest.raises(torch.OutOfMemoryError):
+            decoding_agrees(base, branch)
+        assert decoding_agrees(base, branch)
+
+
+def test_every_token_that_is_read_has_the_place_of_its_prompt(llama: Federation) -> None:
+    """Shared tokens of a group stand once from the left, own ones end where the first new token goes."""
+    asked: list[Asked] = [(0, prompt) for prompt in drawn(6, 25, 1)] + [(1, prompt) for prompt in drawn(3, 2, 2)]
+    for wave in plan_waves(fit_prompts(llama.base, asked, 5), _cache_shape(llama.base), 2**28):
+        decoder = WaveDecoder(llama.base, wave)
+        (block,) = decoder._blocks
+        groups = wave.groups
+        shared: dict[tuple[int, ...], int] = {}
+        own: dict[tuple[int, ...], int] = {}
+        for chosen in gather([part for k, group in enumerate(groups) for part in segment_rows(k, group.prompts, 40)], 40):
+            batch = pack(chosen)
+            parts = block.destinations([(part.client, part, start) for part, start in zip(batch.segments, batch.starts, strict=True)])
+            for tensors, found in ((parts[:3], shared), (parts[3:], own)):
+                places = list(zip(*(tensor.tolist() for tensor in tensors[1:]), strict=True))
+                assert not found.keys() & set(places), "no place is filled twice"
+                found |= dict(zip(places, batch.ids[tensors[0]].tolist(), strict=True))
+        assert shared == {
+            (k, i): token for k, group in enumerate(groups) for i, token in enumerate(group.prompts[0].prompt[: group.prefix])
+        }
+        columns = wave.blocks[0].extent.own
+        assert own == {
+            (k, row, columns - len(prompt.prompt) + i): token
+            for k, group in enumerate(groups)
+            for row, prompt in enumerate(group.prompts)
+            for i, token in enumerate(prompt.prompt)
+            if i >= group.prefix
+        }
 
 
 def test_the_cache_takes_the_bytes_that_were_planned(federation: Federation) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,12 @@ from fedmira.errors import ModelError, RunError
 from fedmira.model import (
     BaseModel,
     LocalTask,
+    LoraBranch,
+    StackedAdapters,
+    TargetModule,
     adapter_kind,
     find_targets,
+    generation,
     start_adapter,
     token_budget,
     train_cohort,
@@ -25,8 +33,14 @@ from fedmira.model import (
     within_memory,
 )
 from fedmira.model import response_loss as response_loss_module
+from fedmira.model.generation import fit_prompts
 from fedmira.model.local_training import LocalOutcome
+from fedmira.model.lora import adapter_names
+from fedmira.model.lora_kind import LoraKind
+from fedmira.model.memory import PassLimit, free_bytes
+from fedmira.model.prompt_kind import PromptKind
 from fedmira.model.response_loss import response_loss
+from fedmira.model.waves import plan_waves
 from tiny import ARCHITECTURES, draw_rows, tiny_base
 
 
@@ -53,6 +67,33 @@ def test_a_loss_in_blocks_has_the_values_and_gradients_of_the_whole(bias: bool, 
     assert torch.allclose(found, expected, atol=1e-5)
     gradients = [torch.autograd.grad((each * weight).sum(), hidden)[0] for each in (found, expected)]
     assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_a_loss_in_bfloat16_is_scaled_before_it_is_rounded() -> None:
+    """1/count has no exact bfloat16: rounded by itself, it would shift a client's whole gradient."""
+    draw = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(16, 50, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    hidden = torch.randn(7, 16, generator=draw).bfloat16().requires_grad_()
+    targets = torch.randint(0, 50, (7,), generator=draw)
+    whole, scaled = (torch.autograd.grad((response_loss(head, hidden, targets) * scale).sum(), hidden)[0] for scale in (1.0, 1 / 7))
+    assert torch.equal(scaled, (whole.float() * torch.tensor(1 / 7)).bfloat16())
+
+
+def test_a_reduced_base_adds_up_its_factors_gradients_in_float32() -> None:
+    """Both factors' gradients are those of the layer's bfloat16 values multiplied in float64, which bfloat16 would miss by 1/256."""
+    draw = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40, dtype=torch.bfloat16).requires_grad_(False))
+    name_a, name_b = adapter_names(target := TargetModule("0", 24, 40, False))
+    adapter = {name_a: torch.randn(4, 24, generator=draw), name_b: torch.randn(40, 4, generator=draw)}
+    stacked = StackedAdapters([target], [adapter], [0.5], torch.device("cpu"))
+    inputs, weight = (torch.randn(1, 30, width, generator=draw).bfloat16() for width in (24, 40))
+    with LoraBranch(model, stacked) as branch, branch.tokens([(0, slice(0, 13)), (0, slice(13, 30))]):
+        (model(inputs) * weight).sum().backward()
+    down = (inputs[0] @ adapter[name_a].bfloat16().T).double()
+    to_down = ((weight[0] @ adapter[name_b].bfloat16()) * 0.5).double()
+    expected = {name_a: to_down.T @ inputs[0].double(), name_b: 0.5 * weight[0].double().T @ down}
+    for name, gradient in stacked.views(stacked.gradients, 0).items():
+        assert torch.allclose(gradient.double(), expected[name], rtol=1e-5, atol=1e-5), name
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -137,6 +178,90 @@ def test_training_goes_on_with_smaller_passes_when_memory_runs_out(dropout: floa
     assert "going on with at most 64 tokens" in caplog.text
 
 
+@contextmanager
+def memory_for(base: BaseModel, tokens: int) -> Iterator[list[int]]:
+    """The base has memory for so many tokens in a pass; the sizes of passes that were too large."""
+    refused: list[int] = []
+
+    def limited(module: Any, arguments: Any, options: Mapping[str, Any]) -> None:
+        read = options.get("input_ids")
+        size = (options["inputs_embeds"][..., 0] if read is None else read).numel()
+        if size > tokens:
+            refused.append(size)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    handle = base.model.base_model.register_forward_pre_hook(limited, with_kwargs=True)
+    try:
+        yield refused
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("adapter", [{}, {"kind": "prompt"}], ids=["lora", "prompt"])
+def test_a_budget_that_was_too_large_once_is_not_tried_again(adapter: dict[str, Any]) -> None:
+    """In any later round of training, and when adapters are measured for a second time."""
+    base = tiny_base()
+    kind = adapter_kind(AdapterSettings(**adapter), base, EngineSettings())
+    assert isinstance(kind, LoraKind | PromptKind)
+    start = kind.starts({"a": 4}, 1)["a"]
+    rows = draw_rows(12, 0, 1)
+    task = LocalTask(start, 1.0, rows, 1)
+    with memory_for(base, 70) as refused:
+        kind.train([task], LocalSettings(steps=1, batch_size=12), 400)
+        assert refused and kind.limits.train.tokens == 64
+        refused.clear()
+        kind.train([task], LocalSettings(steps=2, batch_size=12), 400)
+        assert not refused
+        first = kind.losses([start], [1.0], [rows], 400)
+        assert refused  # measuring takes another amount of memory, and finds out by itself
+        refused.clear()
+        assert kind.losses([start], [1.0], [rows], 400) == first and not refused
+
+
+def test_a_limit_never_raises_a_budget() -> None:
+    limit = PassLimit(128)
+    assert within_memory(lambda budget: budget, 100, limit) == (100, 100)
+    assert within_memory(lambda budget: budget, 1000, limit) == (128, 128)
+
+
+def test_answers_that_run_out_of_memory_have_a_smaller_cache_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 prompts of one token, so every pass is a step: the whole cache holds 16 rows, half of it 8. There is memory for 9."""
+    base = tiny_base()
+    kind = LoraKind(base, find_targets(base.model, ()), 8.0)
+    start = kind.starts({"a": 4}, 1)["a"]
+    prompts = [(0, [3 + i]) for i in range(16)]
+    expected = kind.generate([start], [1.0], prompts, 6, 256)  # with enough memory; decoding has been tried out here
+    shape = generation._cache_shape(base)
+    (wave,) = plan_waves(fit_prompts(base, prompts, 6), shape, 2**28)
+    monkeypatch.setattr(generation, "_CPU_CACHE", shape.of(wave.size))
+    with memory_for(base, 9) as refused:
+        assert kind.generate([start], [1.0], prompts, 6, 256) == expected
+        assert refused == [16]
+        assert kind.generate([start], [1.0], prompts, 6, 256) == expected
+        assert refused == [16]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
+def test_memory_that_pytorch_holds_for_later_is_free() -> None:
+    device = torch.device("cuda")
+    torch.zeros(1, device=device)
+    before = free_bytes(device)
+    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    assert free_bytes(device) < before - 2**27
+    del block
+    assert free_bytes(device) > before - 2**27
+
+
+def test_a_budget_is_kept_for_one_processor_only(tmp_path: Path) -> None:
+    listed = tmp_path / "cpuinfo"
+    listed.write_text(
+        "processor\t: 0\nmodel name\t: Example CPU: 3 GHz\nprocessor\t: 1\nmodel name\t: Example CPU: 3 GHz\n", encoding="utf-8"
+    )
+    assert token_budget._processor(listed) == "Example CPU: 3 GHz"
+    assert token_budget._processor(tmp_path / "none") in (platform.processor(), platform.machine())
+    assert token_budget._machine(torch.device("cpu")) == f"cpu {token_budget._processor(Path('/proc/cpuinfo'))} {os.cpu_count()}"
+
+
 def test_when_nothing_is_small_enough_the_error_says_what_to_do() -> None:
     def work(budget: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -151,6 +276,7 @@ def test_when_nothing_is_small_enough_the_error_says_what_to_do() -> None:
         "MPS backend out of memory (MPS allocated: 5 GiB)",
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes",
         "[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     ],
 )
 def test_running_out_of_memory_is_known_on_every_system(message: str) -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise, product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmira.model.packing import common_prefix, gather, pack, segment_rows
+from fedmira.model.packing import common_prefix, gather, joined, pack, segment_rows
 from tiny import TinyRow, draw_rows
 
 
@@ -80,3 +80,15 @@ def test_no_other_cut_of_the_ordered_rows_computes_fewer_tokens(shapes: list[tup
             costs.append(sum(tokens(part) + 16 for part in parts))
     found = segment_rows(0, rows, budget)
     assert sum(segment.num_tokens + 16 for segment in found) == min(costs)
+
+
+def test_neighbouring_segments_of_a_client_have_one_owner() -> None:
+    first, second = (1,) * 100, (2,) * 100
+    rows = [TinyRow((9, *task, 50 + i), (6, 7)) for i in range(3) for task in (first, second)]
+    batch = pack([*segment_rows(4, rows, 10_000), *segment_rows(1, rows[:1], 10_000)])
+    assert [segment.client for segment in batch.segments] == [4, 4, 1]
+    # Client 4: two segments of 101 shared tokens and 3 rows of 2 tokens. Client 1: 102 prompt tokens and 1 response token that is read.
+    assert batch.owners == [(4, slice(0, 2 * 107)), (1, slice(2 * 107, 2 * 107 + 103))]
+    assert batch.readers == [(4, slice(0, 12)), (1, slice(12, 14))]
+    assert joined([(0, 2), (1, 3), (0, 4)]) == [(0, slice(0, 2)), (1, slice(2, 5)), (0, slice(5, 9))]
+    assert joined([]) == []

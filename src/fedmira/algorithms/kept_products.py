@@ -14,7 +14,7 @@ from fedmira.graphs import ExactProducts, InnerProducts, SketchedProducts
 __all__ = ["KeptProducts", "Take", "Taken"]
 
 AT_A_TIME = 32
-"""Adapters that are in memory at a time while they are sketched."""
+"""Adapters that are in memory at a time while they are sketched, or compared with those that changed."""
 
 NO_DIFFERENCE = 1e-12
 """A squared difference below this share of the largest squared norm is rounding."""
@@ -110,15 +110,16 @@ class KeptProducts:
                 numbers[self._name(space)][part] = _SKETCHES[space](_VIEWS[space](taken), self.entries)
 
     def _refresh_exact(self, numbers: Mapping[str, Tensor], changed: Sequence[int], others: Sequence[int], take: Take) -> None:
-        """Rows and columns of the changed clients."""
-        row, column = torch.tensor(changed, dtype=torch.int64)[:, None], torch.tensor(others, dtype=torch.int64)[None, :]
-        taken, places = take(others), [others.index(k) for k in changed]
-        for space in self.spaces:
-            columns = adapters, scales = _VIEWS[space](taken)
-            rows = [adapters[place] for place in places], [scales[place] for place in places]
-            block, products = _PRODUCTS[space](rows, columns), numbers[self._name(space)]
-            products[row, column] = block
-            products[column.T, row.T] = block.T
+        """Rows and columns of the changed clients, whose adapters stay in memory while the others come a few at a time."""
+        taken, row = take(changed), torch.tensor(changed, dtype=torch.int64)[:, None]
+        rows = {space: _VIEWS[space](taken) for space in self.spaces}
+        for first in range(0, len(others), AT_A_TIME):
+            part = others[first : first + AT_A_TIME]
+            taken, column = take(part), torch.tensor(part, dtype=torch.int64)[None, :]
+            for space in self.spaces:
+                block, products = _PRODUCTS[space](rows[space], _VIEWS[space](taken)), numbers[self._name(space)]
+                products[row, column] = block
+                products[column.T, row.T] = block.T
 
     def differ(self, numbers: Mapping[str, Tensor], space: str, positions: Sequence[int], taken: Taken, toward: Tensor) -> bool:
         """Whether a weighted sum of a few adapters is more than the rounding of zero: exactly, from their adapters where sketches are kept.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +10,13 @@ import typer
 
 from fedmira.cli.options import ConfigFile, Format, FormatOption, OutputFolder, Overrides, PresetName, fresh_folder, settings
 from fedmira.cli.screen import print_json, print_table, say, show_progress
+from fedmira.config import load_config
 from fedmira.errors import ConfigError
 
 __all__ = ["print_summary", "run"]
+
+_NAMES = ("client", "task", "category")
+"""Columns of clients.csv that hold text."""
 
 
 def run(
@@ -28,6 +33,8 @@ def run(
     """
     if resume:
         config = _resumed_config(config, preset, overrides, output)
+        if _told_finished(config.parent, format):
+            return
     chosen = settings(config, preset, overrides)
     from fedmira.experiment import build_experiment, resume_experiment, run_experiment
 
@@ -59,8 +66,36 @@ def print_summary(title: str, summary: Any) -> None:
 def _resumed_config(config: Path | None, preset: str | None, overrides: list[str] | None, output: Path | None) -> Path:
     if output is None:
         raise ConfigError("--resume needs --output: the folder of the run to continue")
+    if any(override.partition("=")[0].strip() == "rounds.count" for override in overrides or []):
+        raise ConfigError(
+            "--resume cannot make a run longer or shorter; start a new one with the settings of this one: "
+            f"fedmira run {output / 'config.toml'} --set rounds.count=N --output NEW"
+        )
     if config is not None or preset is not None or overrides:
         raise ConfigError("--resume continues a run as it was; leave the config, --preset and --set away")
     from fedmira.rounds import RunFolder
 
     return RunFolder.reopen(output).path / "config.toml"
+
+
+def _told_finished(folder: Path, format: Format) -> bool:
+    """Of a finished run, say so and print what it found; False where there is something left to do, or a file of its results is gone."""
+    from fedmira.rounds import RunFolder
+
+    run, table, page = RunFolder(folder).read_json("run.json"), folder / "metrics" / "clients.csv", folder / "report.html"
+    if run.get("status") != "finished" or not all(path.is_file() for path in (table, page, folder / "adapters" / "index.json")):
+        return False
+    say(f"{folder}: already finished, {run['rounds_done']} of {run['rounds_done']} rounds; nothing to do")
+    if format is Format.json:
+        with table.open(encoding="utf-8", newline="") as file:
+            clients = [{name: cell if name in _NAMES else _number(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+        print_json({"folder": str(folder), "report": str(page), "summary": run["summary"], "clients": clients})
+        return True
+    print_summary(load_config(folder / "config.toml").algorithm.name, run["summary"])
+    print(f"report: {page}")
+    return True
+
+
+def _number(cell: str) -> int | float | str:
+    """A number of clients.csv; empty cells stay empty."""
+    return cell and (int(cell) if cell.isdigit() else float(cell))

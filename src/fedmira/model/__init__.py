@@ -9,10 +9,11 @@ from fedmira.model.lora import LoraBranch, StackedAdapters, start_adapter
 from fedmira.model.lora_kind import LoraKind
 from fedmira.model.loss import response_losses
 from fedmira.model.measure import Choice, Contender, choose_adapters, summed_losses
+from fedmira.model.memory import within_memory
 from fedmira.model.packing import Row
 from fedmira.model.peft_files import read_adapter, write_adapter
 from fedmira.model.prompt_kind import PromptKind
-from fedmira.model.token_budget import choose_token_budget, within_memory
+from fedmira.model.token_budget import choose_token_budget
 from fedmira.model.tokenizer_hash import tokenizer_hash
 
 __all__ = [

@@ -15,6 +15,7 @@ from fedmira.model.base_model import BaseModel, TargetModule, find_targets, with
 from fedmira.model.local_training import LocalOutcome, LocalTask
 from fedmira.model.lora_kind import LoraKind
 from fedmira.model.measure import Choice, Contender
+from fedmira.model.memory import out_of_memory
 from fedmira.model.packing import Row
 from fedmira.model.prompt_encoders import PromptModel
 from fedmira.model.prompt_kind import PromptKind
@@ -23,7 +24,7 @@ __all__ = ["AdapterKind", "adapter_kind"]
 
 
 class AdapterKind(Protocol):
-    """Adapters of one kind on one resident base; no state, and no randomness but that of a seed."""
+    """Adapters of one kind on one resident base; no state but how much memory was seen to hold, and no randomness but that of a seed."""
 
     @property
     def base(self) -> BaseModel:
@@ -62,7 +63,7 @@ class AdapterKind(Protocol):
         """Train all tasks, each as if it were alone; one outcome a task, in order.
 
         Args:
-            budget: most token positions in one forward pass; lowered when memory runs out.
+            budget: most token positions in one forward pass; lowered when memory runs out, and so are those of later calls.
         """
         ...
 
@@ -115,9 +116,9 @@ def _prompts(settings: AdapterSettings, base: BaseModel, engine: EngineSettings)
         with torch.no_grad():
             ids = torch.full((1, 2), base.tokenizer.eos_token_id, device=base.device)
             model.greedy(ids, 2, torch.tensor([], dtype=torch.long, device=base.device))
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the architecture
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
+        if out_of_memory(error):
+            raise  # says nothing about the architecture
         raise ModelError(
             f"adapter.kind = {settings.kind!r} does not work on {type(base.model).__name__} "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); set adapter.kind to 'lora'"

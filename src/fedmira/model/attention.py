@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ __all__ = ["PACKED_ATTENTION", "packed_attention", "packed_layout"]
 PACKED_ATTENTION = "fedmira_packed"
 
 
+Masks = dict[tuple[int, int, int, int, torch.dtype], Tensor]
+"""Made for one pass and forgotten with it: of long rows each takes many megabytes."""
+
+
 @dataclass
 class _Layout:
     """What the layers of one pass share."""
@@ -32,6 +36,7 @@ class _Layout:
     last_layer: int | None
     kernels: bool
     plans: dict[bool, CpuPlan] = field(default_factory=dict)
+    masks: Masks = field(default_factory=dict)
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -104,41 +109,42 @@ def packed_attention(
         # Only what predicts is read of the last layer: there all other places give nothing but keys and values.
         read = attend_on_cpu(query[:, :, batch.predict_at], key, value, layout.cpu_plan(True), scale)
         return read.new_zeros(1, query.shape[2], *read.shape[2:]).index_copy(1, batch.predict_at, read), None
-    return _attend_by_row(query, key, value, batch, scale, window), None
+    return _attend_by_row(query, key, value, batch, scale, window, layout.masks), None
 
 
-def _attend_by_row(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale: float, window: int | None) -> Tensor:
+def _attend_by_row(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale: float, window: int | None, masks: Masks) -> Tensor:
     """The plain way, for every device: one call for a prefix and one for each remainder."""
     outputs: list[Tensor] = []
     for segment, start in zip(batch.segments, batch.starts, strict=True):
         place = start + segment.prefix
         prefix_key, prefix_value = key[:, :, start:place], value[:, :, start:place]
         if segment.prefix:
-            outputs.append(_attend(query[:, :, start:place], prefix_key, prefix_value, 0, window, scale))
+            outputs.append(_attend(query[:, :, start:place], prefix_key, prefix_value, 0, window, scale, masks))
         for length in segment.lengths:
             own = slice(place, place + length)
             own_key, own_value = (
                 torch.cat([head, tensor[:, :, own]], dim=2) for head, tensor in ((prefix_key, key), (prefix_value, value))
             )
-            outputs.append(_attend(query[:, :, own], own_key, own_value, segment.prefix, window, scale))
+            outputs.append(_attend(query[:, :, own], own_key, own_value, segment.prefix, window, scale, masks))
             place = own.stop
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, offset: int, window: int | None, scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, offset: int, window: int | None, scale: float, masks: Masks) -> Tensor:
     """query [1, heads, S, size] at positions offset.., key and value [1, key heads, offset + S, size] -> [1, heads, S, size]."""
     _, heads, length, size = query.shape
     groups = key.shape[1]
     share = heads // groups
     # Query heads that share a key head are folded into its rows, so keys are not copied.
     folded = query.reshape(1, groups, share * length, size)
-    mask = _mask(length, offset, share, window or 0, query.device, query.dtype)
-    result = functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+    kind = length, offset, share, window or 0, query.dtype
+    if kind not in masks:
+        masks[kind] = _mask(*kind, query.device)
+    result = functional.scaled_dot_product_attention(folded, key, value, attn_mask=masks[kind], scale=scale)
     return result.reshape(1, heads, length, value.shape[-1])
 
 
-@lru_cache(maxsize=32)
-def _mask(size: int, offset: int, share: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _mask(size: int, offset: int, share: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive mask [share * size, offset + size]: 0 where a query sees a key, minus infinity elsewhere."""
     own = torch.arange(offset, offset + size, device=device)[:, None]
     other = torch.arange(offset + size, device=device)[None, :]

@@ -89,19 +89,20 @@ class BlockCache:
         Args:
             segments: the group of each, the segment, and where it begins in the packed row.
         """
-        shared: list[tuple[int, int, int]] = []
-        own: list[tuple[int, int, int, int]] = []
+        shared: list[tuple[Tensor, ...]] = []
+        own: list[tuple[Tensor, ...]] = []
         for number, segment, start in segments:
             prefix, place = self._groups[number].prefix, start + segment.prefix
             for row, index, length in zip(segment.rows, segment.indices, segment.lengths, strict=True):
-                tokens = [*range(start, start + segment.prefix), *range(place, place + length)]
+                tokens = torch.cat([torch.arange(start, start + segment.prefix), torch.arange(place, place + length)])
                 place += length
                 if number not in self._written:
                     self._written.add(number)
-                    shared += [(token, number, column) for column, token in enumerate(tokens[:prefix])]
-                first = self._own_columns - (len(row.prompt) - prefix)
-                own += [(token, number, index, first + i) for i, token in enumerate(tokens[prefix:])]
-        return (*torch.tensor(shared, dtype=torch.long).view(-1, 3).unbind(1), *torch.tensor(own).unbind(1))
+                    shared.append((tokens[:prefix], torch.full((prefix,), number), torch.arange(prefix)))
+                count = len(row.prompt) - prefix
+                columns = torch.arange(self._own_columns - count, self._own_columns)
+                own.append((tokens[prefix:], torch.full((count,), number), torch.full((count,), index), columns))
+        return *_joined(shared, 3), *_joined(own, 4)
 
     def store(self, module: nn.Module, key: Tensor, value: Tensor, destinations: tuple[Tensor, ...]) -> None:
         """Put keys and values [1, key heads, N, size] of a packed pass in their places."""
@@ -132,6 +133,11 @@ class BlockCache:
                 mask = mask.masked_fill(distance >= window, -math.inf)
             self._windowed[window] = steps, mask
         return mask
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]], columns: int) -> tuple[Tensor, ...]:
+    """One tensor for each column of the parts."""
+    return tuple(map(torch.cat, zip(*parts, strict=True))) if parts else (torch.empty(0, dtype=torch.long),) * columns
 
 
 def _chosen(tensor: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from fedmira.model.attention import packed_attention, packed_layout
 from fedmira.model.base_model import BaseModel
 from fedmira.model.block_cache import BlockCache
 from fedmira.model.lora import LoraBranch
-from fedmira.model.packing import PackedBatch, gather, pack, segment_rows
+from fedmira.model.packing import PackedBatch, gather, joined, pack, segment_rows
 from fedmira.model.waves import Wave
 
 __all__ = ["CACHED_ATTENTION", "WaveDecoder", "cached_attention", "rectangle"]
@@ -85,8 +85,7 @@ class WaveDecoder:
             batch = pack(chosen)
             self._sources = self._destinations(batch)
             batch = batch.to(self._base.device)
-            ends = [*batch.starts[1:], len(batch.ids)]
-            owners = [(self.clients[s.client], slice(start, end)) for s, start, end in zip(batch.segments, batch.starts, ends, strict=True)]
+            owners = joined((self.clients[segment.client], segment.num_tokens) for segment in batch.segments)
             with (
                 packed_layout(self._base.model, batch, kernels=self._base.kernels),
                 self.attached(),

@@ -14,9 +14,10 @@ from fedmira.model.base_model import BaseModel
 from fedmira.model.decoding import WaveDecoder, rectangle
 from fedmira.model.decoding_probe import decoding_agrees
 from fedmira.model.lora import LoraBranch
+from fedmira.model.memory import free_bytes
 from fedmira.model.waves import CacheShape, Prompt, Wave, plan_waves
 
-__all__ = ["answered", "end_tokens", "fit_prompts", "generate", "generate_tokens", "texts_of"]
+__all__ = ["answered", "end_tokens", "fit_prompts", "generate", "generate_tokens", "most_cache_bytes", "texts_of"]
 
 _CPU_CACHE = 2**28
 _FREE_SHARE = 4
@@ -64,7 +65,7 @@ def generate_tokens(
         return []
     with torch.no_grad():
         if base.packed and decoding_agrees(base, branch):
-            waves = plan_waves(asked, _cache_shape(base), _most_bytes(base.device) if cache_bytes is None else cache_bytes)
+            waves = plan_waves(asked, _cache_shape(base), most_cache_bytes(base.device) if cache_bytes is None else cache_bytes)
             found = [pair for wave in waves for pair in _continue(base, branch, wave, budget)]
         else:
             found = [pair for chosen in _padded_batches(asked) for pair in _padded(base, branch, chosen)]
@@ -188,5 +189,6 @@ def _cache_shape(base: BaseModel) -> CacheShape:
     return CacheShape(2 * config.num_hidden_layers * key_heads * width * base.dtype.itemsize, base.num_embeddings * base.dtype.itemsize)
 
 
-def _most_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] // _FREE_SHARE if device.type == "cuda" else _CPU_CACHE
+def most_cache_bytes(device: torch.device) -> int:
+    """What generation takes for keys, values and scores unless it is told: 256 MiB, on CUDA a quarter of the free memory."""
+    return int(free_bytes(device)) // _FREE_SHARE if device.type == "cuda" else _CPU_CACHE

@@ -17,10 +17,10 @@ from fedmira.model.batches import batch_indices
 from fedmira.model.curvature import TargetDraws, response_tokens, without_dropout
 from fedmira.model.lora import LoraBranch, StackedAdapters
 from fedmira.model.loss import response_losses
+from fedmira.model.memory import PassLimit, within_memory
 from fedmira.model.optimizers import CohortOptimizer, Moments, add_curvature, clip_rows
 from fedmira.model.packing import Row
 from fedmira.model.stack import Branch, Draws, Passes, TokenLosses
-from fedmira.model.token_budget import within_memory
 from fedmira.model.zeroth_order import RandomSlopes
 
 __all__ = ["LocalOutcome", "LocalTask", "train_cohort", "train_with"]
@@ -75,7 +75,13 @@ class LocalOutcome:
 
 
 def train_cohort(
-    base: BaseModel, targets: Sequence[TargetModule], tasks: Sequence[LocalTask], settings: LocalSettings, dropout: float, budget: int
+    base: BaseModel,
+    targets: Sequence[TargetModule],
+    tasks: Sequence[LocalTask],
+    settings: LocalSettings,
+    dropout: float,
+    budget: int,
+    limit: PassLimit | None = None,
 ) -> list[LocalOutcome]:
     """Train all tasks side by side; each result is what plain PEFT training of that client alone gives, to float rounding.
 
@@ -83,6 +89,7 @@ def train_cohort(
         dropout: of the LoRA branch; the frozen base never drops anything. Rows then share no prefix, so that each draws its own;
             which draws a client gets depends on its own rows and on `budget`, never on who shares its cohort.
         budget: most token positions in one forward pass; lowered when memory runs out.
+        limit: remembers for later cohorts how far it was lowered.
 
     Returns:
         One outcome per task, in order. A client whose loss, gradient or adapter becomes non-finite stops and is reported.
@@ -90,21 +97,24 @@ def train_cohort(
     stacked = StackedAdapters(targets, [task.start for task in tasks], [task.scale for task in tasks], base.device)
     generators = [torch.Generator().manual_seed(task.seed ^ 0x5EED) for task in tasks] if dropout else []
     branch = LoraBranch(base.model, stacked, dropout, generators)
-    return train_with(branch, partial(response_losses, base, branch), tasks, settings, budget)
+    return train_with(branch, partial(response_losses, base, branch), tasks, settings, budget, limit)
 
 
-def train_with(branch: Branch, passes: Passes, tasks: Sequence[LocalTask], settings: LocalSettings, budget: int) -> list[LocalOutcome]:
+def train_with(
+    branch: Branch, passes: Passes, tasks: Sequence[LocalTask], settings: LocalSettings, budget: int, limit: PassLimit | None = None
+) -> list[LocalOutcome]:
     """Train the adapters of any kind that a branch holds, one a task.
 
     Args:
         branch: of the tasks' start adapters, with gradients.
         passes: forward passes with that branch.
         budget: most token positions in one of them; lowered when memory runs out.
+        limit: remembers for later cohorts how far it was lowered.
 
     Returns:
         One outcome per task, in order.
     """
-    cohort = _Cohort(branch, passes, tasks, settings, budget)
+    cohort = _Cohort(branch, passes, tasks, settings, budget, limit or PassLimit())
     with branch:
         while cohort.step():
             pass
@@ -117,8 +127,10 @@ class _Cohort:
     Figures stay on the device until the last step, so that no step waits for it.
     """
 
-    def __init__(self, branch: Branch, passes: Passes, tasks: Sequence[LocalTask], settings: LocalSettings, budget: int) -> None:
-        self.branch, self.passes, self.tasks, self.settings, self.budget = branch, passes, tasks, settings, budget
+    def __init__(
+        self, branch: Branch, passes: Passes, tasks: Sequence[LocalTask], settings: LocalSettings, budget: int, limit: PassLimit
+    ) -> None:
+        self.branch, self.passes, self.tasks, self.settings, self.budget, self.limit = branch, passes, tasks, settings, budget, limit
         self.stacked = branch.adapters
         self.device = self.stacked.values.device
         self.optimizer = CohortOptimizer(
@@ -161,7 +173,7 @@ class _Cohort:
                 generator.set_state(state)
             return self._backward(batches, budget)
 
-        sums, self.budget = within_memory(backward, self.budget)
+        sums, _ = within_memory(backward, self.budget, self.limit)
         self.sums.append(sums)
         self._stop_the_failed(good & torch.isfinite(sums))
         for client in batches:
@@ -272,7 +284,7 @@ class _Cohort:
             return self.alive
         draws = self.target_draws.of(due)
         with without_dropout(self.branch):
-            _, self.budget = within_memory(lambda budget: self._gradients(due, budget, draws), self.budget)
+            within_memory(lambda budget: self._gradients(due, budget, draws), self.budget, self.limit)
         clients, tokens = (torch.tensor(list(part), device=self.device) for part in (due, response_tokens(due).values()))
         add_curvature(self.moments, self.stacked.gradients, clients, tokens)
         return torch.isfinite(self.moments.second).all(dim=1)

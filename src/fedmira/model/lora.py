@@ -154,6 +154,15 @@ class LoraBranch:
         self._handles.clear()
 
     @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within the block the model runs without this branch, which was entered."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    @contextmanager
     def tokens(self, owners: Sequence[tuple[int, slice]]) -> Iterator[None]:
         """Tokens of a flat row [1, N, ...] belong to clients by slices that follow each other; one owner owns any shape."""
         self.owners = owners
@@ -253,7 +262,7 @@ class _AddBranches(torch.autograd.Function):
                 if total.dtype == grad.dtype:
                     total.addmm_(left.T, right, alpha=scale)
                 else:
-                    total.add_(left.T @ right, alpha=scale)
+                    total.addmm_(left.float().T, right.float(), alpha=scale)  # nothing is rounded before it is summed
             if to_inputs is not None:
                 torch.mm(to_down, factor_a, out=to_inputs[site.tokens])
         return None, None if to_inputs is None else to_inputs.view(inputs.shape), grad, None

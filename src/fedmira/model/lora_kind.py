@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedmira.adapters import Adapter, modules, scale, truncate_rank
 from fedmira.config import LocalSettings
 from fedmira.model.base_model import BaseModel, TargetModule
-from fedmira.model.generation import generate
+from fedmira.model.generation import generate, most_cache_bytes
 from fedmira.model.local_training import LocalOutcome, LocalTask, train_cohort
 from fedmira.model.lora import LoraBranch, StackedAdapters, start_adapter
 from fedmira.model.measure import Choice, Contender, choose_adapters, summed_losses
+from fedmira.model.memory import PassLimits, within_memory
 from fedmira.model.packing import Row
 from fedmira.model.peft_files import read_adapter, write_adapter
-from fedmira.model.token_budget import choose_token_budget, within_memory
+from fedmira.model.token_budget import choose_token_budget
 
 __all__ = ["LoraKind"]
 
@@ -27,6 +27,7 @@ class LoraKind:
 
     Attributes:
         alpha, dropout: of the branches.
+        limits: how much memory was seen to hold.
     """
 
     base: BaseModel
@@ -34,6 +35,7 @@ class LoraKind:
     alpha: float
     dropout: float = 0.0
     virtual_tokens: int = 0
+    limits: PassLimits = field(default_factory=PassLimits, repr=False, compare=False)
 
     @property
     def packed(self) -> bool:
@@ -58,15 +60,15 @@ class LoraKind:
 
     def train(self, tasks: Sequence[LocalTask], settings: LocalSettings, budget: int) -> list[LocalOutcome]:
         """Side by side, packed where the architecture allows it."""
-        return train_cohort(self.base, self.targets, tasks, settings, self.dropout, budget)
+        return train_cohort(self.base, self.targets, tasks, settings, self.dropout, budget, self.limits.train)
 
     def losses(self, adapters: Sequence[Adapter], scales: Sequence[float], rows: Sequence[Sequence[Row]], budget: int) -> list[float]:
         """In the same passes."""
-        return summed_losses(self.base, self.targets, adapters, scales, rows, budget)[0]
+        return summed_losses(self.base, self.targets, adapters, scales, rows, budget, self.limits.measure)[0]
 
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
         """In the same passes."""
-        return choose_adapters(self.base, self.targets, contenders, budget)
+        return choose_adapters(self.base, self.targets, contenders, budget, self.limits.measure)
 
     def generate(
         self,
@@ -76,10 +78,15 @@ class LoraKind:
         max_new_tokens: int,
         budget: int,
     ) -> list[str]:
-        """Prompts of all clients in common batches."""
+        """Prompts of all clients in common batches; where memory runs out, fewer tokens are read and fewer answered at a time."""
         stacked = StackedAdapters(self.targets, adapters, scales, self.base.device, trainable=False)
         with LoraBranch(self.base.model, stacked) as branch:
-            found, _ = within_memory(partial(generate, self.base, branch, prompts, max_new_tokens), budget)
+
+            def answers(tokens: int) -> list[str]:
+                cache_bytes = most_cache_bytes(self.base.device) * tokens // budget
+                return generate(self.base, branch, prompts, max_new_tokens, tokens, cache_bytes)
+
+            found, _ = within_memory(answers, budget, self.limits.generate)
         return found
 
     def token_budget(self) -> int:

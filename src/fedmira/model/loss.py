@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as functional
@@ -63,11 +62,9 @@ def _packed_pass(base: BaseModel, branch: LoraBranch, batch: PackedBatch, draws:
 @contextmanager
 def _packed_surroundings(base: BaseModel, branch: LoraBranch, batch: PackedBatch) -> Iterator[None]:
     """What the model's layers must know of a packed batch while they run."""
-    ends = [*batch.starts[1:], len(batch.ids)]
-    owners = [(segment.client, slice(start, end)) for segment, start, end in zip(batch.segments, batch.starts, ends, strict=True)]
     last = base.last_layer
-    with packed_layout(base.model, batch, last.index if last else None, base.kernels), branch.tokens(owners):
-        with read_only_at(last, batch.predict_at, branch, _readers(batch)) if last else nullcontext():
+    with packed_layout(base.model, batch, last.index if last else None, base.kernels), branch.tokens(batch.owners):
+        with read_only_at(last, batch.predict_at, branch, batch.readers) if last else nullcontext():
             yield
 
 
@@ -75,12 +72,6 @@ def _recomputed(
     base: BaseModel, branch: LoraBranch, surroundings: Callable[[], AbstractContextManager[None]]
 ) -> AbstractContextManager[None]:
     return recomputed(base.recomputed_layers, branch, surroundings) if torch.is_grad_enabled() else nullcontext()
-
-
-def _readers(batch: PackedBatch) -> list[tuple[int, slice]]:
-    """Which of the M response tokens belong to which client; segments follow each other."""
-    stops = list(accumulate(sum(len(row.response) for row in segment.rows) for segment in batch.segments))
-    return [(segment.client, slice(start, stop)) for segment, start, stop in zip(batch.segments, [0, *stops], stops, strict=False)]
 
 
 def _padded(

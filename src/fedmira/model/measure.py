@@ -13,9 +13,9 @@ from fedmira.adapters import Adapter
 from fedmira.model.base_model import BaseModel, TargetModule
 from fedmira.model.lora import LoraBranch, StackedAdapters
 from fedmira.model.loss import response_losses
+from fedmira.model.memory import PassLimit, within_memory
 from fedmira.model.packing import Row
 from fedmira.model.stack import Branch, Passes
-from fedmira.model.token_budget import within_memory
 
 __all__ = ["Choice", "Contender", "Measure", "Measured", "choose_adapters", "choose_by", "measure_with", "summed_losses"]
 
@@ -61,32 +61,36 @@ def summed_losses(
     scales: Sequence[float],
     rows: Sequence[Sequence[Row]],
     budget: int,
+    limit: PassLimit | None = None,
 ) -> Measured:
     """The sum of the response losses of each adapter on its rows, without gradients.
 
     Args:
         adapters, scales, rows: of K clients that are measured side by side.
         budget: most token positions in one forward pass; lowered when memory runs out.
+        limit: remembers for later calls how far it was lowered.
     """
     branch = LoraBranch(base.model, StackedAdapters(targets, adapters, scales, base.device, trainable=False))
-    return measure_with(branch, partial(response_losses, base, branch), rows, budget)
+    return measure_with(branch, partial(response_losses, base, branch), rows, budget, limit)
 
 
-def measure_with(branch: Branch, passes: Passes, rows: Sequence[Sequence[Row]], budget: int) -> Measured:
+def measure_with(branch: Branch, passes: Passes, rows: Sequence[Sequence[Row]], budget: int, limit: PassLimit | None = None) -> Measured:
     """The same for adapters of any kind, which a branch holds: one for each client's rows."""
     batches = list(enumerate(rows))
     with torch.no_grad(), branch:
-        (losses, tokens), budget = within_memory(partial(_sums, passes, branch.adapters.values.device, batches), budget)
+        (losses, tokens), budget = within_memory(partial(_sums, passes, branch.adapters.values.device, batches), budget, limit)
     return losses, tokens, budget
 
 
-def choose_adapters(base: BaseModel, targets: Sequence[TargetModule], contenders: Sequence[Contender], budget: int) -> list[Choice]:
+def choose_adapters(
+    base: BaseModel, targets: Sequence[TargetModule], contenders: Sequence[Contender], budget: int, limit: PassLimit | None = None
+) -> list[Choice]:
     """For each client the adapter with the lowest loss on its rows; nothing is computed for clients with one adapter.
 
     All clients' first adapters are measured side by side, then their second ones, and so on. A loss that is not finite is the
     highest there is.
     """
-    return choose_by(partial(summed_losses, base, targets), contenders, budget)
+    return choose_by(partial(summed_losses, base, targets, limit=limit), contenders, budget)
 
 
 def choose_by(measure: Measure, contenders: Sequence[Contender], budget: int) -> list[Choice]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["PackedBatch", "Row", "Segment", "common_prefix", "gather", "pack", "segment_rows"]
+__all__ = ["PackedBatch", "Row", "Segment", "common_prefix", "gather", "joined", "pack", "segment_rows"]
 
 _SEGMENT_COST = 16
 """What one more segment costs in attention calls, in tokens."""
@@ -81,12 +82,33 @@ class PackedBatch:
     clients: Tensor
     rows: Tensor
 
+    @property
+    def owners(self) -> list[tuple[int, slice]]:
+        """Which of the N tokens belong to which client."""
+        return joined((segment.client, segment.num_tokens) for segment in self.segments)
+
+    @property
+    def readers(self) -> list[tuple[int, slice]]:
+        """Which of the M response tokens belong to which client."""
+        return joined((segment.client, sum(len(row.response) for row in segment.rows)) for segment in self.segments)
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on `device`."""
         tensors: Iterable[Tensor] = (self.ids, self.positions, self.predict_at, self.targets, self.clients, self.rows)
         if device.type == "cuda":  # copies from pinned memory go on while the device computes
             tensors = [tensor.pin_memory() for tensor in tensors]
         return PackedBatch(self.segments, self.starts, *(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+
+def joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, slice]]:
+    """Slices of (client, size) parts that follow each other: one slice for neighbours of the same client."""
+    found: list[tuple[int, slice]] = []
+    start = 0
+    for client, neighbours in groupby(parts, key=itemgetter(0)):
+        stop = start + sum(size for _, size in neighbours)
+        found.append((client, slice(start, stop)))
+        start = stop
+    return found
 
 
 def common_prefix(rows: Sequence[Row]) -> int:

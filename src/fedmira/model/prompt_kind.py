@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -16,10 +16,11 @@ from fedmira.model.base_model import BaseModel, TargetModule
 from fedmira.model.generation import answered, end_tokens, fit_prompts, texts_of
 from fedmira.model.local_training import LocalOutcome, LocalTask, train_with
 from fedmira.model.measure import Choice, Contender, Measured, choose_by, measure_with
+from fedmira.model.memory import PassLimits, within_memory
 from fedmira.model.packing import Row
 from fedmira.model.peft_files import ENCODER_WEIGHTS, read_adapter, write_encoder
 from fedmira.model.prompt_encoders import EncoderBranch, PromptModel, StackedEncoders
-from fedmira.model.token_budget import usual_token_budget, within_memory
+from fedmira.model.token_budget import usual_token_budget
 from fedmira.model.waves import Prompt
 
 __all__ = ["PromptKind"]
@@ -33,10 +34,12 @@ class PromptKind:
 
     Attributes:
         model: the PEFT model.
+        limits: how much memory was seen to hold.
     """
 
     model: PromptModel
     targets: Sequence[TargetModule] = ()
+    limits: PassLimits = field(default_factory=PassLimits, repr=False, compare=False)
 
     @property
     def base(self) -> BaseModel:
@@ -69,19 +72,19 @@ class PromptKind:
     def train(self, tasks: Sequence[LocalTask], settings: LocalSettings, budget: int) -> list[LocalOutcome]:
         """In turns within each step."""
         branch = self._branch([task.start for task in tasks], trainable=True)
-        return train_with(branch, branch.losses, tasks, settings, budget)
+        return train_with(branch, branch.losses, tasks, settings, budget, self.limits.train)
 
     def losses(self, adapters: Sequence[Adapter], scales: Sequence[float], rows: Sequence[Sequence[Row]], budget: int) -> list[float]:
         """In turns."""
         branch = self._branch(adapters)
-        return measure_with(branch, branch.losses, rows, budget)[0]
+        return measure_with(branch, branch.losses, rows, budget, self.limits.measure)[0]
 
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
         """In turns."""
 
         def measure(adapters: Sequence[Adapter], scales: Sequence[float], rows: Sequence[Sequence[Row]], budget: int) -> Measured:
             branch = self._branch(adapters)
-            return measure_with(branch, branch.losses, rows, budget)
+            return measure_with(branch, branch.losses, rows, budget, self.limits.measure)
 
         return choose_by(measure, contenders, budget)
 
@@ -102,7 +105,7 @@ class PromptKind:
         found = []
         for (client, _, _), equals in groupby(asked, key=kind_of):
             self.model.load(adapters[client])
-            answers, budget = within_memory(partial(self._continue, list(equals)), budget)
+            answers, _ = within_memory(partial(self._continue, list(equals)), budget, self.limits.generate)
             found += answers
         return texts_of(self.base, answered(self.base, found))
 

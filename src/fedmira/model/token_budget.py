@@ -1,38 +1,34 @@
-"""How many tokens one forward pass may hold: chosen by a short trial on the machine, bounded by its memory, lowered when that runs out."""
+"""How many tokens one forward pass may hold: chosen by a short trial on the machine, bounded by its memory."""
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import logging
 import math
 import os
+import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fedmira.config import cache_folder
-from fedmira.errors import RunError
 from fedmira.model.base_model import BaseModel, TargetModule
 from fedmira.model.lora import LoraBranch, StackedAdapters, start_adapter
 from fedmira.model.loss import response_losses
+from fedmira.model.memory import LEAST_TOKENS, free_bytes, out_of_memory
 
-__all__ = ["choose_token_budget", "usual_token_budget", "within_memory"]
+__all__ = ["choose_token_budget", "usual_token_budget"]
 
 _CANDIDATES = {"cpu": (512, 1024, 2048, 4096), "other": (4096, 8192, 16384, 32768, 65536)}
 _USUAL = {"cpu": 2048, "other": 16384}
-_LEAST = 64
 _SHARE_OF_MEMORY = 0.4
 _TRIAL_SECONDS = 1.5
 _log = logging.getLogger("fedmira")
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +51,9 @@ def choose_token_budget(base: BaseModel, targets: Sequence[TargetModule]) -> int
     if found is None:
         found = _try_out(base, targets, _CANDIDATES[_kind(base)])
         if found is None:
-            return _LEAST  # not even the first trial had memory enough; another time it may have
+            return LEAST_TOKENS  # not even the first trial had memory enough; another time it may have
         _keep(path, {**_read(path), key: found})
-    return _bounded(found[0], found[1], _free_bytes(base.device))
+    return _bounded(found[0], found[1], free_bytes(base.device))
 
 
 def usual_token_budget(base: BaseModel) -> int:
@@ -67,36 +63,6 @@ def usual_token_budget(base: BaseModel) -> int:
 
 def _kind(base: BaseModel) -> str:
     return "cpu" if base.device.type == "cpu" else "other"
-
-
-def within_memory(work: Callable[[int], Result], budget: int) -> tuple[Result, int]:
-    """`work(budget)`, again with half the budget each time memory runs out; the result, and the budget that sufficed.
-
-    Raises:
-        RunError: memory runs out even with the least budget.
-    """
-    while True:
-        try:
-            return work(budget), budget
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not _out_of_memory(error):
-                raise
-            if budget <= _LEAST:
-                raise RunError(
-                    f"out of memory with {budget} tokens in a forward pass, the least there is; lower data.max_length, take a smaller "
-                    "model.base, or set engine.recompute = true"
-                ) from error
-        # Outside the handler, so that the error's traceback no longer holds the tensors of the failed pass.
-        budget = max(_LEAST, budget // 2)
-        _log.warning("out of memory: going on with at most %d tokens in a forward pass", budget)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    said = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA and MPS, Linux, Windows
-    return isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error) for phrase in said)
 
 
 def _try_out(base: BaseModel, targets: Sequence[TargetModule], candidates: Sequence[int]) -> tuple[int, float] | None:
@@ -125,7 +91,7 @@ def _try_out(base: BaseModel, targets: Sequence[TargetModule], candidates: Seque
                     if sum(spent) > _TRIAL_SECONDS:
                         break
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 break
             seconds[candidate] = min(spent) / (len(rows) * length)
@@ -158,47 +124,16 @@ def _pass(base: BaseModel, branch: LoraBranch, rows: Sequence[_Row], budget: int
 
 def _bounded(budget: int, bytes_per_token: float, free: float) -> int:
     """The budget, halved until what training remembers takes no more than a share of the free memory."""
-    while budget > _LEAST and budget * bytes_per_token > _SHARE_OF_MEMORY * free:
+    while budget > LEAST_TOKENS and budget * bytes_per_token > _SHARE_OF_MEMORY * free:
         budget //= 2
-    return max(budget, _LEAST)
-
-
-def _free_bytes(device: torch.device) -> float:
-    """Memory that is free on the device, or infinity where the system does not say."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return math.inf
-    return min(_of_meminfo(Path("/proc/meminfo")), _of_group(Path("/sys/fs/cgroup")))
-
-
-def _of_meminfo(path: Path) -> float:
-    if not path.is_file():
-        return math.inf
-    fields = dict(line.split(":", 1) for line in path.read_text(encoding="ascii").splitlines() if ":" in line)
-    return float(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else math.inf
-
-
-def _of_group(folder: Path) -> float:
-    limit, used = folder / "memory.max", folder / "memory.current"
-    if (
-        not limit.is_file()
-        or not (folder / "memory.stat").is_file()
-        or not used.is_file()
-        or limit.read_text(encoding="ascii").strip() == "max"
-    ):
-        return math.inf
-    statistics = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-    in_use = float(used.read_text(encoding="ascii")) - float(statistics.get("inactive_file", 0))  # file pages go when asked for
-    return float(limit.read_text(encoding="ascii")) - in_use
+    return max(budget, LEAST_TOKENS)
 
 
 def _key(base: BaseModel, targets: Sequence[TargetModule]) -> str:
-    device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type
     names = [target.name for target in targets]
     compiled = any("forward" in vars(module) for module in base.model.modules())
     parts = (
-        device,
+        _machine(base.device),
         torch.get_num_threads(),
         torch.__version__,
         str(base.dtype),
@@ -208,6 +143,20 @@ def _key(base: BaseModel, targets: Sequence[TargetModule]) -> str:
         names,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _machine(device: torch.device) -> str:
+    """What computes: a cache folder may serve several machines, as a home on a network does."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {_processor(Path('/proc/cpuinfo'))} {os.cpu_count()}" if device.type == "cpu" else device.type
+
+
+def _processor(path: Path) -> str:
+    """The name of the processor as Linux gives it in this file, or what the platform says."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _read(path: Path) -> dict[str, tuple[int, float]]:
