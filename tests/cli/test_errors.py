@@ -37,6 +37,13 @@ def test_a_config_that_is_missing_or_broken_is_named(fedmira: Callable[..., Any]
     assert_refused(fedmira("run", "--preset", "mira-nii"), "mira-nii", "did you mean 'mira-ni'|mira-ni")
 
 
+def test_a_config_in_yaml_and_text_without_quotes_are_told_what_toml_wants(fedmira: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("rounds:\n  count: 5\n", encoding="utf-8")
+    assert_refused(fedmira("run", tmp_path / "run.yaml"), r"run\.yaml ends in \.yaml, and a config is TOML", r"docs/configuration\.md")
+    (tmp_path / "run.toml").write_text("[data]\nsource = jsonl\n", encoding="utf-8")
+    assert_refused(fedmira("check", tmp_path / "run.toml"), r"run\.toml:2:10: not valid TOML: Invalid value; text needs quotes: 'jsonl'")
+
+
 def test_all_wrong_keys_are_told_together(fedmira: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "wrong.toml").write_text("[local]\nstep = 3\n[algorithm]\nname = 'mirra'\n", encoding="utf-8")
     ended = fedmira("run", tmp_path / "wrong.toml", "--set", "local.optimizer=adamv")

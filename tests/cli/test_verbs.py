@@ -72,6 +72,17 @@ def test_check_counts_and_plans_and_trains_nothing(config_file: Path, tmp_path: 
     assert counts == {"apple-1": (8, 3, 3), "apple-2": (13, 5, 4), "apple-3": (6, 2, 2), "birch-1": (10, 4, 4), "birch-2": (7, 3, 2)}
 
 
+def test_cut_prompts_are_told_on_stderr_and_uncut_ones_are_not(config_file: Path, command_run: Any) -> None:
+    """A row has at least the 6 words of its instruction and 3 words to answer, so none fits in 8 tokens."""
+    ended = command("check", config_file, "--set", "data.max_length=8", "--format", "json")
+    assert ended.returncode == 0, ended.stderr
+    total = sum(row[f"{part}_rows"] for row in one_document(ended.stdout)["clients"] for part in ("train", "validation", "test"))
+    told = [line for line in ended.stderr.splitlines() if "lose their middle" in line]
+    assert len(told) == 1 and told[0].startswith(f"{total} of {total} prompts lose their middle")
+    assert "data.max_length (8 tokens; the longest has" in told[0] and told[0].endswith("raise data.max_length")
+    assert "lose their middle" not in command_run.ended.stderr
+
+
 def test_report_is_written_anew(command_run: Any) -> None:
     page = command_run.folder / "report.html"
     page.unlink()

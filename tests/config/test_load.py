@@ -25,6 +25,7 @@ from fedmira.config import (
     with_overrides,
 )
 from fedmira.config.layers import algorithm_sections
+from fedmira.config.other_names import OTHER_NAMES
 from fedmira.errors import ConfigError
 
 
@@ -149,6 +150,73 @@ def test_contradictions_within_one_layer_are_errors() -> None:
     assert len(problems("graph.kind=random", "graph.path=graph.json")) == 1
 
 
+def test_steps_and_epochs_in_one_layer_are_an_error_that_names_both(tmp_path: Path) -> None:
+    both = "local.steps = 3 and local.epochs = 2: epochs above 0 count passes over the rows in place of steps; set one of them"
+    path = write(tmp_path, "[local]\nsteps = 3\nepochs = 2\n")
+    assert problems(path=path) == (f"{both} ({path})",)
+    assert problems("local.steps=3", "local.epochs=2") == (f"{both} (--set)",)
+    assert load_config(write(tmp_path, "[local]\nsteps = 3\nepochs = 0\n")).local.steps == 3
+    assert load_config(write(tmp_path, "[local]\nsteps = 3\n"), overrides=["local.epochs=2"]).local.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("choice", "setting", "reader"),
+    [
+        ("graph.kind=random", "graph.nearest=5", "'similarity'"),
+        ("graph.kind=uniform", "graph.memory=0.2", "'similarity' or 'pfedgraph'"),
+        ("graph.kind=category", "graph.warmup_rounds=2", "'similarity' or 'pfedgraph'"),
+        ("graph.kind=pfedgraph", "graph.nearest=5", "'similarity'"),
+        ("graph.kind=similarity", "graph.alpha=0.4", "'pfedgraph'"),
+        ("local.optimizer=adam", "local.sophia_rho=2", "'sophia'"),
+        ("local.optimizer=sophia", "local.zeroth_seeds=9", "'zeroth-order'"),
+        ("adapter.kind=lora", "adapter.virtual_tokens=9", "'p-tuning', 'prompt' or 'prefix'"),
+        ("adapter.kind=lora", "adapter.encoder=lstm", "'p-tuning'"),
+        ("adapter.kind=lora", "adapter.prefix_projection=true", "'prefix'"),
+    ],
+)
+def test_a_setting_that_the_choice_beside_it_does_not_read_is_an_error(choice: str, setting: str, reader: str) -> None:
+    chooser, _, chosen = choice.partition("=")
+    key, _, value = setting.partition("=")
+    written = f'"{value}"' if value == "lstm" else value
+    expected = f"{key} = {written}: {chooser} = '{chosen}' does not read it; leave it out, or set {chooser} to {reader} (--set)"
+    assert problems(choice, setting) == (expected,)
+    # In a layer above it is told as well; below, it goes with the choice that read it.
+    with pytest.raises(ConfigError, match="does not read it"):
+        with_overrides(load_config(overrides=[choice]), [setting])
+
+
+def test_another_choice_lets_go_of_what_only_the_one_below_reads(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '[graph]\nnearest = 5\nmemory = 0.2\n[local]\noptimizer = "sophia"\nsophia_rho = 2\n'
+        '[adapter]\nkind = "prompt"\nvirtual_tokens = 9\n[algorithm]\nname = "fedavg"\n',
+    )
+    below, defaults = load_config(path), Config()
+    above = ["graph.kind=random", "local.optimizer=adam", "adapter.kind=lora"]
+    for config in (load_config(path, overrides=above), with_overrides(below, above)):
+        assert (config.graph.nearest, config.graph.memory) == (defaults.graph.nearest, defaults.graph.memory)
+        assert config.local.sophia_rho == defaults.local.sophia_rho
+        assert config.adapter.virtual_tokens == defaults.adapter.virtual_tokens
+    assert load_config(path, overrides=["graph.kind=pfedgraph"]).graph.memory == 0.2, "both learned graphs read it"
+
+
+def test_a_default_that_nothing_reads_may_be_written_down() -> None:
+    assert load_config(overrides=["graph.kind=random", f"graph.nearest={GraphSettings().nearest}"]).graph.kind == "random"
+
+
+def test_a_config_made_in_python_is_read_back_whatever_it_does_not_use(tmp_path: Path) -> None:
+    config = Config(graph=GraphSettings(kind="random", nearest=5), local=LocalSettings(steps=3, epochs=2, sophia_rho=2.0))
+    path = write(tmp_path, dump_config(config))
+    assert load_config(path) == config
+    assert problems("graph.nearest=6", path=path)[0].startswith("graph.nearest = 6: graph.kind = 'random' does not read it")
+
+
+def test_a_shuffled_uniform_graph_controls_nothing() -> None:
+    """Weight 1 between all clients is the same after any exchange of them."""
+    (problem,) = problems("graph.kind=uniform", "graph.shuffled=true")
+    assert problem.startswith("graph.shuffled = true changes nothing with graph.kind = 'uniform'")
+
+
 def test_with_algorithm_changes_the_algorithm_and_nothing_else() -> None:
     config = load_config(preset="mira-paper-ni")
     changed = with_algorithm(config, "fedavg")
@@ -204,6 +272,80 @@ def test_a_problem_names_key_value_limit_and_next_step(override: str, start: str
     assert problem.endswith("(--set)")
 
 
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ('rounds.count = "5"', "a whole number"),
+        ("rounds.count = true", "a whole number"),
+        ('local.learning_rate = "1e-3"', "a number"),
+        ('engine.token_budget = "512"', "a whole number or 'auto'"),
+        ('evaluation.rouge = "yes"', "true or false"),
+        ("evaluation.rouge = 1", "true or false"),
+    ],
+)
+def test_a_value_of_another_type_in_a_file_is_an_error(tmp_path: Path, line: str, wanted: str) -> None:
+    path = write(tmp_path, f"{line}\n")
+    assert problems(path=path) == (f"{line}: must be {wanted} ({path})",)
+    assert load_config(path, overrides=[f"{line.partition(' ')[0]}=1"]) == load_config(overrides=[f"{line.partition(' ')[0]}=1"])
+
+
+def test_types_in_lists_and_beside_other_problems_are_told_together(tmp_path: Path) -> None:
+    path = write(tmp_path, 'seed = "1"\n[data]\nmax_rows = ["4", 8]\n[local]\nsteps = 0\n')
+    assert set(problems(path=path)) == {
+        f'seed = "1": must be a whole number ({path})',
+        f'data.max_rows.0 = "4": must be a whole number ({path})',
+        f"local.steps = 0: must be 1 or more ({path})",
+    }
+
+
+def test_whole_numbers_may_stand_for_numbers_and_overrides_are_text_anyway(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "[adapter]\nalpha = 8\n")).adapter.alpha == 8.0
+    config = load_config(overrides=["local.learning_rate=.5", "evaluation.rouge=False", 'rounds.count="5"'])
+    assert (config.local.learning_rate, config.evaluation.rouge, config.rounds.count) == (0.5, False, 5)
+
+
+@pytest.mark.parametrize(
+    ("other", "ours"),
+    [
+        ("local.lr", "local.learning_rate"),
+        ("adapter.learning_rate", "local.learning_rate"),
+        ("local.bs", "local.batch_size"),
+        ("adapter.r", "adapter.rank"),
+        ("adapter.lora_alpha", "adapter.alpha"),
+        ("rounds.num_rounds", "rounds.count"),
+        ("num_clients", "data.clients"),
+        ("model.name", "model.base"),
+        ("model.model_name_or_path", "model.base"),
+        ("data.max_seq_length", "data.max_length"),
+        ("local.num_train_epochs", "local.epochs"),
+        ("training.lr", "local"),
+    ],
+)
+def test_what_other_tools_call_a_setting_leads_to_ours(other: str, ours: str) -> None:
+    [problem] = problems(f"{other}=1")
+    assert f": unknown key; did you mean {ours}? " in problem
+
+
+def test_other_names_lead_to_keys_that_exist_and_are_none_themselves() -> None:
+    settings = {"algorithm": [field for section in algorithm_sections().values() for field in section.model_fields]}
+    settings |= {name: list(type(section).model_fields) for name, section in Config() if name not in ("seed", "algorithm")}
+    known = {*Config.model_fields, *(f"{section}.{key}" for section, keys in settings.items() for key in keys)}
+    assert set(OTHER_NAMES.values()) <= known
+    assert not set(OTHER_NAMES) & known
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "mps"])
+def test_a_device_has_a_name_that_torch_knows(device: str) -> None:
+    assert load_config(overrides=[f"model.device={device}"]).model.device == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:one", "0", "CPU"])
+def test_a_device_that_torch_has_no_name_for_is_an_error(device: str) -> None:
+    [problem] = problems(f'model.device="{device}"')
+    assert problem.startswith(f"model.device = '{device}': must be 'auto' or a torch device, such as 'cpu', 'cuda', 'cuda:1' or 'mps'")
+    assert problem.endswith("did you mean 'cuda'?") == (device == "gpu")
+
+
 def test_rules_between_keys_are_reported_in_their_own_words() -> None:
     assert problems("data.train_fraction=0.75", "data.validation_fraction=0.25") == (
         "data: train_fraction + validation_fraction is 1; must be below 1 so that test rows remain",
@@ -219,6 +361,28 @@ def test_broken_toml_is_named_with_file_line_and_column(tmp_path: Path, text: st
     path = write(tmp_path, text)
     [problem] = problems(path=path)
     assert problem.startswith(f"{path}:{line}:{column}: not valid TOML: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("source = jsonl", "; text needs quotes: 'jsonl'"),
+        ("path = /home/data  # mine", "; text needs quotes: '/home/data'"),
+        ("rouge = True", "; write true"),
+        ("count = ,", ""),
+    ],
+)
+def test_a_bare_word_as_a_value_needs_quotes(tmp_path: Path, line: str, hint: str) -> None:
+    path = write(tmp_path, f"seed = 1\n{line}\n")
+    assert problems(path=path) == (f"{path}:2:{line.index('=') + 3}: not valid TOML: Invalid value{hint}",)
+
+
+@pytest.mark.parametrize("ending", [".yaml", ".yml", ".json"])
+def test_a_config_in_another_format_is_told_that_configs_are_toml(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"run{ending}"
+    path.write_text("{}\n", encoding="utf-8")
+    [problem] = problems(path=path)
+    assert problem.startswith(f"config file {path} ends in {ending}, and a config is TOML") and "docs/configuration.md" in problem
 
 
 def test_unreadable_sources_are_reported_together(tmp_path: Path) -> None:

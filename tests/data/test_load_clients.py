@@ -133,3 +133,22 @@ def test_an_empty_dataset_is_not_possible(tmp_path: Path, words: Any) -> None:
     with pytest.raises(DataError, match="a.jsonl: holds no rows"):
         load_clients(DataSettings(source="jsonl", path=str(tmp_path)), 0, words)
     assert Dataset(()).summaries() == ()
+
+
+@pytest.mark.parametrize(("long", "warned"), [(1, False), (2, True)])
+def test_cut_prompts_are_a_warning_above_one_in_twenty(
+    tmp_path: Path, words: Any, caplog: pytest.LogCaptureFixture, long: int, warned: bool
+) -> None:
+    """20 rows: one cut prompt is 5 %, which passes, two are 10 %. A long row has <s>, 30 words and 29 spaces, w0 and </s>: 62 tokens."""
+    rows = [{"instruction": " ".join(["w1"] * (30 if i < long else 2)), "input": f"w{i}", "output": "w0"} for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    settings = DataSettings(source="jsonl", path=str(tmp_path), prompt="plain", max_length=32)
+    (client,) = load_clients(settings, 0, words).clients
+    assert client.truncated_prompts == long
+    # a blank line before and one behind the input, of two tokens each, and the input itself
+    longest = 62 + 2 + 2 + 1
+    told = (
+        f"{long} of 20 prompts lose their middle: with its response each is longer than data.max_length (32 tokens; the longest has "
+        f"{longest}); raise data.max_length"
+    )
+    assert [record.getMessage() for record in caplog.records] == ([told] if warned else [])

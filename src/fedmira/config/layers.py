@@ -12,12 +12,18 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from fedmira.config.schema import Config
+from fedmira.config.unread import drop_unread, written_out
 from fedmira.errors import ConfigError
 
-__all__ = ["Layer", "Settings", "algorithm_sections", "cover", "read_overrides", "read_toml"]
+__all__ = ["OVERRIDES", "Layer", "Settings", "algorithm_sections", "cover", "read_overrides", "read_toml"]
 
 Settings = dict[str, Any]
 """Section -> key -> value, as in the TOML file; top-level keys such as `seed` sit beside the sections."""
+
+OVERRIDES = "--set"
+"""The source of the layer of overrides, whose values a command line hands over as text."""
+
+_OTHER_FORMATS = (".yaml", ".yml", ".json", ".ini", ".cfg")
 
 _RIVALS = {
     "adapter": (("rank", "rank_distribution"),),
@@ -29,10 +35,17 @@ _RIVALS = {
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Settings and where they were written, for error messages."""
+    """Settings and where they were written, for error messages; "" for those of a config that was checked before."""
 
     source: str
     settings: Settings
+
+    @property
+    def written(self) -> Settings:
+        """What somebody chose to write here: nothing of a config that was checked before, and no section that is there in full."""
+        if not self.source:
+            return {}
+        return {name: value for name, value in self.settings.items() if not written_out(name, value)}
 
 
 def algorithm_sections() -> dict[str, type[BaseModel]]:
@@ -47,6 +60,11 @@ def read_toml(path: Path, source: str) -> Layer:
     Raises:
         ConfigError: the file is missing, unreadable, or not TOML; the message gives file, line and column.
     """
+    if path.suffix.lower() in _OTHER_FORMATS and path.is_file():
+        raise ConfigError(
+            f"config file {source} ends in {path.suffix}, and a config is TOML: sections such as [rounds] with lines such as count = 5; "
+            "docs/configuration.md lists every key, and fedmira presets lists files to begin with"
+        )
     try:
         # utf-8-sig: some editors put a byte order mark in front, which is not TOML.
         text = path.read_text(encoding="utf-8-sig")
@@ -82,7 +100,7 @@ def read_overrides(overrides: Sequence[str]) -> tuple[Layer, list[str]]:
                 section[name] = {}
             section = section[name]
         section[path[-1]] = _read_value(value.strip())
-    return Layer("--set", settings), problems
+    return Layer(OVERRIDES, settings), problems
 
 
 def cover(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:
@@ -90,8 +108,8 @@ def cover(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:
 
     What `upper` makes meaningless in `lower` goes with it, so that a change of one key is enough: the settings that a newly named
     algorithm does not have, the rival of a key (`coupling` and `server_step`, `steps` and `epochs`, `rank` and `rank_distribution`), the
-    file of another kind of graph, how a learned one compares, and the limit of gradients under slopes along random directions and the
-    other way round. What `upper` itself sets is never dropped.
+    file of another kind of graph, what another kind of graph or adapter or another optimizer does not read, and the limit of gradients
+    under slopes along random directions and the other way round. What `upper` itself sets is never dropped.
     """
     kept = {name: dict(value) if isinstance(value, dict) else value for name, value in lower.items()}
     for name, keys in upper.items():
@@ -107,8 +125,7 @@ def _drop_outdated(section: str, below: Settings, above: Mapping[str, Any]) -> N
             del below[key]
     if section == "graph" and above.get("kind", "file") != "file":
         below.pop("path", None)
-    if section == "graph" and above.get("kind") in ("random", "uniform", "category", "file"):
-        below.pop("measure", None)
+    drop_unread(section, below, above)
     if section == "local" and "optimizer" in above and _random_directions(above) != _random_directions(below):
         below.pop("max_grad_norm", None)  # the norm of one is not that of the other
     for first, second in _RIVALS.get(section, ()):
@@ -159,4 +176,15 @@ def _locate(message: str, source: str, text: str) -> str:
         return f"{source}: not valid TOML: {message}"
     lines = text.split("\n")
     line, column = (int(found[1]), int(found[2])) if found[1] else (len(lines), len(lines[-1]) + 1)
-    return f"{source}:{line}:{column}: not valid TOML: {message[: found.start()]}"
+    hint = _missing_quotes(lines[line - 1], column) if message.startswith("Invalid value") else ""
+    return f"{source}:{line}:{column}: not valid TOML: {message[: found.start()]}{hint}"
+
+
+def _missing_quotes(line: str, column: int) -> str:
+    """What to write in place of a bare word as a value; "" where none stands there."""
+    word = re.match(r"[A-Za-z_.~/\\][^#,\]}]*", line[column - 1 :])
+    if not word:
+        return ""
+    if word[0].strip() in ("True", "False"):
+        return f"; write {word[0].strip().lower()}"
+    return f"; text needs quotes: '{word[0].strip()}'"

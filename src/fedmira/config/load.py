@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from fedmira.config.layers import Layer, Settings, cover, read_overrides, read_toml
 from fedmira.config.presets import preset_path
-from fedmira.config.problems import describe_problems
+from fedmira.config.problems import describe_ignored, describe_problems
 from fedmira.config.schema import Config
 from fedmira.errors import ConfigError
 
@@ -84,10 +84,14 @@ def _check(layers: Sequence[Layer], problems: Sequence[str]) -> Config:
         settings = cover(settings, layer.settings)
     if isinstance(settings.get("algorithm"), dict):
         settings["algorithm"].setdefault("name", Config.model_fields["algorithm"].default.name)
+    written: Settings = {}
+    for layer in layers:
+        written = cover(written, layer.written)
     try:
-        config = Config.model_validate(settings)
+        config, details = Config.model_validate(settings), []
     except ValidationError as error:
-        raise ConfigError([*problems, *describe_problems(error, settings, layers)]) from None
-    if problems:
+        config, details = None, error.errors(include_url=False)
+    problems = [*problems, *describe_problems(details, settings, layers), *describe_ignored(settings, written, layers)]
+    if config is None or problems:
         raise ConfigError(problems)
     return config

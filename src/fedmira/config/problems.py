@@ -11,10 +11,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedmira.config.layers import Layer, Settings, algorithm_sections
+from fedmira.config.layers import OVERRIDES, Layer, Settings, algorithm_sections
+from fedmira.config.other_names import OTHER_NAMES
 from fedmira.config.schema import Config
+from fedmira.config.unread import two_ways, unread_keys
 
-__all__ = ["describe_problems"]
+__all__ = ["describe_ignored", "describe_problems"]
 
 _Path = tuple[str | int, ...]
 
@@ -35,22 +37,70 @@ _KINDS = {
 }
 
 
-def describe_problems(error: ValidationError, settings: Settings, layers: Sequence[Layer]) -> list[str]:
-    """One message for each wrong key.
+def describe_problems(found: Sequence[ErrorDetails], settings: Settings, layers: Sequence[Layer]) -> list[str]:
+    """One message for each wrong key, values of another type in files included.
 
     Args:
-        error: what pydantic found in `settings`.
+        found: what pydantic found in `settings`.
         settings: the joined settings of all layers.
         layers: lowest first; the message names the highest one that sets the key.
     """
     details: dict[_Path, list[ErrorDetails]] = {}
-    for detail in error.errors(include_url=False):
+    for detail in found:
         if detail["type"] == "default_factory_not_called":
             continue  # a default that depends on a wrong key is not wrong itself
         details.setdefault(_locate(detail["loc"], settings), []).append(detail)
+    details = _mistyped(settings, layers) | details
     # A value that may be one of several types fails once for each; where an item inside it is wrong, only the item counts.
     outermost = [path for path in details if any(other[: len(path)] == path for other in details if len(other) > len(path))]
-    return [_describe(path, found, settings, layers) for path, found in details.items() if path not in outermost or not path]
+    return [_describe(path, each, settings, layers) for path, each in details.items() if path not in outermost or not path]
+
+
+def describe_ignored(settings: Settings, written: Settings, layers: Sequence[Layer]) -> list[str]:
+    """One message for each setting that would have no effect.
+
+    Args:
+        settings: the joined settings of all layers.
+        written: those that somebody chose to write.
+        layers: as for `describe_problems`.
+    """
+    problems = []
+    for unread in unread_keys(settings, written):
+        place = f"{unread.section}.{unread.chooser}"
+        readers = " or ".join(filter(None, (", ".join(map(repr, unread.readers[:-1])), repr(unread.readers[-1]))))
+        problems.append(
+            f"{unread.section}.{unread.key} = {_show(unread.value)}: {place} = {unread.chosen!r} does not read it; leave it out, or set "
+            f"{place} to {readers}{_origin((unread.section, unread.key), layers)}"
+        )
+    both = two_ways(written)
+    if both is not None:
+        steps, epochs = map(_show, both)
+        problems.append(
+            f"local.steps = {steps} and local.epochs = {epochs}: epochs above 0 count passes over the rows in place of steps; set one of "
+            f"them{_origin(('local', 'steps'), layers)}"
+        )
+    return problems
+
+
+def _mistyped(settings: Settings, layers: Sequence[Layer]) -> dict[_Path, list[ErrorDetails]]:
+    """Numbers and switches that a file writes as another type, which pydantic would read over."""
+    try:
+        # As JSON, because a list stands for a tuple there even where types are strict.
+        Config.model_validate_json(json.dumps(settings, default=str), strict=True)
+    except ValidationError as error:
+        details: dict[_Path, list[ErrorDetails]] = {}
+        for detail in error.errors(include_url=False):
+            details.setdefault(_locate(detail["loc"], settings), []).append(detail)
+        return {
+            path: each for path, each in details.items() if any(map(_is_other_type, each)) and _source(path, layers) not in ("", OVERRIDES)
+        }
+    return {}
+
+
+def _is_other_type(detail: ErrorDetails) -> bool:
+    if detail["type"] == "bool_type":
+        return isinstance(detail["input"], str | int)
+    return detail["type"] in ("int_type", "float_type") and isinstance(detail["input"], str | bool)
 
 
 def _locate(location: Sequence[str | int], settings: Settings) -> _Path:
@@ -107,7 +157,8 @@ def _suggest_key(path: _Path, settings: Settings) -> str:
     """The nearest key of the same section, else of any section; and all keys of the section."""
     *section, key = (str(name) for name in path)
     siblings = list(_section_class(tuple(section), settings).model_fields)
-    near = [".".join([*section, match]) for match in difflib.get_close_matches(key, siblings, n=1)]
+    elsewhere = OTHER_NAMES.get(".".join([*section, key]).lower()) or OTHER_NAMES.get(key.lower())
+    near = [elsewhere] if elsewhere else [".".join([*section, match]) for match in difflib.get_close_matches(key, siblings, n=1)]
     if not near:
         names = dict(_all_keys(settings))
         near = [names[match] for match in difflib.get_close_matches(key, names, n=1, cutoff=0.75)]
@@ -138,10 +189,13 @@ def _section_class(path: _Path, settings: Settings) -> type[BaseModel]:
 
 
 def _origin(path: _Path, layers: Sequence[Layer]) -> str:
-    for layer in reversed(layers):
-        if _locate(path, layer.settings) == path:
-            return f" ({layer.source})"
-    return ""
+    source = _source(path, layers)
+    return f" ({source})" if source else ""
+
+
+def _source(path: _Path, layers: Sequence[Layer]) -> str:
+    """The highest layer that sets a key; "" where none does."""
+    return next((layer.source for layer in reversed(layers) if _locate(path, layer.settings) == path), "")
 
 
 def _dotted(path: _Path) -> str:

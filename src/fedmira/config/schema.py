@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -37,7 +38,7 @@ class ModelSettings(Section):
     Attributes:
         base: "bundled", a local Hugging Face folder, or a hub id.
         dtype: of the frozen base; adapters are float32 always. "auto" is float32 on a CPU and bfloat16 on a GPU that has it.
-        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        device: "auto", or torch's name of a device: "cpu", "cuda", "cuda:1", "mps".
         quantization: "8bit" or "4bit" (NF4) stores the frozen base's linear layers in fewer bits (bitsandbytes, on a CUDA device; the
             extra fedmira[quantized]).
     """
@@ -206,6 +207,9 @@ class GraphSettings(Section):
         return self
 
 
+_DEVICE = re.compile(r"auto|(?:cpu|cuda|mps|xpu|hpu|xla|mtia|meta|privateuseone)(?::\d+)?")
+"""Torch's names, told without importing it; whether the device is there shows when the base is loaded."""
+
 GRADIENT_LIMIT = 1.0
 """Default of `local.max_grad_norm` for optimizers that step along gradients."""
 
@@ -324,6 +328,24 @@ class Config(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: EngineSettings = EngineSettings()
     federation: FederationSettings = FederationSettings()
+
+    @model_validator(mode="after")
+    def _device_has_a_name(self) -> Config:
+        if not _DEVICE.fullmatch(self.model.device):
+            hint = "; did you mean 'cuda'?" if self.model.device.lower() in ("gpu", "nvidia") else ""
+            raise ValueError(
+                f"model.device = {self.model.device!r}: must be 'auto' or a torch device, such as 'cpu', 'cuda', 'cuda:1' or 'mps'{hint}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shuffling_changes_the_graph(self) -> Config:
+        if self.graph.shuffled and self.graph.kind == "uniform":
+            raise ValueError(
+                "graph.shuffled = true changes nothing with graph.kind = 'uniform', in which all clients are related alike; "
+                "set graph.shuffled = false, or another kind"
+            )
+        return self
 
     @model_validator(mode="after")
     def _best_needs_validation(self) -> Config:

@@ -78,6 +78,9 @@ class Encoder:
         prompt: a key of `PROMPTS`.
         max_length: most tokens of a row, prompt and response together.
 
+    Attributes:
+        longest_row: tokens of the longest row that was encoded so far, before it was cut.
+
     Raises:
         DataError: the tokenizer has no end-of-sequence token, or no chat template where one is asked for.
     """
@@ -89,6 +92,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._render = PROMPTS[prompt]
         self._max_length = max_length
+        self.longest_row = 0
         self._cache = TokenCache(tokenizer)
         self._ids: dict[int, int] = {}
         self._end: int = tokenizer.eos_token_id
@@ -123,6 +127,7 @@ class Encoder:
                     problems.add(f"{row.where or repr(row.instruction[:40])}: {'prompt' if response else 'response'} encodes to no token")
                     continue
                 whole_prompt, whole_response = (*self._start, *prompt), (*response, self._end)
+                self.longest_row = max(self.longest_row, len(whole_prompt) + len(whole_response))
                 example = self._fitted(whole_prompt, whole_response)
                 prompts_cut += len(example.prompt) < len(whole_prompt)
                 responses_cut += len(example.response) < len(whole_response)

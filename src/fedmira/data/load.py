@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,8 +15,12 @@ from fedmira.data.sources import SOURCES
 from fedmira.data.split import split_rows
 from fedmira.data.tokenizer import Tokenizer
 
-__all__ = ["ClientSummary", "Dataset", "check_apart", "id_problem", "load_clients", "load_own", "read_summary", "summary_of"]
+__all__ = ["CUT_SHARE", "ClientSummary", "Dataset", "check_apart", "id_problem", "load_clients", "load_own", "read_summary", "summary_of"]
 
+CUT_SHARE = 0.05
+"""Cut prompts are worth a warning above this share of all rows."""
+
+_log = logging.getLogger(__name__)
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -61,7 +66,7 @@ class Dataset:
 
 
 def load_clients(settings: DataSettings, seed: int, tokenizer: Tokenizer) -> Dataset:
-    """Reads the source and makes the clients of a run.
+    """Reads the source and makes the clients of a run. Logs a warning where more than `CUT_SHARE` of the prompts are cut.
 
     Args:
         settings: the [data] section.
@@ -130,6 +135,17 @@ def _split_and_encoded(rows: Sequence[ClientRows], settings: DataSettings, seed:
     problems.raise_if_any()
     clients = tuple(encoder.encode_client(client, split, problems) for client, split in zip(rows, splits, strict=True) if split is not None)
     problems.raise_if_any()
+    cut = sum(client.truncated_prompts for client in clients)
+    total = sum(len(part) for client in clients for part in (client.train, client.validation, client.test))
+    if cut > CUT_SHARE * total:
+        _log.warning(
+            "%d of %d prompts lose their middle: with its response each is longer than data.max_length (%d tokens; the longest has %d); "
+            "raise data.max_length",
+            cut,
+            total,
+            settings.max_length,
+            encoder.longest_row,
+        )
     return clients
 
 

@@ -10,18 +10,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fedmira.data.examples import Example
 from fedmira.data.problems import Problems
 
-__all__ = ["Row", "example_of", "key_problem", "text_of"]
+__all__ = ["KEYS", "Row", "example_of", "key_problem", "text_of"]
 
 Row = Mapping[str, Any]
 Messages = tuple[tuple[str, str], ...]
 
+KEYS = frozenset({"instruction", "input", "output", "context", "response", "prompt", "completion", "messages", "category"})
+"""Keys that a row of any shape is read by."""
+
 _SHAPES = "instruction and output (input), instruction and response (context), prompt and completion, or messages"
+_RENAMED = {
+    "instruction": ("question", "query", "request", "task", "problem", "user"),
+    "output": ("answer", "reply", "target", "label", "solution", "completion", "assistant", "result"),
+}
+"""Our key -> what rows of other shapes often call it, the likeliest first."""
 
 
 def example_of(row: Row, where: str, problems: Problems) -> Example | None:
@@ -44,10 +52,11 @@ def example_of(row: Row, where: str, problems: Problems) -> Example | None:
         keys = ("instruction", "input", "output") if "output" in found else ("instruction", "context", "response")
         example = _from_texts(row, keys, where, problems)
     elif "instruction" in found:
-        problems.add(f"{where}: missing key 'output' or 'response', found {_names(row)}")
+        problems.add(f"{where}: missing key 'output' or 'response', found {_names(row)}{_renaming(found, ('output',))}")
         return None
     else:
-        problems.add(f"{where}: unknown shape, found {_names(row)}; a row needs {_SHAPES}")
+        advice = _renaming(found, ("instruction", "output")) or ("; rename the keys of the rows" if row else "")
+        problems.add(f"{where}: unknown shape, found {_names(row)}; a row needs {_SHAPES}{advice}")
         return None
     return example if example is not None and _is_usable(example, before, problems) else None
 
@@ -73,6 +82,12 @@ def text_of(row: Row, key: str, where: str, problems: Problems, *, optional: boo
 def key_problem(where: str, key: str, row: Row) -> str:
     """The message for a key that is not there, or null."""
     return f"{where}: missing key {key!r}, found {_names(row)}"
+
+
+def _renaming(found: Collection[str], wanted: Sequence[str]) -> str:
+    """Which keys to rename, where every wanted one has a likely name among those found; else ""."""
+    pairs = [(next((other for other in _RENAMED[ours] if other in found), ""), ours) for ours in wanted]
+    return "; rename " + " and ".join(f"{other!r} to {ours!r}" for other, ours in pairs) if all(other for other, _ in pairs) else ""
 
 
 def _from_texts(row: Row, keys: tuple[str, str | None, str], where: str, problems: Problems) -> Example | None:

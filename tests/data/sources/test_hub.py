@@ -54,6 +54,36 @@ def test_a_folder_of_data_files(tmp_path: Path) -> None:
         read(options(folder, split="nope"), 0)
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv", "parquet", "json", "jsonl"])
+def test_one_file_on_disk(tmp_path: Path, ending: str) -> None:
+    path, table = tmp_path / f"all.{ending}", datasets.Dataset.from_list(ROWS)
+    if ending == "parquet":
+        table.to_parquet(path)
+    elif ending == "json":
+        path.write_text(json.dumps(ROWS), encoding="utf-8")
+    elif ending == "jsonl":
+        path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    else:
+        table.to_csv(path, sep="," if ending == "csv" else "\t")
+    tasks = read(options(path), 0).tasks
+    assert [(task.name, [row.output for row in task.examples]) for task in tasks] == [("b", ["done", "done"]), ("a", ["done"])]
+
+
+def test_cells_of_a_csv_file_are_text(tmp_path: Path) -> None:
+    (tmp_path / "all.csv").write_text("client,instruction,input,output\n1,Do.,,None\n1,Do.,007,5\n", encoding="utf-8")
+    (task,) = read(options(tmp_path / "all.csv"), 0).tasks
+    assert (task.name, [(row.input, row.output) for row in task.examples]) == ("1", [("", "None"), ("007", "5")])
+
+
+def test_a_file_that_cannot_be_a_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "all.xlsx").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"all\.xlsx: hub reads \.csv, \.tsv, \.parquet, \.json, \.jsonl files"):
+        read(options(tmp_path / "all.xlsx"), 0)
+    (tmp_path / "all.parquet").write_bytes(b"no table")
+    with pytest.raises(DataError, match="split 'train' of this file cannot be loaded"):
+        read(options(tmp_path / "all.parquet"), 0)
+
+
 def test_messages_survive_the_table(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "o"}]
     datasets.Dataset.from_list([{"client": "a", "messages": turns}]).save_to_disk(tmp_path)

@@ -130,7 +130,7 @@ def test_all_row_problems_of_all_files_come_together(tmp_path: Path) -> None:
     first, second = f"{tmp_path}/a.jsonl", f"{tmp_path}/b/train.jsonl"
     shapes = "a row needs instruction and output (input), instruction and response (context), prompt and completion, or messages"
     assert problems_of(tmp_path) == (
-        f"{first}:1: unknown shape, found text; {shapes}",
+        f"{first}:1: unknown shape, found text; {shapes}; rename the keys of the rows",
         f"{first}:2: unknown shape, found no keys; {shapes}",
         f"{first}:3: missing key 'output' or 'response', found instruction, input",
         f"{first}:4: empty response; a row needs text to learn",
@@ -174,6 +174,63 @@ def test_a_missing_or_empty_client_column(tmp_path: Path) -> None:
     assert problems_of(path, partition="category") == (
         f"{path}:1: missing key 'category', found instruction, output; the partition needs a category in every row",
     )
+
+
+def test_a_column_that_no_row_has_is_one_problem_with_the_likely_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "all.jsonl", *({**ROW, "dept": "a"} for _ in range(60)))
+    assert problems_of(path, column="department") == (
+        f"{path}, lines 1 to 60: missing key 'department', found instruction, output, dept; did you mean --set data.column=dept?",
+    )
+    path = write(tmp_path / "all.jsonl", {**ROW, "shop": "a", "branch_id": 3})
+    assert problems_of(path, column="branch")[0].endswith("; did you mean --set data.column=branch_id?")
+    assert problems_of(path, column="xyz")[0].endswith("; data.column names the client column; is it one of shop, branch_id?")
+
+
+def test_equal_problems_of_scattered_lines_are_one_with_their_numbers(tmp_path: Path) -> None:
+    bad = [2, 4, 5, 6, 9, 11, 13, 15, 16]
+    path = write(tmp_path / "a.jsonl", *({**ROW, "output": "" if number in bad else "x"} for number in range(1, 18)))
+    # Five runs of lines are named, and of the remaining one, 15 to 16, the lines are counted.
+    assert problems_of(tmp_path) == (f"{path}, lines 2, 4 to 6, 9, 11, 13 and 2 more: empty response; a row needs text to learn",)
+
+
+def test_rows_of_questions_and_answers_say_which_keys_to_rename(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", {"question": "q", "answer": "a"}, {"question": "p", "answer": "b"})
+    (problem,) = problems_of(tmp_path)
+    assert problem.startswith(
+        f"{tmp_path}/a.jsonl, lines 1 to 2: unknown shape, found question, answer; a row needs instruction and output"
+    )
+    assert problem.endswith("; rename 'question' to 'instruction' and 'answer' to 'output'")
+    write(tmp_path / "a.jsonl", {"instruction": "q", "answer": "a"})
+    assert problems_of(tmp_path)[0].endswith("found instruction, answer; rename 'answer' to 'output'")
+
+
+@pytest.mark.parametrize(("name", "text"), [("all.csv", "instruction,output\nDo.,done\n"), ("all.json", json.dumps([ROW], indent=1))])
+def test_a_table_of_another_format_is_one_problem_that_names_the_way(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    (problem,) = problems_of(tmp_path / name)
+    assert problem.startswith(f"{tmp_path / name}: source 'jsonl' reads JSON Lines (one object a line); set data.source to 'hub'")
+    assert problems_of(tmp_path)[0].endswith(
+        f"or one .jsonl file with a client column, found {name}; data.source = 'hub' reads one CSV, TSV, parquet or JSON file with the "
+        "rows of all clients, of which data.column names the client"
+    )
+
+
+def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
+    path = write(tmp_path / "all.json", {**ROW, "client": "a"}, {**ROW, "client": "b"})
+    assert [task.name for task in read(options(path), 0).tasks] == ["a", "b"]
+
+
+def test_clients_of_another_format_are_one_problem(tmp_path: Path) -> None:
+    for client in ("a", "b", "c", "d"):
+        (tmp_path / client).mkdir()
+        (tmp_path / client / "train.csv").write_text("instruction,output\n", encoding="utf-8")
+    (problem,) = problems_of(tmp_path)
+    assert problem.startswith(
+        f"{tmp_path}: looked for <client>/train.jsonl, found train.csv in a, b, c and 1 more; write these files as JSON"
+    )
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "notes.txt").write_text("x", encoding="utf-8")
+    assert problems_of(tmp_path) == (problem, f"{tmp_path}/e: looked for train.jsonl, found notes.txt")
 
 
 def test_layout_problems_say_what_was_looked_for(tmp_path: Path) -> None:

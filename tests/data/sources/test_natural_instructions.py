@@ -160,9 +160,14 @@ def test_all_problems_of_all_files_come_together(tmp_path: Path) -> None:
 
 
 def test_more_than_twenty_problems_are_counted(tmp_path: Path) -> None:
-    write_task(tmp_path, "task1_a", [{"input": "x"}] * 33)
+    write_task(tmp_path, "task1_a", [{f"key{i}": "x"} for i in range(33)])  # each lacks 'input' and 'output'
     problems = problems_of(options(tmp_path))
-    assert len(problems) == 21 and problems[-1] == "and 13 more"
+    assert len(problems) == 21 and problems[-1] == "and 46 more"
+
+
+def test_what_is_equal_in_many_instances_is_said_once(tmp_path: Path) -> None:
+    write_task(tmp_path, "task1_a", [{"input": "x"}] * 33)
+    assert problems_of(options(tmp_path)) == (f"{tmp_path}/task1_a.json, instances 1 to 33: missing key 'output', found input",)
 
 
 def test_a_folder_that_is_not_there_or_empty(tmp_path: Path) -> None:

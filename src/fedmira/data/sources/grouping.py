@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ from fedmira.config.schema import DataSettings
 from fedmira.data.examples import Example, RawTask
 from fedmira.data.problems import Problems
 from fedmira.data.randomness import generator, sample
-from fedmira.data.rows import Row, example_of, key_problem, text_of
+from fedmira.data.rows import KEYS, Row, example_of, key_problem, text_of
 
 __all__ = ["group_key", "sampled", "tasks_by_key"]
 
@@ -44,12 +45,21 @@ def sampled(examples: list[Example], name: str, settings: DataSettings, seed: in
     return sample(examples, settings.sample_fraction, generator(seed, "sample", name), settings.sample_least or 0)
 
 
+def _column_hint(key: str, row: Row) -> str:
+    """What to set data.column to, from the keys that are not the row's text."""
+    others = [] if key in row else [str(other) for other in row if other not in KEYS]
+    near = difflib.get_close_matches(key, others, n=1) or (others if len(others) == 1 else [])
+    if near:
+        return f"did you mean --set data.column={near[0]}?"
+    return "data.column names the client column" + (f"; is it one of {', '.join(others[:8])}?" if others else "")
+
+
 def _name(row: Row, key: str, where: str, problems: Problems) -> str:
     value: Any = row.get(key)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if value is None:
-        use = "the partition needs a category in every row" if key == "category" else "data.column names the client column"
+        use = "the partition needs a category in every row" if key == "category" else _column_hint(key, row)
         problems.add(f"{key_problem(where, key, row)}; {use}")
         return ""
     name = text_of(row, key, where, problems)

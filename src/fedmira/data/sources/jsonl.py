@@ -7,7 +7,7 @@ PATH                         one .jsonl file whose rows name their client under 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedmira.config.schema import DataSettings
@@ -20,6 +20,11 @@ from fedmira.data.sources.grouping import group_key, sampled, tasks_by_key
 __all__ = ["read"]
 
 _PARTS = ("train.jsonl", "test.jsonl", "validation.jsonl")
+_LONGEST_LOOK = 2**20
+_TABLES = (".csv", ".tsv", ".parquet", ".json")
+_USE_HUB = (
+    "data.source = 'hub' reads one CSV, TSV, parquet or JSON file with the rows of all clients, of which data.column names the client"
+)
 _LAYOUTS = "PATH/<client>/train.jsonl, PATH/<client>.jsonl, or one .jsonl file with a client column"
 
 
@@ -43,12 +48,25 @@ def read(settings: DataSettings, seed: int) -> Reading:
 
 
 def _one_file(path: Path, settings: DataSettings, seed: int, problems: Problems) -> list[RawTask]:
+    if path.suffix.lower() in _TABLES and not _holds_lines(path):
+        column = "" if settings.column != "client" else ", and data.column to the column that names each row's client"
+        problems.add(f"{path}: source 'jsonl' reads JSON Lines (one object a line); set data.source to 'hub' for this file{column}")
+        return []
     before = len(problems)
     rows = ((f"{path}:{number}", row) for number, row in read_json_lines(path, problems))
     tasks = tasks_by_key(rows, group_key(settings), settings, seed, problems)
     if not tasks and len(problems) == before:
         problems.add(f"{path}: holds no rows")
     return tasks
+
+
+def _holds_lines(path: Path) -> bool:
+    """Whether a file with the ending of another format has an object on its first line all the same."""
+    if path.suffix.lower() != ".json":
+        return False
+    with path.open("rb") as handle:
+        first = handle.readline(_LONGEST_LOOK)
+    return first.lstrip().startswith(b"{") and (len(first) == _LONGEST_LOOK or first.rstrip().endswith(b"}"))
 
 
 def _one_folder(folder: Path, settings: DataSettings, seed: int, problems: Problems) -> list[RawTask]:
@@ -60,13 +78,33 @@ def _one_folder(folder: Path, settings: DataSettings, seed: int, problems: Probl
         return []
     folders = [entry for entry in entries if entry.is_dir()]
     if not files and not folders:
-        problems.add(f"{folder}: holds no clients; looked for {_LAYOUTS}")
+        tables = _tables_in(folder)
+        found = f", found {_some(tables)}; {_USE_HUB}" if tables else ""
+        problems.add(f"{folder}: holds no clients; looked for {_LAYOUTS}{found}")
+    of_tables = {entry.name: _tables_in(entry) for entry in folders if not any(entry.glob("*.jsonl")) and _tables_in(entry)}
+    if of_tables:
+        found = _some(sorted({name for names in of_tables.values() for name in names}))
+        problems.add(
+            f"{folder}: looked for <client>/train.jsonl, found {found} in {_some(list(of_tables))}; write these files as JSON Lines (one "
+            f"object a line), or as one table: {_USE_HUB}"
+        )
+        folders = [entry for entry in folders if entry.name not in of_tables]
     for file in files:
         if file.stem in {entry.name for entry in folders}:
             problems.add(f"{folder}: client {file.stem!r} stands there twice, as {file.name} and as {file.stem}/; keep one")
     tasks = [_client_of_file(file, settings, seed, problems) for file in files]
     tasks += [_client_of_folder(entry, settings, seed, problems) for entry in folders]
     return sorted(tasks, key=lambda task: task.name)
+
+
+def _tables_in(folder: Path) -> list[str]:
+    """Names of the files of other formats, sorted."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _TABLES and path.is_file())
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _client_of_file(path: Path, settings: DataSettings, seed: int, problems: Problems) -> RawTask:
@@ -80,7 +118,8 @@ def _client_of_folder(folder: Path, settings: DataSettings, seed: int, problems:
         if name not in _PARTS:
             problems.add(f"{folder / name}: not a file of a client; a client's folder holds {', '.join(_PARTS)}")
     if "train.jsonl" not in present:
-        problems.add(f"{folder}: looked for train.jsonl, found {', '.join(present) or 'no .jsonl file'}")
+        found = ", ".join(present) or _some(sorted(path.name for path in folder.iterdir())) or "nothing"
+        problems.add(f"{folder}: looked for train.jsonl, found {found}")
         return RawTask(folder.name, "", [])
     examples, category = _read_rows(folder / "train.jsonl", problems)
     test, validation = (_read_rows(folder / name, problems)[0] if name in present else None for name in _PARTS[1:])
