@@ -43,6 +43,13 @@ def test_each_measured_cell_is_drawn_inside_and_told() -> None:
     assert values == {"−30\N{NO-BREAK SPACE}%": "value strong", "0\N{NO-BREAK SPACE}%": "value", "+25\N{NO-BREAK SPACE}%": "value strong"}
 
 
+def test_a_loss_that_is_many_times_the_baselines_is_told_as_a_multiple() -> None:
+    drawing = heat_map(
+        ["fedavg"], [HeatRow("a", "16", [HeatCell(9.99, True, "more")]), HeatRow("b", "16", [HeatCell(71.65, True, "more")])], ""
+    )
+    assert "+999\N{NO-BREAK SPACE}%" in drawing and "\N{MULTIPLICATION SIGN}73" in drawing
+
+
 def test_long_names_are_cut_and_told_in_full() -> None:
     name = "a-very-long-name-of-a-client-that-goes-on-and-on"
     drawing = ElementTree.fromstring(heat_map(["m"], [HeatRow(name, "1", [HeatCell(0.0, False, "")])], "label"))

@@ -96,7 +96,9 @@ def _content(figures: Figures, folder: Path) -> dict[str, Any]:
         "target_rule": TARGET_RULE,
         "level": f"{100 * LEVEL:g} %",
         "limit": f"{100 * CHANGE_LIMIT:g} %",
-        "charts": [("Mean test loss per response token", legend(lines), line_chart(lines, "Mean test loss of each method"))]
+        "charts": [
+            ("Mean test loss per response token", legend(lines), line_chart(lines, "Mean test loss of each method", size=(800, 320)))
+        ]
         if lines
         else [],
         "heat_maps": [_heat_map(figures, baseline) for baseline in figures.baselines if len(figures.methods) > 1],

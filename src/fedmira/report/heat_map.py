@@ -15,7 +15,7 @@ SHIFT_BOUNDS = (-0.2, -0.1, -0.02, 0.02, 0.1, 0.2)  # relative differences betwe
 
 _CELL = (52, 19)
 _LONGEST_NAME = 30
-_LARGEST = 9.99  # a larger change would not fit its cell
+_LARGEST = 9.99  # a larger change is told as a multiple, which fits its cell
 _TURN = -35.0  # degrees of the methods' names
 _RISE = 0.58  # of a name's length, upwards at that angle
 
@@ -108,10 +108,8 @@ def _cell(told: str, cell: HeatCell, x: float, y: float) -> Markup:
     width, height = _CELL
     box = element("rect", x=x + 0.5, y=y + 0.5, width=width - 1, height=height - 1, class_=f"shift-{shift(cell.change)}")
     style = "value strong" if cell.beyond_noise else "value"
-    shown = percent_text(min(cell.change, _LARGEST))
-    text = element(
-        "text", f">{shown}" if cell.change > _LARGEST else shown, x=x + width / 2, y=y + 0.72 * height, text_anchor="middle", class_=style
-    )
+    shown = percent_text(cell.change) if cell.change <= _LARGEST else f"\N{MULTIPLICATION SIGN}{1 + cell.change:.0f}"
+    text = element("text", shown, x=x + width / 2, y=y + 0.72 * height, text_anchor="middle", class_=style)
     return element("g", element("title", told), box, text)
 
 
