@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 @dataclass(eq=False, slots=True)
 class PassLimit:
-    """The most tokens that memory was seen to hold in one pass of some work; kept for the life of the process.
+    """The most tokens that memory was seen to hold in one pass of some work; kept as long as the adapter kind that owns it, a run.
 
     Attributes:
         tokens: infinite until memory runs out.
