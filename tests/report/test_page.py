@@ -261,3 +261,10 @@ def test_the_page_says_which_adapter_is_saved_and_what_limits_harm(run_folder: F
     text = page_of(made.write()).text
     assert "The adapter in adapters/ is that after the step" in text and "fedmira compare --algorithms local,mira" in text
     assert 'evaluation.select = "best"' in text and "algorithm.safeguard" in text
+
+
+def test_the_page_says_when_the_best_rounds_adapter_is_saved(run_folder: Folders) -> None:
+    made = run_folder(clients=4)
+    made.more_settings = '\n[evaluation]\nselect = "best"\n'
+    text = page_of(made.write()).text
+    assert "The adapter in adapters/ is that of the client\N{RIGHT SINGLE QUOTATION MARK}s own best round" in text

@@ -116,6 +116,7 @@ def _content(run: Run) -> dict[str, Any]:
         "tiles": _tiles(run),
         "tests": _test_rows(run),
         "algorithm": run.algorithm,
+        "at_best": flat_settings(run.settings).get("evaluation.select") == "best",
         "changes": _change_content(changes),
         "changed_settings": changed_settings(run),
         "charts": _round_charts(run),
