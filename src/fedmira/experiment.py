@@ -16,7 +16,7 @@ from fedmira.errors import AlignmentError, FedmiraError, RunError, RunFolderErro
 from fedmira.evaluation import Evaluation, Evaluator
 from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
-from fedmira.model import AdapterKind, BaseModel, TargetModule
+from fedmira.model import AdapterKind, BaseModel, TargetModule, most_side_by_side
 from fedmira.parts import make_scheme, prepare_kind, token_budget
 from fedmira.results import Ground, Provenance, Result, hash_of_rows, write_results
 from fedmira.rounds import CheckpointFolder, Progress, Recorder, RunFolder, run_rounds
@@ -85,6 +85,8 @@ def build_experiment(
     scheme = make_scheme(config, kind, parties)
     scales = {client: kind.scale(rank) for client, rank in scheme.ranks.items()}
     budget = _token_budget(config, kind, resumed)
+    largest = max(sum(tensor.numel() for tensor in start.values()) for start in scheme.starts.values())
+    at_once = most_side_by_side(largest, kind.base.device)
     cohort = Cohort(scheme.algorithm, kind, clients, CohortSettings(config.local, scales, budget))
     return Experiment(
         config,
@@ -94,7 +96,7 @@ def build_experiment(
         scheme.starts,
         scheme.graph,
         scheme.algorithm,
-        InProcessEngine(cohort, wire=config.engine.wire),
+        InProcessEngine(cohort, at_once, config.engine.wire),
         Evaluator(kind, clients, scales, budget),
         hash_of_rows(clients),
         budget,

@@ -13,7 +13,7 @@ from fedmira.engines.wire import Line, encode
 from fedmira.experiment import Experiment
 from fedmira.graphs import graph_bounds
 from fedmira.messages import ClientId, Payload, Reply, Volume
-from fedmira.model import count_steps
+from fedmira.model import count_steps, most_side_by_side
 from fedmira.results import trained_parameters
 from fedmira.rounds import cohort_size, sample_clients
 
@@ -25,7 +25,7 @@ class Plan:
     """Figures of a run that has not begun.
 
     Attributes:
-        base_mib, cohort_mib: memory of the frozen base, and of the stacked adapters, gradients and moments of a round's clients.
+        base_mib, cohort_mib: memory of the frozen base, and of the stacked adapters, gradients and moments of clients side by side.
         server_mib: disk that all clients' adapters take on the server; in memory there are a round's and a bounded cache.
         adapter, targets: what an adapter is in a few words, and the layers that carry a LoRA branch.
         adapter_parameters, adapter_parameters_least: of a client's adapter, at the largest and the smallest rank.
@@ -180,7 +180,7 @@ def make_plan(experiment: Experiment) -> Plan:
         rounds=config.rounds.count,
         local_steps=max(count_steps(party.train_rows, config.local) for party in experiment.parties.values()),
         base_mib=sum(p.numel() * p.element_size() for p in base.model.parameters()) / 2**20,
-        cohort_mib=min(per_round, 64) * largest * 4 * mib,
+        cohort_mib=min(per_round, most_side_by_side(largest, base.device)) * largest * 4 * mib,
         server_mib=sum(sizes.values()) * mib,
         download_mib=traffic.most(traffic.first, "down") or 0.0,
         upload_mib=traffic.most(traffic.first, "up") or 0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -26,6 +27,8 @@ from fedmira.model import (
     adapter_kind,
     find_targets,
     generation,
+    memory,
+    most_side_by_side,
     start_adapter,
     token_budget,
     train_cohort,
@@ -37,7 +40,7 @@ from fedmira.model.generation import fit_prompts
 from fedmira.model.local_training import LocalOutcome
 from fedmira.model.lora import adapter_names
 from fedmira.model.lora_kind import LoraKind
-from fedmira.model.memory import PassLimit, free_bytes
+from fedmira.model.memory import PassLimit, free_bytes, total_bytes
 from fedmira.model.prompt_kind import PromptKind
 from fedmira.model.response_loss import response_loss
 from fedmira.model.waves import plan_waves
@@ -250,6 +253,28 @@ def test_memory_that_pytorch_holds_for_later_is_free() -> None:
     assert free_bytes(device) < before - 2**27
     del block
     assert free_bytes(device) > before - 2**27
+
+
+def test_large_adapters_train_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of 16 GiB holds 2^28 numbers that stand four times."""
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 2.0**34)
+    cpu = torch.device("cpu")
+    assert most_side_by_side(2**20, cpu) == 64
+    assert most_side_by_side(2**24, cpu) == 16
+    assert most_side_by_side(3 * 2**24, cpu) == 5
+    assert most_side_by_side(2**29, cpu) == 1  # does not fit, and is said when memory runs out
+    monkeypatch.setattr(memory, "total_bytes", lambda device: math.inf)
+    assert most_side_by_side(2**29, cpu) == 64
+
+
+def test_all_memory_is_that_of_the_machine_or_of_the_group(tmp_path: Path) -> None:
+    listed = tmp_path / "meminfo"
+    listed.write_text("MemTotal:       1000 kB\nMemAvailable:    400 kB\n", encoding="ascii")
+    assert memory._of_meminfo(listed, "MemTotal") == 1_024_000
+    assert memory._limit_of_group(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("5000\n", encoding="ascii")
+    assert memory._limit_of_group(tmp_path) == 5000
+    assert free_bytes(torch.device("cpu")) <= total_bytes(torch.device("cpu"))
 
 
 def test_a_budget_is_kept_for_one_processor_only(tmp_path: Path) -> None:

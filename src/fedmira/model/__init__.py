@@ -9,7 +9,7 @@ from fedmira.model.lora import LoraBranch, StackedAdapters, start_adapter
 from fedmira.model.lora_kind import LoraKind
 from fedmira.model.loss import response_losses
 from fedmira.model.measure import Choice, Contender, choose_adapters, summed_losses
-from fedmira.model.memory import within_memory
+from fedmira.model.memory import most_side_by_side, within_memory
 from fedmira.model.packing import Row
 from fedmira.model.peft_files import read_adapter, write_adapter
 from fedmira.model.prompt_kind import PromptKind
@@ -39,6 +39,7 @@ __all__ = [
     "generate_tokens",
     "load_base",
     "load_tokenizer",
+    "most_side_by_side",
     "read_adapter",
     "response_losses",
     "start_adapter",

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from fedmira.model.cpu_attention import CpuPlan, attend_on_cpu, plan_for_cpu
 from fedmira.model.packing import PackedBatch
@@ -154,9 +153,5 @@ def _mask(size: int, offset: int, share: int, window: int, dtype: torch.dtype, d
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, float("-inf")).repeat(share, 1)
 
 
-def _no_mask(*arguments: Any, **options: Any) -> None:
-    """The layout alone decides who sees whom."""
-
-
+# Without a mask function of its own, transformers makes no mask and does not look at the positions: the layout alone decides who sees whom.
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)

@@ -21,6 +21,7 @@ from fedmira.model.memory import PassLimit, within_memory
 from fedmira.model.optimizers import CohortOptimizer, Moments, add_curvature, clip_rows
 from fedmira.model.packing import Row
 from fedmira.model.stack import Branch, Draws, Passes, TokenLosses
+from fedmira.model.transfer import on_device
 from fedmira.model.zeroth_order import RandomSlopes
 
 __all__ = ["LocalOutcome", "LocalTask", "train_cohort", "train_with"]
@@ -181,7 +182,7 @@ class _Cohort:
         shares = clip_rows(self.stacked.gradients, self.settings.max_grad_norm)
         if self.slopes is not None:
             self.slopes.note(shares, self.settings.learning_rate)
-        active = torch.tensor(list(batches), device=self.device)
+        active = on_device(list(batches), self.device)
         clipped = self.optimizer.step(self.stacked.values, self.stacked.gradients, self.moments, active)
         if clipped is not None:
             self.clipped.index_add_(0, active, clipped)
@@ -243,7 +244,7 @@ class _Cohort:
     def _gradients(self, batches: Mapping[int, list[Row]], budget: int, draws: Draws | None = None) -> Tensor:
         """Fill `stacked.gradients`, of drawn targets where there are draws; sums of losses [K]. Passes may share a client's batch."""
         counts = response_tokens(batches)
-        weights = torch.tensor([1 / counts.get(client, 1) for client in range(len(self.tasks))], device=self.device)
+        weights = on_device([1 / counts.get(client, 1) for client in range(len(self.tasks))], self.device)
         sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device)
         self.stacked.gradients.zero_()
         for losses in self._passes(batches, budget, draws):
@@ -285,7 +286,7 @@ class _Cohort:
         draws = self.target_draws.of(due)
         with without_dropout(self.branch):
             within_memory(lambda budget: self._gradients(due, budget, draws), self.budget, self.limit)
-        clients, tokens = (torch.tensor(list(part), device=self.device) for part in (due, response_tokens(due).values()))
+        clients, tokens = (on_device(list(part), self.device) for part in (due, response_tokens(due).values()))
         add_curvature(self.moments, self.stacked.gradients, clients, tokens)
         return torch.isfinite(self.moments.second).all(dim=1)
 

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from fedmira.adapters import Adapter
 from fedmira.errors import ModelError
 from fedmira.model.base_model import TargetModule
+from fedmira.model.transfer import sent
 
 __all__ = ["LoraBranch", "StackedAdapters", "adapter_names", "start_adapter"]
 
@@ -80,38 +81,42 @@ class StackedAdapters:
         self.ranks = tuple(adapter[first_a].shape[0] for adapter in adapters)
         self._slots = _slots(self.targets, max(self.ranks))
         width = sum(math.prod(slot.shape) for slot in self._slots.values())
-        self.values = torch.zeros(len(adapters), width, device=device)
+        values = torch.zeros(len(adapters), width)
+        for client, adapter in enumerate(adapters):
+            self._fill(values, client, adapter)
+        self.values = sent(values, device)
         self.gradients = torch.zeros_like(self.values) if trainable else self.values.new_empty(0)
         # Branches write their gradients into `gradients` themselves; this stands for them in the autograd graph.
         self.anchor = torch.zeros(0, device=device, requires_grad=trainable)
-        for client, adapter in enumerate(adapters):
-            self._fill(client, adapter)
 
     def __len__(self) -> int:
         return len(self.ranks)
 
     def stacked(self, name: str) -> Tensor:
         """A factor of all clients, padded: [K, rank, inputs] or [K, outputs, rank]; shares memory."""
-        return self._part(self.values, name)
+        slot = self._slots[name]
+        return self.values[:, slot.offset : slot.offset + math.prod(slot.shape)].view(len(self), *slot.shape)
 
     def factor(self, matrix: Tensor, client: int, name: str) -> Tensor:
         """A client's factor in a [K, P] matrix (values, gradients, moments) as a view at its own rank."""
-        return self._part(matrix, name)[client].narrow(self._slots[name].rank_axis, 0, self.ranks[client])
+        return self._cut(matrix[client], self.ranks[client], name)
 
     def adapter(self, client: int) -> Adapter:
         """A copy of a client's adapter at its own rank, on the CPU."""
-        return {name: view.detach().cpu().contiguous().clone() for name, view in self.views(self.values, client).items()}
+        row = self.values[client].detach().cpu()  # in one piece, as each copy from a device is waited for
+        return {name: self._cut(row, self.ranks[client], name).clone(memory_format=torch.contiguous_format) for name in self._slots}
 
     def views(self, matrix: Tensor, client: int) -> Adapter:
         """A client's row of a [K, P] matrix (values, gradients, moments) as named views at its own rank."""
         return {name: self.factor(matrix, client, name) for name in self._slots}
 
-    def _part(self, matrix: Tensor, name: str) -> Tensor:
+    def _cut(self, row: Tensor, rank: int, name: str) -> Tensor:
+        """A factor at that rank as a view of a row [P]."""
         slot = self._slots[name]
-        return matrix[:, slot.offset : slot.offset + math.prod(slot.shape)].view(len(self), *slot.shape)
+        return row[slot.offset : slot.offset + math.prod(slot.shape)].view(slot.shape).narrow(slot.rank_axis, 0, rank)
 
-    def _fill(self, client: int, adapter: Adapter) -> None:
-        for name, view in self.views(self.values, client).items():
+    def _fill(self, values: Tensor, client: int, adapter: Adapter) -> None:
+        for name, view in self.views(values, client).items():
             if name not in adapter or adapter[name].shape != view.shape:
                 found = tuple(adapter[name].shape) if name in adapter else "nothing"
                 raise ModelError(
@@ -218,7 +223,7 @@ class LoraBranch:
         keep = torch.empty_like(inputs).flatten(0, -2)
         for client, tokens in self.owners:
             generator, part = self.generators[client], keep[tokens]
-            kept = torch.rand(part.shape, generator=generator, device=generator.device).to(inputs.device) >= self.dropout
+            kept = sent(torch.rand(part.shape, generator=generator, device=generator.device), inputs.device) >= self.dropout
             part.copy_(kept / (1 - self.dropout))
         return inputs * keep.view(inputs.shape)
 

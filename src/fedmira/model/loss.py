@@ -17,6 +17,7 @@ from fedmira.model.lora import LoraBranch
 from fedmira.model.packing import PackedBatch, Row, gather, pack, segment_rows
 from fedmira.model.response_loss import draw_targets, response_loss, sampled_response_loss
 from fedmira.model.stack import Draws, TokenLosses
+from fedmira.model.transfer import on_device, sent
 
 __all__ = ["Draws", "TokenLosses", "padded_losses", "response_losses"]
 
@@ -52,7 +53,7 @@ def _packed_pass(base: BaseModel, branch: LoraBranch, batch: PackedBatch, draws:
     with surroundings(), _recomputed(base, branch, surroundings):
         hidden = base.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).last_hidden_state
     head, read = base.model.get_output_embeddings(), hidden[0, batch.predict_at]  # type: ignore[no-untyped-call]
-    values = response_loss(head, read, batch.targets) if draws is None else sampled_response_loss(head, read, draws.to(base.device))
+    values = response_loss(head, read, batch.targets) if draws is None else sampled_response_loss(head, read, sent(draws, base.device))
     tokens: dict[int, int] = {}
     for segment in batch.segments:
         tokens[segment.client] = tokens.get(segment.client, 0) + segment.num_tokens
@@ -122,15 +123,15 @@ def _padded_pass(
     padding = base.tokenizer.pad_token_id
     sequences = [[*rows[i].prompt, *rows[i].response] for i in chosen]
     size = max(map(len, sequences))
-    ids = torch.tensor([sequence + [padding] * (size - len(sequence)) for sequence in sequences], device=base.device)
-    seen = torch.tensor([[1] * len(sequence) + [0] * (size - len(sequence)) for sequence in sequences], device=base.device)
+    ids = sent(torch.tensor([sequence + [padding] * (size - len(sequence)) for sequence in sequences]), base.device)
+    seen = sent(torch.tensor([[1] * len(sequence) + [0] * (size - len(sequence)) for sequence in sequences]), base.device)
     logits = forward(ids, seen)
-    owner = torch.tensor([i for i in chosen for _ in rows[i].response], device=base.device)
-    at_row = torch.tensor([j for j, i in enumerate(chosen) for _ in rows[i].response], device=base.device)
-    at = torch.tensor([len(rows[i].prompt) - 1 + j for i in chosen for j in range(len(rows[i].response))], device=base.device)
+    owner = on_device([i for i in chosen for _ in rows[i].response], base.device)
+    at_row = on_device([j for j, i in enumerate(chosen) for _ in rows[i].response], base.device)
+    at = on_device([len(rows[i].prompt) - 1 + j for i in chosen for j in range(len(rows[i].response))], base.device)
     scores, targets = logits[at_row, at].float(), ids[at_row, at + 1]
     if draws is not None:
-        targets = draw_targets(scores.detach().log_softmax(dim=-1), draws.to(base.device))
+        targets = draw_targets(scores.detach().log_softmax(dim=-1), sent(draws, base.device))
     values = functional.cross_entropy(scores, targets, reduction="none")
     return TokenLosses(values, torch.full_like(owner, client), owner, {client: ids.numel() + extra * len(chosen)})
 

@@ -14,7 +14,7 @@ import torch
 
 from fedmira.errors import RunError
 
-__all__ = ["LEAST_TOKENS", "PassLimit", "PassLimits", "free_bytes", "out_of_memory", "within_memory"]
+__all__ = ["LEAST_TOKENS", "PassLimit", "PassLimits", "free_bytes", "most_side_by_side", "out_of_memory", "total_bytes", "within_memory"]
 
 LEAST_TOKENS = 64
 """No budget is lowered further."""
@@ -27,6 +27,10 @@ _SAID = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 _log = logging.getLogger("fedmira")
+
+_MOST_CLIENTS = 64
+_SHARE_OF_TOTAL = 0.25
+"""The most clients of a cohort, and the most of all memory that their values, gradients and moments may take."""
 
 Result = TypeVar("Result")
 
@@ -104,22 +108,44 @@ def free_bytes(device: torch.device) -> float:
     return min(_of_meminfo(Path("/proc/meminfo")), _of_group(Path("/sys/fs/cgroup")))
 
 
-def _of_meminfo(path: Path) -> float:
+def total_bytes(device: torch.device) -> float:
+    """All memory of the device, whoever uses it, or infinity where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu":
+        return math.inf
+    return min(_of_meminfo(Path("/proc/meminfo"), "MemTotal"), _limit_of_group(Path("/sys/fs/cgroup")))
+
+
+def most_side_by_side(entries: int, device: torch.device) -> int:
+    """How many clients train in one cohort: 64, or fewer where large adapters would take too much memory.
+
+    It depends on the machine and not on what is free just now, so that a resumed run forms the same cohorts.
+
+    Args:
+        entries: numbers in the largest adapter; each stands four times in memory, in float32.
+    """
+    room = total_bytes(device) * _SHARE_OF_TOTAL / (4 * 4 * max(entries, 1))
+    return max(1, int(min(_MOST_CLIENTS, room)))
+
+
+def _of_meminfo(path: Path, field: str = "MemAvailable") -> float:
     if not path.is_file():
         return math.inf
     fields = dict(line.split(":", 1) for line in path.read_text(encoding="ascii").splitlines() if ":" in line)
-    return float(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else math.inf
+    return float(fields[field].split()[0]) * 1024 if field in fields else math.inf
+
+
+def _limit_of_group(folder: Path) -> float:
+    limit = folder / "memory.max"
+    said = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+    return math.inf if said == "max" else float(said)
 
 
 def _of_group(folder: Path) -> float:
-    limit, used = folder / "memory.max", folder / "memory.current"
-    if (
-        not limit.is_file()
-        or not (folder / "memory.stat").is_file()
-        or not used.is_file()
-        or limit.read_text(encoding="ascii").strip() == "max"
-    ):
+    limit, used = _limit_of_group(folder), folder / "memory.current"
+    if limit == math.inf or not (folder / "memory.stat").is_file() or not used.is_file():
         return math.inf
     statistics = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
     in_use = float(used.read_text(encoding="ascii")) - float(statistics.get("inactive_file", 0))  # file pages go when asked for
-    return float(limit.read_text(encoding="ascii")) - in_use
+    return limit - in_use

@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedmira.model.transfer import sent
+
 __all__ = ["PackedBatch", "Row", "Segment", "common_prefix", "gather", "joined", "pack", "segment_rows"]
 
 _SEGMENT_COST = 16
@@ -94,10 +96,8 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        tensors: Iterable[Tensor] = (self.ids, self.positions, self.predict_at, self.targets, self.clients, self.rows)
-        if device.type == "cuda":  # copies from pinned memory go on while the device computes
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return PackedBatch(self.segments, self.starts, *(tensor.to(device, non_blocking=True) for tensor in tensors))
+        tensors = (self.ids, self.positions, self.predict_at, self.targets, self.clients, self.rows)
+        return PackedBatch(self.segments, self.starts, *(sent(tensor, device) for tensor in tensors))
 
 
 def joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, slice]]:

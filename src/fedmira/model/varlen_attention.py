@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedmira.model.packing import PackedBatch
+from fedmira.model.transfer import on_device
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -69,9 +70,9 @@ def sequences_of(batch: PackedBatch) -> Sequences:
             place += length
     device = batch.ids.device
     return Sequences(
-        torch.tensor(keys, device=device),
-        torch.tensor([0, *accumulate(query_sizes)], dtype=torch.int32, device=device),
-        torch.tensor([0, *accumulate(key_sizes)], dtype=torch.int32, device=device),
+        on_device(keys, device),
+        on_device([0, *accumulate(query_sizes)], device, torch.int32),
+        on_device([0, *accumulate(key_sizes)], device, torch.int32),
         max(query_sizes),
         max(key_sizes),
     )

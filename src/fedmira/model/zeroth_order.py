@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fedmira.adapters import Adapter
 from fedmira.adapters.directions import direction, movement
+from fedmira.model.curvature import response_tokens
 from fedmira.model.packing import Row
 from fedmira.model.stack import Stack
+from fedmira.model.transfer import on_device, sent
 
 __all__ = ["RandomSlopes"]
 
@@ -38,7 +40,7 @@ class RandomSlopes:
         self._directions = torch.zeros_like(stacked.values)
         self._chosen: dict[int, int] = {}
         self._slopes = torch.zeros(len(stacked), dtype=torch.float64)
-        self._totals: list[dict[int, float]] = [{} for _ in seeds]
+        self._steps: list[tuple[dict[int, int], Tensor]] = []
 
     def draw(self, clients: Sequence[int]) -> None:
         """A new direction for these clients; the others get none."""
@@ -47,7 +49,7 @@ class RandomSlopes:
         for client, seed in self._chosen.items():
             views = self._stacked.views(self._directions, client)
             for name, part in direction(seed, views).items():
-                views[name].copy_(part)
+                views[name].copy_(sent(part, views[name].device))
 
     def measure(self, losses: Callable[[], Tensor], batches: Mapping[int, Sequence[Row]]) -> Tensor:
         """Put g z in the place of the gradients.
@@ -67,12 +69,10 @@ class RandomSlopes:
                 sides.append(losses())
         finally:
             values.copy_(centre)
-        counts = torch.ones(len(values), dtype=torch.float64)
-        for client, rows in batches.items():
-            counts[client] = sum(len(row.response) for row in rows)
-        slopes = (sides[0] - sides[1]) / (2 * self._width * counts.to(values.device))
-        self._slopes = slopes.cpu()
-        torch.mul(self._directions, slopes.to(values.dtype)[:, None], out=self._stacked.gradients)
+        counts = response_tokens(batches)
+        tokens = on_device([counts.get(client, 1) for client in range(len(values))], values.device, torch.float64)
+        self._slopes = (sides[0] - sides[1]) / (2 * self._width * tokens)
+        torch.mul(self._directions, self._slopes.to(values.dtype)[:, None], out=self._stacked.gradients)
         return (sides[0] + sides[1]) / 2
 
     def note(self, shares: Tensor, learning_rate: float) -> None:
@@ -81,10 +81,13 @@ class RandomSlopes:
         Args:
             shares: what clipping left of each client's gradient, [K].
         """
-        for client, seed in self._chosen.items():
-            moved = -learning_rate * float(shares[client]) * float(self._slopes[client])
-            self._totals[client][seed] = self._totals[client].get(seed, 0.0) + moved
+        self._steps.append((self._chosen, -learning_rate * shares.double() * self._slopes))
 
     def movement(self, client: int) -> Adapter:
         """All steps of a client so far as seeds and coefficients."""
-        return movement(self._totals[client])
+        total: dict[int, float] = {}
+        moves = torch.stack([moved[client] for _, moved in self._steps]).tolist()
+        for (chosen, _), moved in zip(self._steps, moves, strict=True):
+            if client in chosen:
+                total[chosen[client]] = total.get(chosen[client], 0.0) + moved
+        return movement(total)
