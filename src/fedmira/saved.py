@@ -1,34 +1,52 @@
-"""A finished run taken up again: its base, its data and its saved adapters."""
+"""A finished run taken up again: its base, its saved adapters and, where they are on this machine, its rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedmira.adapters import Adapter, LazyAdapters
 from fedmira.config import Config, load_config
-from fedmira.data import Encoder, Example
-from fedmira.errors import ConfigError, RunFolderError
+from fedmira.data import Encoder, Example, load_clients
+from fedmira.errors import ConfigError, DataError, RunFolderError
 from fedmira.evaluation import Evaluator
 from fedmira.experiment import build_experiment
 from fedmira.messages import ClientId
+from fedmira.model import AdapterKind
+from fedmira.parts import prepare_kind, token_budget
+from fedmira.results import hash_of_rows
 from fedmira.rounds import RunFolder
 
-__all__ = ["SavedRun", "answer", "reload_run"]
+__all__ = ["SavedAdapters", "answer", "evaluator_of", "reload_adapters"]
+
+_log = logging.getLogger("fedmira")
 
 
 @dataclass(frozen=True)
-class SavedRun:
-    """A run as it lies on disk, ready to be measured or asked; adapters are read when they are asked for."""
+class SavedAdapters:
+    """What a run has saved, on its base; no rows are needed.
 
+    Attributes:
+        path: the run folder.
+        config: of the run.
+        adapters: each client's, read when it is asked for.
+        ranks: of each adapter, 0 where it has none.
+        data_sha256: of the rows that the run was made with.
+    """
+
+    path: Path
     config: Config
-    evaluator: Evaluator
+    kind: AdapterKind
     adapters: Mapping[ClientId, Adapter]
+    ranks: Mapping[ClientId, int]
+    data_sha256: str
 
 
-def reload_run(path: Path) -> SavedRun:
-    """Build what the run was made of.
+def reload_adapters(path: Path) -> SavedAdapters:
+    """Load the base of a run, and find its adapters.
 
     Raises:
         RunFolderError: it is no run folder, has no adapters, or the base model has changed since.
@@ -38,34 +56,71 @@ def reload_run(path: Path) -> SavedRun:
     if not index:
         raise RunFolderError(f"{path}: the run has saved no adapters yet; finish it with: fedmira run --resume --output {path}")
     config = load_config(path / "config.toml")
-    experiment = build_experiment(config)
-    evaluator = experiment.evaluator
-    assert isinstance(evaluator, Evaluator), "what build_experiment makes has all rows in this process"
+    kind = prepare_kind(config)
+    ranks = {}
     for client, entry in index.items():
-        trained_on = entry["base_sha256"] if isinstance(entry, dict) else ""
-        if trained_on != experiment.base.sha256:
+        about = entry if isinstance(entry, dict) else {}
+        trained_on, ranks[client] = about.get("base_sha256", ""), int(about.get("rank", 0))
+        if trained_on != kind.base.sha256:
             raise RunFolderError(
                 f"{path}: the adapter of {client!r} was trained on another base (sha256 {trained_on[:12]}, {config.model.base!r} "
-                f"has {experiment.base.sha256[:12]}); give the base it was trained on"
+                f"has {kind.base.sha256[:12]}); give the base it was trained on"
             )
-    return SavedRun(config, evaluator, LazyAdapters(index, lambda client: experiment.kind.read(folder.adapters / client)))
+    rows: Any = folder.read_json("run.json").get("data", {})
+    adapters = LazyAdapters(index, lambda client: kind.read(folder.adapters / client))
+    return SavedAdapters(path, config, kind, adapters, ranks, rows.get("sha256", ""))
 
 
-def answer(saved: SavedRun, client: ClientId, text: str, instruction: str | None = None, max_new_tokens: int | None = None) -> str:
+def evaluator_of(saved: SavedAdapters) -> Evaluator:
+    """What measures the adapters on the run's rows.
+
+    Raises:
+        RunFolderError: the rows of its clients are not on this machine.
+    """
+    experiment = build_experiment(saved.config, saved.kind.base)
+    evaluator = experiment.evaluator
+    assert isinstance(evaluator, Evaluator), "what build_experiment makes has all rows in this process"
+    if absent := [client for client in saved.adapters if client not in evaluator.clients]:
+        raise RunFolderError(
+            f"{saved.path}: the rows of {_listed(absent)} are not on this machine, as [data] in its config.toml reads them; the run's own "
+            "figures are in metrics/clients.csv"
+        )
+    if hash_of_rows(evaluator.clients) != saved.data_sha256:
+        _log.warning("%s: the rows have changed since the run, or are no longer split in the same way", saved.path)
+    return evaluator
+
+
+def answer(saved: SavedAdapters, client: ClientId, text: str, instruction: str | None = None, max_new_tokens: int | None = None) -> str:
     """What a client's adapter says to an input, under the client's own instruction unless another is given.
 
     Raises:
-        ConfigError: there is no such client.
+        ConfigError: there is no such client, or no instruction is given and its rows are not on this machine.
     """
     if client not in saved.adapters:
-        raise ConfigError(
-            f"there is no client {client!r} in this run; its clients are "
-            f"{', '.join(list(saved.adapters)[:12])}{' ...' if len(saved.adapters) > 12 else ''}"
-        )
-    evaluator = saved.evaluator
-    own = evaluator.clients[client].instruction if instruction is None else instruction
+        raise ConfigError(f"there is no client {client!r} in this run; its clients are {_listed(list(saved.adapters))}")
+    kind, config = saved.kind, saved.config
+    own = _usual_instruction(saved, client) if instruction is None else instruction
     example = Example(own, text, "") if own else Example(text, "", "")
-    prompt = Encoder(evaluator.kind.base.tokenizer, saved.config.data.prompt, saved.config.data.max_length).prompt(example)
-    limit = max_new_tokens or saved.config.evaluation.max_new_tokens
-    adapters, scales = [saved.adapters[client]], [evaluator.scales[client]]
-    return evaluator.kind.generate(adapters, scales, [(0, prompt)], limit, evaluator.token_budget)[0]
+    prompt = Encoder(kind.base.tokenizer, config.data.prompt, config.data.max_length).prompt(example)
+    limit = max_new_tokens or config.evaluation.max_new_tokens
+    scales = [kind.scale(saved.ranks[client])]
+    return kind.generate([saved.adapters[client]], scales, [(0, prompt)], limit, token_budget(config, kind))[0]
+
+
+def _usual_instruction(saved: SavedAdapters, client: ClientId) -> str:
+    """That of the client's first training row."""
+    way_out = "give --instruction (an empty one where the task has none)"
+    try:
+        clients = load_clients(saved.config.data, saved.config.seed, saved.kind.base.tokenizer).clients
+    except DataError as error:
+        raise ConfigError(
+            [f"the instruction of {client!r} is not known here, as its rows cannot be read; {way_out}", *error.problems]
+        ) from error
+    found = next((each.instruction for each in clients if each.client_id == client), None)
+    if found is None:
+        raise ConfigError(f"the instruction of {client!r} is not known here, as its rows are on another machine; {way_out}")
+    return found
+
+
+def _listed(clients: Sequence[ClientId]) -> str:
+    return f"{', '.join(clients[:12])}{' ...' if len(clients) > 12 else ''}"

@@ -17,7 +17,12 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The input, or the whole request where the client's task has no instruction.")],
     client: Annotated[str, typer.Option("--client", help="Whose adapter answers.")],
     instruction: Annotated[
-        str | None, typer.Option("--instruction", help="Default: the instruction of the client's first training row.", show_default=False)
+        str | None,
+        typer.Option(
+            "--instruction",
+            help="Default: the instruction of the client's first training row, where its rows are on this machine.",
+            show_default=False,
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Default: the run's setting.", show_default=False)
@@ -28,9 +33,9 @@ def generate(
 
     Example: fedmira generate runs/first --client clinic-north "Ada reports dizziness since Monday."
     """
-    from fedmira.saved import answer, reload_run
+    from fedmira.saved import answer, reload_adapters
 
-    text = answer(reload_run(run), client, prompt, instruction, max_new_tokens)
+    text = answer(reload_adapters(run), client, prompt, instruction, max_new_tokens)
     if format is Format.json:
         print_json({"client": client, "prompt": prompt, "answer": text})
         return
