@@ -18,7 +18,7 @@ from fedmira.cards import AdapterCards
 from fedmira.data import PROMPTS, Encoder, Example
 from fedmira.experiment import build_experiment, run_experiment
 from fedmira.model import BaseModel
-from fedmira.saved import answer, reload_run
+from fedmira.saved import answer, reload_adapters
 from tiny import tiny_base, tiny_model, tiny_tokenizer
 
 CHAT = "{% for message in messages %}w5 {{ message['content'] }} {% endfor %}w6 "
@@ -66,7 +66,7 @@ def test_the_code_of_a_card_answers_as_fedmira_does(form: str, tmp_path: Path) -
     out = StringIO()
     with redirect_stdout(out):
         exec(compile(code, "README.md", "exec"), {})
-    expected = answer(reload_run(run), "apple-1", "w20 w31", instruction="w1 w2 w3")
+    expected = answer(reload_adapters(run), "apple-1", "w20 w31", instruction="w1 w2 w3")
     assert expected and out.getvalue() == expected + "\n"
     assert ("[1] + tokenizer" in code) == (form != "chat"), "the chat template writes its own special tokens"
 

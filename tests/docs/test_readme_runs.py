@@ -16,7 +16,7 @@ import pytest
 
 import fedmira.api
 from federation import call_main, write_clients
-from fedmira.saved import answer, reload_run
+from fedmira.saved import answer, reload_adapters
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```python\n(.*?)```|((?:^    [^\n]*\n)+)", re.MULTILINE | re.DOTALL)
@@ -123,7 +123,7 @@ def test_the_code_for_plain_peft_answers_as_fedmira_does(workplace: Path, capsys
     *told, sha256 = capsys.readouterr().out.splitlines()
     instruction = "Read the patient note and name the department that should see the patient."
     run = Path("runs/from-python")
-    assert "\n".join(told) == answer(reload_run(run), "clinic-north", "Ada reports dizziness since Monday.", instruction, 64)
+    assert "\n".join(told) == answer(reload_adapters(run), "clinic-north", "Ada reports dizziness since Monday.", instruction, 64)
     assert sha256 == json.loads((run / "adapters" / "index.json").read_text(encoding="utf-8"))["clinic-north"]["base_sha256"]
 
 

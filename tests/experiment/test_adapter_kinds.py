@@ -18,7 +18,7 @@ from fedmira.errors import ConfigError, ModelError, RunFolderError
 from fedmira.experiment import build_experiment, run_experiment
 from fedmira.model import BaseModel
 from fedmira.plan import make_plan
-from fedmira.saved import answer, reload_run
+from fedmira.saved import answer, evaluator_of, reload_adapters
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 VIRTUAL = 4
@@ -42,8 +42,9 @@ def test_a_run_saves_what_it_measured(kind: str, base: BaseModel, base_folder: P
     result = run_experiment(build_experiment(config, base), tmp_path / "run")
     assert result.summary["after_align_loss"]["mean"] < result.summary["base_loss"]["mean"]
 
-    saved = reload_run(tmp_path / "run")
-    again = saved.evaluator.losses(saved.adapters)
+    saved = reload_adapters(tmp_path / "run")
+    evaluator = evaluator_of(saved)
+    again = evaluator.losses(saved.adapters)
     index = json.loads((tmp_path / "run" / "adapters" / "index.json").read_text(encoding="utf-8"))
     for row in result.clients:
         client = row["client"]
@@ -53,7 +54,7 @@ def test_a_run_saves_what_it_measured(kind: str, base: BaseModel, base_folder: P
 
     client = result.clients[0]["client"]
     model = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "run" / "adapters" / client)).eval()
-    rows = saved.evaluator.clients[client].test
+    rows = evaluator.clients[client].test
     total = 0.0
     for row in rows:
         ids = torch.tensor([[*row.prompt, *row.response]])

@@ -22,7 +22,7 @@ from fedmira.errors import ConfigError, RunFolderError
 from fedmira.experiment import Experiment, build_experiment, run_experiment
 from fedmira.model import BaseModel
 from fedmira.results import Result
-from fedmira.saved import answer, reload_run
+from fedmira.saved import answer, evaluator_of, reload_adapters
 
 Finished = tuple[Experiment, Result]
 PEFT_WARNING = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers for it
@@ -227,12 +227,13 @@ def test_test_rows_are_those_of_the_files(finished: Finished, clients_folder: Pa
 
 @pytest.fixture(scope="module")
 def saved(folder: Path) -> Any:
-    return reload_run(folder)
+    return reload_adapters(folder)
 
 
 def test_a_finished_run_is_measured_again_with_the_same_figures(saved: Any, folder: Path) -> None:
-    losses = saved.evaluator.losses(saved.adapters)
-    texts = saved.evaluator.text_scores(saved.adapters, saved.config.evaluation.max_new_tokens)
+    evaluator = evaluator_of(saved)
+    losses = evaluator.losses(saved.adapters)
+    texts = evaluator.text_scores(saved.adapters, saved.config.evaluation.max_new_tokens)
     for row in table_of(folder, "clients"):
         assert losses[row["client"]].per_token == pytest.approx(float(row["after_align_loss"]), rel=1e-6)
         assert texts[row["client"]]["rouge_l"] == float(row["rouge_l"])
@@ -241,7 +242,7 @@ def test_a_finished_run_is_measured_again_with_the_same_figures(saved: Any, fold
 @PEFT_WARNING
 def test_a_client_answers_as_its_adapter_does_with_plain_peft(saved: Any, folder: Path, base_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    instruction = saved.evaluator.clients["apple-2"].instruction
+    instruction = evaluator_of(saved).clients["apple-2"].instruction
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32), folder / "adapters" / "apple-2"
     ).eval()
@@ -272,10 +273,10 @@ def test_adapters_of_another_base_are_refused(base: BaseModel, clients_folder: P
     run_experiment(build_experiment(config, base), tmp_path / "run")
     tiny_model("llama", seed=3).save_pretrained(place)
     with pytest.raises(RunFolderError, match="was trained on another base"):
-        reload_run(tmp_path / "run")
+        reload_adapters(tmp_path / "run")
 
 
 def test_a_run_that_has_saved_nothing_yet_says_how_to_finish_it(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("", encoding="utf-8")
     with pytest.raises(RunFolderError, match="has saved no adapters yet; finish it with: fedmira run --resume --output"):
-        reload_run(tmp_path)
+        reload_adapters(tmp_path)
