@@ -97,7 +97,7 @@ def build_experiment(
         scheme.graph,
         scheme.algorithm,
         InProcessEngine(cohort, at_once, config.engine.wire),
-        Evaluator(kind, clients, scales, budget),
+        Evaluator(kind, clients, scales, budget, at_once),
         hash_of_rows(clients),
         budget,
         dataset.skipped,

@@ -15,8 +15,8 @@ from fedmira.errors import ConfigError, DataError, RunFolderError
 from fedmira.evaluation import Evaluator
 from fedmira.experiment import build_experiment
 from fedmira.messages import ClientId
-from fedmira.model import AdapterKind
-from fedmira.parts import prepare_kind, token_budget
+from fedmira.model import AdapterKind, usual_token_budget
+from fedmira.parts import prepare_kind
 from fedmira.results import hash_of_rows
 from fedmira.rounds import RunFolder
 
@@ -104,11 +104,12 @@ def answer(saved: SavedAdapters, client: ClientId, text: str, instruction: str |
     prompt = Encoder(kind.base.tokenizer, config.data.prompt, config.data.max_length).prompt(example)
     limit = max_new_tokens or config.evaluation.max_new_tokens
     scales = [kind.scale(saved.ranks[client])]
-    return kind.generate([saved.adapters[client]], scales, [(0, prompt)], limit, token_budget(config, kind))[0]
+    budget = usual_token_budget(kind.base) if config.engine.token_budget == "auto" else config.engine.token_budget
+    return kind.generate([saved.adapters[client]], scales, [(0, prompt)], limit, budget)[0]
 
 
 def _usual_instruction(saved: SavedAdapters, client: ClientId) -> str:
-    """That of the client's first training row."""
+    """That which all the client's training rows share, or none."""
     way_out = "give --instruction (an empty one where the task has none)"
     try:
         clients = load_clients(saved.config.data, saved.config.seed, saved.kind.base.tokenizer).clients

@@ -298,6 +298,10 @@ BAD_ANSWERS = {
         answer_with({"adapter": GOOD}, {"metric:last_loss": float("nan")}),
         "the reply's last_loss is nan; must be a finite number",
     ),
+    "a further figure that is none": (
+        answer_with({"adapter": GOOD}, {"metric:pull_kept": float("nan")}),
+        "the reply holds non-finite numbers (in pull_kept); the client keeps its old adapter",
+    ),
     "nothing learned from": (
         answer_with({"adapter": GOOD}, {"metric:response_tokens": 0.0}),
         "the reply counts no response tokens; must be at least 1",

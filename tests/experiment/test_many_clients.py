@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from federation import adapters_of, events_of, make_config, table_of, with_algor
 from fedmira.adapters import Adapter, AdapterTable, LazyAdapters, content_hash
 from fedmira.algorithms import Algorithm, Combined, PlainClient, ServerState, Start, Trained
 from fedmira.engines import MemoryTable
-from fedmira.evaluation import evaluate
+from fedmira.evaluation import Evaluator
 from fedmira.experiment import Experiment, build_experiment, run_experiment
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.model import BaseModel
@@ -84,9 +84,13 @@ def experiment(base: BaseModel, base_folder: Path, tmp_path_factory: pytest.Temp
     return build_experiment(make_config(base_folder, folder, SETTINGS), base)
 
 
-def test_everybody_is_evaluated_and_saved_a_few_at_a_time(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "_CLIENTS_AT_ONCE", AT_ONCE)
-    watch = Watch()
+def few_at_a_time(experiment: Experiment) -> Experiment:
+    assert isinstance(experiment.evaluator, Evaluator)
+    return replace(experiment, evaluator=replace(experiment.evaluator, at_once=AT_ONCE))
+
+
+def test_everybody_is_evaluated_and_saved_a_few_at_a_time(experiment: Experiment, tmp_path: Path) -> None:
+    watch, experiment = Watch(), few_at_a_time(experiment)
     result = run_experiment(with_algorithm_object(experiment, Watched(experiment.algorithm, watch)), tmp_path / "run")
     assert watch.reads > 4 * 24, "the base, round 2, round 3 with test and validation rows, and the saving"
     assert watch.most <= AT_ONCE + 1
@@ -98,10 +102,9 @@ def test_everybody_is_evaluated_and_saved_a_few_at_a_time(experiment: Experiment
         assert all((array == result.adapters[client][name].double().numpy()).all() for name, array in saved[client].items())
 
 
-def test_generation_reads_a_few_at_a_time(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "_CLIENTS_AT_ONCE", AT_ONCE)
+def test_generation_reads_a_few_at_a_time(experiment: Experiment) -> None:
     watch, clients = Watch(), list(experiment.ranks)[:9]
-    texts = experiment.evaluator.generations(LazyAdapters(clients, lambda client: watch(experiment.starts[client])), 2)
+    texts = few_at_a_time(experiment).evaluator.generations(LazyAdapters(clients, lambda client: watch(experiment.starts[client])), 2)
     assert list(texts) == clients and watch.reads == 9 and watch.most <= AT_ONCE + 1
 
 

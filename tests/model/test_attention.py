@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmira.model.attention import _attend_by_row, _layout, packed_attention, packed_layout
+from fedmira.model.attention import Layout, _attend_by_row, _layout, packed_attention, packed_layout
 from fedmira.model.cpu_attention import attend_on_cpu, plan_for_cpu
 from fedmira.model.packing import PackedBatch, pack, segment_rows
 from fedmira.model.varlen_attention import sequences_of, varlen_available
@@ -117,7 +117,7 @@ def test_the_cuda_kernel_equals_attention_of_each_row_by_itself(shared: tuple[in
     if not varlen_available(on_device[0]):
         pytest.skip("this torch has no variable-length attention")
     base = tiny_base()
-    with packed_layout(base.model, batch.to(torch.device("cuda"))):
+    with packed_layout(base.model, Layout(batch.to(torch.device("cuda")))):
         result, _ = packed_attention(base.model, *on_device, None)
     assert torch.allclose(result.cpu().double(), expected, atol=2e-2)
     result.float().sum().backward()
@@ -128,7 +128,7 @@ def test_masks_are_shared_by_the_layers_of_a_pass_and_gone_after_it() -> None:
     base, batch = tiny_base(), batch_of((5, 0), 2)
     module = base.model.model.layers[0].self_attn  # type: ignore[union-attr]
     inputs = [heads(count, len(batch.ids), count).detach() for count in (4, 2, 2)]
-    with packed_layout(base.model, batch, kernels=False):
+    with packed_layout(base.model, Layout(batch, kernels=False)):
         layout = _layout.get()
         assert layout is not None
         packed_attention(module, *inputs, None)
@@ -141,3 +141,18 @@ def test_masks_are_shared_by_the_layers_of_a_pass_and_gone_after_it() -> None:
         masks = [weakref.ref(mask) for mask in layout.masks.values()]
     del layout
     assert [mask() for mask in masks] == [None] * len(sizes)
+
+
+def test_a_window_that_only_a_mask_would_know_of_is_refused() -> None:
+    """Packed passes ask for no mask, so the architecture takes the padded path."""
+    base, batch = tiny_base(), batch_of((5, 0), 2)
+    module = base.model.model.layers[0].self_attn  # type: ignore[union-attr]
+    inputs = [heads(count, len(batch.ids), count).detach() for count in (4, 2, 2)]
+    with packed_layout(base.model, Layout(batch)):
+        for name in ("sliding_window", "attention_chunk_size"):
+            setattr(module.config, name, 4)
+            with pytest.raises(NotImplementedError, match="window"):
+                packed_attention(module, *inputs, None)
+            setattr(module.config, name, None)
+        module.config.sliding_window = 4
+        packed_attention(module, *inputs, None, sliding_window=None)  # told that this layer has none

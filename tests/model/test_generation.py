@@ -32,7 +32,7 @@ from fedmira.model import (
 )
 from fedmira.model.decoding import WaveDecoder
 from fedmira.model.decoding_probe import decoding_agrees
-from fedmira.model.generation import _cache_shape, _survivors, fit_prompts
+from fedmira.model.generation import _cache_shape, _padded_batches, _survivors, fit_prompts
 from fedmira.model.packing import gather, pack, segment_rows
 from fedmira.model.waves import plan_waves
 from tiny import ARCHITECTURES, draw_rows, tiny_base, tiny_model
@@ -294,3 +294,25 @@ def test_generation_leaves_no_trace_on_the_base(llama: Federation) -> None:
         llama.ask([(0, (5, 6, 7)), (1, (8, 9))], 4)
         assert torch.equal(llama.base.model(input_ids=ids).logits, before)
     assert llama.base.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_padded_batches_keep_to_the_budget(budget: int) -> None:
+    prompts = fit_prompts(tiny_base(), [(0, [3] * (5 + i % 9)) for i in range(100)], 4)
+    batches = list(_padded_batches(prompts, budget))
+    assert sorted(prompt.index for batch in batches for prompt in batch) == list(range(100))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * (len(batch[0].prompt) + 1) <= budget
+        assert len(batch) <= 64
+
+
+def test_modules_that_are_given_all_rows_in_one_get_each_rows_own_branch() -> None:
+    """As shared experts are: [rows * tokens, hidden] in place of [rows, tokens, hidden]."""
+    base = tiny_base()
+    targets = find_targets(base.model, ["q_proj"])
+    adapters = [{name: torch.randn(tensor.shape) for name, tensor in start_adapter(targets, 2, k).items()} for k in range(2)]
+    module = base.model.get_submodule(targets[0].name)
+    inputs = torch.randn(3, 4, targets[0].inputs)
+    stacked = StackedAdapters(targets, adapters, [1.0, 2.0], base.device)
+    with LoraBranch(base.model, stacked) as branch, torch.no_grad(), branch.rows([0, 1, 0]):
+        assert torch.equal(module(inputs).flatten(0, 1), module(inputs.flatten(0, 1)))

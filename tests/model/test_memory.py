@@ -65,7 +65,7 @@ def test_a_loss_in_blocks_has_the_values_and_gradients_of_the_whole(bias: bool, 
     head = torch.nn.Linear(16, 50, bias=bias).requires_grad_(False)
     hidden, weight = torch.randn(100, 16, generator=draw).requires_grad_(), torch.rand(100, generator=draw)
     targets = torch.randint(0, 50, (100,), generator=draw)
-    monkeypatch.setattr(response_loss_module, "_BLOCK_LOGITS", 50 * 33)  # blocks of 33, 33, 33 and 1 tokens
+    monkeypatch.setattr(response_loss_module, "_BLOCK_LOGITS", {"cpu": 50 * 33})  # blocks of 33, 33, 33 and 1 tokens
     found, expected = response_loss(head, hidden, targets), functional.cross_entropy(head(hidden), targets, reduction="none")
     assert torch.allclose(found, expected, atol=1e-5)
     gradients = [torch.autograd.grad((each * weight).sum(), hidden)[0] for each in (found, expected)]
@@ -256,8 +256,8 @@ def test_memory_that_pytorch_holds_for_later_is_free() -> None:
 
 
 def test_large_adapters_train_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of 16 GiB holds 2^28 numbers that stand four times."""
-    monkeypatch.setattr(memory, "total_bytes", lambda device: 2.0**34)
+    """A quarter of 32 GiB holds 2^28 numbers that stand eight times."""
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 2.0**35)
     cpu = torch.device("cpu")
     assert most_side_by_side(2**20, cpu) == 64
     assert most_side_by_side(2**24, cpu) == 16

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fedmira.adapters import Adapter
 from fedmira.algorithms.base import GradientHook
 
@@ -16,7 +18,11 @@ def toward(centre: Adapter, strength: float) -> GradientHook | None:
     if strength == 0:
         return None
 
+    there: dict[str, Tensor] = {}  # the centre where the gradient is; each copy to a device is waited for
+
     def pull(gradient: Adapter, parameters: Adapter) -> Adapter:
-        return {name: part + strength * (parameters[name] - centre[name].to(part.device)) for name, part in gradient.items()}
+        for name in gradient.keys() - there.keys():
+            there[name] = centre[name].to(gradient[name].device)
+        return {name: part + strength * (parameters[name] - there[name]) for name, part in gradient.items()}
 
     return pull

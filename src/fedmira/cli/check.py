@@ -38,6 +38,7 @@ def check(config: ConfigFile = None, preset: PresetName = None, overrides: Overr
         "truncated_prompts": "cut prompts",
         "truncated_responses": "cut responses",
         "duplicates": "duplicates",
+        "overlaps": "overlaps",
     }
     table = {**columns, **more}
     print_table(f"{len(summaries)} clients", list(table.values()), [[row[name] for name in table] for row in summaries])

@@ -20,7 +20,7 @@ def generate(
         str | None,
         typer.Option(
             "--instruction",
-            help="Default: the instruction of the client's first training row, where its rows are on this machine.",
+            help="Default: the instruction that all the client's training rows share, where they do and are on this machine.",
             show_default=False,
         ),
     ] = None,

@@ -72,5 +72,5 @@ def _adapter_problem(sent: Adapter | None, found: Adapter | None) -> str:
 
 def _finite_problem(reply: Reply) -> str:
     bad = [part for part, adapter in reply.payload.tensors.items() if not all_finite(adapter)]
-    bad += [name for name, value in reply.payload.scalars.items() if not math.isfinite(value)]
+    bad += [name for numbers in (reply.payload.scalars, reply.metrics) for name, value in numbers.items() if not math.isfinite(value)]
     return f"the reply holds non-finite numbers (in {', '.join(bad[:_NAMED])}); the client keeps its old adapter" if bad else ""

@@ -15,8 +15,6 @@ from fedmira.model import AdapterKind, Contender
 
 __all__ = ["Evaluator"]
 
-_CLIENTS_AT_ONCE = 64
-
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -26,12 +24,14 @@ class Evaluator:
         kind: the adapters, on their base.
         scales: of each client's adapter.
         token_budget: most token positions in one forward pass.
+        at_once: clients whose adapters are in memory together.
     """
 
     kind: AdapterKind
     clients: Mapping[ClientId, ClientData]
     scales: Mapping[ClientId, float]
     token_budget: int
+    at_once: int = 64
 
     @cached_property
     def parties(self) -> Mapping[ClientId, ClientSummary]:
@@ -46,7 +46,7 @@ class Evaluator:
         """The response loss of each given client's adapter on its rows of `split`; clients without such rows are left out."""
         result: dict[ClientId, TokenLoss] = {}
         asked = [client for client in adapters if getattr(self.clients[client], split)]
-        for names in _in_turns(asked):
+        for names in self._in_turns(asked):
             rows = [getattr(self.clients[name], split) for name in names]
             scales = [self.scales[name] for name in names]
             sums = self.kind.losses([adapters[name] for name in names], scales, rows, self.token_budget)
@@ -61,7 +61,7 @@ class Evaluator:
             candidates: of a client; of equals the first is taken, and without validation rows the last.
         """
         result: dict[ClientId, float] = {}
-        for names in _in_turns(clients):
+        for names in self._in_turns(clients):
             found = {name: several for name in names if len(several := candidates(name)) > 1}
             contenders = [Contender(list(of.values()), self.scales[name], self.clients[name].validation) for name, of in found.items()]
             choices = self.kind.choose(contenders, self.token_budget)
@@ -71,7 +71,7 @@ class Evaluator:
     def generations(self, adapters: Mapping[ClientId, Adapter], max_new_tokens: int) -> dict[ClientId, list[str]]:
         """Greedy continuations of each given client's test prompts, in the order of its test rows."""
         result: dict[ClientId, list[str]] = {}
-        for names in _in_turns(list(adapters)):
+        for names in self._in_turns(list(adapters)):
             prompts = [(i, row.prompt) for i, name in enumerate(names) for row in self.clients[name].test]
             scales = [self.scales[name] for name in names]
             found = self.kind.generate([adapters[name] for name in names], scales, prompts, max_new_tokens, self.token_budget)
@@ -85,8 +85,7 @@ class Evaluator:
         texts = self.generations(adapters, max_new_tokens)
         return {client: text_scores(predictions, self.clients[client].references) for client, predictions in texts.items()}
 
-
-def _in_turns(clients: Sequence[ClientId]) -> Iterator[list[ClientId]]:
-    """A few clients at a time, so that the memory for their adapters stays bounded."""
-    for start in range(0, len(clients), _CLIENTS_AT_ONCE):
-        yield list(clients[start : start + _CLIENTS_AT_ONCE])
+    def _in_turns(self, clients: Sequence[ClientId]) -> Iterator[list[ClientId]]:
+        """A few clients at a time, so that the memory for their adapters stays bounded."""
+        for start in range(0, len(clients), self.at_once):
+            yield list(clients[start : start + self.at_once])

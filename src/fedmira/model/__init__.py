@@ -13,7 +13,7 @@ from fedmira.model.memory import most_side_by_side, within_memory
 from fedmira.model.packing import Row
 from fedmira.model.peft_files import read_adapter, write_adapter
 from fedmira.model.prompt_kind import PromptKind
-from fedmira.model.token_budget import choose_token_budget
+from fedmira.model.token_budget import choose_token_budget, usual_token_budget
 from fedmira.model.tokenizer_hash import tokenizer_hash
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "summed_losses",
     "tokenizer_hash",
     "train_cohort",
+    "usual_token_budget",
     "with_engine_options",
     "within_memory",
     "write_adapter",

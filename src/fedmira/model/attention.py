@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from fedmira.model.cpu_attention import CpuPlan, attend_on_cpu, plan_for_cpu
 from fedmira.model.packing import PackedBatch
 from fedmira.model.varlen_attention import Sequences, attend_on_cuda, sequences_of, varlen_available
 
-__all__ = ["PACKED_ATTENTION", "packed_attention", "packed_layout"]
+__all__ = ["PACKED_ATTENTION", "Layout", "packed_attention", "packed_layout", "refuse_what_is_not_told"]
 
 PACKED_ATTENTION = "fedmira_packed"
 
@@ -28,38 +28,40 @@ Masks = dict[tuple[int, int, int, int, torch.dtype], Tensor]
 
 
 @dataclass
-class _Layout:
-    """What the layers of one pass share."""
+class Layout:
+    """What the layers of one pass share, also where they run a second time.
+
+    Attributes:
+        last_layer: index of a layer whose result is read at `batch.predict_at` only; None reads every place.
+        kernels: whether the device's own kernels are used, or the plain way that every device has.
+    """
 
     batch: PackedBatch
-    last_layer: int | None
-    kernels: bool
+    last_layer: int | None = None
+    kernels: bool = True
     plans: dict[bool, CpuPlan] = field(default_factory=dict)
     masks: Masks = field(default_factory=dict)
 
     @cached_property
     def sequences(self) -> Sequences:
+        """What the kernel on CUDA is told."""
         return sequences_of(self.batch)
 
     def cpu_plan(self, predicting: bool) -> CpuPlan:
+        """What the kernels on a CPU are told, see `plan_for_cpu`."""
         if predicting not in self.plans:
             self.plans[predicting] = plan_for_cpu(self.batch, predicting)
         return self.plans[predicting]
 
 
-_layout: ContextVar[_Layout | None] = ContextVar("packed layout", default=None)
+_layout: ContextVar[Layout | None] = ContextVar("packed layout", default=None)
 
 
 @contextmanager
-def packed_layout(model: PreTrainedModel, batch: PackedBatch, last_layer: int | None = None, kernels: bool = True) -> Iterator[None]:
-    """Within the block the model reads one flat packed row; its own attention is put back afterwards.
-
-    Args:
-        last_layer: index of a layer whose result is read at `batch.predict_at` only; None reads every place.
-        kernels: whether the device's own kernels are used, or the plain way that every device has.
-    """
+def packed_layout(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
+    """Within the block the model reads one flat packed row; its own attention is put back afterwards."""
     usual = model.config._attn_implementation
-    token = _layout.set(_Layout(batch, last_layer, kernels))
+    token = _layout.set(layout)
     model.set_attn_implementation(PACKED_ATTENTION)
     try:
         yield
@@ -85,15 +87,14 @@ def packed_attention(
         options: `sliding_window` is honoured.
 
     Raises:
-        NotImplementedError: the architecture caps its scores or has attention sinks; the probe then chooses the padded path.
+        NotImplementedError: see `refuse_what_is_not_told`; the probe then chooses the padded path.
 
     Returns:
         [1, N, heads, size], and None for the weights.
     """
     layout = _layout.get()
     assert layout is not None, "packed attention is only used inside packed_layout"
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise NotImplementedError("soft-capped scores and attention sinks are not packed")
+    refuse_what_is_not_told(module, options)
     batch = layout.batch
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")
@@ -109,6 +110,20 @@ def packed_attention(
         read = attend_on_cpu(query[:, :, batch.predict_at], key, value, layout.cpu_plan(True), scale)
         return read.new_zeros(1, query.shape[2], *read.shape[2:]).index_copy(1, batch.predict_at, read), None
     return _attend_by_row(query, key, value, batch, scale, window, layout.masks), None
+
+
+def refuse_what_is_not_told(module: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuse architectures whose attention is more than its arguments say.
+
+    Raises:
+        NotImplementedError: the scores are capped, there are attention sinks, or a window stands in the config and would come with a
+            mask only, which packed passes do not ask for.
+    """
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise NotImplementedError("soft-capped scores and attention sinks are not packed")
+    config = getattr(module, "config", None)
+    if getattr(config, "attention_chunk_size", None) or (getattr(config, "sliding_window", None) and "sliding_window" not in options):
+        raise NotImplementedError("a window that the attention itself is not told is not packed")
 
 
 def _attend_by_row(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale: float, window: int | None, masks: Masks) -> Tensor:

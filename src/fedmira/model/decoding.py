@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fedmira.model.attention import packed_attention, packed_layout
+from fedmira.model.attention import Layout, packed_attention, packed_layout, refuse_what_is_not_told
 from fedmira.model.base_model import BaseModel
 from fedmira.model.block_cache import BlockCache
 from fedmira.model.lora import LoraBranch
@@ -87,7 +87,7 @@ class WaveDecoder:
             batch = batch.to(self._base.device)
             owners = joined((self.clients[segment.client], segment.num_tokens) for segment in batch.segments)
             with (
-                packed_layout(self._base.model, batch, kernels=self._base.kernels),
+                packed_layout(self._base.model, Layout(batch, kernels=self._base.kernels)),
                 self.attached(),
                 branch.tokens(owners),
                 suppress(_AllStored),
@@ -160,15 +160,14 @@ def cached_attention(
     """Attention for transformers' AttentionInterface: packed while a wave's prompts are read, against its cache afterwards.
 
     Raises:
-        NotImplementedError: the architecture caps its scores or has attention sinks.
+        NotImplementedError: see `refuse_what_is_not_told`.
 
     Returns:
         [batch, tokens, heads, size], and None for the weights.
     """
     decoder = _decoder.get()
     assert decoder is not None, "cached attention is only used inside WaveDecoder.attached"
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise NotImplementedError("soft-capped scores and attention sinks are not cached")
+    refuse_what_is_not_told(module, options)
     if decoder.reading:
         decoder.store(module, key, value)
         return packed_attention(module, query, key, value, attention_mask, **options)

@@ -68,7 +68,7 @@ def generate_tokens(
             waves = plan_waves(asked, _cache_shape(base), most_cache_bytes(base.device) if cache_bytes is None else cache_bytes)
             found = [pair for wave in waves for pair in _continue(base, branch, wave, budget)]
         else:
-            found = [pair for chosen in _padded_batches(asked) for pair in _padded(base, branch, chosen)]
+            found = [pair for chosen in _padded_batches(asked, budget) for pair in _padded(base, branch, chosen)]
     return answered(base, found)
 
 
@@ -130,12 +130,18 @@ def _survivors(done: Tensor) -> tuple[Tensor, Tensor] | None:
     return groups, done[groups].long().argsort(dim=1, stable=True)[:, :rows]
 
 
-def _padded_batches(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
-    """Prompts of like length; those for which the context leaves less room than the others share it only with their equals."""
+def _padded_batches(prompts: Sequence[Prompt], budget: int) -> Iterator[list[Prompt]]:
+    """Prompts of like length, as many as fit `budget` tokens but at most 64.
+
+    Those for which the context leaves less room than the others share it only with their equals.
+    """
     order = sorted(prompts, key=lambda prompt: (-len(prompt.prompt), prompt.index))
     for _, equals in groupby(order, key=lambda prompt: prompt.limit):
         waiting = list(equals)
-        yield from (waiting[start : start + _PADDED_ROWS] for start in range(0, len(waiting), _PADDED_ROWS))
+        while waiting:
+            at_once = max(1, min(_PADDED_ROWS, budget // (len(waiting[0].prompt) + 1)))
+            yield waiting[:at_once]
+            waiting = waiting[at_once:]
 
 
 def _padded(base: BaseModel, branch: LoraBranch, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, list[int]]]:

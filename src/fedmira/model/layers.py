@@ -49,7 +49,13 @@ def compile_free_parts(layers: Sequence[nn.Module], carriers: Sequence[nn.Module
         carriers: modules that carry an adapter, whose hooks must go on running as they are.
     """
     carrying = {id(module) for module in carriers}
-    parts = [part for layer in layers for part in layer.children() if not any(id(module) in carrying for module in part.modules())]
+    parts = [
+        part
+        for layer in layers
+        for part in layer.children()
+        # Attention is another function in each pass: ours, with the pass's layout.
+        if not hasattr(part, "layer_idx") and not any(id(module) in carrying for module in part.modules())
+    ]
     for part in parts:
         if "forward" not in vars(part):
             part.forward = torch.compile(part.forward, dynamic=True)

@@ -96,7 +96,7 @@ def train_cohort(
         One outcome per task, in order. A client whose loss, gradient or adapter becomes non-finite stops and is reported.
     """
     stacked = StackedAdapters(targets, [task.start for task in tasks], [task.scale for task in tasks], base.device)
-    generators = [torch.Generator().manual_seed(task.seed ^ 0x5EED) for task in tasks] if dropout else []
+    generators = [torch.Generator(base.device).manual_seed(task.seed ^ 0x5EED) for task in tasks] if dropout else []
     branch = LoraBranch(base.model, stacked, dropout, generators)
     return train_with(branch, partial(response_losses, base, branch), tasks, settings, budget, limit)
 

@@ -84,7 +84,7 @@ class StackedAdapters:
         values = torch.zeros(len(adapters), width)
         for client, adapter in enumerate(adapters):
             self._fill(values, client, adapter)
-        self.values = sent(values, device)
+        self.values = values.to(device)
         self.gradients = torch.zeros_like(self.values) if trainable else self.values.new_empty(0)
         # Branches write their gradients into `gradients` themselves; this stands for them in the autograd graph.
         self.anchor = torch.zeros(0, device=device, requires_grad=trainable)
@@ -199,8 +199,9 @@ class LoraBranch:
             inputs = arguments[0]
             if self._rows is not None:
                 factor_a, factor_b = self._gathered[name_a]
-                branch = torch.bmm(torch.bmm(inputs.float(), factor_a), factor_b)
-                return (output + branch).to(output.dtype)
+                by_row = inputs.float().reshape(len(factor_a), -1, inputs.shape[-1])  # some modules are given all rows in one
+                branch = torch.bmm(torch.bmm(by_row, factor_a), factor_b)
+                return (output + branch.view(output.shape)).to(output.dtype)
             sites = [self._site(client, part, name_a, name_b) for client, part in self.owners]
             assert sites, "a branch runs within tokens() or rows()"
             if self.dropout and torch.is_grad_enabled():

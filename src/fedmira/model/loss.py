@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from fedmira.model.attention import packed_layout
+from fedmira.model.attention import Layout, packed_layout
 from fedmira.model.base_model import BaseModel
 from fedmira.model.layers import read_only_at, recomputed
 from fedmira.model.lora import LoraBranch
@@ -49,7 +49,8 @@ def _packed(
 
 def _packed_pass(base: BaseModel, branch: LoraBranch, batch: PackedBatch, draws: Tensor | None) -> TokenLosses:
     """One forward pass; a function of its own, so that what it leaves behind is gone before the next pass begins."""
-    surroundings = partial(_packed_surroundings, base, branch, batch)
+    layout = Layout(batch, base.last_layer.index if base.last_layer else None, base.kernels)
+    surroundings = partial(_packed_surroundings, base, branch, layout)
     with surroundings(), _recomputed(base, branch, surroundings):
         hidden = base.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).last_hidden_state
     head, read = base.model.get_output_embeddings(), hidden[0, batch.predict_at]  # type: ignore[no-untyped-call]
@@ -61,10 +62,10 @@ def _packed_pass(base: BaseModel, branch: LoraBranch, batch: PackedBatch, draws:
 
 
 @contextmanager
-def _packed_surroundings(base: BaseModel, branch: LoraBranch, batch: PackedBatch) -> Iterator[None]:
+def _packed_surroundings(base: BaseModel, branch: LoraBranch, layout: Layout) -> Iterator[None]:
     """What the model's layers must know of a packed batch while they run."""
-    last = base.last_layer
-    with packed_layout(base.model, batch, last.index if last else None, base.kernels), branch.tokens(batch.owners):
+    last, batch = base.last_layer, layout.batch
+    with packed_layout(base.model, layout), branch.tokens(batch.owners):
         with read_only_at(last, batch.predict_at, branch, batch.readers) if last else nullcontext():
             yield
 

@@ -30,7 +30,10 @@ _log = logging.getLogger("fedmira")
 
 _MOST_CLIENTS = 64
 _SHARE_OF_TOTAL = 0.25
-"""The most clients of a cohort, and the most of all memory that their values, gradients and moments may take."""
+_COPIES = 8
+"""The most clients of a cohort, the most of all memory that their state may take, and how often each number of an adapter stands in it:
+value, gradient, two moments, and while the optimizer steps up to four copies of them.
+"""
 
 Result = TypeVar("Result")
 
@@ -123,9 +126,9 @@ def most_side_by_side(entries: int, device: torch.device) -> int:
     It depends on the machine and not on what is free just now, so that a resumed run forms the same cohorts.
 
     Args:
-        entries: numbers in the largest adapter; each stands four times in memory, in float32.
+        entries: float32 numbers in the largest adapter.
     """
-    room = total_bytes(device) * _SHARE_OF_TOTAL / (4 * 4 * max(entries, 1))
+    room = total_bytes(device) * _SHARE_OF_TOTAL / (_COPIES * 4 * max(entries, 1))
     return max(1, int(min(_MOST_CLIENTS, room)))
 
 

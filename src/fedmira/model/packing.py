@@ -24,6 +24,8 @@ __all__ = ["PackedBatch", "Row", "Segment", "common_prefix", "gather", "joined",
 
 _SEGMENT_COST = 16
 """What one more segment costs in attention calls, in tokens."""
+_MOST_ROWS = 128
+"""Rows of a segment: finding the best cut takes time with their square, and a prefix once for so many rows costs next to nothing."""
 
 
 class Row(Protocol):
@@ -137,7 +139,7 @@ def segment_rows(client: int, rows: Sequence[Row], budget: int, share_prefix: bo
         for begin in range(end - 2, -1, -1):
             total, prefix = total + sizes[begin], min(prefix, shared[begin])
             tokens = total - (end - begin - 1) * prefix
-            if tokens > budget:
+            if tokens > budget or end - begin > _MOST_ROWS:
                 break
             if best[begin] + tokens + _SEGMENT_COST <= best[end]:
                 best[end], cut[end] = best[begin] + tokens + _SEGMENT_COST, begin

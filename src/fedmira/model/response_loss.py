@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 __all__ = ["draw_targets", "response_loss", "sampled_response_loss"]
 
-_BLOCK_LOGITS = 2**22
-"""Most logits of a block: 16 MiB in float32."""
+_BLOCK_LOGITS = {"cpu": 2**22}
+_BLOCK_LOGITS_ELSEWHERE = 2**26
+"""Most logits of a block: 16 MiB in float32, which a processor's cache holds in part; 256 MiB on devices, which want large products."""
 
 
 def response_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class _BlockedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         values = torch.empty(len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(32, _BLOCK_LOGITS // len(weight))
+        size = max(32, _BLOCK_LOGITS.get(hidden.device.type, _BLOCK_LOGITS_ELSEWHERE) // len(weight))
         for start in range(0, len(hidden), size):
             block = slice(start, start + size)
             log_probabilities = functional.linear(hidden[block], weight, bias).float().log_softmax(dim=-1)

@@ -10,9 +10,13 @@ from torch import Tensor
 __all__ = ["on_device", "sent"]
 
 
+_MOST_PINNED = 2**24
+"""Pinned memory is kept for the life of the process."""
+
+
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor from the CPU on `device`; to CUDA it goes from pinned memory, so that the copy queues up behind earlier work."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    """A tensor from the CPU on `device`; to CUDA a small one goes from pinned memory, so that the copy queues up behind earlier work."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes <= _MOST_PINNED:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
