@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from fedmira.ranks import client_ranks
 from fedmira.rounds import cohort_size, seed_for
 
 __all__ = ["Scheme", "make_scheme", "prepare_kind", "token_budget"]
+
+_log = logging.getLogger("fedmira")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,14 @@ def prepare_kind(config: Config, base: BaseModel | None = None) -> AdapterKind:
         raise ConfigError(
             f"data.max_length is {config.data.max_length}{beside}, but {config.model.base!r} reads at most {base.max_positions} tokens; "
             + (f"set data.max_length to {room} or less" if room >= 8 else "lower adapter.virtual_tokens")
+        )
+    if base.mixing_positions is not None and config.data.max_length + taken > base.mixing_positions:
+        _log.warning(
+            "%s: a row of more than %d tokens changes the position frequencies of all rows in its pass, whoever's they are, so results "
+            "depend on who trains together; set data.max_length to %d or less to keep clients apart",
+            config.model.base,
+            base.mixing_positions,
+            base.mixing_positions - taken,
         )
     return adapter_kind(config.adapter, base, config.engine)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
+from federation import make_config
 from fedmira.config import LocalSettings, ModelSettings
 from fedmira.errors import ModelError
 from fedmira.model import (
@@ -24,6 +25,7 @@ from fedmira.model import (
 )
 from fedmira.model.decoding_probe import decoding_agrees
 from fedmira.model.probe import losses_agree
+from fedmira.parts import prepare_kind
 from tiny import ARCHITECTURES, draw_rows, tiny_base, tiny_model, tiny_tokenizer
 
 
@@ -189,3 +191,14 @@ def test_an_architecture_that_cannot_take_a_step_is_refused_by_name() -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=16, state_size=4, num_hidden_layers=2))
     with pytest.raises(ModelError, match="model.base 'mamba': a trial step of MambaForCausalLM ends in "):
         from_model(model, tiny_tokenizer(), "mamba")
+
+
+def test_bases_whose_long_rows_change_the_positions_of_others_say_from_where_on(caplog: pytest.LogCaptureFixture) -> None:
+    assert tiny_base().mixing_positions is None
+    base = tiny_base()
+    base.model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 64}  # as Phi-3 has it
+    assert base.mixing_positions == 64
+    for longest, warned in ((64, False), (65, True)):
+        caplog.clear()
+        prepare_kind(make_config("bundled", "rows", {"data.max_length": longest, "adapter.targets": ["q_proj"]}), base)
+        assert ("set data.max_length to 64 or less" in caplog.text) == warned

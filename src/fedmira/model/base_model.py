@@ -101,6 +101,16 @@ class BaseModel:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else None
 
+    @property
+    def mixing_positions(self) -> int | None:
+        """Rows longer than this change the rotary frequencies of all rows of a pass ("longrope"); None where no length does."""
+        config = self.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") != "longrope":
+            return None
+        limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        return int(limit) if limit else None
+
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer alone, with a padding token (the end-of-sequence token where it has none).

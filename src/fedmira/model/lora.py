@@ -143,6 +143,7 @@ class LoraBranch:
     dropout: float = 0.0
     generators: Sequence[torch.Generator] = ()
     owners: Sequence[tuple[int, slice]] = ()
+    _parts: dict[tuple[int, str], tuple[tuple[Tensor, ...], ...]] = field(default_factory=dict)
     _rows: Tensor | None = None
     _gathered: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
@@ -215,9 +216,13 @@ class LoraBranch:
 
     def _site(self, client: int, tokens: slice, name_a: str, name_b: str) -> _Site:
         adapters = self.adapters
-        factors = (adapters.factor(adapters.values, client, name) for name in (name_a, name_b))
-        gradients = (adapters.factor(adapters.gradients, client, name) for name in (name_a, name_b)) if len(adapters.gradients) else ()
-        return _Site(tokens, adapters.scales[client], tuple(factors), tuple(gradients))
+        if (client, name_a) not in self._parts:  # views, of which a cohort on many layers makes thousands
+            matrices = (adapters.values, adapters.gradients) if len(adapters.gradients) else (adapters.values,)
+            self._parts[client, name_a] = tuple(
+                tuple(adapters.factor(matrix, client, name) for name in (name_a, name_b)) for matrix in matrices
+            )
+        factors, *gradients = self._parts[client, name_a]
+        return _Site(tokens, adapters.scales[client], factors, gradients[0] if gradients else ())
 
     def _dropped(self, inputs: Tensor) -> Tensor:
         """Inputs of the branch with some entries dropped, each client's by its own stream."""
