@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("fedmira", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fedmira")
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+# No more threads than cores this process may use: they would wait for each other.
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, cores))))
 
 
 @pytest.fixture(scope="session")
