@@ -86,7 +86,10 @@ def evaluator_of(saved: SavedAdapters) -> Evaluator:
             "figures are in metrics/clients.csv"
         )
     if hash_of_rows(evaluator.clients) != saved.data_sha256:
-        _log.warning("%s: the rows have changed since the run, or are no longer split in the same way", saved.path)
+        _log.warning(
+            "%s: these are not known to be the rows of the run: they have changed, are split in another way, or the run's were on other machines",
+            saved.path,
+        )
     return evaluator
 
 

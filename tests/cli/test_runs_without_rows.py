@@ -71,4 +71,4 @@ def test_evaluate_warns_of_rows_that_have_changed(clients_folder: Path, moved_ro
     rows = changed / "apple-1" / "train.jsonl"
     rows.write_text("".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
     ended = command("evaluate", moved_rows(changed))
-    assert ended.returncode == 0 and "the rows have changed since the run" in " ".join(ended.stderr.split())
+    assert ended.returncode == 0 and "these are not known to be the rows of the run: they have changed" in " ".join(ended.stderr.split())

@@ -37,6 +37,7 @@ from fedmira.model import (
 )
 from fedmira.model import response_loss as response_loss_module
 from fedmira.model.generation import fit_prompts
+from fedmira.model.layers import compile_free_parts, decoder_layers, uncompile
 from fedmira.model.local_training import LocalOutcome
 from fedmira.model.lora import adapter_names
 from fedmira.model.lora_kind import LoraKind
@@ -367,3 +368,13 @@ def test_a_layer_whose_output_is_a_view_of_its_own_function_gets_its_branch() ->
         for name in ("q_proj", "v_proj"):
             getattr(layer.self_attn, name).__class__ = OwnLinear
     assert_equal(expected, train(base), 5e-5)
+
+
+def test_attention_is_never_compiled_as_each_pass_brings_another_one() -> None:
+    base = tiny_base()
+    layers = decoder_layers(base.model)
+    try:
+        assert compile_free_parts(layers, [layer.mlp for layer in layers]) == 2 * len(layers)  # the two norms of each
+        assert not any("forward" in vars(layer.self_attn) for layer in layers)
+    finally:
+        uncompile(layers)
