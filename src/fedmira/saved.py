@@ -87,7 +87,7 @@ def evaluator_of(saved: SavedAdapters) -> Evaluator:
         )
     if hash_of_rows(evaluator.clients) != saved.data_sha256:
         _log.warning(
-            "%s: these are not known to be the rows of the run: they have changed, are split in another way, or the run's were on other machines",
+            "%s: these are not known to be the rows of the run: they have changed, are split in another way, or were elsewhere",
             saved.path,
         )
     return evaluator
