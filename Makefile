@@ -15,7 +15,7 @@ BENCH_STAMP := .venv-bench/.installed
 SIZE ?= small
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test federation check format bench clean
+.PHONY: help demo test federation check docs format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,13 +28,16 @@ test: $(STAMP) ## all tests
 	$(BIN)/pytest
 
 federation: $(FLOWER_STAMP) ## tests of runs over Flower, as real processes too (minutes); FLOWER=1.40.0: with that release
-	$(FLOWER_BIN)/pytest tests/engines/flower tests/engines/test_engine_contract.py tests/federation_processes
+	$(FLOWER_BIN)/pytest tests/federation/flower tests/federation/processes tests/clients/test_engine_contract.py
 
 check: $(STAMP) ## format, lint, types, layers, public names; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layers.py tests/test_public_api.py
+
+docs: $(STAMP) ## write what the pages say of the code
+	$(BIN)/python docs/generate.py
 
 format: $(STAMP) ## rewrite the files in the project's format
 	$(BIN)/ruff format .

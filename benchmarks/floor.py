@@ -2,10 +2,12 @@
 
     python benchmarks/floor.py WORKLOAD OUT --rounds 3 --threads 2
 
-Operations of a token in training: 2 N forward and 2 N back through the N frozen weights of the linear layers, except where nothing
-below needs a gradient (query, key and value of the first layer); 6 for each weight of the factors; 12 for each pair of tokens
-that attend to each other, head and channel (4 forward, 8 back); 4 for each weight of the head, at places that predict a response
-token only. The last response token is never read. Element-wise work counts nothing, so no program can reach the floor.
+Operations of a token in training: 2 N forward and 2 N back through the N frozen weights of the
+linear layers, except where nothing below needs a gradient (query, key and value of the first
+layer); 6 for each weight of the factors; 12 for each pair of tokens that attend to each other, head
+and channel (4 forward, 8 back); 4 for each weight of the head, at places that predict a response
+token only. The last response token is never read. Element-wise work counts nothing, so no program
+can reach the floor.
 """
 
 from __future__ import annotations
@@ -38,10 +40,19 @@ class Shape:
     def of(cls, work: Work) -> Shape:
         """From the workload's base and settings."""
         config = json.loads((work.folder / "base" / "config.json").read_text(encoding="utf-8"))
-        hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+        hidden, inner, heads = (
+            config["hidden_size"],
+            config["intermediate_size"],
+            config["num_attention_heads"],
+        )
         queries = heads * (config.get("head_dim") or hidden // heads)
         keys = queries // heads * config["num_key_value_heads"]
-        linear = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
+        linear = {
+            "q": (queries, hidden),
+            "k": (keys, hidden),
+            "v": (keys, hidden),
+            "o": (hidden, queries),
+        }
         adapted = {"q_proj": queries, "v_proj": keys}
         return cls(
             (*linear.values(), (inner, hidden), (inner, hidden), (hidden, inner)),
@@ -49,28 +60,40 @@ class Shape:
             queries,
             hidden * config["vocab_size"],
             sum(rows * columns for rows, columns in (linear["q"], linear["k"], linear["v"])),
-            sum(work.settings["rank"] * (hidden + adapted[name]) for name in work.settings["targets"]) * config["num_hidden_layers"],
+            sum(
+                work.settings["rank"] * (hidden + adapted[name])
+                for name in work.settings["targets"]
+            )
+            * config["num_hidden_layers"],
         )
 
     def operations(self, tokens: int, pairs: int, predicted: int) -> float:
         """Of one forward and backward pass."""
         frozen = sum(rows * columns for rows, columns in self.linear) * self.layers
         per_token = 4 * frozen - 2 * self.first_block_saved + 6 * self.factors
-        return tokens * per_token + 12 * self.channels * self.layers * pairs + 4 * self.head * predicted
+        return (
+            tokens * per_token
+            + 12 * self.channels * self.layers * pairs
+            + 4 * self.head * predicted
+        )
 
 
 def count_round(work: Work, number: int, shape: Shape) -> dict[str, float]:
     """Operations of a round: with every real token counted, and with the prefix that a batch shares counted once."""
     from fedmira.data import EncodedExample
-    from fedmira.model.packing import common_prefix
+    from fedmira.model.packed.packing import common_prefix
 
     every = shared = 0.0
     for part in work.rounds[number]:
         for batch in work.batches(part):
             lengths = [len(prompt) + len(response) - 1 for prompt, response in batch]
             predicted = sum(len(response) for _, response in batch)
-            every += shape.operations(sum(lengths), sum(_triangle(length) for length in lengths), predicted)
-            prefix = common_prefix([EncodedExample(tuple(prompt), tuple(response)) for prompt, response in batch])
+            every += shape.operations(
+                sum(lengths), sum(_triangle(length) for length in lengths), predicted
+            )
+            prefix = common_prefix(
+                [EncodedExample(tuple(prompt), tuple(response)) for prompt, response in batch]
+            )
             rests = [length - prefix for length in lengths]
             pairs = _triangle(prefix) + sum(rest * prefix + _triangle(rest) for rest in rests)
             shared += shape.operations(prefix + sum(rests), pairs, predicted)
@@ -93,7 +116,9 @@ def matmul_rate(shape: Shape, dtype: str) -> float:
                 torch.nn.functional.linear(given, weight)
                 gradient @ weight
 
-        best = max(best, tokens * 4 * sum(weight.numel() for weight in weights) / _median_seconds(block))
+        best = max(
+            best, tokens * 4 * sum(weight.numel() for weight in weights) / _median_seconds(block)
+        )
     return best
 
 
@@ -120,7 +145,9 @@ def main() -> None:
     shape = Shape.of(work)
     result = {
         "operations_per_second": matmul_rate(shape, arguments.dtype),
-        "operations_per_round": [count_round(work, number, shape) for number in range(arguments.rounds)],
+        "operations_per_round": [
+            count_round(work, number, shape) for number in range(arguments.rounds)
+        ],
     }
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)

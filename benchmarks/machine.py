@@ -20,10 +20,21 @@ def provenance() -> dict[str, object]:
 
 def _machine() -> dict[str, object]:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    facts = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
-    return {"processor": facts.get("model name", platform.processor()), "cores": os.cpu_count(), "memory_bytes": memory, "flags": wide}
+    wide = [
+        flag
+        for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        if flag in facts.get("flags", "").split()
+    ]
+    return {
+        "processor": facts.get("model name", platform.processor()),
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "flags": wide,
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -40,6 +51,10 @@ def _commit() -> str:
     """The commit, with "+" behind it where the working tree holds changes to the package."""
     folder = Path(__file__).resolve().parent.parent
     ask = ["git", "-C", str(folder)]
-    commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run([*ask, "status", "--porcelain", "src"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        [*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    changed = subprocess.run(
+        [*ask, "status", "--porcelain", "src"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     return (commit or "unknown") + ("+" if changed else "")

@@ -3,8 +3,9 @@
     python benchmarks/many_clients.py --output benchmarks/results/many-clients.json
     python benchmarks/many_clients.py --clients 100,400 --sampled 20 --rounds 4
 
-The round is measured from the end of one to the end of the next: training, combining, events and checkpoint. The first round and
-the last, which evaluates everybody, are left out. Sizes are run in turn; ratios are to the first size.
+The round is measured from the end of one to the end of the next: training, combining, events and
+checkpoint. The first round and the last, which evaluates everybody, are left out. Sizes are run in
+turn; ratios are to the first size.
 """
 
 from __future__ import annotations
@@ -32,15 +33,21 @@ def figures(runs: Sequence[Watched], sampled: int) -> dict[str, Any]:
         "rounds_measured": len(rounds),
         "peak_bytes_in_rounds": max(run.samples[-2].peak_bytes for run in runs),
         "peak_bytes": max(run.peak_bytes for run in runs),
-        "end_seconds": statistics.median(run.total_seconds - run.samples[-2].seconds for run in runs),
+        "end_seconds": statistics.median(
+            run.total_seconds - run.samples[-2].seconds for run in runs
+        ),
         "open_files": max(sample.open_files for run in runs for sample in run.samples),
     }
 
 
 def main() -> None:
     """Run all sizes in turn and write or print the JSON document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", default="200,10000", help="sizes of the federation, the reference first")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--clients", default="200,10000", help="sizes of the federation, the reference first"
+    )
     parser.add_argument("--sampled", type=int, default=100, help="clients of a round")
     parser.add_argument("--rounds", type=int, default=8, help="at least 4")
     parser.add_argument("--repeats", type=int, default=1)
@@ -52,7 +59,11 @@ def main() -> None:
     runs: dict[int, list[Watched]] = {size: [] for size in sizes}
     for _ in range(given.repeats):
         for size in sizes:
-            settings = {"rounds.participation": given.sampled / size, "rounds.count": given.rounds, "algorithm.name": given.algorithm}
+            settings = {
+                "rounds.participation": given.sampled / size,
+                "rounds.count": given.rounds,
+                "algorithm.name": given.algorithm,
+            }
             with tempfile.TemporaryDirectory() as folder:
                 data = write_clients(Path(folder) / "clients.jsonl", size)
                 runs[size].append(run_watched(data, Path(folder) / "run", settings, given.threads))
@@ -63,7 +74,10 @@ def main() -> None:
         "settings": {key: value for key, value in vars(given).items() if key != "output"},
         "sizes": {str(size): values for size, values in found.items()},
         "time_ratio": large["seconds_per_sampled_client"] / small["seconds_per_sampled_client"],
-        "bytes_per_further_client": (large["peak_bytes"] - small["peak_bytes"]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else 0.0,
+        "bytes_per_further_client": (large["peak_bytes"] - small["peak_bytes"])
+        / (sizes[-1] - sizes[0])
+        if len(sizes) > 1
+        else 0.0,
     }
     text = json.dumps(document, indent=1) + "\n"
     if given.output:

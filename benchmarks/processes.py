@@ -17,12 +17,15 @@ class Failed(Exception):
     """The script ended with an error; the message is its last line."""
 
 
-def run_script(script: Path, arguments: list[str], out: Path, threads: int, sample_memory: bool = False) -> dict[str, Any]:
+def run_script(
+    script: Path, arguments: list[str], out: Path, threads: int, sample_memory: bool = False
+) -> dict[str, Any]:
     """Run a script that writes OUT/result.json, and return that.
 
     Args:
-        sample_memory: add `peak_memory_bytes`, the largest sum of proportional set sizes over the script's processes, and the
-            largest number of them, `processes`. Looking costs time, so do not use the script's timings then.
+        sample_memory: add `peak_memory_bytes`, the largest sum of proportional set sizes over the
+            script's processes, and the largest number of them, `processes`. Looking costs time, so
+            do not use the script's timings then.
 
     Raises:
         Failed: it ended with an error or wrote nothing.
@@ -32,19 +35,33 @@ def run_script(script: Path, arguments: list[str], out: Path, threads: int, samp
     log = out / "log.txt"
     environment = {
         **os.environ,
-        **{name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")},
+        **{
+            name: str(threads)
+            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        },
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(script.parent),
-        "FEDMIRA_CACHE": str(out.parent / "cache"),  # of this benchmark alone, so that first use can be timed
+        "FEDMIRA_CACHE": str(
+            out.parent / "cache"
+        ),  # of this benchmark alone, so that first use can be timed
         "BENCHMARK_STARTED": repr(time.time()),
     }
     with log.open("w", encoding="utf-8") as stream:
-        process = subprocess.Popen([sys.executable, str(script), *arguments], env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
         peak = _watch(process) if sample_memory else {}
         code = process.wait()
     if code or not (out / "result.json").is_file():
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
         raise Failed(f"ended with {code}: {lines[-1] if lines else 'no output'}; see {log}")
     return {**json.loads((out / "result.json").read_text(encoding="utf-8")), **peak}
 
@@ -61,7 +78,10 @@ def _watch(process: subprocess.Popen[bytes], interval: float = 0.05) -> dict[str
 
 
 def _grow(family: set[int]) -> set[int]:
-    """With all children of known processes; a child stays known when its parent is gone and it lives on."""
+    """With all children of known processes.
+
+    A child stays known when its parent is gone and it lives on.
+    """
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,9 +1,13 @@
-"""Where the time of a round goes: torch's profiler on fedmira's training, its operators summed up by what they are for.
+"""Where the time of a round goes.
 
-    python benchmarks/profile_step.py --workload shared --model 3m --output benchmarks/results/profile.json
+Torch's profiler on fedmira's training, its operators summed up by what they are for.
 
-An operator is placed by its name and the shapes it works on: a matrix product with a side of LoRA's rank belongs to the factors, an
-update of the matrix of all adapters to the optimizer. What no name tells is "rest": autograd's own work and Python functions.
+    python benchmarks/profile_step.py --workload shared --model 3m --output
+    benchmarks/results/profile.json
+
+An operator is placed by its name and the shapes it works on: a matrix product with a side of LoRA's
+rank belongs to the factors, an update of the matrix of all adapters to the optimizer. What no name
+tells is "rest": autograd's own work and Python functions.
 """
 
 from __future__ import annotations
@@ -20,7 +24,16 @@ from machine import provenance
 from workload import MODELS, WORKLOADS, make_workload
 
 HERE = Path(__file__).resolve().parent
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::einsum")
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::linear",
+    "aten::matmul",
+    "aten::addmm_",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::einsum",
+)
 VIEWS = (
     "slice",
     "transpose",
@@ -36,7 +49,17 @@ VIEWS = (
     "split",
     "permute",
 )
-GROUPS = ("matmul", "attention", "lora", "elementwise and norm", "loss", "optimizer", "copies", "views", "rest")
+GROUPS = (
+    "matmul",
+    "attention",
+    "lora",
+    "elementwise and norm",
+    "loss",
+    "optimizer",
+    "copies",
+    "views",
+    "rest",
+)
 
 
 def group_of(name: str, shapes: list[list[int]], rank: int, width: int, vocabulary: int) -> str:
@@ -45,7 +68,13 @@ def group_of(name: str, shapes: list[list[int]], rank: int, width: int, vocabula
     Args:
         width: entries of an adapter, the second side of the matrix of all adapters.
     """
-    sides = [side for shape in shapes if isinstance(shape, list) for side in shape if isinstance(side, int)]
+    sides = [
+        side
+        for shape in shapes
+        if isinstance(shape, list)
+        for side in shape
+        if isinstance(side, int)
+    ]
     if name.removeprefix("aten::") in VIEWS:
         return "views"
     if width in sides:
@@ -54,15 +83,56 @@ def group_of(name: str, shapes: list[list[int]], rank: int, width: int, vocabula
         return "attention"
     if name in PRODUCTS:
         return "lora" if rank in sides else "attention" if "bmm" in name else "matmul"
-    if "nll_loss" in name or "log_softmax" in name or "cross_entropy" in name or "logsumexp" in name or vocabulary in sides[-1:]:
+    if (
+        "nll_loss" in name
+        or "log_softmax" in name
+        or "cross_entropy" in name
+        or "logsumexp" in name
+        or vocabulary in sides[-1:]
+    ):
         return "loss"
     if "softmax" in name:
         return "attention"
-    if name in ("aten::copy_", "aten::cat", "aten::clone", "aten::index", "aten::index_select", "aten::embedding", "aten::gather"):
+    if name in (
+        "aten::copy_",
+        "aten::cat",
+        "aten::clone",
+        "aten::index",
+        "aten::index_select",
+        "aten::embedding",
+        "aten::gather",
+    ):
         return "copies"
     if name.removeprefix("aten::").rstrip("_") in (
-        *("mul", "add", "sub", "div", "neg", "pow", "mean", "rsqrt", "silu", "silu_backward", "sum", "sigmoid", "exp", "fill", "zero"),
-        *("cos", "sin", "rms_norm", "native_layer_norm", "to", "where", "maximum", "lerp", "addcmul", "sqrt"),
+        *(
+            "mul",
+            "add",
+            "sub",
+            "div",
+            "neg",
+            "pow",
+            "mean",
+            "rsqrt",
+            "silu",
+            "silu_backward",
+            "sum",
+            "sigmoid",
+            "exp",
+            "fill",
+            "zero",
+        ),
+        *(
+            "cos",
+            "sin",
+            "rms_norm",
+            "native_layer_norm",
+            "to",
+            "where",
+            "maximum",
+            "lerp",
+            "addcmul",
+            "sqrt",
+        ),
     ):
         return "elementwise and norm"
     return "rest"
@@ -80,7 +150,9 @@ def profile(workload: Path, threads: int, rounds: int, dtype: str) -> dict[str, 
     train_round = load(work, argparse.Namespace(dtype=dtype))
     adapter = work.start()
     adapter, _ = train_round(adapter, work.rounds[0])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as profiler:
         for parts in work.rounds[1:rounds]:
             adapter, _ = train_round(adapter, parts)
     width = sum(tensor.numel() for tensor in adapter.values())
@@ -92,16 +164,23 @@ def profile(workload: Path, threads: int, rounds: int, dtype: str) -> dict[str, 
         seconds[group] += own
         operators[group][event.key] = operators[group].get(event.key, 0.0) + own
     total = sum(seconds.values())
-    heaviest = {group: sorted(found.items(), key=lambda item: -item[1])[:6] for group, found in operators.items()}
+    heaviest = {
+        group: sorted(found.items(), key=lambda item: -item[1])[:6]
+        for group, found in operators.items()
+    }
     return {
         "seconds": total,
         "shares": {group: own / total for group, own in seconds.items()},
-        "heaviest_operators": {group: {name: own / total for name, own in found} for group, found in heaviest.items()},
+        "heaviest_operators": {
+            group: {name: own / total for name, own in found} for group, found in heaviest.items()
+        },
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workload", choices=WORKLOADS, default="shared")
     parser.add_argument("--model", choices=MODELS, default="3m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -112,8 +191,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         make_workload(Path(scratch), arguments.workload, arguments.model, arguments.rounds)
         figures = profile(Path(scratch), arguments.threads, arguments.rounds, arguments.dtype)
-    chosen = {key: getattr(arguments, key) for key in ("workload", "model", "dtype", "rounds", "threads")}
-    report = {**provenance(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "settings": chosen, **figures}
+    chosen = {
+        key: getattr(arguments, key) for key in ("workload", "model", "dtype", "rounds", "threads")
+    }
+    report = {
+        **provenance(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": chosen,
+        **figures,
+    }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for group, share in sorted(figures["shares"].items(), key=lambda item: -item[1]):

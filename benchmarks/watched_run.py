@@ -57,8 +57,14 @@ class Watched:
 
     @property
     def round_seconds(self) -> list[float]:
-        """From the end of one round to the end of the next: training, combining, writing down. Of rounds 2, 3, ..."""
-        return [after.seconds - before.seconds for before, after in zip(self.samples[1:], self.samples[2:], strict=False)]
+        """From the end of one round to the end of the next.
+
+        Training, combining, writing down. Of rounds 2, 3, ...
+        """
+        return [
+            after.seconds - before.seconds
+            for before, after in zip(self.samples[1:], self.samples[2:], strict=False)
+        ]
 
 
 def write_clients(path: Path, clients: int) -> Path:
@@ -70,7 +76,11 @@ def write_clients(path: Path, clients: int) -> Path:
             pool = [*task.examples, *(task.test or ())]
             for example in random.Random(number).sample(pool, ROWS):
                 row = {"client": f"{task.name}-{number:05d}", "category": task.category}
-                row |= {"instruction": example.instruction, "input": example.input, "output": example.output}
+                row |= {
+                    "instruction": example.instruction,
+                    "input": example.input,
+                    "output": example.output,
+                }
                 file.write(json.dumps(row) + "\n")
     return path
 
@@ -85,9 +95,16 @@ def run_watched(data: Path, output: Path, settings: Mapping[str, Any], threads: 
     command = [str(Path(sys.executable).with_name("fedmira")), "run", "--output", str(output)]
     for key, value in chosen.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     watched, begun, lines = Watched(), time.perf_counter(), []
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             lines.append(line.rstrip())
@@ -113,7 +130,13 @@ def _round_of(line: str) -> int | None:
 
 def _sample(process: int, number: int, seconds: float) -> Sample:
     folder = Path("/proc") / str(process)
-    facts = dict(line.split(":", 1) for line in (folder / "status").read_text(encoding="utf-8").splitlines())
+    facts = dict(
+        line.split(":", 1) for line in (folder / "status").read_text(encoding="utf-8").splitlines()
+    )
     resident, peak = (1024 * int(facts[key].split()[0]) for key in ("VmRSS", "VmHWM"))
-    maps = {line.split(maxsplit=5)[5] for line in (folder / "maps").read_text(encoding="utf-8").splitlines() if " /" in line}
+    maps = {
+        line.split(maxsplit=5)[5]
+        for line in (folder / "maps").read_text(encoding="utf-8").splitlines()
+        if " /" in line
+    }
     return Sample(number, seconds, resident, peak, len(os.listdir(folder / "fd")), len(maps))

@@ -2,8 +2,8 @@
 
     python examples/own_data.py [OUTPUT]
 
-Writes a small federation (JSON Lines, one folder a party) into OUTPUT/data, runs MIRA on it with the bundled base, and loads
-one of the adapters with plain PEFT. Takes about half a minute.
+Writes a small federation (JSON Lines, one folder a party) into OUTPUT/data, runs MIRA on it with
+the bundled base, and loads one of the adapters with plain PEFT. Takes about half a minute.
 """
 
 from __future__ import annotations
@@ -27,8 +27,15 @@ def write_parties(folder: Path) -> None:
         if task.name in PARTIES:
             (folder / task.name).mkdir(parents=True)
             for name, rows in (("train", task.examples), ("test", task.test or ())):
-                lines = [json.dumps({"instruction": row.instruction, "input": row.input, "output": row.output}) for row in rows]
-                (folder / task.name / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+                lines = [
+                    json.dumps(
+                        {"instruction": row.instruction, "input": row.input, "output": row.output}
+                    )
+                    for row in rows
+                ]
+                (folder / task.name / f"{name}.jsonl").write_text(
+                    "\n".join(lines) + "\n", encoding="utf-8"
+                )
 
 
 def main() -> None:
@@ -44,11 +51,20 @@ def main() -> None:
     }
     result = fedmira.run(settings, output=output / "run")
     for row in result.clients:
-        print(f"{row['client']}: {row['base_loss']:.2f} before training, {row['after_align_loss']:.2f} with its own adapter")
+        print(
+            f"{row['client']}: {row['base_loss']:.2f} before training, "
+            f"{row['after_align_loss']:.2f} with its own adapter"
+        )
     folder = result.folder / "adapters" / PARTIES[0]
-    base = AutoModelForCausalLM.from_pretrained(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    base = AutoModelForCausalLM.from_pretrained(
+        json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    )
     model = PeftModel.from_pretrained(base, str(folder))
-    print(f"{folder} loads with plain PEFT: {sum(p.numel() for n, p in model.named_parameters() if 'lora' in n):,} adapter parameters")
+    print(
+        f"{folder} loads with plain PEFT: "
+        f"{sum(p.numel() for n, p in model.named_parameters() if 'lora' in n):,} adapter "
+        "parameters"
+    )
 
 
 if __name__ == "__main__":

@@ -27,14 +27,17 @@ def shared_folder() -> Path:
     """The folder `shared` beside the repository: real data and models that are not part of it."""
     folder = Path(__file__).parents[2] / "shared"
     if not folder.is_dir():
-        pytest.skip(f"no folder {folder.name!r} beside the repository; it holds real data that is not part of it")
+        pytest.skip(
+            f"no folder {folder.name!r} beside the repository; it holds real data that is "
+            "not part of it"
+        )
     return folder
 
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama of `tiny.py` in Hugging Face format."""
-    from federation import write_base
+    from small import write_base
 
     return write_base(tmp_path_factory.mktemp("base") / "tiny-llama")
 
@@ -51,7 +54,7 @@ def base(base_folder: Path) -> BaseModel:
 @pytest.fixture(scope="session")
 def clients_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five small clients of two categories, as JSON Lines."""
-    from federation import write_clients
+    from small import write_clients
 
     return write_clients(tmp_path_factory.mktemp("data") / "clients")
 

@@ -1,4 +1,7 @@
-"""Flower's own programs as processes on this machine: one SuperLink, SuperNodes, and runs; with TLS and authenticated nodes on request."""
+"""Flower's own programs as processes on this machine: one SuperLink, SuperNodes, and runs.
+
+With TLS and authenticated nodes on request.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ def wait_until(done: Callable[[], bool], what: str, timeout_s: float = 240.0) ->
 
 
 class Federation:
-    """Processes of one SuperLink and its nodes; each is the leader of a process group, which is ended by its id.
+    """Processes of one SuperLink and its nodes.
+
+    Each is the leader of a process group, which is ended by its id.
 
     Args:
         folder: for logs, keys and Flower's own files.
@@ -50,7 +55,14 @@ class Federation:
         variables: added to the processes' environment.
     """
 
-    def __init__(self, folder: Path, *, secure: bool, address: str = "127.0.0.1", variables: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        secure: bool,
+        address: str = "127.0.0.1",
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.secure = secure
         self.address = address
@@ -67,7 +79,8 @@ class Federation:
     def environment(self) -> dict[str, str]:
         return {
             **os.environ,
-            "PATH": f"{_PROGRAMS}{os.pathsep}{os.environ['PATH']}",  # Flower's programs start each other by name
+            # Flower's programs start each other by name
+            "PATH": f"{_PROGRAMS}{os.pathsep}{os.environ['PATH']}",
             "FLWR_HOME": str(self.folder / "home"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
@@ -111,7 +124,15 @@ class Federation:
 
     def start_superlink(self, *more: str) -> None:
         """The SuperLink, with its memory in a file, so that it knows its nodes again after it was killed."""
-        keys = ["--ssl-ca-certfile", "ca.pem", "--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key", "--enable-supernode-auth"]
+        keys = [
+            "--ssl-ca-certfile",
+            "ca.pem",
+            "--ssl-certfile",
+            "server.pem",
+            "--ssl-keyfile",
+            "server.key",
+            "--enable-supernode-auth",
+        ]
         self.start(
             "superlink",
             "flower-superlink",
@@ -125,13 +146,21 @@ class Federation:
     def register(self, name: str) -> None:
         """Make a key for a node and register it under its name."""
         key = ec.generate_private_key(ec.SECP384R1())
-        private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+        private = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
         (self.folder / f"{name}.key").write_bytes(private)
-        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        public = key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
         (self.folder / f"{name}.pub").write_bytes(public)
         self.call("flwr", "supernode", "register", f"{name}.pub", "--name", name)
 
-    def start_node(self, name: str, config: Mapping[str, str], *more: str, namespace: str = "") -> None:
+    def start_node(
+        self, name: str, config: Mapping[str, str], *more: str, namespace: str = ""
+    ) -> None:
         """A SuperNode with this node config, in a network namespace where one is named."""
         inside = [shutil.which("ip") or "ip", "netns", "exec", namespace] if namespace else []
         pairs = " ".join(f'{key}="{value}"' for key, value in config.items())
@@ -141,7 +170,14 @@ class Federation:
             *inside,
             "flower-supernode",
             *(more or (keys if self.secure else ["--insecure"])),
-            *("--superlink", f"{self.address}:{self.port}", "--port", str(free_port()), "--node-config", pairs),
+            *(
+                "--superlink",
+                f"{self.address}:{self.port}",
+                "--port",
+                str(free_port()),
+                "--node-config",
+                pairs,
+            ),
         )
 
     def start_run(self, app: Path, name: str = "run", *more: str) -> subprocess.Popen[bytes]:
@@ -159,8 +195,13 @@ class Federation:
 
     @contextmanager
     def paused(self, *words: str) -> Iterator[None]:
-        """Processes of this federation do nothing for a while: those whose command has all these words, one at least."""
-        numbers = [number for number in self.running() if all(word in _command(number) for word in words)]
+        """Processes of this federation do nothing for a while.
+
+        Those whose command has all these words, one at least.
+        """
+        numbers = [
+            number for number in self.running() if all(word in _command(number) for word in words)
+        ]
         assert numbers, f"no process of {words}"
         for number in numbers:
             os.kill(number, signal.SIGSTOP)
@@ -181,7 +222,10 @@ class Federation:
                 pass
 
     def running(self) -> list[int]:
-        """Ids of all processes that came from this federation, whoever started them: those in whose environment is its folder."""
+        """Ids of all processes that came from this federation, whoever started them.
+
+        Those in whose environment is its folder.
+        """
         mark, found = f"FLWR_HOME={self.folder / 'home'}".encode(), []
         for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
             if entry.name.isdigit():
@@ -206,24 +250,49 @@ def _command(number: int) -> str:
 
 def _write_certificates(folder: Path, address: str) -> None:
     """ca.pem, server.pem and server.key for this address of this machine, valid for a day."""
-    authority_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    authority_key, server_key = (
+        ec.generate_private_key(ec.SECP256R1()),
+        ec.generate_private_key(ec.SECP256R1()),
+    )
     authority = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "trial authority")])
     server = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    addresses = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(address))])
-    root = _certificate(authority, authority, authority_key.public_key(), authority_key, x509.BasicConstraints(True, None))
+    addresses = x509.SubjectAlternativeName(
+        [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(address))]
+    )
+    root = _certificate(
+        authority,
+        authority,
+        authority_key.public_key(),
+        authority_key,
+        x509.BasicConstraints(True, None),
+    )
     leaf = _certificate(server, authority, server_key.public_key(), authority_key, addresses)
     (folder / "ca.pem").write_bytes(root.public_bytes(serialization.Encoding.PEM))
     (folder / "server.pem").write_bytes(leaf.public_bytes(serialization.Encoding.PEM))
-    private = server_key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = server_key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     (folder / "server.key").write_bytes(private)
 
 
 def _certificate(
-    subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, signer: ec.EllipticCurvePrivateKey, more: x509.ExtensionType
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: ec.EllipticCurvePublicKey,
+    signer: ec.EllipticCurvePrivateKey,
+    more: x509.ExtensionType,
 ) -> x509.Certificate:
     now = datetime.datetime.now(datetime.UTC)
     builder = (
-        x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(public).serial_number(x509.random_serial_number())
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
     )
-    builder = builder.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(now + datetime.timedelta(days=1))
-    return builder.add_extension(more, critical=isinstance(more, x509.BasicConstraints)).sign(signer, hashes.SHA256())
+    builder = builder.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(
+        now + datetime.timedelta(days=1)
+    )
+    return builder.add_extension(more, critical=isinstance(more, x509.BasicConstraints)).sign(
+        signer, hashes.SHA256()
+    )

@@ -1,4 +1,7 @@
-"""Flower's grid within one process: messages go through fedmira's own client app, one node after another, with Flower's real messages."""
+"""Flower's grid within one process.
+
+Messages go through fedmira's own client app, one node after another, with Flower's real messages.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,11 @@ class LoopbackGrid(Grid):
         # Flower's processes know which task they are; a message asks for it.
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
         self.delivered: list[tuple[str, int]] = []
-        of_the_app = {"output": str(simulated_in or ""), "resume": False, "simulation": simulated_in is not None}
+        of_the_app = {
+            "output": str(simulated_in or ""),
+            "resume": False,
+            "simulation": simulated_in is not None,
+        }
         self._run_config = {**of_the_app, **flattened(config)}
         self._meddler = meddler
         self._registered = registered or {}
@@ -66,7 +73,11 @@ class LoopbackGrid(Grid):
     def get_nodes(self) -> Iterable[Any]:
         started = self.started
         return [
-            SimpleNamespace(node_id=node, name=self._registered.get(node, ""), last_activated_at=started.get(node, ""))
+            SimpleNamespace(
+                node_id=node,
+                name=self._registered.get(node, ""),
+                last_activated_at=started.get(node, ""),
+            )
             for node in self.nodes
         ]
 
@@ -78,17 +89,29 @@ class LoopbackGrid(Grid):
             ids.append(message.object_id)
             self.delivered.append((message.metadata.message_type, node))
             reply = self._reply(node, message)
-            changed = self._meddler(str(self.nodes[node].get("name", node)), message, reply) if self._meddler else reply
+            changed = (
+                self._meddler(str(self.nodes[node].get("name", node)), message, reply)
+                if self._meddler
+                else reply
+            )
             if changed is not None:
                 self._replies[message.object_id] = changed
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._replies.pop(message_id) for message_id in list(message_ids) if message_id in self._replies]
+        return [
+            self._replies.pop(message_id)
+            for message_id in list(message_ids)
+            if message_id in self._replies
+        ]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))
 
     def _reply(self, node: int, message: Message) -> Message:
-        context = Context(0, node, {"resident": False, **self.nodes[node]}, RecordDict(), dict(self._run_config))
+        context = Context(
+            0, node, {"resident": False, **self.nodes[node]}, RecordDict(), dict(self._run_config)
+        )
         return client_app(message, context)

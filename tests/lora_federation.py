@@ -1,4 +1,7 @@
-"""Federations of LoRA adapters without any model: contexts, random adapters, dense updates, and clients with quadratic losses."""
+"""Federations of LoRA adapters without any model.
+
+Contexts, random adapters, dense updates, and clients with quadratic losses.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,35 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapter, map_tensors, modules, truncate_rank
-from fedmira.algorithms import Algorithm, AlgorithmContext, ServerState, Start, Trained
+from fedmira.adapters import (
+    Adapter,
+    map_tensors,
+    modules,
+    truncate_rank,
+)
 from fedmira.graphs import FixedGraph, GraphSource, uniform_graph
 from fedmira.messages import Payload, Reply
+from fedmira.methods import (
+    Algorithm,
+    AlgorithmContext,
+    ServerState,
+    Start,
+    Trained,
+)
 
-__all__ = ["SMALL", "best_of_rank", "context", "dense", "descend", "lora", "names", "play", "replies", "start", "started"]
+__all__ = [
+    "SMALL",
+    "best_of_rank",
+    "context",
+    "dense",
+    "descend",
+    "lora",
+    "names",
+    "play",
+    "replies",
+    "start",
+    "started",
+]
 
 ALPHA = 16.0
 SMALL: Mapping[str, tuple[int, int]] = {"q_proj": (14, 12), "v_proj": (10, 12)}
@@ -36,10 +62,18 @@ def lora(rank: int, seed: int, shapes: Mapping[str, tuple[int, int]] = SMALL) ->
 
 def start(rank: int, shapes: Mapping[str, tuple[int, int]] = SMALL) -> dict[str, Tensor]:
     """The common start at the largest rank: B is zero."""
-    return {name: torch.zeros_like(tensor) if ".lora_B." in name else tensor for name, tensor in lora(rank, 0, shapes).items()}
+    return {
+        name: torch.zeros_like(tensor) if ".lora_B." in name else tensor
+        for name, tensor in lora(rank, 0, shapes).items()
+    }
 
 
-def context(ranks: Sequence[int], rows: Sequence[int] | None = None, graph: GraphSource | None = None, rounds: int = 4) -> AlgorithmContext:
+def context(
+    ranks: Sequence[int],
+    rows: Sequence[int] | None = None,
+    graph: GraphSource | None = None,
+    rounds: int = 4,
+) -> AlgorithmContext:
     clients = names(len(ranks))
     return AlgorithmContext(
         clients=clients,
@@ -52,18 +86,31 @@ def context(ranks: Sequence[int], rows: Sequence[int] | None = None, graph: Grap
     )
 
 
-def started(algorithm: Algorithm, federation: AlgorithmContext, shapes: Mapping[str, tuple[int, int]] = SMALL) -> ServerState:
+def started(
+    algorithm: Algorithm,
+    federation: AlgorithmContext,
+    shapes: Mapping[str, tuple[int, int]] = SMALL,
+) -> ServerState:
     common = start(max(federation.ranks.values()), shapes)
-    return algorithm.initial_state({client: truncate_rank(common, federation.ranks[client]) for client in federation.clients})
+    return algorithm.initial_state(
+        {client: truncate_rank(common, federation.ranks[client]) for client in federation.clients}
+    )
 
 
-def replies(federation: AlgorithmContext, adapters: Mapping[str, Adapter], round_number: int = 1) -> list[Reply]:
-    return [Reply(client, round_number, federation.rows[client], Payload({"adapter": adapter})) for client, adapter in adapters.items()]
+def replies(
+    federation: AlgorithmContext, adapters: Mapping[str, Adapter], round_number: int = 1
+) -> list[Reply]:
+    return [
+        Reply(client, round_number, federation.rows[client], Payload({"adapter": adapter}))
+        for client, adapter in adapters.items()
+    ]
 
 
 def dense(adapter: Adapter, factor: float = 1.0) -> dict[str, Tensor]:
     """module -> factor * B A, float64."""
-    return {name: factor * up.double() @ down.double() for name, (down, up) in modules(adapter).items()}
+    return {
+        name: factor * up.double() @ down.double() for name, (down, up) in modules(adapter).items()
+    }
 
 
 def best_of_rank(matrix: Tensor, rank: int) -> Tensor:
@@ -92,11 +139,18 @@ def play(
     steps: int = 3,
     rate: float = 0.25,
 ) -> tuple[ServerState, list[Reply]]:
-    """One round of the clients in `centres`, both halves: the state after it, and what they sent."""
+    """One round of the clients in `centres`, both halves.
+
+    The state after it, and what they sent.
+    """
     sent = []
     for client, centre in centres.items():
         payload = algorithm.instruct(state, client)
         trained = descend(algorithm.begin(payload, None), centre, steps, rate)
-        answer, _ = algorithm.finish(payload, None, Trained(trained, federation.rows[client], steps, rate))
-        sent.append(replace(replies(federation, {client: trained}, round_number)[0], payload=answer))
+        answer, _ = algorithm.finish(
+            payload, None, Trained(trained, federation.rows[client], steps, rate)
+        )
+        sent.append(
+            replace(replies(federation, {client: trained}, round_number)[0], payload=answer)
+        )
     return algorithm.combine(state, sent).state, sent

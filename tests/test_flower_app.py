@@ -16,7 +16,12 @@ def test_without_flower_it_says_what_to_install() -> None:
         importlib.import_module("fedmira.flower_app")
 
 
-@pytest.mark.skipif(find_spec("flwr") is None, reason="Flower is not installed; pip install 'fedmira[flower]'")
+@pytest.mark.skipif(
+    find_spec("flwr") is None, reason="Flower is not installed; pip install 'fedmira[flower]'"
+)
 def test_with_flower_it_has_both_halves() -> None:
     module = importlib.import_module("fedmira.flower_app")
-    assert type(module.server_app).__name__ == "ServerApp" and type(module.client_app).__name__ == "ClientApp"
+    assert (
+        type(module.server_app).__name__ == "ServerApp"
+        and type(module.client_app).__name__ == "ClientApp"
+    )

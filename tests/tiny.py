@@ -24,7 +24,15 @@ from transformers import (
 
 from fedmira.model import BaseModel, from_model
 
-__all__ = ["ARCHITECTURES", "VOCABULARY", "TinyRow", "draw_rows", "tiny_base", "tiny_model", "tiny_tokenizer"]
+__all__ = [
+    "ARCHITECTURES",
+    "VOCABULARY",
+    "TinyRow",
+    "draw_rows",
+    "tiny_base",
+    "tiny_model",
+    "tiny_tokenizer",
+]
 
 VOCABULARY = 97
 _SHAPE = {
@@ -40,11 +48,21 @@ _GROUPED = {**_SHAPE, "num_key_value_heads": 2}
 ARCHITECTURES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GROUPED)),
     "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2)
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
     ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_GROUPED)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GROUPED, head_dim=8)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=16)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=16)
+    ),
 }
 
 
@@ -70,9 +88,13 @@ def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Words w0, w1, ... with pad, bos and eos."""
     words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(VOCABULARY - 3))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
 
 
 def tiny_base(architecture: str = "llama", seed: int = 0) -> BaseModel:
@@ -88,4 +110,7 @@ def draw_rows(count: int, shared: int, seed: int, longest: int = 12) -> list[Tin
         return tuple(draw.randrange(3, VOCABULARY) for _ in range(length))
 
     head = tokens(shared)
-    return [TinyRow(head + tokens(draw.randint(1, longest)), tokens(draw.randint(1, 6))) for _ in range(count)]
+    return [
+        TinyRow(head + tokens(draw.randint(1, longest)), tokens(draw.randint(1, 6)))
+        for _ in range(count)
+    ]

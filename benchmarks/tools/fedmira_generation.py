@@ -9,18 +9,24 @@ from generation_bench import NEW_TOKENS, run
 from workbench import Adapter, Work
 
 
-def load(work: Work, adapters: list[Adapter], arguments: argparse.Namespace) -> Callable[[], list[list[str]]]:
+def load(
+    work: Work, adapters: list[Adapter], arguments: argparse.Namespace
+) -> Callable[[], list[list[str]]]:
+    from fedmira.clients import Evaluator
     from fedmira.config import ModelSettings
     from fedmira.data import ClientData, EncodedExample
-    from fedmira.evaluation import Evaluator
     from fedmira.model import LoraKind, find_targets, load_base
 
     base = load_base(ModelSettings(base=work.base, dtype=arguments.dtype, device="cpu"))
     clients = {}
     for name, prompts in zip(work.names, work.prompts, strict=True):
-        test = tuple(EncodedExample(tuple(prompt), (base.tokenizer.eos_token_id,)) for prompt in prompts)
+        test = tuple(
+            EncodedExample(tuple(prompt), (base.tokenizer.eos_token_id,)) for prompt in prompts
+        )
         clients[name] = ClientData(name, name, "", (), (), test, ("",) * len(test))
-    kind = LoraKind(base, find_targets(base.model, work.settings["targets"]), work.settings["alpha"])
+    kind = LoraKind(
+        base, find_targets(base.model, work.settings["targets"]), work.settings["alpha"]
+    )
     scales = dict.fromkeys(clients, work.settings["alpha"] / work.settings["rank"])
     evaluator = Evaluator(kind, clients, scales, kind.token_budget())
     by_name = dict(zip(work.names, adapters, strict=True))
@@ -33,4 +39,4 @@ def load(work: Work, adapters: list[Adapter], arguments: argparse.Namespace) -> 
 
 
 if __name__ == "__main__":
-    run(("fedmira.evaluation", "transformers.models.llama.modeling_llama"), load)
+    run(("fedmira.metrics", "transformers.models.llama.modeling_llama"), load)

@@ -1,4 +1,7 @@
-"""The Flower ClientApp of the Flower tools; a module of its own, so that what it caches stays in the actor between messages."""
+"""The Flower ClientApp of the Flower tools.
+
+A module of its own, so that what it caches stays in the actor between messages.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,11 @@ def train(message: Message, context: Context) -> Message:
     work: Work = work_in(folder)
     client = int(context.node_config["partition-id"])
     part = next(part for part in work.rounds[config["server-round"] - 1] if part.client == client)
-    model = cached_model(folder, config["dtype"]) if config["cached"] else load_model(work, config["dtype"])
+    model = (
+        cached_model(folder, config["dtype"])
+        if config["cached"]
+        else load_model(work, config["dtype"])
+    )
     put_adapter(model, message.content["arrays"].to_torch_state_dict())
     if config["trainer"] == "trl":
         from trl_training import train_with_trl
@@ -42,4 +49,7 @@ def train(message: Message, context: Context) -> Message:
     else:
         loss = train_locally(work, model, part)
     metrics = MetricRecord({"loss": loss, "num-examples": len(work.rows[client])})
-    return Message(content=RecordDict({"arrays": ArrayRecord(adapter_of(model)), "metrics": metrics}), reply_to=message)
+    return Message(
+        content=RecordDict({"arrays": ArrayRecord(adapter_of(model)), "metrics": metrics}),
+        reply_to=message,
+    )

@@ -1,4 +1,7 @@
-"""Tool (d2): Flower simulation as FlowerTune does it: each client loads the model in its own call and trains it with TRL's SFTTrainer."""
+"""Tool (d2): Flower simulation as FlowerTune does it.
+
+Each client loads the model in its own call and trains it with TRL's SFTTrainer.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What both generation tools share: every client's own adapter, the clock, and the result with all texts."""
+"""What both generation tools share.
+
+Every client's own adapter, the clock, and the result with all texts.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,20 @@ def client_adapters(work: Work) -> list[Adapter]:
     for client in range(len(work.names)):
         generator = torch.Generator().manual_seed(client)
         adapters.append(
-            {name: torch.randn(tensor.shape, generator=generator) * 0.05 if "lora_B" in name else tensor for name, tensor in start.items()}
+            {
+                name: torch.randn(tensor.shape, generator=generator) * 0.05
+                if "lora_B" in name
+                else tensor
+                for name, tensor in start.items()
+            }
         )
     return adapters
 
 
-def run(imports: Sequence[str], load: Callable[[Work, list[Adapter], argparse.Namespace], Callable[[], list[list[str]]]]) -> None:
+def run(
+    imports: Sequence[str],
+    load: Callable[[Work, list[Adapter], argparse.Namespace], Callable[[], list[list[str]]]],
+) -> None:
     """Import, load, generate pass after pass by the clock, write seconds and texts.
 
     Args:
@@ -50,5 +61,10 @@ def run(imports: Sequence[str], load: Callable[[Work, list[Adapter], argparse.Na
         seconds.append(time.perf_counter() - begin)
     prompts = sum(map(len, work.prompts))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    result = {"seconds_per_round": seconds, "prompts": prompts, "new_tokens": prompts * NEW_TOKENS, "texts": texts}
+    result = {
+        "seconds_per_round": seconds,
+        "prompts": prompts,
+        "new_tokens": prompts * NEW_TOKENS,
+        "texts": texts,
+    }
     (arguments.out / "result.json").write_text(json.dumps(result), encoding="utf-8")

@@ -1,4 +1,7 @@
-"""A base with one PEFT adapter, and a client's plain local training on it; shared by the tools that are written by hand."""
+"""A base with one PEFT adapter, and a client's plain local training on it.
+
+Shared by the tools that are written by hand.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,11 @@ def with_adapter(work: Work, base: Any) -> Any:
 
     settings = work.settings
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=settings["rank"], lora_alpha=settings["alpha"], lora_dropout=0.0, target_modules=settings["targets"]
+        task_type="CAUSAL_LM",
+        r=settings["rank"],
+        lora_alpha=settings["alpha"],
+        lora_dropout=0.0,
+        target_modules=settings["targets"],
     )
     return get_peft_model(base, config)
 
@@ -50,12 +57,17 @@ def adapter_of(model: Any) -> Adapter:
 
 
 def train_locally(work: Work, model: Any, part: ClientRound) -> float:
-    """AdamW over the client's batches, rows padded on the right; returns nats per response token."""
+    """AdamW over the client's batches, rows padded on the right.
+
+    Returns nats per response token.
+    """
     import torch
 
     settings = work.settings
     parameters = list(_parameters(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=settings["learning_rate"], weight_decay=settings["weight_decay"])
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings["learning_rate"], weight_decay=settings["weight_decay"]
+    )
     model.train()
     total, count = 0.0, 0
     for rows in work.batches(part):
@@ -71,4 +83,8 @@ def train_locally(work: Work, model: Any, part: ClientRound) -> float:
 
 
 def _parameters(model: Any) -> dict[str, Any]:
-    return {name.replace(".default", ""): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name.replace(".default", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }

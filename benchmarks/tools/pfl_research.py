@@ -36,7 +36,10 @@ class LossModel(torch.nn.Module):
 
 
 class ClientDataset(AbstractDataset):
-    """One client's batches of one round; its length is that of all its rows, which weighs its update."""
+    """One client's batches of one round.
+
+    Its length is that of all its rows, which weighs its update.
+    """
 
     raw_data = metadata = None
     train_kwargs = eval_kwargs = {}
@@ -99,13 +102,22 @@ def main() -> None:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         return torch.optim.AdamW(trained, lr=lr, weight_decay=settings["weight_decay"])
 
-    central = torch.optim.SGD([parameter for parameter in peft.parameters() if parameter.requires_grad], lr=1.0)
+    central = torch.optim.SGD(
+        [parameter for parameter in peft.parameters() if parameter.requires_grad], lr=1.0
+    )
     model = PyTorchModel(LossModel(peft), new_optimizer, central)
     cohorts = Cohorts(work)
-    backend = SimulatedBackend(training_data=cohorts, val_data=cohorts, postprocessors=[WeightByDatapoints()])
+    backend = SimulatedBackend(
+        training_data=cohorts, val_data=cohorts, postprocessors=[WeightByDatapoints()]
+    )
     ends = [time.perf_counter()]
     FederatedAveraging().run(
-        NNAlgorithmParams(arguments.rounds, evaluation_frequency=10**9, train_cohort_size=len(work.names), val_cohort_size=None),
+        NNAlgorithmParams(
+            arguments.rounds,
+            evaluation_frequency=10**9,
+            train_cohort_size=len(work.names),
+            val_cohort_size=None,
+        ),
         backend,
         model,
         NNTrainHyperParams(

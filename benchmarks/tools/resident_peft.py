@@ -1,4 +1,7 @@
-"""Tool (a): one resident PEFT model; adapters are copied in and out by hand, clients train one after another."""
+"""Tool (a): one resident PEFT model.
+
+Adapters are copied in and out by hand, clients train one after another.
+"""
 
 from __future__ import annotations
 

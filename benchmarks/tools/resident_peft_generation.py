@@ -1,4 +1,7 @@
-"""Tool (a): one resident PEFT model; each client's adapter is copied in and its prompts are generated as one batch, padded on the left."""
+"""Tool (a): one resident PEFT model.
+
+Each client's adapter is copied in and its prompts are generated as one batch, padded on the left.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from peft_model import load_model, put_adapter
 from workbench import Adapter, Work
 
 
-def load(work: Work, adapters: list[Adapter], arguments: argparse.Namespace) -> Callable[[], list[list[str]]]:
+def load(
+    work: Work, adapters: list[Adapter], arguments: argparse.Namespace
+) -> Callable[[], list[list[str]]]:
     import torch
     from transformers import AutoTokenizer
 
@@ -19,7 +24,9 @@ def load(work: Work, adapters: list[Adapter], arguments: argparse.Namespace) -> 
 
     def one_client(prompts: list[list[int]]) -> list[str]:
         size = max(map(len, prompts))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (size - len(prompt)) + prompt for prompt in prompts])
+        ids = torch.tensor(
+            [[tokenizer.pad_token_id] * (size - len(prompt)) + prompt for prompt in prompts]
+        )
         mask = torch.tensor([[0] * (size - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         with torch.no_grad():
             output = model.generate(
@@ -30,7 +37,10 @@ def load(work: Work, adapters: list[Adapter], arguments: argparse.Namespace) -> 
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
-        return [text.strip() for text in tokenizer.batch_decode(output[:, size:], skip_special_tokens=True)]
+        return [
+            text.strip()
+            for text in tokenizer.batch_decode(output[:, size:], skip_special_tokens=True)
+        ]
 
     def generate() -> list[list[str]]:
         texts = []

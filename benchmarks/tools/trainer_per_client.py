@@ -35,7 +35,9 @@ def load(work: Work, arguments: argparse.Namespace) -> TrainRound:
             remove_unused_columns=False,
         )
         rows = [row for batch in work.batches(part) for row in batch]
-        outcome = Trainer(model=model, args=training, train_dataset=rows, data_collator=padded_batch).train()
+        outcome = Trainer(
+            model=model, args=training, train_dataset=rows, data_collator=padded_batch
+        ).train()
         return adapter_of(model), outcome.training_loss
 
     return per_client(work, train_client)

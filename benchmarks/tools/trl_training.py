@@ -1,4 +1,7 @@
-"""A client's local training by TRL's SFTTrainer, fed with token ids; a new trainer for every client and round."""
+"""A client's local training by TRL's SFTTrainer, fed with token ids.
+
+A new trainer for every client and round.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ def train_with_trl(work: Work, model: Any, part: ClientRound) -> float:
         train_sampling_strategy="sequential",
         max_length=None,
         completion_only_loss=True,
-        gradient_checkpointing=False,  # TRL's own default is True, which computes the forward pass twice
+        # TRL's own default is True, which computes the forward pass twice
+        gradient_checkpointing=False,
         bf16=False,
         use_cpu=True,
         save_strategy="no",
@@ -41,10 +45,15 @@ def train_with_trl(work: Work, model: Any, part: ClientRound) -> float:
         disable_tqdm=True,
     )
     rows = [
-        {"input_ids": [*prompt, *response], "completion_mask": [0] * len(prompt) + [1] * len(response)}
+        {
+            "input_ids": [*prompt, *response],
+            "completion_mask": [0] * len(prompt) + [1] * len(response),
+        }
         for batch in work.batches(part)
         for prompt, response in batch
     ]
     dataset = datasets.Dataset.from_list(rows)
-    trainer = SFTTrainer(model=model, args=training, train_dataset=dataset, processing_class=tokenizer_in(work.base))
+    trainer = SFTTrainer(
+        model=model, args=training, train_dataset=dataset, processing_class=tokenizer_in(work.base)
+    )
     return float(trainer.train().training_loss)

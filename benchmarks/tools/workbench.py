@@ -1,8 +1,11 @@
-"""What the tool scripts share: arguments, the workload, padded batches, FedAvg, the clock, and the result that each writes.
+"""What the tool scripts share.
+
+Arguments, the workload, padded batches, FedAvg, the clock, and the result that each writes.
 
     python benchmarks/tools/TOOL.py WORKLOAD OUT --rounds 3 --threads 2
 
-Into the folder OUT go result.json and adapter.safetensors, the averaged adapter after the last round.
+Into the folder OUT go result.json and adapter.safetensors, the averaged adapter after the last
+round.
 """
 
 from __future__ import annotations
@@ -17,7 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Adapter", "ClientRound", "Work", "average", "padded_batch", "parse_arguments", "per_client", "read_work", "run", "write_result"]
+__all__ = [
+    "Adapter",
+    "ClientRound",
+    "Work",
+    "average",
+    "padded_batch",
+    "parse_arguments",
+    "per_client",
+    "read_work",
+    "run",
+    "write_result",
+]
 
 Adapter = dict[str, Any]
 Row = tuple[list[int], list[int]]
@@ -101,7 +115,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen base")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen base"
+    )
     return parser.parse_args()
 
 
@@ -125,7 +141,9 @@ def per_client(work: Work, train_client: TrainClient) -> TrainRound:
     def train_round(adapter: Adapter, parts: list[ClientRound]) -> tuple[Adapter, float | None]:
         adapters, losses = zip(*(train_client(adapter, part) for part in parts), strict=True)
         known = [loss for loss in losses if loss is not None]
-        return average(adapters, [len(work.rows[part.client]) for part in parts]), sum(known) / len(known) if known else None
+        return average(adapters, [len(work.rows[part.client]) for part in parts]), sum(known) / len(
+            known
+        ) if known else None
 
     return train_round
 
@@ -134,7 +152,10 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """The weighted mean of the factors, summed in float64."""
     total = sum(weights)
     return {
-        name: sum(adapter[name].double() * (weight / total) for adapter, weight in zip(adapters, weights, strict=True)).float()
+        name: sum(
+            adapter[name].double() * (weight / total)
+            for adapter, weight in zip(adapters, weights, strict=True)
+        ).float()
         for name in adapters[0]
     }
 
@@ -150,10 +171,20 @@ def padded_batch(rows: Sequence[Row], padding: int = 0) -> dict[str, Any]:
         ids.append([*prompt, *response, *[padding] * rest])
         mask.append([1] * (size - rest) + [0] * rest)
         labels.append([-100] * len(prompt) + response + [-100] * rest)
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "labels": torch.tensor(labels)}
+    return {
+        "input_ids": torch.tensor(ids),
+        "attention_mask": torch.tensor(mask),
+        "labels": torch.tensor(labels),
+    }
 
 
-def write_result(arguments: argparse.Namespace, work: Work, adapter: Adapter, ends: Sequence[float], extra: dict[str, Any]) -> None:
+def write_result(
+    arguments: argparse.Namespace,
+    work: Work,
+    adapter: Adapter,
+    ends: Sequence[float],
+    extra: dict[str, Any],
+) -> None:
     """Write the averaged adapter and the figures.
 
     Args:
@@ -163,17 +194,26 @@ def write_result(arguments: argparse.Namespace, work: Work, adapter: Adapter, en
     from safetensors.torch import save_file
 
     now, tick = time.time(), time.perf_counter()
-    started = float(os.environ.get("BENCHMARK_STARTED", "nan"))  # run.py's clock just before it started this process
+    started = float(
+        os.environ.get("BENCHMARK_STARTED", "nan")
+    )  # run.py's clock just before it started this process
     rounds = work.rounds[: arguments.rounds]
-    rows = [[row for part in parts for batch in work.batches(part) for row in batch] for parts in rounds]
+    rows = [
+        [row for part in parts for batch in work.batches(part) for row in batch] for parts in rounds
+    ]
     result = {
         "seconds_per_round": [end - begin for begin, end in zip(ends, ends[1:], strict=False)],
         "until_first_round_seconds": now - (tick - ends[1]) - started,
         "steps_per_round": [sum(len(part.batches) for part in parts) for parts in rounds],
         "response_tokens_per_round": [sum(len(response) for _, response in part) for part in rows],
-        "tokens_per_round": [sum(len(prompt) + len(response) for prompt, response in part) for part in rows],
+        "tokens_per_round": [
+            sum(len(prompt) + len(response) for prompt, response in part) for part in rows
+        ],
         **extra,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in sorted(adapter.items())}, arguments.out / "adapter.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in sorted(adapter.items())},
+        arguments.out / "adapter.safetensors",
+    )
     (arguments.out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")

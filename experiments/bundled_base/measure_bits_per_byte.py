@@ -1,10 +1,12 @@
 """Bits per byte of a causal language model on the text of Natural Instructions task files.
 
-    python experiments/bundled_base/measure_bits_per_byte.py --tasks TASKS [--base bundled] [--rows 100]
+    python experiments/bundled_base/measure_bits_per_byte.py --tasks TASKS [--base bundled] [--rows
+    100]
 
-A row's text is instruction, input and first output, joined by blank lines, each row read on its own after the start token in
-windows of the model's context. Bits of all its tokens and of the end token are divided by its UTF-8 bytes. Rows are the first
---rows of each task (0 = all). Two figures: over whole rows, and over the output alone after the Alpaca prompt.
+A row's text is instruction, input and first output, joined by blank lines, each row read on its own
+after the start token in windows of the model's context. Bits of all its tokens and of the end token
+are divided by its UTF-8 bytes. Rows are the first --rows of each task (0 = all). Two figures: over
+whole rows, and over the output alone after the Alpaca prompt.
 """
 
 from __future__ import annotations
@@ -33,13 +35,21 @@ def nats(base: BaseModel, head: list[int], scored: list[int]) -> float:
         window = ids[start : start + context]
         logits = base.model(input_ids=torch.tensor([window], device=base.device)).logits[0].float()
         targets = torch.tensor(ids[place : start + len(window)], device=base.device)
-        total += float(functional.cross_entropy(logits[place - start - 1 : place - start - 1 + len(targets)], targets, reduction="sum"))
+        total += float(
+            functional.cross_entropy(
+                logits[place - start - 1 : place - start - 1 + len(targets)],
+                targets,
+                reduction="sum",
+            )
+        )
         place = start + len(window)
     return total
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", type=Path, required=True)
     parser.add_argument("--base", default="bundled")
     parser.add_argument("--rows", type=int, default=100)
@@ -53,12 +63,21 @@ def main() -> None:
             task = json.loads(path.read_text(encoding="utf-8"))
             for instance in task["Instances"][: arguments.rows or None]:
                 example = Example(task["Definition"][0], instance["input"], instance["output"][0])
-                text = "\n\n".join(part for part in (example.instruction, example.input, example.output) if part)
-                end, start = [tokenizer.eos_token_id], [tokenizer.bos_token_id or tokenizer.eos_token_id]
-                encode = lambda part: tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+                text = "\n\n".join(
+                    part for part in (example.instruction, example.input, example.output) if part
+                )
+                end, start = (
+                    [tokenizer.eos_token_id],
+                    [tokenizer.bos_token_id or tokenizer.eos_token_id],
+                )
+                encode = lambda part: tokenizer(part, add_special_tokens=False, verbose=False)[
+                    "input_ids"
+                ]  # noqa: E731
                 figures["text"][0] += nats(base, start, encode(text) + end)
                 figures["text"][1] += len(text.encode())
-                prompt = (start + encode(alpaca_prompt(example)))[-(base.max_positions or 512) // 2 :]
+                prompt = (start + encode(alpaca_prompt(example)))[
+                    -(base.max_positions or 512) // 2 :
+                ]
                 figures["output"][0] += nats(base, prompt, encode(example.output) + end)
                 figures["output"][1] += len(example.output.encode())
                 rows += 1

@@ -1,11 +1,15 @@
-"""Train the small base model that fedmira ships: byte-level BPE tokenizer, then a Llama of 3.1 M parameters.
+"""Train the small base model that fedmira ships.
+
+Byte-level BPE tokenizer, then a Llama of 3.1 M parameters.
 
     python experiments/bundled_base/train_base.py --data DIR --work DIR [--steps N]
 
-DIR of --data holds instructions.jsonl.gz, templates.jsonl.gz (task, instruction, input, output) and stories.txt.gz; generated rows come
-from `fedmira.data.sources.demo.pretraining_rows`. The stages are `corpus` (tokenizer, token file), `train` and `export`; each is
-skipped when its result exists, and training continues from its last checkpoint. One seed, one fixed order of the data and a fixed
-schedule make a run repeatable on one machine and thread count. Wall time and data are written to model_card.json beside the weights.
+DIR of --data holds instructions.jsonl.gz, templates.jsonl.gz (task, instruction, input, output) and
+stories.txt.gz; generated rows come from `fedmira.data.sources.demo.pretraining_rows`. The stages
+are `corpus` (tokenizer, token file), `train` and `export`; each is skipped when its result exists,
+and training continues from its last checkpoint. One seed, one fixed order of the data and a fixed
+schedule make a run repeatable on one machine and thread count. Wall time and data are written to
+model_card.json beside the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import torch.nn.functional as functional
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedmira.data.examples import Example
+from fedmira.data import Example
 from fedmira.data.prompts import alpaca_prompt, plain_prompt
 from fedmira.data.sources.demo import pretraining_rows
 
@@ -76,21 +80,37 @@ def read_stories(data: Path) -> list[str]:
 def train_tokenizer(texts: Iterator[str], path: Path) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<bos>", "<eos>"]
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=CONTEXT
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        model_max_length=CONTEXT,
     ).save_pretrained(path)
     return tokenizer
 
 
 def documents(rows: list[tuple[str, Example]], stories: list[str]) -> list[list[Segment]]:
-    """One pass over the rows in random order: half alone in the Alpaca form, half grouped by task under one instruction."""
+    """One pass over the rows in random order.
+
+    Half alone in the Alpaca form, half grouped by task under one instruction.
+    """
     rng = random.Random(SEED)
     by_instruction: dict[str, list[Example]] = {}
     result: list[list[Segment]] = []
@@ -106,7 +126,10 @@ def documents(rows: list[tuple[str, Example]], stories: list[str]) -> list[list[
         for start in range(0, len(group), 4):
             document: list[Segment] = [(group[start].instruction + "\n\n", 1)]
             for example in group[start : start + 4]:
-                document += [(example.input + "\n\n", 1), (example.output + "\n\n", RESPONSE_WEIGHT)]
+                document += [
+                    (example.input + "\n\n", 1),
+                    (example.output + "\n\n", RESPONSE_WEIGHT),
+                ]
             result.append(document)
     result += [[(story, 1)] for story in stories]
     rng.shuffle(result)
@@ -127,7 +150,9 @@ def build_corpus(data: Path, work: Path) -> None:
     for start in range(0, len(plan), 2000):
         chunk = plan[start : start + 2000]
         segments = [segment for document in chunk for segment in document]
-        encoded = iter(tokenizer.encode_batch_fast([text for text, _ in segments], add_special_tokens=False))
+        encoded = iter(
+            tokenizer.encode_batch_fast([text for text, _ in segments], add_special_tokens=False)
+        )
         text_bytes += sum(len(text.encode()) for text, _ in segments)
         for document in chunk:
             tokens, marks = [1], [1]
@@ -141,7 +166,13 @@ def build_corpus(data: Path, work: Path) -> None:
             weights.append(np.array(marks[: 4 * CONTEXT], dtype=np.uint8))
     np.save(work / "weights.npy", np.concatenate(weights))
     np.save(work / "tokens.npy", np.concatenate(ids))
-    summary = {"rows": len(rows), "stories": len(stories), "documents": len(plan), "bytes": text_bytes, "tokens": int(sum(map(len, ids)))}
+    summary = {
+        "rows": len(rows),
+        "stories": len(stories),
+        "documents": len(plan),
+        "bytes": text_bytes,
+        "tokens": int(sum(map(len, ids))),
+    }
     (work / "corpus.json").write_text(json.dumps(summary, indent=1))
     print(summary, flush=True)
 
@@ -192,7 +223,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def train(work: Path, steps: int) -> None:
     if (work / "weights.pt").exists():
         return
-    tokens, weights = np.load(work / "tokens.npy", mmap_mode="r"), np.load(work / "weights.npy", mmap_mode="r")
+    tokens, weights = (
+        np.load(work / "tokens.npy", mmap_mode="r"),
+        np.load(work / "weights.npy", mmap_mode="r"),
+    )
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(configuration())
     optimizers = make_optimizers(model)
@@ -212,16 +246,24 @@ def train(work: Path, steps: int) -> None:
     begun, running = time.monotonic(), None
     for step in range(first, steps):
         windows = starts[step * WINDOWS : (step + 1) * WINDOWS] * CONTEXT
-        ids = torch.from_numpy(np.stack([tokens[s : s + CONTEXT + 1] for s in windows]).astype(np.int64))
-        mark = torch.from_numpy(np.stack([weights[s + 1 : s + CONTEXT + 1] for s in windows]).astype(np.float32))
+        ids = torch.from_numpy(
+            np.stack([tokens[s : s + CONTEXT + 1] for s in windows]).astype(np.int64)
+        )
+        mark = torch.from_numpy(
+            np.stack([weights[s + 1 : s + CONTEXT + 1] for s in windows]).astype(np.float32)
+        )
         share = learning_rate_share(step, steps)
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
             group["lr"] = peak * share
         length = CONTEXT // 2 if step < steps * SHORT_SHARE else CONTEXT
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = model.model(input_ids=ids[:, :-1].reshape(-1, length), use_cache=False).last_hidden_state
+            hidden = model.model(
+                input_ids=ids[:, :-1].reshape(-1, length), use_cache=False
+            ).last_hidden_state
         target, mark = ids[:, 1:].flatten(), mark.flatten()
-        loss, plain = ChunkedCrossEntropy.apply(hidden.flatten(0, 1).float(), model.lm_head.weight, target, mark / mark.sum())
+        loss, plain = ChunkedCrossEntropy.apply(
+            hidden.flatten(0, 1).float(), model.lm_head.weight, target, mark / mark.sum()
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -232,12 +274,25 @@ def train(work: Path, steps: int) -> None:
         if step % 50 == 0 or step == steps - 1:
             spent = seconds + time.monotonic() - begun
             rate = (step + 1 - first) * span / (time.monotonic() - begun)
-            print(f"step {step} loss {running:.4f} lr {share:.3f} seconds {spent:.0f} tokens/s {rate:.0f}", flush=True)
+            print(
+                f"step {step} loss {running:.4f} lr {share:.3f} seconds {spent:.0f} "
+                f"tokens/s {rate:.0f}",
+                flush=True,
+            )
         if (step + 1) % 200 == 0:
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
-            torch.save({**state, "seconds": seconds + time.monotonic() - begun}, work / "checkpoint.tmp")
+            state = {
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+                "step": step + 1,
+            }
+            torch.save(
+                {**state, "seconds": seconds + time.monotonic() - begun}, work / "checkpoint.tmp"
+            )
             (work / "checkpoint.tmp").replace(checkpoint)
-    torch.save({"model": model.state_dict(), "seconds": seconds + time.monotonic() - begun}, work / "weights.pt")
+    torch.save(
+        {"model": model.state_dict(), "seconds": seconds + time.monotonic() - begun},
+        work / "weights.pt",
+    )
 
 
 def export(work: Path, steps: int) -> None:
@@ -262,7 +317,9 @@ def export(work: Path, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4800)

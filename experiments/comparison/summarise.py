@@ -2,8 +2,9 @@
 
     python experiments/comparison/summarise.py OUTPUT/natural_instructions
 
-Reads the runs that have finished, so it can be called while others still train. A method is held against `local` on the seeds that both
-have, with the pairing, the interval and the verdict of the package's own tables; its mean is over these seeds.
+Reads the runs that have finished, so it can be called while others still train. A method is held
+against `local` on the seeds that both have, with the pairing, the interval and the verdict of the
+package's own tables; its mean is over these seeds.
 """
 
 from __future__ import annotations
@@ -12,10 +13,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedmira.report import read_run
+from fedmira.report import Run, read_run
 from fedmira.report.comparison_figures import BASELINE, pools_of
-from fedmira.report.paired import LEVEL, NOISE_RULE, Losses, Pairing, pair
-from fedmira.report.records import Run
+from fedmira.report.paired import (
+    LEVEL,
+    NOISE_RULE,
+    Losses,
+    Pairing,
+    pair,
+)
 
 READ_OUTS = {"last round": "after_align_loss", "own best round": "best_test_loss"}
 VERDICTS = ("better", "equal", "worse")
@@ -34,8 +40,14 @@ def finished_runs(folder: Path) -> dict[str, dict[int, Run]]:
 
 def losses_of(runs: Mapping[int, Run], column: str) -> Losses:
     """Test losses of a read-out, of the clients that were measured."""
-    measured = {seed: {row.client: getattr(row, column) for row in run.clients} for seed, run in runs.items()}
-    return {seed: {client: loss for client, loss in losses.items() if loss is not None} for seed, losses in measured.items()}
+    measured = {
+        seed: {row.client: getattr(row, column) for row in run.clients}
+        for seed, run in runs.items()
+    }
+    return {
+        seed: {client: loss for client, loss in losses.items() if loss is not None}
+        for seed, losses in measured.items()
+    }
 
 
 def line(method: str, found: Pairing) -> str:
@@ -56,14 +68,28 @@ def main() -> None:
     """Print a table for each read-out."""
     methods = finished_runs(Path(sys.argv[1]))
     if BASELINE not in methods:
-        raise SystemExit(f"{sys.argv[1]}: no finished run of {BASELINE!r}, which the others are held against")
+        raise SystemExit(
+            f"{sys.argv[1]}: no finished run of {BASELINE!r}, which the others are held against"
+        )
     pools = pools_of([run for runs in methods.values() for run in runs.values()])
     for name, column in READ_OUTS.items():
         losses = {method: losses_of(runs, column) for method, runs in methods.items()}
-        pairings = {method: found for method in methods if (found := pair(losses[method], losses[BASELINE], pools)) is not None}
-        print(f"\n| {name} | seeds | mean test loss | vs {BASELINE} ({LEVEL:.0%} interval) | better | equal | worse |")
+        pairings = {
+            method: found
+            for method in methods
+            if (found := pair(losses[method], losses[BASELINE], pools)) is not None
+        }
+        print(
+            f"\n| {name} | seeds | mean test loss | vs {BASELINE} ({LEVEL:.0%} interval) | "
+            "better | equal | worse |"
+        )
         print("|---|---|---|---|---|---|---|")
-        print("\n".join(line(method, pairings[method]) for method in sorted(pairings, key=lambda each: own_mean(pairings[each]))))
+        print(
+            "\n".join(
+                line(method, pairings[method])
+                for method in sorted(pairings, key=lambda each: own_mean(pairings[each]))
+            )
+        )
     over = "clients" if pools is None else "categories with all their clients"
     print(f"\nIntervals by resampling {over}, and seeds where there are several. {NOISE_RULE}")
 

@@ -1,10 +1,12 @@
 """Local training, FedIT and MIRA with four graphs on the Natural Instructions tasks of a folder, equal data, seeds and steps.
 
-    python experiments/natural_instructions/run_grid.py --tasks TASKS --output runs/ni44 [--share 0/2]
+    python experiments/natural_instructions/run_grid.py --tasks TASKS --output runs/ni44 [--share
+    0/2]
 
-Each run goes to OUTPUT/<method>-p<participation>-seed<seed>; finished runs are skipped and interrupted ones continue, so the
-same command may be given again. With --share i/n a process takes every n-th run; two processes with OMP_NUM_THREADS=1 are
-faster than one with two threads. Then: python experiments/natural_instructions/summarise.py OUTPUT
+Each run goes to OUTPUT/<method>-p<participation>-seed<seed>; finished runs are skipped and
+interrupted ones continue, so the same command may be given again. With --share i/n a process takes
+every n-th run; two processes with OMP_NUM_THREADS=1 are faster than one with two threads. Then:
+python experiments/natural_instructions/summarise.py OUTPUT
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def settings(tasks: Path, method: str, participation: float, seed: int, extra: l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", default=",".join(METHODS))
@@ -73,7 +77,9 @@ def main() -> None:
     base = None
     for method, participation, seed in plan[own::of]:
         folder = arguments.output / f"{method}-p{participation:g}-seed{seed}"
-        if (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text())["status"] == "finished":
+        if (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text())[
+            "status"
+        ] == "finished":
             continue
         config = settings(arguments.tasks, method, participation, seed, arguments.extra)
         base = base or load_base(config.model)
@@ -81,7 +87,9 @@ def main() -> None:
         start = resume_experiment if (folder / "config.toml").exists() else run_experiment
         result = start(build_experiment(config, base), folder)
         print(
-            f"{folder.name}: test loss {result.summary['after_align_loss']['mean']:.4f} after {time.monotonic() - begun:.0f} s", flush=True
+            f"{folder.name}: test loss {result.summary['after_align_loss']['mean']:.4f} "
+            f"after {time.monotonic() - begun:.0f} s",
+            flush=True,
         )
 
 

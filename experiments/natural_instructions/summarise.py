@@ -2,9 +2,10 @@
 
     python experiments/natural_instructions/summarise.py OUTPUT > table.md
 
-Two read-outs of the same run: "last" is the last round; "best" is the round in which the client's own validation loss was lowest.
-A client counts as better (worse) than local when its mean difference over the seeds is beyond noise: more than two standard
-errors over the seeds, and more than 2 % of local's loss.
+Two read-outs of the same run: "last" is the last round; "best" is the round in which the client's
+own validation loss was lowest. A client counts as better (worse) than local when its mean
+difference over the seeds is beyond noise: more than two standard errors over the seeds, and more
+than 2 % of local's loss.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def read_losses(folder: Path) -> Losses:
     for line in (folder / "events.jsonl").read_text().splitlines():
         event = json.loads(line)
         if event["event"] == "evaluate":
-            history[event["client"]].append((event["round"], event["validation_loss"], event["test_loss"]))
+            history[event["client"]].append(
+                (event["round"], event["validation_loss"], event["test_loss"])
+            )
     return {
         "base": {client: rows[0][2] for client, rows in history.items()},
         "last": {client: rows[-1][2] for client, rows in history.items()},
@@ -46,7 +49,9 @@ def worst_tenth(losses: dict[str, float]) -> float:
     return fmean(sorted(losses.values())[-count:])
 
 
-def verdicts(own: list[dict[str, float]], local: list[dict[str, float]], clients: list[str]) -> tuple[float, float]:
+def verdicts(
+    own: list[dict[str, float]], local: list[dict[str, float]], clients: list[str]
+) -> tuple[float, float]:
     """Shares of clients beyond noise: (better, worse)."""
     better = worse = 0
     for client in clients:
@@ -69,18 +74,47 @@ def main() -> None:
             runs[match[1], match[2]][int(match[3])] = read_losses(folder)
             rows = rows or train_rows(folder)
     sizes = sorted({min(16 * 2 ** round(math.log2(count / 16)), 128) for count in rows.values()})
-    bins = {size: [c for c, count in rows.items() if min(16 * 2 ** round(math.log2(count / 16)), 128) == size] for size in sizes}
-    print(f"{len(rows)} clients; training rows: {', '.join(f'about {size}: {len(clients)} clients' for size, clients in bins.items())}\n")
+    bins = {
+        size: [
+            c
+            for c, count in rows.items()
+            if min(16 * 2 ** round(math.log2(count / 16)), 128) == size
+        ]
+        for size in sizes
+    }
+    print(
+        f"{len(rows)} clients; training rows: "
+        f"{', '.join(f'about {size}: {len(clients)} clients' for size, clients in bins.items())}\n"
+    )
     for participation in sorted({key[1] for key in runs}, reverse=True):
         for read_out in READ_OUTS:
             print(f"\n### Participation {participation}, {read_out} round\n")
-            header = ["method", "seeds", "mean", "± seeds", "vs local", "worst tenth", "better", "worse", *(f"n={size}" for size in sizes)]
+            header = [
+                "method",
+                "seeds",
+                "mean",
+                "± seeds",
+                "vs local",
+                "worst tenth",
+                "better",
+                "worse",
+                *(f"n={size}" for size in sizes),
+            ]
             print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-            for method in ["base", *dict.fromkeys(key[0] for key in runs if key[1] == participation)]:
+            for method in [
+                "base",
+                *dict.fromkeys(key[0] for key in runs if key[1] == participation),
+            ]:
                 print(row(method, read_out, participation, runs, bins))
 
 
-def row(method: str, read_out: str, participation: str, runs: dict[tuple[str, str], dict[int, Losses]], bins: dict[int, list[str]]) -> str:
+def row(
+    method: str,
+    read_out: str,
+    participation: str,
+    runs: dict[tuple[str, str], dict[int, Losses]],
+    bins: dict[int, list[str]],
+) -> str:
     local = runs["local", participation]
     own = local if method == "base" else runs[method, participation]
     seeds = sorted(set(own) & set(local))
@@ -90,8 +124,17 @@ def row(method: str, read_out: str, participation: str, runs: dict[tuple[str, st
     difference = fmean(means) - fmean(fmean(losses.values()) for losses in alone)
     better, worse = verdicts(mine, alone, list(mine[0]))
     spread = stdev(means) if len(means) > 1 else 0.0
-    by_size = [fmean(losses[client] for losses in mine for client in clients) for clients in bins.values()]
-    cells = [method, str(len(seeds)), f"{fmean(means):.3f}", f"{spread:.3f}", f"{difference:+.3f}", f"{fmean(map(worst_tenth, mine)):.3f}"]
+    by_size = [
+        fmean(losses[client] for losses in mine for client in clients) for clients in bins.values()
+    ]
+    cells = [
+        method,
+        str(len(seeds)),
+        f"{fmean(means):.3f}",
+        f"{spread:.3f}",
+        f"{difference:+.3f}",
+        f"{fmean(map(worst_tenth, mine)):.3f}",
+    ]
     cells += [f"{better:.0%}", f"{worse:.0%}", *(f"{value:.3f}" for value in by_size)]
     return "| " + " | ".join(cells) + " |"
 

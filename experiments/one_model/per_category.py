@@ -1,9 +1,12 @@
-"""One global model against each category's losses: the mean test loss by round, and those of the categories, from a run folder.
+"""One global model against each category's losses.
+
+The mean test loss by round, and those of the categories, from a run folder.
 
     python experiments/one_model/per_category.py RUN [RUN ...] > table.md
 
-MIRA's Figure 2 (arXiv 2410.15524) motivates adapters of one's own with FedKSeed: the mean over clients falls while single kinds of tasks
-stand still or get worse. Any run that was evaluated after several rounds can be read.
+MIRA's Figure 2 (arXiv 2410.15524) motivates adapters of one's own with FedKSeed: the mean over
+clients falls while single kinds of tasks stand still or get worse. Any run that was evaluated after
+several rounds can be read.
 """
 
 from __future__ import annotations
@@ -39,13 +42,25 @@ def print_tables(folder: Path) -> None:
     for client, name in category.items():
         members[name].append(client)
     print(
-        f"\n{folder.name}\n\n| category | clients | {' | '.join(f'round {number}' for number in rounds)} |\n|---|---|{'---|' * len(rounds)}"
+        f"\n{folder.name}\n\n| category | clients | "
+        f"{' | '.join(f'round {number}' for number in rounds)} "
+        f"|\n|---|---|{'---|' * len(rounds)}"
     )
     for name, clients in {"all": list(category), **dict(sorted(members.items()))}.items():
-        print(f"| {name} | {len(clients)} | {' | '.join(f'{fmean(losses[number][c] for c in clients):.3f}' for number in rounds)} |")
+        print(
+            f"| {name} | {len(clients)} | "
+            f"{' | '.join(f'{fmean(losses[number][c] for c in clients):.3f}' for number in rounds)} "
+            "|"
+        )
     first, last = losses[rounds[0]], losses[rounds[-1]]
-    fallen, risen = (sum(sign * (last[client] / first[client] - 1) > MARGIN for client in category) for sign in (-1, 1))
-    print(f"\nAgainst the base, by more than {MARGIN:.0%}: {fallen} of {len(category)} clients fell, {risen} rose.")
+    fallen, risen = (
+        sum(sign * (last[client] / first[client] - 1) > MARGIN for client in category)
+        for sign in (-1, 1)
+    )
+    print(
+        f"\nAgainst the base, by more than {MARGIN:.0%}: {fallen} of {len(category)} "
+        f"clients fell, {risen} rose."
+    )
 
 
 def main() -> None:

@@ -16,9 +16,18 @@ if TYPE_CHECKING:
     from fedmira.api import run
     from fedmira.config import Config, load_config
     from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
-    from fedmira.results import Result
+    from fedmira.runs import Result
 
-__all__ = ["Config", "Experiment", "Result", "build_experiment", "load_config", "resume_experiment", "run", "run_experiment"]
+__all__ = [
+    "Config",
+    "Experiment",
+    "Result",
+    "build_experiment",
+    "load_config",
+    "resume_experiment",
+    "run",
+    "run_experiment",
+]
 
 __version__ = "0.1.0"
 
@@ -29,7 +38,7 @@ _HOMES = {
     "build_experiment": "fedmira.experiment",
     "resume_experiment": "fedmira.experiment",
     "run_experiment": "fedmira.experiment",
-    "Result": "fedmira.results",
+    "Result": "fedmira.runs",
     "run": "fedmira.api",
 }
 
@@ -37,5 +46,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Import a public name from its home."""
     if name not in _HOMES:
-        raise AttributeError(f"module 'fedmira' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'fedmira' has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
     return getattr(import_module(_HOMES[name]), name)

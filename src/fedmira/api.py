@@ -12,8 +12,7 @@ import tomli_w
 from fedmira.config import Config, load_config
 from fedmira.errors import ConfigError
 from fedmira.experiment import build_experiment, resume_experiment, run_experiment
-from fedmira.results import Result
-from fedmira.rounds import Progress
+from fedmira.runs import Progress, Result
 
 __all__ = ["run"]
 
@@ -29,7 +28,8 @@ def run(
     """Run a federation and return its adapters, metrics and graph.
 
     Args:
-        config: a Config, a TOML file, a mapping of dotted keys to values such as {"algorithm.name": "local"}, or None for the demo.
+        config: a Config, a TOML file, a mapping of dotted keys to values such as {"algorithm.name":
+            "local"}, or None for the demo.
         preset: a preset that lies under it.
         output: the run folder, which must be new; with `resume` the folder of the run to continue.
         progress: is called with ("round" or "evaluate", figures).
@@ -42,7 +42,8 @@ def run(
         config = Path(output) / "config.toml"
     if isinstance(config, Config) and preset is not None:
         raise ConfigError(
-            f"preset {preset!r} cannot lie under a Config, which is complete; give the settings that differ as a mapping instead"
+            f"preset {preset!r} cannot lie under a Config, which is complete; give the "
+            "settings that differ as a mapping instead"
         )
     if isinstance(config, Mapping):
         overrides = [f"{key}={_toml_value(value)}" for key, value in config.items()]
@@ -57,5 +58,9 @@ def run(
 def _toml_value(value: Any) -> str:
     """A Python value as TOML that can stand behind an equals sign."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(part)}" for key, part in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{json.dumps(key)} = {_toml_value(part)}" for key, part in value.items())
+            + "}"
+        )
     return tomli_w.dumps({"value": value}, multiline_strings=False).removeprefix("value = ").strip()

@@ -11,8 +11,8 @@
         ├── AlignmentError       alignment is on but moves nothing
         └── WireError            a message between server and client that cannot be read
 
-Messages name the thing, the value, the limit and the next step. `InputError.problems` holds all problems that were found
-together, one string each.
+Messages name the thing, the value, the limit and the next step. `InputError.problems` holds all
+problems that were found together, one string each.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class InputError(FedmiraError):
     exit_code: ClassVar[int] = 2
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.problems: tuple[str, ...] = (
+            (problems,) if isinstance(problems, str) else tuple(problems)
+        )
         super().__init__("\n".join(self.problems))
 
 
@@ -83,4 +85,7 @@ class AlignmentError(RunError):
 
 
 class WireError(RunError):
-    """A message between server and client cannot be read; engines turn it into a `Failure` of that client."""
+    """A message between server and client cannot be read.
+
+    Engines turn it into a `Failure` of that client.
+    """

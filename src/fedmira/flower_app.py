@@ -1,7 +1,9 @@
-"""The two halves of a Flower app: `server_app` runs a federation, `client_app` answers for one node.
+"""The two halves of a Flower app.
 
-`fedmira flower init` writes the app folder that names them. A node starts a process for each message, which imports this module, so
-everything that takes long is imported where it is needed.
+`server_app` runs a federation, `client_app` answers for one node.
+
+`fedmira flower init` writes the app folder that names them. A node starts a process for each
+message, which imports this module, so everything that takes long is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -11,17 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedmira.errors import ConfigError, FedmiraError
-from fedmira.resident import answer_here, ask_resident
+from fedmira.federation.resident import answer_here, ask_resident
 
 try:
     from flwr.app import Context, Error, Message
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
 
-    from fedmira.engines.flower.records import bytes_of, record_of
+    from fedmira.federation.flower.records import bytes_of, record_of
 except ModuleNotFoundError as missing:
     raise ConfigError(
-        f"a federation needs Flower ({missing}); in a checkout of fedmira, install it with: pip install '.[flower]'"
+        f"a federation needs Flower ({missing}); in a checkout of fedmira, install it "
+        "with: pip install '.[flower]'"
     ) from missing
 
 __all__ = ["OF_THE_APP", "client_app", "server_app"]
@@ -41,11 +44,22 @@ def _run(grid: Grid, context: Context) -> None:
     """Build the run that the app's config describes, and run it with the nodes of the grid."""
     _show_log()
     from fedmira.config import unflattened
-    from fedmira.federation import run_federation
+    from fedmira.federation.server import run_federation
 
-    output, resume, simulated = _output(context), bool(context.run_config["resume"]), _is_simulated(context)
+    output, resume, simulated = (
+        _output(context),
+        bool(context.run_config["resume"]),
+        _is_simulated(context),
+    )
     try:
-        result = run_federation(unflattened(_settings(context)), grid, output, resume=resume, simulated=simulated, progress=_tell)
+        result = run_federation(
+            unflattened(_settings(context)),
+            grid,
+            output,
+            resume=resume,
+            simulated=simulated,
+            progress=_tell,
+        )
     except FedmiraError as error:
         _log.error("error: %s", error)  # before Flower's own lines, which are long
         raise
@@ -58,7 +72,10 @@ def _run(grid: Grid, context: Context) -> None:
 @client_app.evaluate("choice")
 @client_app.evaluate("scores")
 def _answer(message: Message, context: Context) -> Message:
-    """Answer a message of the server; what goes wrong goes back in the node's own words, and stands in its log."""
+    """Answer a message of the server.
+
+    What goes wrong goes back in the node's own words, and stands in its log.
+    """
     try:
         content = _content(message, context)
     except FedmiraError as error:
@@ -68,11 +85,19 @@ def _answer(message: Message, context: Context) -> Message:
 
 
 def _content(message: Message, context: Context) -> bytes:
-    """The answer of whoever has the base: this process in a simulation, else the node's resident process."""
-    node, settings, kind, content = dict(context.node_config), _settings(context), message.metadata.message_type, bytes_of(message.content)
+    """The answer of whoever has the base.
+
+    This process in a simulation, else the node's resident process.
+    """
+    node, settings, kind, content = (
+        dict(context.node_config),
+        _settings(context),
+        message.metadata.message_type,
+        bytes_of(message.content),
+    )
     if _is_simulated(context):
         _show_log()
-        from fedmira.simulation import answer_simulated
+        from fedmira.federation.simulation import answer_simulated
 
         return answer_simulated(node, settings, _output(context), kind, content)
     answer = ask_resident if node.get("resident", True) else answer_here
@@ -82,9 +107,11 @@ def _content(message: Message, context: Context) -> bytes:
 @client_app.query("refusal")
 def _refused(message: Message, context: Context) -> Message:
     """The server says why this node may not take part."""
-    from fedmira.engines.wire.blobs import unpack
+    from fedmira.wire import unpack
 
-    _log.error("the server refused this node: %s", unpack(bytes_of(message.content)).header.get("reason"))
+    _log.error(
+        "the server refused this node: %s", unpack(bytes_of(message.content)).header.get("reason")
+    )
     return Message(message.content, reply_to=message)
 
 
@@ -111,6 +138,20 @@ def _show_log() -> None:
 
 def _tell(what: str, figures: Mapping[str, object]) -> None:
     """A line for each round and evaluation, in the server's log."""
-    names = {"clients": "clients", "train_loss": "train loss", "test_loss": "test loss", "pull": "pull"}
-    shown = [f"{label} {value:.4g}" for name, label in names.items() if isinstance(value := figures.get(name), int | float)]
-    _log.info("%s %s: %s", "evaluation after round" if what == "evaluate" else what, figures["round"], ", ".join(shown))
+    names = {
+        "clients": "clients",
+        "train_loss": "train loss",
+        "test_loss": "test loss",
+        "pull": "pull",
+    }
+    shown = [
+        f"{label} {value:.4g}"
+        for name, label in names.items()
+        if isinstance(value := figures.get(name), int | float)
+    ]
+    _log.info(
+        "%s %s: %s",
+        "evaluation after round" if what == "evaluate" else what,
+        figures["round"],
+        ", ".join(shown),
+    )

@@ -22,18 +22,31 @@ class Payload:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors as they are stored, and 8 for each number."""
-        return sum(t.numel() * t.element_size() for a in self.tensors.values() for t in a.values()) + 8 * len(self.scalars)
+        return sum(
+            t.numel() * t.element_size() for a in self.tensors.values() for t in a.values()
+        ) + 8 * len(self.scalars)
 
     @property
     def dtype(self) -> str:
-        """Number types of what `num_bytes` counts, such as "float32" or "float32+int32"; "" where nothing travels."""
-        kinds = {str(t.dtype).removeprefix("torch.") for a in self.tensors.values() for t in a.values() if t.numel()}
+        """Number types of what `num_bytes` counts, such as "float32" or "float32+int32".
+
+        "" where nothing travels.
+        """
+        kinds = {
+            str(t.dtype).removeprefix("torch.")
+            for a in self.tensors.values()
+            for t in a.values()
+            if t.numel()
+        }
         return "+".join(sorted(kinds | ({"float64"} if self.scalars else set())))
 
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """What one message took: bytes of its arrays, and 8 for each number, without framing; and the number types, as `Payload.dtype`."""
+    """What one message took: bytes of its arrays, and 8 for each number, without framing.
+
+    And the number types, as `Payload.dtype`.
+    """
 
     num_bytes: int = 0
     dtype: str = ""
@@ -62,7 +75,8 @@ class Reply:
     """Client to server: what local training made of it.
 
     Attributes:
-        traffic: what travelled, where an engine writes messages; None where payloads are handed over as they are.
+        traffic: what travelled, where an engine writes messages; None where payloads are handed
+            over as they are.
     """
 
     client_id: ClientId

@@ -43,7 +43,9 @@ def lora(rank: int, seed: int, shapes: dict[str, tuple[int, int]] = SHAPES) -> d
 
 def dense(adapter: Adapter, scale: float = 1.0) -> dict[str, Tensor]:
     """The full matrices s B A in float64."""
-    return {name: scale * up.double() @ down.double() for name, (down, up) in modules(adapter).items()}
+    return {
+        name: scale * up.double() @ down.double() for name, (down, up) in modules(adapter).items()
+    }
 
 
 def dense_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -79,12 +81,26 @@ def test_what_is_not_lora_is_named_with_everything_that_is_wrong() -> None:
 def test_gram_equals_dense_inner_products_for_clients_of_different_ranks() -> None:
     adapters = [lora(rank, seed) for seed, rank in enumerate((4, 8, 16, 8))]
     scales = [scale(16, rank) for rank in (4, 8, 16, 8)]
-    flat = torch.stack([torch.cat([matrix.flatten() for matrix in dense(a, s).values()]) for a, s in zip(adapters, scales, strict=True)])
+    flat = torch.stack(
+        [
+            torch.cat([matrix.flatten() for matrix in dense(a, s).values()])
+            for a, s in zip(adapters, scales, strict=True)
+        ]
+    )
     expected = flat @ flat.T
     torch.testing.assert_close(gram(adapters, scales), expected, rtol=1e-12, atol=1e-9)
-    torch.testing.assert_close(cross_gram(adapters[:2], scales[:2], adapters[1:], scales[1:]), expected[:2, 1:], rtol=1e-12, atol=1e-9)
-    assert inner(adapters[0], adapters[2], scales[0], scales[2]) == pytest.approx(float(expected[0, 2]), rel=1e-10)
-    assert product_norm(adapters[2], scales[2]) == pytest.approx(float(expected[2, 2]) ** 0.5, rel=1e-12)
+    torch.testing.assert_close(
+        cross_gram(adapters[:2], scales[:2], adapters[1:], scales[1:]),
+        expected[:2, 1:],
+        rtol=1e-12,
+        atol=1e-9,
+    )
+    assert inner(adapters[0], adapters[2], scales[0], scales[2]) == pytest.approx(
+        float(expected[0, 2]), rel=1e-10
+    )
+    assert product_norm(adapters[2], scales[2]) == pytest.approx(
+        float(expected[2, 2]) ** 0.5, rel=1e-12
+    )
 
 
 def test_gram_in_blocks_of_rows_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,11 +125,19 @@ def test_dot_products_are_squared_norms_on_the_diagonal() -> None:
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**20), rank=st.integers(1, 6))
 def test_product_cosine_does_not_depend_on_the_factorisation(seed: int, rank: int) -> None:
-    """(B G)(G^-1 A) = B A, so inner products and norms stay; G = I + strictly lower triangle is always invertible."""
+    """(B G)(G^-1 A) = B A, so inner products and norms stay.
+
+    G = I + strictly lower triangle is always invertible.
+    """
     left, right = lora(rank, seed), lora(rank, seed + 1)
-    turn = torch.eye(rank) + torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed)).tril(-1) * 0.3
+    turn = (
+        torch.eye(rank)
+        + torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed)).tril(-1) * 0.3
+    )
     turned = {
-        name: torch.linalg.solve(turn.double(), tensor.double()).float() if ".lora_A." in name else tensor @ turn
+        name: torch.linalg.solve(turn.double(), tensor.double()).float()
+        if ".lora_A." in name
+        else tensor @ turn
         for name, tensor in left.items()
     }
     size = product_norm(left) * product_norm(right)
@@ -126,7 +150,9 @@ def test_product_cosine_does_not_depend_on_the_factorisation(seed: int, rank: in
 def test_mix_is_the_best_adapter_of_the_receivers_rank(rank: int, shape: tuple[int, int]) -> None:
     """Eckart-Young: the product equals the dense sum cut to the rank, and the tail is the norm of what was cut."""
     ranks = (4, 8, 16)
-    adapters = [lora(r, seed, {"q": shape, "v": (shape[0] // 2, shape[1])}) for seed, r in enumerate(ranks)]
+    adapters = [
+        lora(r, seed, {"q": shape, "v": (shape[0] // 2, shape[1])}) for seed, r in enumerate(ranks)
+    ]
     scales = [scale(16, r) for r in ranks]
     weights = [0.5, 0.2, 0.3]
     receiver = adapters[ranks.index(rank)]
@@ -144,7 +170,10 @@ def test_mix_is_the_best_adapter_of_the_receivers_rank(rank: int, shape: tuple[i
 
 
 def test_same_update_at_two_ranks_stays_the_same_update() -> None:
-    """Each product carries its own alpha / r: a rank-4 client sent to rank 16 keeps its matrix, though 16/4 is not 16/16."""
+    """Each product carries its own alpha / r.
+
+    A rank-4 client sent to rank 16 keeps its matrix, though 16/4 is not 16/16.
+    """
     small, large = lora(4, 0), lora(16, 1)
     mixed = mix([small, large], [1.0, 0.0], [scale(16, 4), scale(16, 16)], 16, scale(16, 16), large)
     for name, matrix in dense(mixed.adapter, 1.0).items():
@@ -154,7 +183,10 @@ def test_same_update_at_two_ranks_stays_the_same_update() -> None:
 
 def test_balanced_and_flex_are_the_same_matrix_split_in_two_ways() -> None:
     adapters = [lora(4, 0), lora(4, 1)]
-    balanced, flex = (mix(adapters, [0.5, 0.5], [2.0, 2.0], 4, 2.0, adapters[0], split) for split in ("balanced", "flex"))
+    balanced, flex = (
+        mix(adapters, [0.5, 0.5], [2.0, 2.0], 4, 2.0, adapters[0], split)
+        for split in ("balanced", "flex")
+    )
     for name, matrix in dense(flex.adapter).items():
         torch.testing.assert_close(matrix, dense(balanced.adapter)[name], rtol=1e-5, atol=1e-5)
     for down, up in modules(flex.adapter).values():
@@ -177,12 +209,17 @@ def test_missing_directions_keep_the_receivers_rows_of_a_and_zero_columns_of_b()
     for name, (down, up) in modules(mixed.adapter).items():
         assert torch.equal(down[2:], modules(receiver)[name][0][2:])
         assert not bool(up[:, 2:].any())
-        torch.testing.assert_close(up.double() @ down.double(), dense(small)[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            up.double() @ down.double(), dense(small)[name], rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [0.5, 0.5]], ids=["no weight", "no update"])
 def test_zero_mixture_keeps_the_receivers_a(weights: list[float]) -> None:
-    zero = {name: torch.zeros_like(tensor) if ".lora_B." in name else tensor for name, tensor in lora(4, 0).items()}
+    zero = {
+        name: torch.zeros_like(tensor) if ".lora_B." in name else tensor
+        for name, tensor in lora(4, 0).items()
+    }
     mixed = mix([zero, zero], weights, [1.0, 1.0], 4, 1.0, zero)
     assert digest(mixed.adapter) == digest(zero)
     assert mixed.tail == 0
@@ -197,17 +234,26 @@ def test_mix_changes_none_of_its_inputs() -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**20), count=st.integers(2, 5))
-def test_averaging_factors_misses_half_the_weighted_covariance_of_the_factors(seed: int, count: int) -> None:
+def test_averaging_factors_misses_half_the_weighted_covariance_of_the_factors(
+    seed: int, count: int
+) -> None:
     """Sum p B A - (sum p B)(sum p A) = 1/2 sum_kl p_k p_l (B_k - B_l)(A_k - A_l)."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(count, generator=generator, dtype=torch.float64) + 0.1
     weights /= weights.sum()
     pairs = [modules(lora(3, seed + k))[PREFIX + "q_proj"] for k in range(count)]
     down, up = (torch.stack([pair[i].double() for pair in pairs]) for i in (0, 1))
-    exact = sum((weights[k] * up[k] @ down[k] for k in range(count)), torch.zeros(24, 20, dtype=torch.float64))
+    exact = sum(
+        (weights[k] * up[k] @ down[k] for k in range(count)),
+        torch.zeros(24, 20, dtype=torch.float64),
+    )
     averaged = torch.einsum("k,kij->ij", weights, up) @ torch.einsum("k,kij->ij", weights, down)
     half = sum(
-        (0.5 * weights[k] * weights[j] * (up[k] - up[j]) @ (down[k] - down[j]) for k in range(count) for j in range(count)),
+        (
+            0.5 * weights[k] * weights[j] * (up[k] - up[j]) @ (down[k] - down[j])
+            for k in range(count)
+            for j in range(count)
+        ),
         torch.zeros(24, 20, dtype=torch.float64),
     )
     torch.testing.assert_close(exact - averaged, half, rtol=1e-10, atol=1e-10)

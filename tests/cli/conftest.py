@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from federation import Ended, call_main, command, make_config
 from fedmira.config import dump_config
+from small import Ended, call_main, command, make_config
 
 SETTINGS: dict[str, Any] = {
     "rounds.count": 6,
@@ -33,9 +33,13 @@ class CommandRun:
 
 
 @pytest.fixture(scope="session")
-def config_file(base_folder: Path, clients_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config_file(
+    base_folder: Path, clients_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     path = tmp_path_factory.mktemp("cli") / "config.toml"
-    path.write_text(dump_config(make_config(base_folder, clients_folder, SETTINGS)), encoding="utf-8")
+    path.write_text(
+        dump_config(make_config(base_folder, clients_folder, SETTINGS)), encoding="utf-8"
+    )
     return path
 
 

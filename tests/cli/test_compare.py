@@ -1,4 +1,7 @@
-"""fedmira compare on the command line: variants, a reference, and tables that say what was equal."""
+"""fedmira compare on the command line.
+
+Variants, a reference, and tables that say what was equal.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,38 @@ from typing import Any
 
 import pytest
 
-SMALL = ("--set", "graph.kind=category", "--set", "rounds.count=1", "--set", "evaluation.rouge=false", "--set", "local.steps=1")
+SMALL = (
+    "--set",
+    "graph.kind=category",
+    "--set",
+    "rounds.count=1",
+    "--set",
+    "evaluation.rouge=false",
+    "--set",
+    "local.steps=1",
+)
 
 
-def test_variants_a_reference_and_budgets_are_printed(config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]) -> None:
-    arguments = ("compare", config_file, "--algorithms", "local,mira", "--seeds", "0,1", *SMALL, "--output", tmp_path / "all")
-    more = ("--variant", "loose=algorithm.coupling=0.1;algorithm.size_scale=0", "--reference", "mira")
+def test_variants_a_reference_and_budgets_are_printed(
+    config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]
+) -> None:
+    arguments = (
+        "compare",
+        config_file,
+        "--algorithms",
+        "local,mira",
+        "--seeds",
+        "0,1",
+        *SMALL,
+        "--output",
+        tmp_path / "all",
+    )
+    more = (
+        "--variant",
+        "loose=algorithm.coupling=0.1;algorithm.size_scale=0",
+        "--reference",
+        "mira",
+    )
     ended = fedmira(*arguments, *more)
     assert ended.code == 0, ended.err
     for word in (
@@ -30,27 +59,58 @@ def test_variants_a_reference_and_budgets_are_printed(config_file: Path, tmp_pat
     assert "UNEQUAL" not in ended.out
     document = json.loads(fedmira(*arguments, *more, "--format", "json").out)
     assert document["equal"] is True and document["baselines"] == ["local", "mira"]
-    assert [row["method"] for row in document["algorithms"]] == ["local", "mira", "loose"] and len(document["runs"]) == 6
+    assert [row["method"] for row in document["algorithms"]] == ["local", "mira", "loose"] and len(
+        document["runs"]
+    ) == 6
     assert len(document["clients"]) == 5 and "loose_against_mira" in document["clients"][0]
 
 
-def test_unequal_runs_are_said_loudly(config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]) -> None:
-    arguments = ("compare", config_file, "--algorithms", "local,mira", *SMALL, "--output", tmp_path / "all")
+def test_unequal_runs_are_said_loudly(
+    config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]
+) -> None:
+    arguments = (
+        "compare",
+        config_file,
+        "--algorithms",
+        "local,mira",
+        *SMALL,
+        "--output",
+        tmp_path / "all",
+    )
     assert fedmira(*arguments).code == 0
     events = tmp_path / "all" / "mira-seed0" / "events.jsonl"
-    events.write_text(events.read_text(encoding="utf-8").replace('"steps": 1,', '"steps": 2,'), encoding="utf-8")
+    events.write_text(
+        events.read_text(encoding="utf-8").replace('"steps": 1,', '"steps": 2,'), encoding="utf-8"
+    )
     ended = fedmira(*arguments)
     assert ended.code == 0 and "UNEQUAL: these methods were not run on equal terms" in ended.out
     assert "mira, seed 0: other local steps: 6, and 3 under local" in ended.out
 
 
 @pytest.mark.parametrize("text", ["loose", "loose=", "=graph.nearest=3", "loose=;"])
-def test_a_variant_without_name_or_settings_is_refused(text: str, config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]) -> None:
-    ended = fedmira("compare", config_file, "--algorithms", "local", "--variant", text, "--output", tmp_path / "all")
-    assert ended.code == 2 and "must be a name of its own" in ended.err and not (tmp_path / "all").exists()
+def test_a_variant_without_name_or_settings_is_refused(
+    text: str, config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]
+) -> None:
+    ended = fedmira(
+        "compare",
+        config_file,
+        "--algorithms",
+        "local",
+        "--variant",
+        text,
+        "--output",
+        tmp_path / "all",
+    )
+    assert (
+        ended.code == 2
+        and "must be a name of its own" in ended.err
+        and not (tmp_path / "all").exists()
+    )
 
 
-def test_rounds_and_seconds_to_a_target_are_printed(config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]) -> None:
+def test_rounds_and_seconds_to_a_target_are_printed(
+    config_file: Path, tmp_path: Path, fedmira: Callable[..., Any]
+) -> None:
     arguments = (
         "compare",
         config_file,
@@ -64,8 +124,20 @@ def test_rounds_and_seconds_to_a_target_are_printed(config_file: Path, tmp_path:
     )
     ended = fedmira(*arguments, "--target-loss", "1000")
     assert ended.code == 0, ended.err
-    assert "to a mean test loss of 1000" in ended.out and "number type" in ended.out and "float32" in ended.out
-    document = json.loads(fedmira(*arguments, "--target-loss", "0.0001", "--format", "json").out)  # the runs are there already
-    assert [(row["rounds_to_target"], row["seeds_to_target"]) for row in document["algorithms"]] == [(None, 0), (None, 0)]
+    assert (
+        "to a mean test loss of 1000" in ended.out
+        and "number type" in ended.out
+        and "float32" in ended.out
+    )
+    document = json.loads(
+        fedmira(*arguments, "--target-loss", "0.0001", "--format", "json").out
+    )  # the runs are there already
+    assert [
+        (row["rounds_to_target"], row["seeds_to_target"]) for row in document["algorithms"]
+    ] == [(None, 0), (None, 0)]
     refused = fedmira(*arguments[:-1], tmp_path / "other", "--target-loss", "-1")
-    assert refused.code == 2 and "must be a finite number above 0" in refused.err and not (tmp_path / "other").exists()
+    assert (
+        refused.code == 2
+        and "must be a finite number above 0" in refused.err
+        and not (tmp_path / "other").exists()
+    )

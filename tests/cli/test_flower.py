@@ -7,31 +7,67 @@ from pathlib import Path
 
 import pytest
 
-from federation import call_main, make_config
-from fedmira.config import Config, dump_config, flattened, load_config, unflattened
+from fedmira.config import (
+    Config,
+    dump_config,
+    flattened,
+    load_config,
+    unflattened,
+)
+from small import call_main, make_config
 
 
-def test_the_app_holds_the_config_and_names_both_halves(base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+def test_the_app_holds_the_config_and_names_both_halves(
+    base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
     config = make_config(
-        base_folder, clients_folder, {"adapter.ranks": {"apple-1": 2, "birch-2": 8}, "federation.clients": ["apple-1", "birch-2"]}
+        base_folder,
+        clients_folder,
+        {
+            "adapter.ranks": {"apple-1": 2, "birch-2": 8},
+            "federation.clients": ["apple-1", "birch-2"],
+        },
     )
     file = tmp_path / "run.toml"
     file.write_text(dump_config(config), encoding="utf-8")
-    ended = call_main("flower", "init", tmp_path / "app", "--config", file, "--output", tmp_path / "out", "--set", "rounds.count=9")
+    ended = call_main(
+        "flower",
+        "init",
+        tmp_path / "app",
+        "--config",
+        file,
+        "--output",
+        tmp_path / "out",
+        "--set",
+        "rounds.count=9",
+    )
     assert ended.code == 0, ended.err
     assert [path.name for path in (tmp_path / "app").iterdir()] == ["pyproject.toml"]
-    app = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
-    assert app["components"] == {"serverapp": "fedmira.flower_app:server_app", "clientapp": "fedmira.flower_app:client_app"}
+    app = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "flwr"
+    ]["app"]
+    assert app["components"] == {
+        "serverapp": "fedmira.flower_app:server_app",
+        "clientapp": "fedmira.flower_app:client_app",
+    }
     settings = app["config"]
-    assert (settings.pop("output"), settings.pop("resume"), settings.pop("simulation")) == (str(tmp_path / "out"), False, False)
+    assert (settings.pop("output"), settings.pop("resume"), settings.pop("simulation")) == (
+        str(tmp_path / "out"),
+        False,
+        False,
+    )
     flat = {
-        key if not isinstance(value, dict) else f"{key}.{name}": inner for key, value in settings.items() for name, inner in pairs(value)
+        key if not isinstance(value, dict) else f"{key}.{name}": inner
+        for key, value in settings.items()
+        for name, inner in pairs(value)
     }
     assert unflattened(flat) == load_config(file, None, ["rounds.count=9"])
 
 
 def test_an_app_for_simulation_says_so_and_may_deal_rows_among_clients(tmp_path: Path) -> None:
-    ended = call_main("flower", "init", tmp_path / "app", "--simulation", "--set", "data.partition=category")
+    ended = call_main(
+        "flower", "init", tmp_path / "app", "--simulation", "--set", "data.partition=category"
+    )
     assert ended.code == 0, ended.err
     document = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text(encoding="utf-8"))
     assert document["tool"]["flwr"]["app"]["config"]["simulation"] is True
@@ -46,7 +82,11 @@ def pairs(value: object) -> list[tuple[str, object]]:
     "settings",
     [
         {},
-        {"adapter.targets": ["q_proj", "v_proj"], "data.max_rows": [16, 0, 8], "federation.clients": ['odd "name"', "[brackets]"]},
+        {
+            "adapter.targets": ["q_proj", "v_proj"],
+            "data.max_rows": [16, 0, 8],
+            "federation.clients": ['odd "name"', "[brackets]"],
+        },
         {"adapter.ranks": {"clinic-north": 8, "a b": 2}},
         {"algorithm.name": "fedavg", "data.column": "8", "data.split": "true"},
     ],
@@ -58,14 +98,30 @@ def test_a_flat_config_is_the_config_again(settings: dict[str, object]) -> None:
     assert unflattened(flat) == Config.model_validate(config.model_dump())
 
 
-@pytest.mark.parametrize(("folder", "problem"), [("taken", "exists already"), ("Not Right", "small letters")])
-def test_a_folder_that_cannot_be_an_app_is_refused(folder: str, problem: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "problem"), [("taken", "exists already"), ("Not Right", "small letters")]
+)
+def test_a_folder_that_cannot_be_an_app_is_refused(
+    folder: str, problem: str, tmp_path: Path
+) -> None:
     (tmp_path / "taken").mkdir()
     ended = call_main("flower", "init", tmp_path / folder)
     assert ended.code == 2 and problem in ended.err
 
 
 def test_settings_that_need_all_rows_in_one_place_are_refused(tmp_path: Path) -> None:
-    ended = call_main("flower", "init", tmp_path / "app", "--set", "data.max_rows=[4, 8]", "--set", "data.partition=category")
-    assert ended.code == 2 and "data.max_rows is a list" in ended.err and "deals the rows of all clients" in ended.err
+    ended = call_main(
+        "flower",
+        "init",
+        tmp_path / "app",
+        "--set",
+        "data.max_rows=[4, 8]",
+        "--set",
+        "data.partition=category",
+    )
+    assert (
+        ended.code == 2
+        and "data.max_rows is a list" in ended.err
+        and "deals the rows of all clients" in ended.err
+    )
     assert not (tmp_path / "app").exists()

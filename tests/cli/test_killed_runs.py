@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from federation import PROGRAM, adapter_bytes, command, environment, events_of, make_config, table_of
 from fedmira.config import dump_config
+from small import PROGRAM, adapter_bytes, command, environment, events_of, make_config, table_of
 
 Moment = Callable[[Path], bool]
 
@@ -28,7 +28,9 @@ def written_down(number: int) -> Moment:
 
     def moment(folder: Path) -> bool:
         path = folder / "events.jsonl"
-        return path.exists() and f'"event": "round", "round": {number},' in path.read_text(encoding="utf-8")
+        return path.exists() and f'"event": "round", "round": {number},' in path.read_text(
+            encoding="utf-8"
+        )
 
     return moment
 
@@ -45,7 +47,11 @@ def kill_at(moment: Moment, folder: Path, *arguments: str | Path, delay_s: float
         delay_s: how long after the moment.
     """
     with subprocess.Popen(
-        [PROGRAM, *map(str, arguments)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [PROGRAM, *map(str, arguments)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         deadline = time.monotonic() + 120
         while not moment(folder) and process.poll() is None and time.monotonic() < deadline:
@@ -70,7 +76,10 @@ def status_of(folder: Path) -> Any:
 
 
 def test_a_run_killed_three_times_ends_in_the_same_bytes(command_run: Any, tmp_path: Path) -> None:
-    """Some clients a round and a learned graph: killed in round 1, in the middle, and right after a checkpoint."""
+    """Some clients a round and a learned graph.
+
+    Killed in round 1, in the middle, and right after a checkpoint.
+    """
     folder = tmp_path / "run"
     kill_at(begun, folder, "run", command_run.config, "--output", folder)
     assert status_of(folder) == "running"
@@ -84,7 +93,9 @@ def test_a_run_killed_three_times_ends_in_the_same_bytes(command_run: Any, tmp_p
 
 
 @pytest.mark.parametrize("delay_s", [0.013])
-def test_kept_moments_survive_a_kill(delay_s: float, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+def test_kept_moments_survive_a_kill(
+    delay_s: float, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
     settings = {
         "graph.kind": "random",
         "algorithm.space": "factor",
@@ -94,17 +105,29 @@ def test_kept_moments_survive_a_kill(delay_s: float, base_folder: Path, clients_
         "local.steps": 6,
     }
     config = tmp_path / "config.toml"
-    config.write_text(dump_config(make_config(base_folder, clients_folder, settings)), encoding="utf-8")
+    config.write_text(
+        dump_config(make_config(base_folder, clients_folder, settings)), encoding="utf-8"
+    )
     assert command("run", config, "--output", tmp_path / "straight").returncode == 0
     kill_at(kept(2), tmp_path / "run", "run", config, "--output", tmp_path / "run", delay_s=delay_s)
     assert command("run", "--resume", "--output", tmp_path / "run").returncode == 0
     assert_equal_runs(tmp_path / "run", tmp_path / "straight")
 
 
-def test_an_interrupt_from_the_keyboard_says_how_to_continue(command_run: Any, tmp_path: Path) -> None:
+def test_an_interrupt_from_the_keyboard_says_how_to_continue(
+    command_run: Any, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     with subprocess.Popen(
-        [PROGRAM, "run", str(command_run.config), "--set", "rounds.count=500", "--output", str(folder)],
+        [
+            PROGRAM,
+            "run",
+            str(command_run.config),
+            "--set",
+            "rounds.count=500",
+            "--output",
+            str(folder),
+        ],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from federation import command
 from fedmira.config import dump_config, load_config
+from small import command
 
 
 @pytest.fixture
@@ -23,7 +23,12 @@ def moved_rows(command_run: Any, tmp_path: Path) -> Callable[[Path], Path]:
         shutil.copytree(command_run.folder, folder)
         config = load_config(folder / "config.toml")
         (folder / "config.toml").write_text(
-            dump_config(config.model_copy(update={"data": config.data.model_copy(update={"path": str(rows)})})), encoding="utf-8"
+            dump_config(
+                config.model_copy(
+                    update={"data": config.data.model_copy(update={"path": str(rows)})}
+                )
+            ),
+            encoding="utf-8",
         )
         return folder
 
@@ -36,7 +41,11 @@ def instruction_of(clients_folder: Path, client: str) -> str:
 
 
 def test_generate_needs_no_rows_where_the_instruction_is_given(
-    command_run: Any, clients_folder: Path, moved_rows: Callable[[Path], Path], fedmira: Callable[..., Any], tmp_path: Path
+    command_run: Any,
+    clients_folder: Path,
+    moved_rows: Callable[[Path], Path],
+    fedmira: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     folder, said = moved_rows(tmp_path / "nowhere"), instruction_of(clients_folder, "apple-1")
     with_rows = fedmira("generate", command_run.folder, "--client", "apple-1", "w4 w8")
@@ -46,29 +55,45 @@ def test_generate_needs_no_rows_where_the_instruction_is_given(
 
 
 def test_generate_says_what_is_missing_without_rows_and_instruction(
-    clients_folder: Path, moved_rows: Callable[[Path], Path], fedmira: Callable[..., Any], tmp_path: Path
+    clients_folder: Path,
+    moved_rows: Callable[[Path], Path],
+    fedmira: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     ended = fedmira("generate", moved_rows(tmp_path / "nowhere"), "--client", "apple-1", "w4 w8")
     assert ended.code == 2 and "give --instruction" in " ".join(ended.err.split())
 
 
 def test_rows_of_other_clients_are_not_taken_for_those_of_the_run(
-    clients_folder: Path, moved_rows: Callable[[Path], Path], fedmira: Callable[..., Any], tmp_path: Path
+    clients_folder: Path,
+    moved_rows: Callable[[Path], Path],
+    fedmira: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     others = tmp_path / "others"
     shutil.copytree(clients_folder, others)
     (others / "apple-1").rename(others / "apple-9")
     folder = moved_rows(others)
     ended = fedmira("evaluate", folder)
-    assert ended.code == 2 and "the rows of apple-1 are not on this machine" in " ".join(ended.err.split())
+    assert ended.code == 2 and "the rows of apple-1 are not on this machine" in " ".join(
+        ended.err.split()
+    )
     ended = fedmira("generate", folder, "--client", "apple-1", "w4 w8")
     assert ended.code == 2 and "on another machine" in " ".join(ended.err.split())
 
 
-def test_evaluate_warns_of_rows_that_have_changed(clients_folder: Path, moved_rows: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_evaluate_warns_of_rows_that_have_changed(
+    clients_folder: Path, moved_rows: Callable[[Path], Path], tmp_path: Path
+) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(clients_folder, changed)
     rows = changed / "apple-1" / "train.jsonl"
-    rows.write_text("".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    rows.write_text(
+        "".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8"
+    )
     ended = command("evaluate", moved_rows(changed))
-    assert ended.returncode == 0 and "these are not known to be the rows of the run: they have changed" in " ".join(ended.stderr.split())
+    assert (
+        ended.returncode == 0
+        and "these are not known to be the rows of the run: they have changed"
+        in " ".join(ended.stderr.split())
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from federation import environment
+from small import environment
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy")
 
@@ -25,9 +25,16 @@ main()
 
 
 def python(code: str, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
-    variables = {name: value for name, value in environment().items() if not name.startswith("HF_")} | more
+    variables = {
+        name: value for name, value in environment().items() if not name.startswith("HF_")
+    } | more
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=variables, timeout=300, check=False
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=variables,
+        timeout=300,
+        check=False,
     )
 
 
@@ -36,13 +43,18 @@ def python(code: str, *arguments: str | Path, **more: str) -> subprocess.Complet
     [
         "import fedmira",
         "from fedmira.cli import main",
-        "import sys; sys.argv = ['fedmira', '--help']\ntry:\n    from fedmira.cli import main; main()\nexcept SystemExit: pass",
-        "import sys; sys.argv = ['fedmira', 'presets']\ntry:\n    from fedmira.cli import main; main()\nexcept SystemExit: pass",
+        "import sys; sys.argv = ['fedmira', '--help']\ntry:\n    from fedmira.cli import "
+        "main; main()\nexcept SystemExit: pass",
+        "import sys; sys.argv = ['fedmira', 'presets']\ntry:\n    from fedmira.cli import "
+        "main; main()\nexcept SystemExit: pass",
     ],
     ids=["import fedmira", "import fedmira.cli", "fedmira --help", "fedmira presets"],
 )
 def test_the_heavy_libraries_wait_until_they_are_needed(code: str) -> None:
-    ended = python(f"{code}\nimport sys; print('loaded:', *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)")
+    ended = python(
+        f"{code}\nimport sys; print('loaded:', *[name for name in {HEAVY!r} if name in "
+        "sys.modules], file=sys.stderr)"
+    )
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.splitlines()[-1].strip() == "loaded:"
 
@@ -60,6 +72,13 @@ def test_the_demo_runs_without_a_network(tmp_path: Path) -> None:
     )
     overrides = [part for setting in settings for part in ("--set", setting)]
     overrides += ["--set", "graph.kind=uniform"]
-    ended = python(NO_NETWORK, "run", *overrides, "--output", tmp_path / "run", HF_HOME=str(tmp_path / "empty-cache"))
+    ended = python(
+        NO_NETWORK,
+        "run",
+        *overrides,
+        "--output",
+        tmp_path / "run",
+        HF_HOME=str(tmp_path / "empty-cache"),
+    )
     assert ended.returncode == 0, ended.stderr
     assert "calls out" not in ended.stderr and (tmp_path / "run" / "report.html").is_file()

@@ -35,7 +35,9 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def problems(*overrides: str, path: Path | None = None, preset: str | None = None) -> tuple[str, ...]:
+def problems(
+    *overrides: str, path: Path | None = None, preset: str | None = None
+) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
         load_config(path, preset, overrides)
     return caught.value.problems
@@ -76,7 +78,13 @@ def test_an_override_is_toml_or_else_plain_text(override: str, expected: str) ->
 
 
 def test_overrides_take_lists_tables_and_quoted_names() -> None:
-    config = load_config(overrides=['adapter.targets=["q_proj", "v_proj"]', 'adapter.ranks."law.v2"=4', "adapter.ranks.chat-1=8"])
+    config = load_config(
+        overrides=[
+            'adapter.targets=["q_proj", "v_proj"]',
+            'adapter.ranks."law.v2"=4',
+            "adapter.ranks.chat-1=8",
+        ]
+    )
     assert config.adapter.targets == ("q_proj", "v_proj")
     assert config.adapter.ranks == {"law.v2": 4, "chat-1": 8}
 
@@ -97,7 +105,9 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
 
 def test_naming_another_algorithm_drops_the_settings_that_it_does_not_have(tmp_path: Path) -> None:
     path = write(tmp_path, '[algorithm]\nname = "mira"\ncoupling = 0.5\n')
-    assert load_config(path, overrides=["algorithm.name=fedavg"]).algorithm == FedAvgSettings(name="fedavg")
+    assert load_config(path, overrides=["algorithm.name=fedavg"]).algorithm == FedAvgSettings(
+        name="fedavg"
+    )
 
 
 def test_a_file_that_names_another_algorithm_than_the_preset_drops_them_too(tmp_path: Path) -> None:
@@ -106,12 +116,19 @@ def test_a_file_that_names_another_algorithm_than_the_preset_drops_them_too(tmp_
 
 
 def test_naming_the_same_algorithm_keeps_its_settings() -> None:
-    assert load_config(preset="mira-paper-ni", overrides=["algorithm.name=mira"]) == load_config(preset="mira-paper-ni")
+    assert load_config(preset="mira-paper-ni", overrides=["algorithm.name=mira"]) == load_config(
+        preset="mira-paper-ni"
+    )
 
 
-def test_settings_that_were_set_together_with_a_foreign_algorithm_are_an_error(tmp_path: Path) -> None:
+def test_settings_that_were_set_together_with_a_foreign_algorithm_are_an_error(
+    tmp_path: Path,
+) -> None:
     path = write(tmp_path, '[algorithm]\nname = "fedavg"\ncoupling = 0.5\n')
-    assert problems(path=path) == (f"algorithm.coupling = 0.5: unknown key; it belongs to mira; algorithm fedavg knows: name ({path})",)
+    assert problems(path=path) == (
+        "algorithm.coupling = 0.5: unknown key; it belongs to mira; algorithm fedavg "
+        f"knows: name ({path})",
+    )
     [problem] = problems("algorithm.name=fedavg", "algorithm.coupling=0.5")
     assert problem.startswith("algorithm.coupling = 0.5: unknown key; it belongs to mira")
 
@@ -140,7 +157,9 @@ def test_steps_replace_epochs_below() -> None:
 def test_another_kind_of_graph_lets_go_of_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, '[graph]\nkind = "file"\npath = "graph.json"\n')
     assert load_config(path).graph.path == "graph.json"
-    assert load_config(path, overrides=["graph.kind=uniform"]).graph == GraphSettings(kind="uniform")
+    assert load_config(path, overrides=["graph.kind=uniform"]).graph == GraphSettings(
+        kind="uniform"
+    )
 
 
 def test_contradictions_within_one_layer_are_errors() -> None:
@@ -156,7 +175,12 @@ def test_steps_and_epochs_in_one_layer_are_an_error_that_names_both(tmp_path: Pa
     assert problems(path=path) == (f"{both} ({path})",)
     assert problems("local.steps=3", "local.epochs=2") == (f"{both} (--set)",)
     assert load_config(write(tmp_path, "[local]\nsteps = 3\nepochs = 0\n")).local.steps == 3
-    assert load_config(write(tmp_path, "[local]\nsteps = 3\n"), overrides=["local.epochs=2"]).local.epochs == 2
+    assert (
+        load_config(
+            write(tmp_path, "[local]\nsteps = 3\n"), overrides=["local.epochs=2"]
+        ).local.epochs
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +198,9 @@ def test_steps_and_epochs_in_one_layer_are_an_error_that_names_both(tmp_path: Pa
         ("adapter.kind=lora", "adapter.prefix_projection=true", "'prefix'"),
     ],
 )
-def test_a_setting_that_the_choice_beside_it_does_not_read_is_an_error(choice: str, setting: str, reader: str) -> None:
+def test_a_setting_that_the_choice_beside_it_does_not_read_is_an_error(
+    choice: str, setting: str, reader: str
+) -> None:
     chooser, _, chosen = choice.partition("=")
     key, _, value = setting.partition("=")
     written = f'"{value}"' if value == "lstm" else value
@@ -194,21 +220,36 @@ def test_another_choice_lets_go_of_what_only_the_one_below_reads(tmp_path: Path)
     below, defaults = load_config(path), Config()
     above = ["graph.kind=random", "local.optimizer=adam", "adapter.kind=lora"]
     for config in (load_config(path, overrides=above), with_overrides(below, above)):
-        assert (config.graph.nearest, config.graph.memory) == (defaults.graph.nearest, defaults.graph.memory)
+        assert (config.graph.nearest, config.graph.memory) == (
+            defaults.graph.nearest,
+            defaults.graph.memory,
+        )
         assert config.local.sophia_rho == defaults.local.sophia_rho
         assert config.adapter.virtual_tokens == defaults.adapter.virtual_tokens
-    assert load_config(path, overrides=["graph.kind=pfedgraph"]).graph.memory == 0.2, "both learned graphs read it"
+    assert load_config(path, overrides=["graph.kind=pfedgraph"]).graph.memory == 0.2, (
+        "both learned graphs read it"
+    )
 
 
 def test_a_default_that_nothing_reads_may_be_written_down() -> None:
-    assert load_config(overrides=["graph.kind=random", f"graph.nearest={GraphSettings().nearest}"]).graph.kind == "random"
+    assert (
+        load_config(
+            overrides=["graph.kind=random", f"graph.nearest={GraphSettings().nearest}"]
+        ).graph.kind
+        == "random"
+    )
 
 
 def test_a_config_made_in_python_is_read_back_whatever_it_does_not_use(tmp_path: Path) -> None:
-    config = Config(graph=GraphSettings(kind="random", nearest=5), local=LocalSettings(steps=3, epochs=2, sophia_rho=2.0))
+    config = Config(
+        graph=GraphSettings(kind="random", nearest=5),
+        local=LocalSettings(steps=3, epochs=2, sophia_rho=2.0),
+    )
     path = write(tmp_path, dump_config(config))
     assert load_config(path) == config
-    assert problems("graph.nearest=6", path=path)[0].startswith("graph.nearest = 6: graph.kind = 'random' does not read it")
+    assert problems("graph.nearest=6", path=path)[0].startswith(
+        "graph.nearest = 6: graph.kind = 'random' does not read it"
+    )
 
 
 def test_a_shuffled_uniform_graph_controls_nothing() -> None:
@@ -234,29 +275,44 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     path = write(tmp_path, 'sed = 1\n[local]\nlearning_rate = -1\n[graph]\nkind = "randm"\n')
     assert set(problems("rounds.count=0", "nonsense", path=path)) == {
         "--set 'nonsense': must be key=value with a dotted key, such as rounds.count=5",
-        f"graph.kind = \"randm\": must be one of random, uniform, category, similarity, pfedgraph, file (did you mean 'random'?) ({path})",
+        'graph.kind = "randm": must be one of random, uniform, category, similarity, '
+        f"pfedgraph, file (did you mean 'random'?) ({path})",
         f"local.learning_rate = -1: must be above 0 ({path})",
         "rounds.count = 0: must be 1 or more (--set)",
-        f"sed = 1: unknown key; did you mean seed? there are: {', '.join(Config.model_fields)} ({path})",
+        "sed = 1: unknown key; did you mean seed? there are: "
+        f"{', '.join(Config.model_fields)} ({path})",
     }
 
 
 @pytest.mark.parametrize(
     ("override", "start"),
     [
-        ("local.learn_rate=1", "local.learn_rate = 1: unknown key; did you mean local.learning_rate?"),
+        (
+            "local.learn_rate=1",
+            "local.learn_rate = 1: unknown key; did you mean local.learning_rate?",
+        ),
         ("local.rank=4", "local.rank = 4: unknown key; did you mean adapter.rank?"),
         ("learning_rate=1", "learning_rate = 1: unknown key; did you mean local.learning_rate?"),
         (
             "algorithm.name=miraa",
-            f"algorithm.name = \"miraa\": unknown algorithm; must be one of {', '.join(algorithm_sections())}; did you mean 'mira'?",
+            'algorithm.name = "miraa": unknown algorithm; must be one of '
+            f"{', '.join(algorithm_sections())}; did you mean 'mira'?",
         ),
         ("algorithm.coupling=2", "algorithm.coupling = 2: must be 1 or less"),
-        ("algorithm=mira", 'algorithm = "mira": must be a section; write [algorithm] with any of: name, coupling'),
-        ("graph=random", 'graph = "random": must be a section; write [graph] with any of: kind, path'),
+        (
+            "algorithm=mira",
+            'algorithm = "mira": must be a section; write [algorithm] with any of: name, coupling',
+        ),
+        (
+            "graph=random",
+            'graph = "random": must be a section; write [graph] with any of: kind, path',
+        ),
         ("data.max_rows=-1", "data.max_rows = -1: must be 0 or more or a list in brackets"),
         ("data.max_rows=[4, -2]", "data.max_rows.1 = -2: must be 0 or more"),
-        ("engine.token_budget=few", "engine.token_budget = \"few\": must be a whole number or 'auto'"),
+        (
+            "engine.token_budget=few",
+            "engine.token_budget = \"few\": must be a whole number or 'auto'",
+        ),
         ("adapter.targets=q_proj", 'adapter.targets = "q_proj": must be a list in brackets'),
         ('adapter.ranks."law.v2"=0', 'adapter.ranks."law.v2" = 0: must be 1 or more'),
         ("data.path=3", "data.path = 3: must be text in quotes"),
@@ -283,10 +339,14 @@ def test_a_problem_names_key_value_limit_and_next_step(override: str, start: str
         ("evaluation.rouge = 1", "true or false"),
     ],
 )
-def test_a_value_of_another_type_in_a_file_is_an_error(tmp_path: Path, line: str, wanted: str) -> None:
+def test_a_value_of_another_type_in_a_file_is_an_error(
+    tmp_path: Path, line: str, wanted: str
+) -> None:
     path = write(tmp_path, f"{line}\n")
     assert problems(path=path) == (f"{line}: must be {wanted} ({path})",)
-    assert load_config(path, overrides=[f"{line.partition(' ')[0]}=1"]) == load_config(overrides=[f"{line.partition(' ')[0]}=1"])
+    assert load_config(path, overrides=[f"{line.partition(' ')[0]}=1"]) == load_config(
+        overrides=[f"{line.partition(' ')[0]}=1"]
+    )
 
 
 def test_types_in_lists_and_beside_other_problems_are_told_together(tmp_path: Path) -> None:
@@ -300,8 +360,14 @@ def test_types_in_lists_and_beside_other_problems_are_told_together(tmp_path: Pa
 
 def test_whole_numbers_may_stand_for_numbers_and_overrides_are_text_anyway(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "[adapter]\nalpha = 8\n")).adapter.alpha == 8.0
-    config = load_config(overrides=["local.learning_rate=.5", "evaluation.rouge=False", 'rounds.count="5"'])
-    assert (config.local.learning_rate, config.evaluation.rouge, config.rounds.count) == (0.5, False, 5)
+    config = load_config(
+        overrides=["local.learning_rate=.5", "evaluation.rouge=False", 'rounds.count="5"']
+    )
+    assert (config.local.learning_rate, config.evaluation.rouge, config.rounds.count) == (
+        0.5,
+        False,
+        5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -327,9 +393,20 @@ def test_what_other_tools_call_a_setting_leads_to_ours(other: str, ours: str) ->
 
 
 def test_other_names_lead_to_keys_that_exist_and_are_none_themselves() -> None:
-    settings = {"algorithm": [field for section in algorithm_sections().values() for field in section.model_fields]}
-    settings |= {name: list(type(section).model_fields) for name, section in Config() if name not in ("seed", "algorithm")}
-    known = {*Config.model_fields, *(f"{section}.{key}" for section, keys in settings.items() for key in keys)}
+    settings = {
+        "algorithm": [
+            field for section in algorithm_sections().values() for field in section.model_fields
+        ]
+    }
+    settings |= {
+        name: list(type(section).model_fields)
+        for name, section in Config()
+        if name not in ("seed", "algorithm")
+    }
+    known = {
+        *Config.model_fields,
+        *(f"{section}.{key}" for section, keys in settings.items() for key in keys),
+    }
     assert set(OTHER_NAMES.values()) <= known
     assert not set(OTHER_NAMES) & known
 
@@ -342,7 +419,10 @@ def test_a_device_has_a_name_that_torch_knows(device: str) -> None:
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:one", "0", "CPU"])
 def test_a_device_that_torch_has_no_name_for_is_an_error(device: str) -> None:
     [problem] = problems(f'model.device="{device}"')
-    assert problem.startswith(f"model.device = '{device}': must be 'auto' or a torch device, such as 'cpu', 'cuda', 'cuda:1' or 'mps'")
+    assert problem.startswith(
+        f"model.device = '{device}': must be 'auto' or a torch device, such as 'cpu', "
+        "'cuda', 'cuda:1' or 'mps'"
+    )
     assert problem.endswith("did you mean 'cuda'?") == (device == "gpu")
 
 
@@ -350,14 +430,22 @@ def test_rules_between_keys_are_reported_in_their_own_words() -> None:
     assert problems("data.train_fraction=0.75", "data.validation_fraction=0.25") == (
         "data: train_fraction + validation_fraction is 1; must be below 1 so that test rows remain",
     )
-    assert problems("evaluation.select=best") == ("evaluation.select = 'best' needs validation rows; set data.validation_fraction above 0",)
+    assert problems("evaluation.select=best") == (
+        "evaluation.select = 'best' needs validation rows; set data.validation_fraction above 0",
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "line", "column"),
-    [("seed = 1\ncount = = 2\n", 2, 9), ("[rounds\ncount = 2\n", 1, 8), ("seed = 1\nname = 'open", 2, 13)],
+    [
+        ("seed = 1\ncount = = 2\n", 2, 9),
+        ("[rounds\ncount = 2\n", 1, 8),
+        ("seed = 1\nname = 'open", 2, 13),
+    ],
 )
-def test_broken_toml_is_named_with_file_line_and_column(tmp_path: Path, text: str, line: int, column: int) -> None:
+def test_broken_toml_is_named_with_file_line_and_column(
+    tmp_path: Path, text: str, line: int, column: int
+) -> None:
     path = write(tmp_path, text)
     [problem] = problems(path=path)
     assert problem.startswith(f"{path}:{line}:{column}: not valid TOML: ")
@@ -374,21 +462,32 @@ def test_broken_toml_is_named_with_file_line_and_column(tmp_path: Path, text: st
 )
 def test_a_bare_word_as_a_value_needs_quotes(tmp_path: Path, line: str, hint: str) -> None:
     path = write(tmp_path, f"seed = 1\n{line}\n")
-    assert problems(path=path) == (f"{path}:2:{line.index('=') + 3}: not valid TOML: Invalid value{hint}",)
+    assert problems(path=path) == (
+        f"{path}:2:{line.index('=') + 3}: not valid TOML: Invalid value{hint}",
+    )
 
 
 @pytest.mark.parametrize("ending", [".yaml", ".yml", ".json"])
-def test_a_config_in_another_format_is_told_that_configs_are_toml(tmp_path: Path, ending: str) -> None:
+def test_a_config_in_another_format_is_told_that_configs_are_toml(
+    tmp_path: Path, ending: str
+) -> None:
     path = tmp_path / f"run{ending}"
     path.write_text("{}\n", encoding="utf-8")
     [problem] = problems(path=path)
-    assert problem.startswith(f"config file {path} ends in {ending}, and a config is TOML") and "docs/configuration.md" in problem
+    assert (
+        problem.startswith(f"config file {path} ends in {ending}, and a config is TOML")
+        and "docs/configuration.md" in problem
+    )
 
 
 def test_unreadable_sources_are_reported_together(tmp_path: Path) -> None:
     missing = tmp_path / "none.toml"
-    preset_problem, file_problem, override_problem = problems("x", path=missing, preset="mira-paper")
-    assert preset_problem.startswith("preset 'mira-paper' does not exist; did you mean 'mira-paper-ni'?")
+    preset_problem, file_problem, override_problem = problems(
+        "x", path=missing, preset="mira-paper"
+    )
+    assert preset_problem.startswith(
+        "preset 'mira-paper' does not exist; did you mean 'mira-paper-ni'?"
+    )
     assert file_problem.startswith(f"config file {missing} does not exist")
     assert override_problem.startswith("--set 'x': must be key=value")
 
@@ -401,7 +500,9 @@ def test_a_folder_in_place_of_a_file_is_an_error(tmp_path: Path) -> None:
 def test_text_in_another_encoding_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes('[data]\npath = "dös"\n'.encode("latin-1"))
-    assert problems(path=path) == (f"config file {path} is not UTF-8 text (byte 16); save it as UTF-8",)
+    assert problems(path=path) == (
+        f"config file {path} is not UTF-8 text (byte 16); save it as UTF-8",
+    )
 
 
 def test_a_config_error_ends_the_program_with_code_2() -> None:
@@ -423,13 +524,22 @@ configs = st.builds(
         ranks=st.dictionaries(names, st.integers(1, 64), max_size=3),
     ),
     data=st.builds(
-        DataSettings, column=names, max_rows=st.integers(0, 99) | st.lists(st.integers(0, 99), min_size=1, max_size=4).map(tuple)
+        DataSettings,
+        column=names,
+        max_rows=st.integers(0, 99)
+        | st.lists(st.integers(0, 99), min_size=1, max_size=4).map(tuple),
     ),
     algorithm=st.one_of(
         st.just(LocalOnlySettings(name="local")),
         st.just(FedAvgSettings(name="fedavg")),
-        st.builds(MiraSettings, coupling=st.floats(0, 1), neighbours=st.sampled_from(["fresh", "rescaled", "stale"])),
-        st.builds(MiraSettings, server_step=st.floats(0, 10), space=st.sampled_from(["product", "factor"])),
+        st.builds(
+            MiraSettings,
+            coupling=st.floats(0, 1),
+            neighbours=st.sampled_from(["fresh", "rescaled", "stale"]),
+        ),
+        st.builds(
+            MiraSettings, server_step=st.floats(0, 10), space=st.sampled_from(["product", "factor"])
+        ),
     ),
     local=st.builds(LocalSettings, learning_rate=st.floats(1e-12, 1e3), epochs=st.integers(0, 9)),
 )
@@ -452,7 +562,9 @@ def test_a_dump_writes_every_default_out() -> None:
 
 def test_a_dumped_config_still_takes_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, dump_config(load_config(preset="mira-paper-ni")))
-    assert load_config(path, overrides=["algorithm.name=local"]).algorithm == LocalOnlySettings(name="local")
+    assert load_config(path, overrides=["algorithm.name=local"]).algorithm == LocalOnlySettings(
+        name="local"
+    )
     assert load_config(path, overrides=["local.steps=2"]).local.epochs == 0
 
 
@@ -461,7 +573,10 @@ def test_a_preset_is_the_same_as_its_file() -> None:
 
 
 def test_a_measure_belongs_to_learned_graphs_and_goes_with_them() -> None:
-    with pytest.raises(ConfigError, match="measure = 'principal-angles' is for learned graphs, but kind is 'random'"):
+    with pytest.raises(
+        ConfigError,
+        match="measure = 'principal-angles' is for learned graphs, but kind is 'random'",
+    ):
         load_config(overrides=["graph.kind=random", "graph.measure=principal-angles"])
     learned = load_config(overrides=["graph.measure=principal-angles"])
     assert with_overrides(learned, ["graph.kind=random"]).graph.measure == "cosine"
@@ -470,10 +585,14 @@ def test_a_measure_belongs_to_learned_graphs_and_goes_with_them() -> None:
 @pytest.mark.parametrize("strength", ["algorithm.coupling=0", "algorithm.server_step=0"])
 def test_a_safeguard_needs_something_to_decline(strength: str) -> None:
     with pytest.raises(ConfigError, match="nobody is pulled"):
-        load_config(overrides=["algorithm.safeguard=true", "data.validation_fraction=0.1", strength])
+        load_config(
+            overrides=["algorithm.safeguard=true", "data.validation_fraction=0.1", strength]
+        )
 
 
-def test_slopes_along_random_directions_are_clipped_only_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_slopes_along_random_directions_are_clipped_only_where_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
     """The dump holds the number, so a run folder says what was done and is read back to the same run."""
     assert load_config().local.max_grad_norm == 1.0
     path = write(tmp_path, '[local]\noptimizer = "zeroth-order"\n')
@@ -485,7 +604,9 @@ def test_slopes_along_random_directions_are_clipped_only_where_that_is_asked_for
         assert load_config(write(tmp_path, dump_config(config))) == config
 
 
-def test_a_limit_of_gradients_does_not_become_one_of_slopes_nor_the_other_way_round(tmp_path: Path) -> None:
+def test_a_limit_of_gradients_does_not_become_one_of_slopes_nor_the_other_way_round(
+    tmp_path: Path,
+) -> None:
     slopes, gradients = "local.optimizer=zeroth-order", "local.optimizer=sgd"
     dumped = write(tmp_path, dump_config(load_config(overrides=[slopes])))
     assert load_config(dumped, overrides=[gradients]).local.max_grad_norm == 1.0
@@ -502,5 +623,14 @@ def test_a_wrong_optimizer_is_the_only_problem_although_a_default_depends_on_it(
 
 
 def test_a_safeguard_compares_whole_messages() -> None:
-    with pytest.raises(ConfigError, match="engine.wire = 'int8' rounds what travels, but with algorithm.safeguard = true"):
-        load_config(overrides=["algorithm.safeguard=true", "data.validation_fraction=0.1", "engine.wire=int8"])
+    with pytest.raises(
+        ConfigError,
+        match="engine.wire = 'int8' rounds what travels, but with algorithm.safeguard = true",
+    ):
+        load_config(
+            overrides=[
+                "algorithm.safeguard=true",
+                "data.validation_fraction=0.1",
+                "engine.wire=int8",
+            ]
+        )

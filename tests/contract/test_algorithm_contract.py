@@ -1,4 +1,7 @@
-"""What every algorithm of the table must keep: purity, order, absence, and a state that is the whole checkpoint."""
+"""What every algorithm of the table must keep.
+
+Purity, order, absence, and a state that is the whole checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,16 @@ from torch import Tensor
 
 from fedmira.adapters import Adapter, digest, same_shapes
 from fedmira.adapters.directions import movement
-from fedmira.algorithms import ALGORITHMS, Algorithm, AlgorithmContext, ServerState, Trained, build
-from fedmira.config import LocalSettings
-from fedmira.config.methods import (
+from fedmira.config import (
     AlgorithmSettings,
+    FedAvgSettings,
+    LocalOnlySettings,
+    LocalSettings,
+    MiraSettings,
+)
+from fedmira.config.methods import (
     DittoSettings,
     FedAltSettings,
-    FedAvgSettings,
     FedExSettings,
     FedFomoSettings,
     FedItFinetuneSettings,
@@ -25,13 +31,30 @@ from fedmira.config.methods import (
     FedProxSettings,
     FlexLoraSettings,
     HetLoraSettings,
-    LocalOnlySettings,
-    MiraSettings,
     ShareFactorSettings,
 )
-from fedmira.graphs import CollaborationGraph, FixedGraph, GraphSource, LearnedGraph, random_graph
+from fedmira.graphs import (
+    CollaborationGraph,
+    FixedGraph,
+    GraphSource,
+    LearnedGraph,
+    random_graph,
+)
 from fedmira.messages import Payload, Reply
-from fedmira.model import BaseModel, LocalTask, find_targets, train_cohort
+from fedmira.methods import (
+    ALGORITHMS,
+    Algorithm,
+    AlgorithmContext,
+    ServerState,
+    Trained,
+    build,
+)
+from fedmira.model import (
+    BaseModel,
+    LocalTask,
+    find_targets,
+    train_cohort,
+)
 from fedmira.model import start_adapter as drawn_start
 from tiny import draw_rows
 
@@ -42,47 +65,89 @@ SETTINGS: dict[str, tuple[AlgorithmSettings, GraphSource]] = {
     "local": (LocalOnlySettings(name="local"), FIXED),
     "fedavg": (FedAvgSettings(name="fedavg"), FIXED),
     "fedit-finetune": (FedItFinetuneSettings(name="fedit-finetune"), FIXED),
-    "fedit-finetune from round 2": (FedItFinetuneSettings(name="fedit-finetune", finetune_share=0.9), FIXED),
+    "fedit-finetune from round 2": (
+        FedItFinetuneSettings(name="fedit-finetune", finetune_share=0.9),
+        FIXED,
+    ),
     "fedprox": (FedProxSettings(name="fedprox"), FIXED),
     "ditto": (DittoSettings(name="ditto"), FIXED),
     "share-factor, A": (ShareFactorSettings(name="share-factor"), FIXED),
     "share-factor, B": (ShareFactorSettings(name="share-factor", shared_factor="B"), FIXED),
-    "share-factor, A frozen": (ShareFactorSettings(name="share-factor", shared_factor="B", private_factor="frozen"), FIXED),
+    "share-factor, A frozen": (
+        ShareFactorSettings(name="share-factor", shared_factor="B", private_factor="frozen"),
+        FIXED,
+    ),
     "flexlora": (FlexLoraSettings(name="flexlora"), FIXED),
     "hetlora": (HetLoraSettings(name="hetlora"), FIXED),
     "fedex": (FedExSettings(name="fedex"), FIXED),
     "fedalt": (FedAltSettings(name="fedalt"), FIXED),
     "fedalt, learned graph": (FedAltSettings(name="fedalt", trained_rank=3), LEARNED),
-    "fedalt, sketched": (FedAltSettings(name="fedalt"), LearnedGraph(nearest=2, warmup_rounds=0, sketch=32)),
+    "fedalt, sketched": (
+        FedAltSettings(name="fedalt"),
+        LearnedGraph(nearest=2, warmup_rounds=0, sketch=32),
+    ),
     "fedfomo": (FedFomoSettings(name="fedfomo", candidates=2), FIXED),
     "fedkseed": (FedKSeedSettings(name="fedkseed"), FIXED),
     "mira": (MiraSettings(), LEARNED),
     "mira, fixed graph": (MiraSettings(), FIXED),
     "mira, factor space": (MiraSettings(space="factor", neighbours="rescaled"), LEARNED),
-    "mira, as published": (MiraSettings(space="factor", neighbours="fresh", server_step=0.01, size_scale=0), FIXED),
+    "mira, as published": (
+        MiraSettings(space="factor", neighbours="fresh", server_step=0.01, size_scale=0),
+        FIXED,
+    ),
     "mira, safeguarded": (MiraSettings(safeguard=True), FIXED),
     "mira, safeguarded factors": (MiraSettings(safeguard=True, space="factor"), LEARNED),
     "mira, shuffled": (MiraSettings(), LearnedGraph(warmup_rounds=0, shuffle_seed=3)),
     "mira, sketched": (MiraSettings(), LearnedGraph(nearest=2, warmup_rounds=0, sketch=32)),
-    "mira, principal angles": (MiraSettings(), LearnedGraph(nearest=2, warmup_rounds=0, space="subspace")),
-    "mira, sketched principal angles": (MiraSettings(), LearnedGraph(nearest=2, warmup_rounds=0, space="subspace", sketch=32)),
-    "mira, pfedgraph": (MiraSettings(server_step=1, size_scale=0), CollaborationGraph(warmup_rounds=0)),
-    "fedalt, pfedgraph": (FedAltSettings(name="fedalt"), CollaborationGraph(warmup_rounds=0, space="subspace", shuffle_seed=1)),
-    "mira, sketched factors": (MiraSettings(space="factor"), LearnedGraph(nearest=2, warmup_rounds=0, sketch=32)),
+    "mira, principal angles": (
+        MiraSettings(),
+        LearnedGraph(nearest=2, warmup_rounds=0, space="subspace"),
+    ),
+    "mira, sketched principal angles": (
+        MiraSettings(),
+        LearnedGraph(nearest=2, warmup_rounds=0, space="subspace", sketch=32),
+    ),
+    "mira, pfedgraph": (
+        MiraSettings(server_step=1, size_scale=0),
+        CollaborationGraph(warmup_rounds=0),
+    ),
+    "fedalt, pfedgraph": (
+        FedAltSettings(name="fedalt"),
+        CollaborationGraph(warmup_rounds=0, space="subspace", shuffle_seed=1),
+    ),
+    "mira, sketched factors": (
+        MiraSettings(space="factor"),
+        LearnedGraph(nearest=2, warmup_rounds=0, sketch=32),
+    ),
 }
 
 
 def lora(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"m.q.lora_A.weight": (4, 12), "m.q.lora_B.weight": (10, 4), "m.v.lora_A.weight": (4, 12), "m.v.lora_B.weight": (6, 4)}
+    shapes = {
+        "m.q.lora_A.weight": (4, 12),
+        "m.q.lora_B.weight": (10, 4),
+        "m.v.lora_A.weight": (4, 12),
+        "m.v.lora_B.weight": (6, 4),
+    }
     return {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
 
 
 def start_adapter() -> dict[str, Tensor]:
-    return {name: torch.zeros_like(tensor) if ".lora_B." in name else tensor for name, tensor in lora(0).items()}
+    return {
+        name: torch.zeros_like(tensor) if ".lora_B." in name else tensor
+        for name, tensor in lora(0).items()
+    }
 
 
-FREEZING = ("share-factor, A frozen", "fedex", "fedalt", "fedalt, learned graph", "fedalt, sketched", "fedalt, pfedgraph")
+FREEZING = (
+    "share-factor, A frozen",
+    "fedex",
+    "fedalt",
+    "fedalt, learned graph",
+    "fedalt, sketched",
+    "fedalt, pfedgraph",
+)
 """Those that freeze a part of the adapter."""
 
 
@@ -93,7 +158,15 @@ def algorithm(request: pytest.FixtureRequest) -> Algorithm:
 
 def built(name: str) -> Algorithm:
     settings, graph = SETTINGS[name]
-    context = AlgorithmContext(CLIENTS, dict.fromkeys(CLIENTS, 20), dict.fromkeys(CLIENTS, 4), 16.0, graph, cohort=4, rounds=3)
+    context = AlgorithmContext(
+        CLIENTS,
+        dict.fromkeys(CLIENTS, 20),
+        dict.fromkeys(CLIENTS, 4),
+        16.0,
+        graph,
+        cohort=4,
+        rounds=3,
+    )
     return build(settings, context)
 
 
@@ -101,7 +174,9 @@ def begin_state(algorithm: Algorithm) -> ServerState:
     return algorithm.initial_state({client: start_adapter() for client in CLIENTS})
 
 
-def replies(algorithm: Algorithm, state: ServerState, clients: Sequence[str], round_number: int) -> list[Reply]:
+def replies(
+    algorithm: Algorithm, state: ServerState, clients: Sequence[str], round_number: int
+) -> list[Reply]:
     """Both client halves around a local training that adds fixed numbers of its own for each client and round."""
     result = []
     for client in clients:
@@ -110,7 +185,9 @@ def replies(algorithm: Algorithm, state: ServerState, clients: Sequence[str], ro
         change = lora(1000 * round_number + CLIENTS.index(client))
         trained = {name: tensor + 0.1 * change[name] for name, tensor in begun.items()}
         rows = 20 + CLIENTS.index(client)
-        along = movement({CLIENTS.index(client): 0.1, 10 + round_number: 0.2})  # what zeroth-order training says of its steps
+        along = movement(
+            {CLIENTS.index(client): 0.1, 10 + round_number: 0.2}
+        )  # what zeroth-order training says of its steps
         sent, _ = algorithm.finish(payload, None, Trained(trained, rows, 5, 1e-3, along))
         result.append(Reply(client, round_number, rows, sent))
     return result
@@ -122,25 +199,35 @@ def after_one_round(algorithm: Algorithm, clients: Sequence[str] = CLIENTS[:4]) 
 
 
 def fingerprint(state: ServerState) -> dict[str, object]:
-    adapters: dict[str, object] = {f"adapter {name}": digest(adapter) for name, adapter in state.adapters.items()}
-    return adapters | {f"number {name}": (tensor.dtype, tensor.tolist()) for name, tensor in state.numbers.items()}
+    adapters: dict[str, object] = {
+        f"adapter {name}": digest(adapter) for name, adapter in state.adapters.items()
+    }
+    return adapters | {
+        f"number {name}": (tensor.dtype, tensor.tolist()) for name, tensor in state.numbers.items()
+    }
 
 
 def test_every_algorithm_of_the_table_is_under_contract() -> None:
     assert {settings.name for settings, _ in SETTINGS.values()} == set(ALGORITHMS)
 
 
-def test_every_client_has_an_adapter_of_the_start_shape_before_and_after(algorithm: Algorithm) -> None:
+def test_every_client_has_an_adapter_of_the_start_shape_before_and_after(
+    algorithm: Algorithm,
+) -> None:
     for state in (begin_state(algorithm), after_one_round(algorithm)):
         for client in CLIENTS:
             assert same_shapes(algorithm.adapter_for(state, client), start_adapter())
-            assert {tensor.dtype for tensor in algorithm.adapter_for(state, client).values()} == {torch.float32}
+            assert {tensor.dtype for tensor in algorithm.adapter_for(state, client).values()} == {
+                torch.float32
+            }
 
 
 def test_the_first_round_starts_from_the_common_start(algorithm: Algorithm) -> None:
     state = begin_state(algorithm)
     for client in CLIENTS:
-        assert digest(algorithm.begin(algorithm.instruct(state, client), None).adapter) == digest(start_adapter())
+        assert digest(algorithm.begin(algorithm.instruct(state, client), None).adapter) == digest(
+            start_adapter()
+        )
 
 
 def test_combine_changes_neither_the_state_nor_the_replies(algorithm: Algorithm) -> None:
@@ -148,7 +235,10 @@ def test_combine_changes_neither_the_state_nor_the_replies(algorithm: Algorithm)
     sent = replies(algorithm, state, CLIENTS[1:5], 2)
     before = fingerprint(state), [digest(reply.payload.tensors["adapter"]) for reply in sent]
     algorithm.combine(state, sent)
-    assert (fingerprint(state), [digest(reply.payload.tensors["adapter"]) for reply in sent]) == before
+    assert (
+        fingerprint(state),
+        [digest(reply.payload.tensors["adapter"]) for reply in sent],
+    ) == before
 
 
 def test_combine_twice_gives_the_same_bits(algorithm: Algorithm) -> None:
@@ -162,10 +252,14 @@ def test_combine_twice_gives_the_same_bits(algorithm: Algorithm) -> None:
 def test_order_of_replies_is_irrelevant(algorithm: Algorithm) -> None:
     state = after_one_round(algorithm)
     sent = replies(algorithm, state, CLIENTS[1:5], 2)
-    assert fingerprint(algorithm.combine(state, sent).state) == fingerprint(algorithm.combine(state, sent[::-1]).state)
+    assert fingerprint(algorithm.combine(state, sent).state) == fingerprint(
+        algorithm.combine(state, sent[::-1]).state
+    )
 
 
-def test_a_personal_adapter_of_a_client_outside_the_round_is_the_same_object(algorithm: Algorithm) -> None:
+def test_a_personal_adapter_of_a_client_outside_the_round_is_the_same_object(
+    algorithm: Algorithm,
+) -> None:
     state = after_one_round(algorithm)
     after = algorithm.combine(state, replies(algorithm, state, CLIENTS[1:3], 2)).state
     for client in (name for name in state.adapters if name in CLIENTS and name not in CLIENTS[1:3]):
@@ -181,8 +275,13 @@ def put_back(algorithm: Algorithm, payload: Payload) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_is_frozen_gets_no_step_in_local_training_and_everything_else_does(name: str, base: BaseModel) -> None:
-    """Real training on a tiny base, looked at before `finish`: putting frozen entries back does not undo what they did to the others."""
+def test_what_is_frozen_gets_no_step_in_local_training_and_everything_else_does(
+    name: str, base: BaseModel
+) -> None:
+    """Real training on a tiny base, looked at before `finish`.
+
+    Putting frozen entries back does not undo what they did to the others.
+    """
     algorithm, targets = built(name), find_targets(base.model, ())
     state = algorithm.initial_state(dict.fromkeys(CLIENTS, drawn_start(targets, 4, 1)))
     payload = algorithm.instruct(state, CLIENTS[0])
@@ -200,21 +299,27 @@ def test_what_is_frozen_gets_no_step_in_local_training_and_everything_else_does(
 def test_one_client_in_a_round_is_enough(algorithm: Algorithm) -> None:
     state = after_one_round(algorithm)
     after = algorithm.combine(state, replies(algorithm, state, CLIENTS[:1], 2)).state
-    assert digest(algorithm.adapter_for(after, CLIENTS[0])) != digest(algorithm.adapter_for(state, CLIENTS[0]))
+    assert digest(algorithm.adapter_for(after, CLIENTS[0])) != digest(
+        algorithm.adapter_for(state, CLIENTS[0])
+    )
 
 
 def test_clients_expected_to_move_do_not_keep_what_they_trained(algorithm: Algorithm) -> None:
     state = after_one_round(algorithm)
     sent = replies(algorithm, state, CLIENTS[1:5], 2)
     combined = algorithm.combine(state, sent)
-    trained: Mapping[str, Adapter] = {reply.client_id: reply.payload.tensors["adapter"] for reply in sent}
+    trained: Mapping[str, Adapter] = {
+        reply.client_id: reply.payload.tensors["adapter"] for reply in sent
+    }
     assert combined.diagnostics.expects_motion <= set(trained)
     for client in combined.diagnostics.expects_motion:
         assert digest(algorithm.adapter_for(combined.state, client)) != digest(trained[client])
         assert combined.diagnostics.clients[client]["relative_pull"] > 0
 
 
-def test_alternatives_to_what_the_server_made_are_whole_adapters_by_falling_share_down_to_none(algorithm: Algorithm) -> None:
+def test_alternatives_to_what_the_server_made_are_whole_adapters_by_falling_share_down_to_none(
+    algorithm: Algorithm,
+) -> None:
     own, aligned = lora(5), lora(6)
     before = digest(own), digest(aligned)
     found = algorithm.alternatives(own, aligned)
@@ -229,7 +334,11 @@ def test_alternatives_to_what_the_server_made_are_whole_adapters_by_falling_shar
 
 def saved_and_loaded(state: ServerState) -> ServerState:
     """Through the bytes of a safetensors file, which hold named tensors in any order and nothing else."""
-    flat = {f"adapters/{client}/{name}": tensor for client, adapter in state.adapters.items() for name, tensor in adapter.items()}
+    flat = {
+        f"adapters/{client}/{name}": tensor
+        for client, adapter in state.adapters.items()
+        for name, tensor in adapter.items()
+    }
     flat |= {f"numbers/{name}": tensor for name, tensor in state.numbers.items()}
     flat = {name: tensor.clone() for name, tensor in flat.items()}
     adapters: dict[str, dict[str, Tensor]] = {client: {} for client in state.adapters}

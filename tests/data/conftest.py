@@ -43,7 +43,10 @@ def stories(load_tokenizer: Callable[[str], Any]) -> Any:
 
 @pytest.fixture(scope="session")
 def make_words() -> Callable[..., Any]:
-    """Makes a real fast tokenizer with one token per word and one per other character: needs no file."""
+    """Makes a real fast tokenizer with one token per word and one per other character.
+
+    Needs no file.
+    """
     return _word_tokenizer
 
 
@@ -62,10 +65,25 @@ def _word_tokenizer(frame: str = "<s> $A") -> Any:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "\n": 3, " ": 4} | {f"w{i}": 5 + i for i in range(100)}
-    vocabulary |= {word: 105 + i for i, word in enumerate(["###", "Response", "Instruction", "Input", ":", "user", "assistant", "a"])}
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "\n": 3, " ": 4} | {
+        f"w{i}": 5 + i for i in range(100)
+    }
+    vocabulary |= {
+        word: 105 + i
+        for i, word in enumerate(
+            ["###", "Response", "Instruction", "Input", ":", "user", "assistant", "a"]
+        )
+    }
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|###|.|\n"), "isolated")
     if frame != "$A":
-        backend.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("<s>", 1), ("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", name_or_path="words")
+        backend.post_processor = processors.TemplateProcessing(
+            single=frame, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        name_or_path="words",
+    )

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmira.data.encoding import HEADER_TOKENS, EncodedExample, Encoder
-from fedmira.data.examples import Example
+from fedmira.data import EncodedExample, Encoder, Example
+from fedmira.data.encoding import HEADER_TOKENS
 from fedmira.data.problems import Problems
 from fedmira.data.prompts import alpaca_prompt
 from fedmira.errors import DataError
@@ -18,7 +18,9 @@ from fedmira.errors import DataError
 ROW = Example("Name the country's calling code.", "Albania", "+355")
 
 
-def encode_one(tokenizer: Any, row: Example, prompt: str = "alpaca", max_length: int = 512) -> EncodedExample:
+def encode_one(
+    tokenizer: Any, row: Example, prompt: str = "alpaca", max_length: int = 512
+) -> EncodedExample:
     problems = Problems()
     (example,), *_ = Encoder(tokenizer, prompt, max_length).encode([row], problems)
     problems.raise_if_any()
@@ -28,35 +30,57 @@ def encode_one(tokenizer: Any, row: Example, prompt: str = "alpaca", max_length:
 def test_gpt2_prompt_ends_at_the_header_and_the_response_with_the_end_token(gpt2: Any) -> None:
     example = encode_one(gpt2, ROW)
     assert gpt2.decode(list(example.prompt)) == alpaca_prompt(ROW)
-    assert example.prompt[-3:] == (21017, 18261, 25)  # "###", " Response", ":" in GPT-2's vocabulary
+    assert example.prompt[-3:] == (
+        21017,
+        18261,
+        25,
+    )  # "###", " Response", ":" in GPT-2's vocabulary
     assert example.response == (*gpt2("+355")["input_ids"], 50256)
 
 
-def test_a_tokenizer_that_begins_texts_with_bos_gets_it_once_and_only_on_the_prompt(stories: Any) -> None:
+def test_a_tokenizer_that_begins_texts_with_bos_gets_it_once_and_only_on_the_prompt(
+    stories: Any,
+) -> None:
     example = encode_one(stories, ROW)
     assert example.prompt == tuple(stories(alpaca_prompt(ROW))["input_ids"])
-    assert example.prompt[0] == stories.bos_token_id and example.prompt.count(stories.bos_token_id) == 1
-    assert example.response == (*stories("+355", add_special_tokens=False)["input_ids"], stories.eos_token_id)
+    assert (
+        example.prompt[0] == stories.bos_token_id
+        and example.prompt.count(stories.bos_token_id) == 1
+    )
+    assert example.response == (
+        *stories("+355", add_special_tokens=False)["input_ids"],
+        stories.eos_token_id,
+    )
 
 
-def test_a_tokenizer_that_ends_texts_with_eos_does_not_end_the_prompt(make_words: Callable[..., Any]) -> None:
+def test_a_tokenizer_that_ends_texts_with_eos_does_not_end_the_prompt(
+    make_words: Callable[..., Any],
+) -> None:
     example = encode_one(make_words("<s> $A </s>"), Example("w1", "", "w2"), "plain")
     assert example == EncodedExample((1, 6, 3, 3), (7, 2))  # <s> w1 \n \n | w2 </s>
 
 
-def test_a_tokenizer_without_special_tokens_gets_none_before_the_prompt(make_words: Callable[..., Any]) -> None:
+def test_a_tokenizer_without_special_tokens_gets_none_before_the_prompt(
+    make_words: Callable[..., Any],
+) -> None:
     assert encode_one(make_words("$A"), Example("w1", "", "w2"), "plain").prompt == (6, 3, 3)
 
 
 def test_chat_text_that_brings_its_own_bos_gets_no_second_one(words: Any) -> None:
-    words.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}:{% endfor %}assistant:"
+    words.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}:{% endfor %}assistant:"
+    )
     example = encode_one(words, Example("w1", "", "w2"), "chat")
     assert example.prompt == (1, 110, 109, 6, 109, 111, 109)  # <s> user : w1 : assistant :
 
 
 def test_chat_text_is_encoded_as_the_tokenizer_itself_would(words: Any) -> None:
-    words.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}:{% endfor %}assistant:"
-    own = words.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=True, return_dict=False)
+    words.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}:{% endfor %}assistant:"
+    )
+    own = words.apply_chat_template(
+        [{"role": "user", "content": "w1"}], tokenize=True, return_dict=False
+    )
     assert list(encode_one(words, Example("w1", "", "w2"), "chat").prompt) == own
 
 
@@ -70,8 +94,13 @@ def shared_words(make_words: Callable[..., Any]) -> Any:
 
 
 def plain_row(prompt_words: int, response_words: int) -> Example:
-    """With the word tokenizer and the plain prompt: <s>, the words with a space between them, two line ends; a response in the same way."""
-    return Example(" ".join(f"w{i % 100}" for i in range(prompt_words)), "", " ".join(["w0"] * response_words))
+    """With the word tokenizer and the plain prompt.
+
+    <s>, the words with a space between them, two line ends; a response in the same way.
+    """
+    return Example(
+        " ".join(f"w{i % 100}" for i in range(prompt_words)), "", " ".join(["w0"] * response_words)
+    )
 
 
 @settings(deadline=None, max_examples=200)
@@ -95,14 +124,26 @@ def test_a_row_fits_keeps_some_response_and_the_prompts_head_and_header(
 
 def test_what_is_cut_is_counted_and_a_cut_response_has_no_end_token(words: Any) -> None:
     # Prompts: 2n - 1 words and spaces, <s>, two line ends; responses: 2n - 1 and </s>.
-    rows = [plain_row(10, 5), plain_row(30, 2), plain_row(2, 30), plain_row(30, 30)]  # 22+10, 62+4, 6+60, 62+60
+    rows = [
+        plain_row(10, 5),
+        plain_row(30, 2),
+        plain_row(2, 30),
+        plain_row(30, 30),
+    ]  # 22+10, 62+4, 6+60, 62+60
     encoded, prompts_cut, responses_cut = Encoder(words, "plain", 40).encode(rows, Problems())
-    assert [(len(row.prompt), len(row.response)) for row in encoded] == [(22, 10), (36, 4), (6, 34), (20, 20)]
+    assert [(len(row.prompt), len(row.response)) for row in encoded] == [
+        (22, 10),
+        (36, 4),
+        (6, 34),
+        (20, 20),
+    ]
     assert (prompts_cut, responses_cut) == (2, 2)
     assert [row.response[-1] == words.eos_token_id for row in encoded] == [True, True, False, False]
 
 
-def test_the_alpaca_header_survives_a_cut_with_both_real_tokenizers(gpt2: Any, stories: Any) -> None:
+def test_the_alpaca_header_survives_a_cut_with_both_real_tokenizers(
+    gpt2: Any, stories: Any
+) -> None:
     row = Example("Summarise.", "Once upon a time there was a long text. " * 40, "Short.")
     for tokenizer in (gpt2, stories):
         example = encode_one(tokenizer, row, max_length=128)
@@ -130,7 +171,11 @@ def test_a_chat_prompt_without_template_is_refused_at_once(words: Any) -> None:
         Encoder(words, "chat", 40)
 
 
-def test_rows_in_several_batches_keep_their_order(monkeypatch: pytest.MonkeyPatch, words: Any) -> None:
+def test_rows_in_several_batches_keep_their_order(
+    monkeypatch: pytest.MonkeyPatch, words: Any
+) -> None:
     monkeypatch.setattr("fedmira.data.encoding._BATCH", 3)
-    encoded, *_ = Encoder(words, "plain", 40).encode([Example(f"w{i}", "", "w0") for i in range(8)], Problems())
+    encoded, *_ = Encoder(words, "plain", 40).encode(
+        [Example(f"w{i}", "", "w0") for i in range(8)], Problems()
+    )
     assert [row.prompt[1] for row in encoded] == [5 + i for i in range(8)]

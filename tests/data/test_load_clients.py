@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedmira.config.schema import DataSettings
+from fedmira.config import DataSettings
 from fedmira.data import Dataset, load_clients
 from fedmira.data.sources.demo import DEMO_TEST_ROWS, demo_tasks
 from fedmira.errors import DataError
@@ -18,7 +18,9 @@ from fedmira.errors import DataError
 
 def write_clients(folder: Path, sizes: dict[str, int]) -> DataSettings:
     for client, size in sizes.items():
-        rows = [{"instruction": "w1", "input": f"w{i}", "output": f"w{i} w{i}"} for i in range(size)]
+        rows = [
+            {"instruction": "w1", "input": f"w{i}", "output": f"w{i} w{i}"} for i in range(size)
+        ]
         (folder / f"{client}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return DataSettings(source="jsonl", path=str(folder), prompt="plain")
 
@@ -26,12 +28,18 @@ def write_clients(folder: Path, sizes: dict[str, int]) -> DataSettings:
 def test_the_demo_has_its_own_test_rows_and_the_sizes_of_its_tasks(words: Any) -> None:
     data = load_clients(DataSettings(), 0, words)
     expected = {task.name: (len(task.examples), task.category) for task in demo_tasks(0)}
-    assert {client.client_id: (len(client.train), client.category) for client in data.clients} == expected
-    assert all(len(client.test) == DEMO_TEST_ROWS == len(client.references) for client in data.clients)
+    assert {
+        client.client_id: (len(client.train), client.category) for client in data.clients
+    } == expected
+    assert all(
+        len(client.test) == DEMO_TEST_ROWS == len(client.references) for client in data.clients
+    )
     assert data.skipped == ()
 
 
-def test_clients_are_sorted_and_the_references_are_the_test_responses(tmp_path: Path, words: Any) -> None:
+def test_clients_are_sorted_and_the_references_are_the_test_responses(
+    tmp_path: Path, words: Any
+) -> None:
     data = load_clients(write_clients(tmp_path, {"b": 10, "a": 20}), 0, words)
     assert [client.client_id for client in data.clients] == ["a", "b"]
     for client in data.clients:
@@ -54,7 +62,9 @@ def test_skipped_clients_are_reported(tmp_path: Path, words: Any) -> None:
 
 
 def test_max_rows_is_given_to_the_sorted_clients_in_turn(tmp_path: Path, words: Any) -> None:
-    settings = write_clients(tmp_path, {"c": 20, "a": 20, "b": 20}).model_copy(update={"max_rows": (4, 8)})
+    settings = write_clients(tmp_path, {"c": 20, "a": 20, "b": 20}).model_copy(
+        update={"max_rows": (4, 8)}
+    )
     assert [len(client.train) for client in load_clients(settings, 0, words).clients] == [4, 8, 4]
 
 
@@ -67,22 +77,46 @@ def test_sample_fraction_is_a_floor(tmp_path: Path, words: Any) -> None:
 def test_a_summary_counts_rows_and_tokens(tmp_path: Path, words: Any) -> None:
     (summary,) = load_clients(write_clients(tmp_path, {"a": 10}), 0, words).summaries()
     # Plain prompt: <s> w1 \n \n wI \n \n; response: wI, space, wI, </s>.
-    assert (summary.client_id, summary.train_rows, summary.validation_rows, summary.test_rows) == ("a", 8, 0, 2)
-    assert (summary.train_tokens, summary.train_response_tokens, summary.longest_row) == (8 * (7 + 4), 8 * 4, 11)
-    assert (summary.truncated_prompts, summary.truncated_responses, summary.duplicates, summary.overlaps) == (0, 0, 0, 0)
+    assert (summary.client_id, summary.train_rows, summary.validation_rows, summary.test_rows) == (
+        "a",
+        8,
+        0,
+        2,
+    )
+    assert (summary.train_tokens, summary.train_response_tokens, summary.longest_row) == (
+        8 * (7 + 4),
+        8 * 4,
+        11,
+    )
+    assert (
+        summary.truncated_prompts,
+        summary.truncated_responses,
+        summary.duplicates,
+        summary.overlaps,
+    ) == (0, 0, 0, 0)
 
 
 def column_file(folder: Path, clients: list[str]) -> DataSettings:
-    rows = [{"client": client, "instruction": "w1", "input": f"w{i}", "output": "w2"} for client in clients for i in range(5)]
+    rows = [
+        {"client": client, "instruction": "w1", "input": f"w{i}", "output": "w2"}
+        for client in clients
+        for i in range(5)
+    ]
     (folder / "all.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return DataSettings(source="jsonl", path=str(folder / "all.jsonl"), partition="column", prompt="plain")
+    return DataSettings(
+        source="jsonl", path=str(folder / "all.jsonl"), partition="column", prompt="plain"
+    )
 
 
-def test_client_ids_that_cannot_name_folders_are_all_named_with_a_proposal(tmp_path: Path, words: Any) -> None:
+def test_client_ids_that_cannot_name_folders_are_all_named_with_a_proposal(
+    tmp_path: Path, words: Any
+) -> None:
     with pytest.raises(DataError) as error:
         load_clients(column_file(tmp_path, ["law firm/2", "..", "fine"]), 0, words)
     assert len(error.value.problems) == 2
-    assert "client id 'law firm/2' cannot name a folder" in str(error.value) and "for example 'law-firm-2'" in str(error.value)
+    assert "client id 'law firm/2' cannot name a folder" in str(
+        error.value
+    ) and "for example 'law-firm-2'" in str(error.value)
 
 
 def test_client_ids_that_differ_in_case_only_are_refused(tmp_path: Path, words: Any) -> None:
@@ -91,10 +125,18 @@ def test_client_ids_that_differ_in_case_only_are_refused(tmp_path: Path, words: 
 
 
 def test_categories_whose_client_ids_fall_together_are_refused(tmp_path: Path, words: Any) -> None:
-    rows = [{"category": name, "instruction": "w1", "input": f"w{i}", "output": "w2"} for name in ("a b", "a/b") for i in range(5)]
+    rows = [
+        {"category": name, "instruction": "w1", "input": f"w{i}", "output": "w2"}
+        for name in ("a b", "a/b")
+        for i in range(5)
+    ]
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     with pytest.raises(DataError, match="client ids 'a-b' and 'a-b' would share a folder"):
-        load_clients(DataSettings(source="jsonl", path=str(tmp_path / "all.jsonl"), partition="category"), 0, words)
+        load_clients(
+            DataSettings(source="jsonl", path=str(tmp_path / "all.jsonl"), partition="category"),
+            0,
+            words,
+        )
 
 
 def test_all_clients_that_cannot_be_split_are_reported_together(tmp_path: Path, words: Any) -> None:
@@ -104,27 +146,45 @@ def test_all_clients_that_cannot_be_split_are_reported_together(tmp_path: Path, 
     assert [problem.split("'")[1] for problem in error.value.problems] == ["a", "b"]
 
 
-def test_real_natural_instructions_through_a_real_tokenizer(natural_instructions_folder: Path, gpt2: Any) -> None:
+def test_real_natural_instructions_through_a_real_tokenizer(
+    natural_instructions_folder: Path, gpt2: Any
+) -> None:
     settings = DataSettings(
-        source="natural-instructions", path=str(natural_instructions_folder), clients=3, sample_fraction=0.2, validation_fraction=0.1
+        source="natural-instructions",
+        path=str(natural_instructions_folder),
+        clients=3,
+        sample_fraction=0.2,
+        validation_fraction=0.1,
     )
     data = load_clients(settings, 42, gpt2)
     assert data == load_clients(settings, 42, gpt2)
-    assert [client.client_id.split("_")[0] for client in data.clients] == ["task033", "task037", "task040"]
+    assert [client.client_id.split("_")[0] for client in data.clients] == [
+        "task033",
+        "task037",
+        "task040",
+    ]
     for client in data.clients:  # int(0.2 * 400) = 80 rows: 8 test; 72 / 9 = 8 validation; 64 train
         assert [len(part) for part in (client.train, client.validation, client.test)] == [64, 8, 8]
         assert all(row.response[-1] == gpt2.eos_token_id for row in client.train)
 
 
 def test_real_dolly_in_eight_times_ten_clients(dolly_folder: Path, gpt2: Any) -> None:
-    settings = DataSettings(source="dolly", path=str(dolly_folder), partition="category", clients_per_category=10, sample_fraction=0.2)
+    settings = DataSettings(
+        source="dolly",
+        path=str(dolly_folder),
+        partition="category",
+        clients_per_category=10,
+        sample_fraction=0.2,
+    )
     data = load_clients(settings, 0, gpt2)
     assert len(data.clients) == 80 and len({client.category for client in data.clients}) == 8
 
 
 def test_importing_the_data_room_loads_no_heavy_library() -> None:
     code = "import sys, fedmira.data; print(sorted({'datasets', 'transformers', 'torch', 'jinja2'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 
@@ -140,7 +200,14 @@ def test_cut_prompts_are_a_warning_above_one_in_twenty(
     tmp_path: Path, words: Any, caplog: pytest.LogCaptureFixture, long: int, warned: bool
 ) -> None:
     """20 rows: one cut prompt is 5 %, which passes, two are 10 %. A long row has <s>, 30 words and 29 spaces, w0 and </s>: 62 tokens."""
-    rows = [{"instruction": " ".join(["w1"] * (30 if i < long else 2)), "input": f"w{i}", "output": "w0"} for i in range(20)]
+    rows = [
+        {
+            "instruction": " ".join(["w1"] * (30 if i < long else 2)),
+            "input": f"w{i}",
+            "output": "w0",
+        }
+        for i in range(20)
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     settings = DataSettings(source="jsonl", path=str(tmp_path), prompt="plain", max_length=32)
     (client,) = load_clients(settings, 0, words).clients
@@ -148,7 +215,8 @@ def test_cut_prompts_are_a_warning_above_one_in_twenty(
     # a blank line before and one behind the input, of two tokens each, and the input itself
     longest = 62 + 2 + 2 + 1
     told = (
-        f"{long} of 20 prompts lose their middle: with its response each is longer than data.max_length (32 tokens; the longest has "
+        f"{long} of 20 prompts lose their middle: with its response each is longer than "
+        "data.max_length (32 tokens; the longest has "
         f"{longest}); raise data.max_length"
     )
     assert [record.getMessage() for record in caplog.records] == ([told] if warned else [])

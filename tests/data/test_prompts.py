@@ -6,16 +6,22 @@ from typing import Any
 
 import pytest
 
-from fedmira.data.examples import Example
-from fedmira.data.prompts import PROMPTS, alpaca_prompt, chat_prompt, plain_prompt
+from fedmira.data import PROMPTS, Example
+from fedmira.data.prompts import alpaca_prompt, chat_prompt, plain_prompt
 from fedmira.errors import DataError
 
-CONVERSATION = Example("", "", "4", messages=(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "2+2?")))
+CONVERSATION = Example(
+    "",
+    "",
+    "4",
+    messages=(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "2+2?")),
+)
 
 
 def test_alpaca_with_input_is_the_published_template_and_ends_at_the_header() -> None:
     assert alpaca_prompt(Example("Name the colour.", "sky {x}", "blue")).encode() == (
-        b"Below is an instruction that describes a task, paired with an input that provides further context. "
+        b"Below is an instruction that describes a task, paired with an input that "
+        b"provides further context. "
         b"Write a response that appropriately completes the request.\n\n"
         b"### Instruction:\nName the colour.\n\n### Input:\nsky {x}\n\n### Response:"
     )
@@ -31,7 +37,10 @@ def test_alpaca_without_input_leaves_the_input_block_out() -> None:
 
 def test_alpaca_of_a_conversation_takes_the_last_user_message_as_instruction() -> None:
     prompt = alpaca_prompt(CONVERSATION)
-    assert "### Instruction:\n2+2?\n\n### Input:\nSystem: Be brief.\n\nUser: Hi\n\nAssistant: Hello.\n\n### Response:" in prompt
+    assert (
+        "### Instruction:\n2+2?\n\n### Input:\nSystem: Be brief.\n\nUser: Hi\n\nAssistant: "
+        "Hello.\n\n### Response:" in prompt
+    )
 
 
 def test_alpaca_of_one_message_has_no_input_block() -> None:
@@ -44,7 +53,10 @@ def test_plain_is_the_instruction_and_the_input_and_nothing_else() -> None:
 
 
 def test_plain_of_a_conversation_ends_where_the_assistant_speaks() -> None:
-    assert plain_prompt(CONVERSATION) == "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello.\n\nUser: 2+2?\n\nAssistant:"
+    assert (
+        plain_prompt(CONVERSATION)
+        == "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello.\n\nUser: 2+2?\n\nAssistant:"
+    )
 
 
 def test_the_table_renders_as_the_functions_do(words: Any) -> None:
@@ -59,15 +71,24 @@ def test_chat_uses_the_tokenizers_template_up_to_the_answer(words: Any) -> None:
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     assert chat_prompt(Example("Do.", "this", "x"), words) == "<s>[user]Do.\n\nthis[assistant]"
-    assert chat_prompt(CONVERSATION, words) == "<s>[system]Be brief.[user]Hi[assistant]Hello.[user]2+2?[assistant]"
+    assert (
+        chat_prompt(CONVERSATION, words)
+        == "<s>[system]Be brief.[user]Hi[assistant]Hello.[user]2+2?[assistant]"
+    )
 
 
 def test_chat_without_a_template_names_the_tokenizer_and_the_way_out(gpt2: Any) -> None:
-    with pytest.raises(DataError, match=r"gpt2-tokenizer' has no chat template; set data.prompt = \"alpaca\""):
+    with pytest.raises(
+        DataError, match=r"gpt2-tokenizer' has no chat template; set data.prompt = \"alpaca\""
+    ):
         chat_prompt(Example("Do.", "", "x"), gpt2)
 
 
 def test_a_row_that_the_template_refuses_is_named(words: Any) -> None:
     words.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"mine.jsonl:3: the chat template of 'words' refuses this row \(roles must alternate\)"):
+    with pytest.raises(
+        DataError,
+        match=r"mine.jsonl:3: the chat template of 'words' refuses this row \(roles must "
+        r"alternate\)",
+    ):
         chat_prompt(Example("Do.", "", "x", where="mine.jsonl:3"), words)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fedmira.config import cache_folder
-from fedmira.config.schema import DataSettings
+from fedmira.config import DataSettings, cache_folder
 from fedmira.data import load_clients, token_cache
 from fedmira.data.token_cache import TokenCache
 from tiny import tiny_tokenizer
@@ -44,7 +43,9 @@ def test_other_texts_and_other_tokenizers_are_tokenised_anew(tmp_path: Path) -> 
     other.pre_tokenizer = pre_tokenizers.Whitespace()
     for tokenizer in (tiny_tokenizer(), PreTrainedTokenizerFast(tokenizer_object=other)):
         for texts in (["ab", "c"], ["a", "bc"], ["abc"]):
-            TokenCache(tokenizer, tmp_path / "tokens").ids(texts, lambda asked: counted(calls, asked))
+            TokenCache(tokenizer, tmp_path / "tokens").ids(
+                texts, lambda asked: counted(calls, asked)
+            )
     assert len(calls) == 6
 
 
@@ -62,10 +63,14 @@ def test_a_file_cut_short_is_made_anew(tmp_path: Path) -> None:
 def test_old_files_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_cache, "_MOST_BYTES", 2000)
     for number in range(9):
-        TokenCache(tiny_tokenizer(), tmp_path / "tokens").ids([f"{number}" * 100], lambda texts: counted([], texts))
+        TokenCache(tiny_tokenizer(), tmp_path / "tokens").ids(
+            [f"{number}" * 100], lambda texts: counted([], texts)
+        )
     assert sum(path.stat().st_size for path in (tmp_path / "tokens").iterdir()) <= 2000
     calls: list[Sequence[str]] = []
-    TokenCache(tiny_tokenizer(), tmp_path / "tokens").ids(["8" * 100], lambda texts: counted(calls, texts))
+    TokenCache(tiny_tokenizer(), tmp_path / "tokens").ids(
+        ["8" * 100], lambda texts: counted(calls, texts)
+    )
     assert not calls
 
 
@@ -78,7 +83,9 @@ def test_the_cache_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2
 
 
-def test_clients_are_the_same_with_and_without_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_are_the_same_with_and_without_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = []
     for folder in ("off", str(tmp_path), str(tmp_path)):
         monkeypatch.setenv("FEDMIRA_CACHE", folder)
@@ -87,7 +94,9 @@ def test_clients_are_the_same_with_and_without_the_cache(tmp_path: Path, monkeyp
     assert any((tmp_path / "tokens").iterdir())
 
 
-def test_few_characters_are_not_worth_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_characters_are_not_worth_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(token_cache, "_LEAST_CHARACTERS", 10)
     cache = TokenCache(tiny_tokenizer(), tmp_path / "tokens")
     cache.ids(["123456789"], lambda texts: counted([], texts))

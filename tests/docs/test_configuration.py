@@ -14,20 +14,35 @@ from fedmira.config import Config
 from fedmira.config.layers import algorithm_sections
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
-ROW = re.compile(r"^\| `(?P<key>[a-z_.]+)` \| (?P<default>[^|]+) \| (?P<allowed>[^|]+) \| (?P<meaning>[^|]*) ?\|$")
+ROW = re.compile(
+    r"^\| `(?P<key>[a-z_.]+)` \| (?P<default>[^|]+) \| (?P<allowed>[^|]+) \| "
+    r"(?P<meaning>[^|]*) ?\|$"
+)
 NOT_SET = "not set"
-PHRASES = {"minimum": "{:g} or more", "exclusiveMinimum": "above {:g}", "maximum": "{:g} or less", "exclusiveMaximum": "below {:g}"}
+PHRASES = {
+    "minimum": "{:g} or more",
+    "exclusiveMinimum": "above {:g}",
+    "maximum": "{:g} or less",
+    "exclusiveMaximum": "below {:g}",
+}
 
 
 def page_rows() -> dict[str, re.Match[str]]:
-    rows = [found for line in PAGE.read_text(encoding="utf-8").splitlines() if (found := ROW.match(line))]
+    rows = [
+        found
+        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        if (found := ROW.match(line))
+    ]
     keys = [row["key"] for row in rows]
     assert len(set(keys)) == len(keys), "a key stands twice on the page"
     return dict(zip(keys, rows, strict=True))
 
 
 def schema_keys() -> dict[str, Mapping[str, Any]]:
-    """Dotted key -> its part of the JSON schema, which holds default and limits; algorithms share the section [algorithm]."""
+    """Dotted key -> its part of the JSON schema, which holds default and limits.
+
+    Algorithms share the section [algorithm].
+    """
     schema = Config.model_json_schema()
     definitions = schema["$defs"]
     keys: dict[str, Mapping[str, Any]] = {}
@@ -35,10 +50,17 @@ def schema_keys() -> dict[str, Mapping[str, Any]]:
         section = Config.model_fields[name].default
         if name == "algorithm":
             for settings in algorithm_sections().values():
-                keys |= {f"{name}.{key}": field for key, field in definitions[settings.__name__]["properties"].items() if key != "name"}
+                keys |= {
+                    f"{name}.{key}": field
+                    for key, field in definitions[settings.__name__]["properties"].items()
+                    if key != "name"
+                }
             keys[f"{name}.name"] = {"default": section.name, "enum": list(algorithm_sections())}
         elif "$ref" in part:
-            keys |= {f"{name}.{key}": field for key, field in definitions[type(section).__name__]["properties"].items()}
+            keys |= {
+                f"{name}.{key}": field
+                for key, field in definitions[type(section).__name__]["properties"].items()
+            }
         else:
             keys[name] = part
     return keys
@@ -52,7 +74,10 @@ def limits(field: Any) -> Iterator[str]:
     if not isinstance(field, Mapping):
         return
     yield from (phrase.format(field[name]) for name, phrase in PHRASES.items() if name in field)
-    yield from (f'`"{choice}"`' for choice in [*field.get("enum", []), *([field["const"]] if "const" in field else [])])
+    yield from (
+        f'`"{choice}"`'
+        for choice in [*field.get("enum", []), *([field["const"]] if "const" in field else [])]
+    )
     if field.get("minLength") == 1:
         yield "not empty"
     for nested in ("anyOf", "items", "additionalProperties"):
@@ -76,7 +101,9 @@ def test_the_page_gives_the_default_of_a_key(key: str) -> None:
 
 @pytest.mark.parametrize("key", schema_keys())
 def test_the_page_gives_the_limits_of_a_key(key: str) -> None:
-    missing = [phrase for phrase in limits(schema_keys()[key]) if phrase not in page_rows()[key]["allowed"]]
+    missing = [
+        phrase for phrase in limits(schema_keys()[key]) if phrase not in page_rows()[key]["allowed"]
+    ]
     assert missing == []
 
 

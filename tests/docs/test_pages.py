@@ -1,9 +1,14 @@
-"""What README and the pages in docs/ refer to exists: commands and their settings, links, and the files of README's tree."""
+"""What README and the pages in docs/ refer to exists.
+
+Commands and their settings, links, and what is made of the code.
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,24 +23,12 @@ LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
 
 
 def commands() -> list[str]:
-    """Command lines that begin with fedmira, in indented or fenced blocks; those that show an error begin with a dollar sign."""
+    """Command lines that begin with fedmira, in indented or fenced blocks.
+
+    Those that show an error begin with a dollar sign.
+    """
     lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
     return [line.strip() for line in lines if re.match(r"( {4,})?fedmira [a-z]", line)]
-
-
-def tree() -> list[str]:
-    """Paths in README's file tree."""
-    block = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Files")[2].split("```")[1]
-    folder = ""
-    paths = []
-    for line in filter(None, block.splitlines()):
-        name = line.split()[0]
-        if line.startswith(" "):
-            paths.append(folder + name)
-        else:
-            folder = name if name.endswith("/") else ""
-            paths.append(name)
-    return paths
 
 
 def test_the_pages_hold_commands() -> None:
@@ -52,9 +45,17 @@ def test_a_command_is_one_that_the_command_line_understands(line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(page: Path) -> None:
-    targets = [target for target in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in target]
+    targets = [
+        target for target in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in target
+    ]
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
-def test_the_file_tree_of_the_readme_exists() -> None:
-    assert [path for path in tree() if not (ROOT / path).exists()] == []
+def test_what_is_made_of_the_code_is_up_to_date() -> None:
+    ended = subprocess.run(
+        [sys.executable, ROOT / "docs" / "generate.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr

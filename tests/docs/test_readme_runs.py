@@ -1,4 +1,7 @@
-"""The commands and Python blocks of README and of some pages run, in their order, on made-up data; only sizes are cut down."""
+"""The commands and Python blocks of README and of some pages run, in their order, on made-up data.
+
+Only sizes are cut down.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from typing import Any
 import pytest
 
 import fedmira.api
-from federation import call_main, write_clients
-from fedmira.saved import answer, reload_adapters
+from fedmira.studies import answer
+from fedmira.studies.saved import reload_adapters
+from small import call_main, write_clients
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```python\n(.*?)```|((?:^    [^\n]*\n)+)", re.MULTILINE | re.DOTALL)
@@ -39,23 +43,39 @@ def write_tasks(folder: Path) -> None:
     folder.mkdir()
     for number, verb in enumerate(("Repeat", "Reverse", "Shout", "Count"), start=1):
         draw = random.Random(number)
-        words = [" ".join(draw.choice(("red", "green", "blue", "grey")) + str(draw.randrange(99)) for _ in range(3)) for _ in range(24)]
-        rows = [{"id": f"{verb}-{i}", "input": text, "output": [text.upper()]} for i, text in enumerate(words)]
+        words = [
+            " ".join(
+                draw.choice(("red", "green", "blue", "grey")) + str(draw.randrange(99))
+                for _ in range(3)
+            )
+            for _ in range(24)
+        ]
+        rows = [
+            {"id": f"{verb}-{i}", "input": text, "output": [text.upper()]}
+            for i, text in enumerate(words)
+        ]
         document = {"Definition": [f"{verb} the words."], "Categories": [verb], "Instances": rows}
-        (folder / f"task{number:03d}_{verb.lower()}.json").write_text(json.dumps(document), encoding="utf-8")
+        (folder / f"task{number:03d}_{verb.lower()}.json").write_text(
+            json.dumps(document), encoding="utf-8"
+        )
 
 
 def expanded(line: str, before: list[str]) -> list[str]:
     """The words of a command line as bash hands them over, after the assignments before it."""
     script = "\n".join(["set -eu", *before, f"printf '%s\\0' {line.partition('   #')[0]}"])
-    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env={**os.environ})
+    ended = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=True, env={**os.environ}
+    )
     return ended.stdout.split("\0")[:-1]
 
 
 def run_command(words: list[str]) -> None:
     """`fedmira ...`, made small where it trains from settings."""
     if words[1] in ("run", "compare") and "--resume" not in words:
-        words = [*words, *(part for key, value in SMALL.items() for part in ("--set", f"{key}={value}"))]
+        words = [
+            *words,
+            *(part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")),
+        ]
     elif words[1] == "check":
         words = [*words, "--set", "data.clients=4"]
     ended = call_main(*words[1:])
@@ -80,8 +100,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def follow(page: Path, workplace: Path) -> list[str]:
-    """Run the blocks of a page in their order; the verbs of the commands, and "python" for each Python block."""
-    places = {"NI": workplace / "ni", "BASE": ROOT / "src" / "fedmira" / "bundled" / "base", "DATA": workplace / "clients"}
+    """Run the blocks of a page in their order.
+
+    The verbs of the commands, and "python" for each Python block.
+    """
+    places = {
+        "NI": workplace / "ni",
+        "BASE": ROOT / "src" / "fedmira" / "bundled" / "base",
+        "DATA": workplace / "clients",
+    }
     assignments: list[str] = []
     ran: list[str] = []
     for python, indented in BLOCK.findall(page.read_text(encoding="utf-8")):
@@ -99,37 +126,62 @@ def follow(page: Path, workplace: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers for it
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks transformers for it
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
 )  # README opens a file in one line
 def test_everything_in_the_readme_runs_in_its_order(workplace: Path) -> None:
-    assert {"run", "check", "compare", "evaluate", "generate", "python"} <= set(follow(ROOT / "README.md", workplace))
+    assert {"run", "check", "compare", "evaluate", "generate", "python"} <= set(
+        follow(ROOT / "README.md", workplace)
+    )
 
 
 @pytest.mark.slow
-def test_the_way_to_a_decision_can_be_gone_as_it_is_written(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_way_to_a_decision_can_be_gone_as_it_is_written(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ran = follow(ROOT / "docs" / "deciding.md", workplace)
     assert ran == ["check", "compare", "python", "run", "run", "evaluate", "generate"]
-    clients = sorted(path.name for path in (workplace / "runs" / "together" / "adapters").iterdir() if path.is_dir())
-    chosen = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.partition(" ")[0] in clients)
+    clients = sorted(
+        path.name
+        for path in (workplace / "runs" / "together" / "adapters").iterdir()
+        if path.is_dir()
+    )
+    chosen = dict(
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.partition(" ")[0] in clients
+    )
     assert sorted(chosen) == clients and set(chosen.values()) <= {"local", "mira", "mira-safeguard"}
 
 
-def test_the_code_for_plain_peft_answers_as_fedmira_does(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_code_for_plain_peft_answers_as_fedmira_does(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fedmira.api.run({}, output=Path("runs/from-python"))
     capsys.readouterr()
     assert follow(ROOT / "docs" / "python.md", workplace) == ["python", "python"]
     *told, sha256 = capsys.readouterr().out.splitlines()
     instruction = "Read the patient note and name the department that should see the patient."
     run = Path("runs/from-python")
-    assert "\n".join(told) == answer(reload_adapters(run), "clinic-north", "Ada reports dizziness since Monday.", instruction, 64)
-    assert sha256 == json.loads((run / "adapters" / "index.json").read_text(encoding="utf-8"))["clinic-north"]["base_sha256"]
+    assert "\n".join(told) == answer(
+        reload_adapters(run), "clinic-north", "Ada reports dizziness since Monday.", instruction, 64
+    )
+    assert (
+        sha256
+        == json.loads((run / "adapters" / "index.json").read_text(encoding="utf-8"))[
+            "clinic-north"
+        ]["base_sha256"]
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["own_data.py", str(tmp_path / "out")])
     runpy.run_path(str(ROOT / "examples" / "own_data.py"), run_name="__main__")
     assert "loads with plain PEFT" in capsys.readouterr().out

@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 
 import fedmira
-from federation import CLIENTS, SETTINGS, adapter_bytes, make_config
 from fedmira.errors import ConfigError
 from fedmira.experiment import build_experiment, run_experiment
 from fedmira.model import BaseModel
-from fedmira.plan import make_plan
 from fedmira.rounds import sample_clients
+from fedmira.studies import make_plan
+from small import CLIENTS, SETTINGS, adapter_bytes, make_config
 
 PER_RANK = 2 * ((32 + 32) + (32 + 16))  # q_proj 32 to 32 and v_proj 32 to 16 in two layers
 
 
-def test_the_plan_follows_from_settings_and_shapes(base: BaseModel, base_folder: Path, clients_folder: Path) -> None:
+def test_the_plan_follows_from_settings_and_shapes(
+    base: BaseModel, base_folder: Path, clients_folder: Path
+) -> None:
     settings = {
         "adapter.ranks": {"apple-1": 8},
         "rounds.participation": 0.5,
@@ -34,15 +36,25 @@ def test_the_plan_follows_from_settings_and_shapes(base: BaseModel, base_folder:
     assert (plan.adapter_parameters_least, plan.dtype) == (4 * PER_RANK, "float32")
     assert plan.upload_mib == plan.download_mib == pytest.approx(4 * 8 * PER_RANK / 2**20)
     config = experiment.config
-    drawn = Counter(client for number in range(1, 8) for client in sample_clients(CLIENTS, config.rounds, config.seed, number))
+    drawn = Counter(
+        client
+        for number in range(1, 8)
+        for client in sample_clients(CLIENTS, config.rounds, config.seed, number)
+    )
     assert drawn.total() == 7 * 3
-    expected = sum(times * 4 * (8 if client == "apple-1" else 4) * PER_RANK for client, times in drawn.items())
+    expected = sum(
+        times * 4 * (8 if client == "apple-1" else 4) * PER_RANK for client, times in drawn.items()
+    )
     assert plan.run_upload_mib == plan.run_download_mib == pytest.approx(expected / 2**20)
     assert plan.server_mib == pytest.approx(4 * (8 + 4 * 4) * PER_RANK / 2**20)
-    assert plan.cohort_mib == pytest.approx(4 * 4 * 3 * 8 * PER_RANK / 2**20)  # values, gradients, two moments
+    assert plan.cohort_mib == pytest.approx(
+        4 * 4 * 3 * 8 * PER_RANK / 2**20
+    )  # values, gradients, two moments
     most = max(party.train_rows for party in experiment.parties.values())
     assert plan.local_steps == 2 * -(-most // 4)
-    assert plan.max_degree == 2 and plan.largest_step == pytest.approx(0.5)  # three joined to each other: gamma * 2 <= 1
+    assert plan.max_degree == 2 and plan.largest_step == pytest.approx(
+        0.5
+    )  # three joined to each other: gamma * 2 <= 1
     text = "\n".join(plan.lines())
     assert "7 with 3 of 5 clients" in text and "largest degree 2" in text
 
@@ -52,47 +64,88 @@ def test_the_plan_follows_from_settings_and_shapes(base: BaseModel, base_folder:
     [
         ({"algorithm.name": "fedprox"}, 4 * PER_RANK),
         ({"algorithm.name": "fedex", "algorithm.trained_rank": 1}, PER_RANK),
-        ({"algorithm.name": "share-factor", "algorithm.shared_factor": "B", "algorithm.private_factor": "frozen"}, 4 * 2 * (32 + 16)),
+        (
+            {
+                "algorithm.name": "share-factor",
+                "algorithm.shared_factor": "B",
+                "algorithm.private_factor": "frozen",
+            },
+            4 * 2 * (32 + 16),
+        ),
         ({"algorithm.name": "share-factor"}, 4 * PER_RANK),
         ({"algorithm.name": "fedalt"}, 2 * PER_RANK),
         ({"algorithm.name": "ditto"}, 4 * PER_RANK),
     ],
 )
 def test_plan_and_run_folder_tell_trained_parameters_from_frozen_ones(
-    settings: dict[str, object], trained: int, base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+    settings: dict[str, object],
+    trained: int,
+    base: BaseModel,
+    base_folder: Path,
+    clients_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    experiment = build_experiment(make_config(base_folder, clients_folder, {"rounds.count": 1, **settings}), base)
+    experiment = build_experiment(
+        make_config(base_folder, clients_folder, {"rounds.count": 1, **settings}), base
+    )
     plan = make_plan(experiment)
     assert (plan.adapter_parameters, plan.trained_parameters) == (4 * PER_RANK, trained)
     assert ("are trained" in "\n".join(plan.lines())) == (trained < 4 * PER_RANK)
     run_experiment(experiment, tmp_path / "run")
     index = json.loads((tmp_path / "run" / "adapters" / "index.json").read_text(encoding="utf-8"))
-    assert {(entry["parameters"], entry["trained_parameters"]) for entry in index.values()} == {(4 * PER_RANK, trained)}
+    assert {(entry["parameters"], entry["trained_parameters"]) for entry in index.values()} == {
+        (4 * PER_RANK, trained)
+    }
 
 
-def test_a_learned_graph_has_no_bound_to_tell_in_advance(base: BaseModel, base_folder: Path, clients_folder: Path) -> None:
+def test_a_learned_graph_has_no_bound_to_tell_in_advance(
+    base: BaseModel, base_folder: Path, clients_folder: Path
+) -> None:
     plan = make_plan(build_experiment(make_config(base_folder, clients_folder), base))
     assert plan.max_degree is None and "learned in the run" in plan.lines()[-1]
 
 
-def test_one_call_runs_a_mapping_of_dotted_keys(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
-    settings = {**SETTINGS, "model.base": str(base_folder), "data.path": str(clients_folder), "rounds.count": 1, "algorithm.name": "local"}
-    result = fedmira.run({**settings, "adapter.ranks": {"apple-1": 2}, "adapter.targets": ["q_proj"]}, output=tmp_path / "run")
-    assert sorted(result.adapters) == [row["client"] for row in result.clients] == sorted(CLIENTS) and result.graph is None
-    assert {tuple(tensor.shape) for tensor in result.adapters["apple-1"].values()} == {(2, 32), (32, 2)}
+def test_one_call_runs_a_mapping_of_dotted_keys(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    settings = {
+        **SETTINGS,
+        "model.base": str(base_folder),
+        "data.path": str(clients_folder),
+        "rounds.count": 1,
+        "algorithm.name": "local",
+    }
+    result = fedmira.run(
+        {**settings, "adapter.ranks": {"apple-1": 2}, "adapter.targets": ["q_proj"]},
+        output=tmp_path / "run",
+    )
+    assert (
+        sorted(result.adapters) == [row["client"] for row in result.clients] == sorted(CLIENTS)
+        and result.graph is None
+    )
+    assert {tuple(tensor.shape) for tensor in result.adapters["apple-1"].values()} == {
+        (2, 32),
+        (32, 2),
+    }
     again = fedmira.run(output=tmp_path / "run", resume=True)
     assert adapter_bytes(again.folder) == adapter_bytes(result.folder)
 
 
-def test_one_call_takes_a_config_or_its_file(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
-    config = make_config(base_folder, clients_folder, {"rounds.count": 1, "algorithm.name": "local"})
+def test_one_call_takes_a_config_or_its_file(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    config = make_config(
+        base_folder, clients_folder, {"rounds.count": 1, "algorithm.name": "local"}
+    )
     expected = run_experiment(build_experiment(config, base), tmp_path / "first")
     for name, given in (
         ("config", config),
         ("path", tmp_path / "first" / "config.toml"),
         ("text", str(tmp_path / "first" / "config.toml")),
     ):
-        assert adapter_bytes(fedmira.run(given, output=tmp_path / name).folder) == adapter_bytes(expected.folder)
+        assert adapter_bytes(fedmira.run(given, output=tmp_path / name).folder) == adapter_bytes(
+            expected.folder
+        )
 
 
 def test_a_wrong_key_is_an_error_before_anything_is_made(tmp_path: Path) -> None:
@@ -102,8 +155,19 @@ def test_a_wrong_key_is_an_error_before_anything_is_made(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("strength", [{}, {"algorithm.server_step": 0.1}])
-def test_kept_moments_and_mixed_products_exclude_each_other(strength: dict[str, float], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"local\.optimizer_state = 'kept' does not go with algorithm\.space = 'product'"):
+def test_kept_moments_and_mixed_products_exclude_each_other(
+    strength: dict[str, float], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"local\.optimizer_state = 'kept' does not go with algorithm\.space = 'product'",
+    ):
         fedmira.run({"local.optimizer_state": "kept", **strength}, output=tmp_path / "run")
-    for allowed in ({"algorithm.space": "factor"}, {"algorithm.name": "fedavg"}, {"algorithm.name": "local"}):
-        make_config("bundled", "", {"local.optimizer_state": "kept", "data.source": "demo", **allowed})
+    for allowed in (
+        {"algorithm.space": "factor"},
+        {"algorithm.name": "fedavg"},
+        {"algorithm.name": "local"},
+    ):
+        make_config(
+            "bundled", "", {"local.optimizer_state": "kept", "data.source": "demo", **allowed}
+        )

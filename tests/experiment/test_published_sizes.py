@@ -1,4 +1,7 @@
-"""What the published presets send on models of the published shapes: the parameters of MIRA's Table II, and our own MiB beside its MB."""
+"""What the published presets send on models of the published shapes.
+
+The parameters of MIRA's Table II, and our own MiB beside its MB.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fedmira.config import load_config
+from fedmira.experiment import client_ranks
 from fedmira.messages import Payload
 from fedmira.model import find_targets, start_adapter
-from fedmira.ranks import client_ranks
 
 MIB = 2**20
 LLAMA = LlamaConfig(
@@ -55,13 +58,17 @@ def test_a_llama_of_1_3_billion_sends_6_mib_each_way(preset: str, llama: PreTrai
 def test_gpt2_large_sends_twice_the_published_bytes_in_float32(preset: str) -> None:
     parameters, sent = payload(on_meta(lambda: GPT2LMHeadModel(GPT2_LARGE)), preset)
     assert parameters == 4_055_040
-    assert sent.num_bytes / MIB == pytest.approx(2 * 7.734, abs=1e-3)  # Table II says 7.74 MB: 16 bits, one way
+    assert sent.num_bytes / MIB == pytest.approx(
+        2 * 7.734, abs=1e-3
+    )  # Table II says 7.74 MB: 16 bits, one way
 
 
 def test_flexloras_types_on_that_llama_have_ranks_8_30_129_and_200(llama: PreTrainedModel) -> None:
     config = load_config(preset="flexlora-types-ni")
     targets = find_targets(llama, config.adapter.targets)
     assert len(targets) == 7 * 24
-    drawn = client_ranks(config.adapter, [f"task-{number}" for number in range(1613)], targets, config.seed)
+    drawn = client_ranks(
+        config.adapter, [f"task-{number}" for number in range(1613)], targets, config.seed
+    )
     assert set(drawn.values()) == {8, 30, 129, 200}
     assert sum(rank == 8 for rank in drawn.values()) / 1613 == pytest.approx(0.8, abs=0.03)

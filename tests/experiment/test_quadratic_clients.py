@@ -1,4 +1,7 @@
-"""The quadratic clients of experiments/fed_sophia: known minima and limits are met, so its rounds can be believed."""
+"""The quadratic clients of experiments/fed_sophia.
+
+Known minima and limits are met, so its rounds can be believed.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,9 @@ def test_sgd_ends_at_the_fixed_point_of_its_mean_step(quadratic: ModuleType) -> 
     limit = quadratic.limit_of_sgd(problem, 0.2)
     gaps = quadratic.run(problem, "sgd", False, 0.2, rounds=120)
     assert gaps[-1] == pytest.approx(problem.gap(limit), rel=1e-6) and gaps[-1] > 1e-4 * gaps[0]
-    alike = quadratic.Quadratics(problem.curvatures[:1].expand_as(problem.curvatures), problem.centres)
+    alike = quadratic.Quadratics(
+        problem.curvatures[:1].expand_as(problem.curvatures), problem.centres
+    )
     assert torch.allclose(quadratic.limit_of_sgd(alike, 0.2), alike.minimiser)
 
 
@@ -57,4 +62,7 @@ def test_sophia_does_not_mind_the_condition(quadratic: ModuleType) -> None:
             for name, kept, rate in (("sgd", False, 1.0), ("sophia", True, 0.1))
         }
     assert round_counts[1000.0]["sophia"] <= 1.5 * round_counts[10.0]["sophia"]
-    assert round_counts[1000.0]["sgd"] is None or round_counts[1000.0]["sgd"] > 3 * round_counts[10.0]["sgd"]
+    assert (
+        round_counts[1000.0]["sgd"] is None
+        or round_counts[1000.0]["sgd"] > 3 * round_counts[10.0]["sgd"]
+    )

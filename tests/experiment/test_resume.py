@@ -1,4 +1,7 @@
-"""A run that was cut off anywhere continues to the same bytes; one that was tampered with is refused. (Killed processes: tests/cli.)"""
+"""A run that was cut off anywhere continues to the same bytes.
+
+One that was tampered with is refused. (Killed processes: tests/cli.)
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,24 @@ from typing import Any
 import pytest
 import torch
 
-from federation import adapter_bytes, events_of, make_config, table_of, write_base, write_clients
 from fedmira.config import ModelSettings
 from fedmira.errors import RunFolderError
-from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
+from fedmira.experiment import (
+    Experiment,
+    build_experiment,
+    resume_experiment,
+    run_experiment,
+)
 from fedmira.model import BaseModel, load_base
-from fedmira.results import Result
+from fedmira.runs import Result
+from small import adapter_bytes, events_of, make_config, table_of, write_base, write_clients
 
 FEDERATIONS: dict[str, dict[str, Any]] = {
-    "learned graph, some clients": {"rounds.participation": 0.6, "rounds.count": 5, "evaluation.every": 2},
+    "learned graph, some clients": {
+        "rounds.participation": 0.6,
+        "rounds.count": 5,
+        "evaluation.every": 2,
+    },
     "best of rounds that get worse": {
         "algorithm.name": "local",
         "rounds.count": 4,
@@ -64,10 +76,24 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.participation": 0.6,
         "rounds.count": 4,
     },
-    "seeds and numbers": {"algorithm.name": "fedkseed", "local.optimizer": "zeroth-order", "rounds.participation": 0.6, "rounds.count": 4},
-    "ditto, some clients": {"algorithm.name": "ditto", "rounds.participation": 0.6, "rounds.count": 4},
+    "seeds and numbers": {
+        "algorithm.name": "fedkseed",
+        "local.optimizer": "zeroth-order",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "ditto, some clients": {
+        "algorithm.name": "ditto",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
     "fedit-finetune": {"algorithm.name": "fedit-finetune", "rounds.count": 4},
-    "fedalt, learned graph": {"algorithm.name": "fedalt", "rounds.participation": 0.6, "rounds.count": 4, "evaluation.every": 2},
+    "fedalt, learned graph": {
+        "algorithm.name": "fedalt",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+        "evaluation.every": 2,
+    },
     "p-tuning with kept moments": {
         "adapter.kind": "p-tuning",
         "adapter.virtual_tokens": 4,
@@ -85,7 +111,12 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.participation": 0.6,
         "rounds.count": 3,
     },
-    "ranks that differ": {"graph.kind": "category", "adapter.ranks": {"apple-1": 2}, "rounds.count": 3, "evaluation.every": 1},
+    "ranks that differ": {
+        "graph.kind": "category",
+        "adapter.ranks": {"apple-1": 2},
+        "rounds.count": 3,
+        "evaluation.every": 1,
+    },
 }
 
 
@@ -103,16 +134,24 @@ def cut_at(number: int) -> Any:
     return progress
 
 
-def built(base: BaseModel, base_folder: Path, clients_folder: Path, settings: Mapping[str, Any]) -> Experiment:
+def built(
+    base: BaseModel, base_folder: Path, clients_folder: Path, settings: Mapping[str, Any]
+) -> Experiment:
     return build_experiment(make_config(base_folder, clients_folder, settings), base)
 
 
 @pytest.fixture(scope="module")
-def straight(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+def straight(
+    base: BaseModel,
+    base_folder: Path,
+    clients_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Result]:
     """Every federation without an interruption."""
     folder = tmp_path_factory.mktemp("straight")
     return {
-        name: run_experiment(built(base, base_folder, clients_folder, settings), folder / name) for name, settings in FEDERATIONS.items()
+        name: run_experiment(built(base, base_folder, clients_folder, settings), folder / name)
+        for name, settings in FEDERATIONS.items()
     }
 
 
@@ -129,43 +168,76 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("name", FEDERATIONS)
 def test_a_run_that_is_cut_off_after_every_round_ends_in_the_same_bytes(
-    name: str, straight: dict[str, Result], base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+    name: str,
+    straight: dict[str, Result],
+    base: BaseModel,
+    base_folder: Path,
+    clients_folder: Path,
+    tmp_path: Path,
 ) -> None:
     count = FEDERATIONS[name]["rounds.count"]
     folder = tmp_path / "run"
     with pytest.raises(PowerCut):
-        run_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder, cut_at(0))
-    assert not list((folder / "checkpoint").glob("round-*")), "cut off before anything could be kept"
+        run_experiment(
+            built(base, base_folder, clients_folder, FEDERATIONS[name]), folder, cut_at(0)
+        )
+    assert not list((folder / "checkpoint").glob("round-*")), (
+        "cut off before anything could be kept"
+    )
     for number in range(1, count + 1):
         with pytest.raises(PowerCut):
-            resume_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder, cut_at(number))
-        assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["adapters", f"round-{number:06d}"]
+            resume_experiment(
+                built(base, base_folder, clients_folder, FEDERATIONS[name]), folder, cut_at(number)
+            )
+        assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == [
+            "adapters",
+            f"round-{number:06d}",
+        ]
     result = resume_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder)
     assert_equal_runs(folder, straight[name].folder)
     if FEDERATIONS[name].get("evaluation.select") == "best":
-        assert {row["best_round"] for row in result.clients} != {count}, "the case must be one in which an earlier adapter was kept"
+        assert {row["best_round"] for row in result.clients} != {count}, (
+            "the case must be one in which an earlier adapter was kept"
+        )
     assert result.clients == straight[name].clients and result.summary == straight[name].summary
     expected = straight[name].graph
     assert (result.graph is None) == (expected is None)
     if result.graph is not None and expected is not None:
-        assert (result.graph.kind, result.graph.clients) == (expected.kind, expected.clients) and torch.equal(
-            result.graph.edge_list, expected.edge_list
-        )
-    assert len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["resumed"]) == count + 1
-    named = json.loads((folder / "checkpoint" / f"round-{count:06d}" / "values.json").read_text(encoding="utf-8"))
-    keys = {key for table in named["tables"].values() for key in table.values()} | {entry[0] for entry in named["memories"].values()}
-    assert {path.stem for path in (folder / "checkpoint" / "adapters").iterdir()} == keys, "nothing stays that nobody needs"
+        assert (result.graph.kind, result.graph.clients) == (
+            expected.kind,
+            expected.clients,
+        ) and torch.equal(result.graph.edge_list, expected.edge_list)
+    assert (
+        len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["resumed"]) == count + 1
+    )
+    named = json.loads(
+        (folder / "checkpoint" / f"round-{count:06d}" / "values.json").read_text(encoding="utf-8")
+    )
+    keys = {key for table in named["tables"].values() for key in table.values()} | {
+        entry[0] for entry in named["memories"].values()
+    }
+    assert {path.stem for path in (folder / "checkpoint" / "adapters").iterdir()} == keys, (
+        "nothing stays that nobody needs"
+    )
 
 
 def test_lines_of_a_round_that_was_not_finished_are_dropped(
-    straight: dict[str, Result], base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+    straight: dict[str, Result],
+    base: BaseModel,
+    base_folder: Path,
+    clients_folder: Path,
+    tmp_path: Path,
 ) -> None:
     name = "learned graph, some clients"
     folder = tmp_path / "run"
     with pytest.raises(PowerCut):
-        run_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder, cut_at(2))
+        run_experiment(
+            built(base, base_folder, clients_folder, FEDERATIONS[name]), folder, cut_at(2)
+        )
     with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"event": "train", "round": 3, "client": "apple-1", "loss": 1.0}\n{"event": "tra')
+        file.write(
+            '{"event": "train", "round": 3, "client": "apple-1", "loss": 1.0}\n{"event": "tra'
+        )
     with (folder / "metrics" / "rounds.csv").open("a", encoding="utf-8") as file:
         file.write("3,3,1.5\n")
     (folder / "checkpoint" / "round-000003.partial").mkdir()
@@ -174,17 +246,33 @@ def test_lines_of_a_round_that_was_not_finished_are_dropped(
 
 
 def test_resuming_a_finished_run_changes_nothing(
-    straight: dict[str, Result], base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+    straight: dict[str, Result],
+    base: BaseModel,
+    base_folder: Path,
+    clients_folder: Path,
+    tmp_path: Path,
 ) -> None:
     name = "ranks that differ"
-    result = run_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), tmp_path / "run")
-    before = (result.folder / "events.jsonl").read_bytes(), (result.folder / "metrics" / "rounds.csv").read_bytes()
-    again = resume_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), tmp_path / "run")
-    assert ((result.folder / "events.jsonl").read_bytes(), (result.folder / "metrics" / "rounds.csv").read_bytes()) == before
+    result = run_experiment(
+        built(base, base_folder, clients_folder, FEDERATIONS[name]), tmp_path / "run"
+    )
+    before = (
+        (result.folder / "events.jsonl").read_bytes(),
+        (result.folder / "metrics" / "rounds.csv").read_bytes(),
+    )
+    again = resume_experiment(
+        built(base, base_folder, clients_folder, FEDERATIONS[name]), tmp_path / "run"
+    )
+    assert (
+        (result.folder / "events.jsonl").read_bytes(),
+        (result.folder / "metrics" / "rounds.csv").read_bytes(),
+    ) == before
     assert_equal_runs(again.folder, straight[name].folder)
 
 
-def test_another_config_another_base_and_other_rows_are_refused(base: BaseModel, tmp_path: Path) -> None:
+def test_another_config_another_base_and_other_rows_are_refused(
+    base: BaseModel, tmp_path: Path
+) -> None:
     base_folder, data = write_base(tmp_path / "base"), write_clients(tmp_path / "data")
     settings = {"rounds.count": 2, "graph.kind": "uniform"}
     with pytest.raises(PowerCut):
@@ -192,7 +280,9 @@ def test_another_config_another_base_and_other_rows_are_refused(base: BaseModel,
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
     with pytest.raises(RunFolderError, match="made with other settings"):
-        resume_experiment(built(base, base_folder, data, {**settings, "local.steps": 3}), tmp_path / "run")
+        resume_experiment(
+            built(base, base_folder, data, {**settings, "local.steps": 3}), tmp_path / "run"
+        )
 
     from tiny import tiny_model
 
@@ -203,21 +293,32 @@ def test_another_config_another_base_and_other_rows_are_refused(base: BaseModel,
 
     lines = (data / "apple-1" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     (data / "apple-1" / "train.jsonl").write_text(
-        "\n".join([lines[0].replace('"output": "w', '"output": "w1 w'), *lines[1:]]), encoding="utf-8"
+        "\n".join([lines[0].replace('"output": "w', '"output": "w1 w'), *lines[1:]]),
+        encoding="utf-8",
     )
     with pytest.raises(RunFolderError, match="the data changed since this run began"):
         resume_experiment(built(base, base_folder, data, settings), tmp_path / "run")
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before, "a refusal changes nothing"
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+    } == before, "a refusal changes nothing"
 
 
-def test_there_must_be_a_run_to_resume(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
+def test_there_must_be_a_run_to_resume(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(RunFolderError, match="no run folder"):
         resume_experiment(built(base, base_folder, clients_folder, {}), tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_wall_time_adds_up_over_parts_that_were_cut_off(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
-    settings, folder, begun = {"algorithm.name": "local", "rounds.count": 3}, tmp_path / "run", time.monotonic()
+def test_wall_time_adds_up_over_parts_that_were_cut_off(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    settings, folder, begun = (
+        {"algorithm.name": "local", "rounds.count": 3},
+        tmp_path / "run",
+        time.monotonic(),
+    )
 
     def seconds() -> float:
         return float(json.loads((folder / "run.json").read_text(encoding="utf-8"))["wall_seconds"])
@@ -230,7 +331,9 @@ def test_wall_time_adds_up_over_parts_that_were_cut_off(base: BaseModel, base_fo
         run_experiment(built(base, base_folder, clients_folder, settings), folder, slow)
     assert seconds() < 0.3, "a part that was cut off could not write down what it took"
     resume_experiment(built(base, base_folder, clients_folder, settings), folder)
-    assert 0.3 <= seconds() <= time.monotonic() - begun, "the checkpoint of round 2 knows of the wait after round 1"
+    assert 0.3 <= seconds() <= time.monotonic() - begun, (
+        "the checkpoint of round 2 knows of the wait after round 1"
+    )
 
 
 def test_an_experiment_that_is_run_again_remembers_nothing_of_the_first_time(

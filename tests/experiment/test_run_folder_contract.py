@@ -1,4 +1,7 @@
-"""The run folder is relied on from outside: every file, key and number of it, read back with other tools than those that wrote it."""
+"""The run folder is relied on from outside.
+
+Every file, key and number of it, read back with other tools than those that wrote it.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,28 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from federation import CLIENTS, adapters_of, events_of, make_config, table_of
 from fedmira.config import load_config
 from fedmira.errors import ConfigError, RunFolderError
 from fedmira.experiment import Experiment, build_experiment, run_experiment
 from fedmira.model import BaseModel
-from fedmira.results import Result
-from fedmira.saved import answer, evaluator_of, reload_adapters
+from fedmira.runs import Result
+from fedmira.studies import answer
+from fedmira.studies.saved import evaluator_of, reload_adapters
+from small import CLIENTS, adapters_of, events_of, make_config, table_of
 
 Finished = tuple[Experiment, Result]
-PEFT_WARNING = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers for it
+PEFT_WARNING = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks transformers for it
 
 
 @pytest.fixture(scope="module")
-def finished(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(
+    base: BaseModel,
+    base_folder: Path,
+    clients_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Finished:
     """A run with all parts: learned graph, several ranks, evaluation on the way, generation at the end."""
     settings = {
         "evaluation.every": 1,
@@ -54,13 +65,33 @@ def document(path: Path) -> Any:
 def test_every_file_of_the_contract_is_there_and_no_other(folder: Path) -> None:
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     adapters = {
-        f"adapters/{client}/{name}" for client in CLIENTS for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")
+        f"adapters/{client}/{name}"
+        for client in CLIENTS
+        for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")
     }
     tables = {"metrics/clients.csv", "metrics/rounds.csv", "adapters/index.json"}
-    checkpoint = {f"checkpoint/round-000004/{name}" for name in ("numbers.safetensors", "values.json", "graph.json")}
-    stored = {name for name in found if re.fullmatch(r"checkpoint/adapters/[0-9a-f]{64}\.safetensors", name)}
-    assert len(CLIENTS) <= len(stored) <= 3 * len(CLIENTS), "of each client: as it is, as it was sent, as it was best"
-    assert found - stored == {"config.toml", "run.json", "events.jsonl", "graph.json", "report.html", *adapters, *tables, *checkpoint}
+    checkpoint = {
+        f"checkpoint/round-000004/{name}"
+        for name in ("numbers.safetensors", "values.json", "graph.json")
+    }
+    stored = {
+        name
+        for name in found
+        if re.fullmatch(r"checkpoint/adapters/[0-9a-f]{64}\.safetensors", name)
+    }
+    assert len(CLIENTS) <= len(stored) <= 3 * len(CLIENTS), (
+        "of each client: as it is, as it was sent, as it was best"
+    )
+    assert found - stored == {
+        "config.toml",
+        "run.json",
+        "events.jsonl",
+        "graph.json",
+        "report.html",
+        *adapters,
+        *tables,
+        *checkpoint,
+    }
 
 
 def test_the_config_on_disk_is_the_one_that_ran(finished: Finished, folder: Path) -> None:
@@ -70,26 +101,42 @@ def test_the_config_on_disk_is_the_one_that_ran(finished: Finished, folder: Path
 def test_run_json_says_what_ran_where(finished: Finished, folder: Path) -> None:
     experiment, result = finished
     provenance = document(folder / "run.json")
-    assert (provenance["status"], provenance["error"], provenance["seed"], provenance["rounds_done"], provenance["clients"]) == (
+    assert (
+        provenance["status"],
+        provenance["error"],
+        provenance["seed"],
+        provenance["rounds_done"],
+        provenance["clients"],
+    ) == (
         "finished",
         None,
         0,
         4,
         5,
     )
-    assert {"fedmira", "python", "torch", "transformers", "peft"} <= set(provenance["versions"]) and provenance["versions"][
-        "torch"
-    ] == torch.__version__
-    assert provenance["base"]["sha256"] == experiment.base.sha256 and len(experiment.base.sha256) == 64
-    assert provenance["base"]["parameters"] == sum(parameter.numel() for parameter in experiment.base.model.parameters())
-    paths = {name: provenance["base"][name] for name in ("packed", "kernels", "shortened_last_layer")}
+    assert {"fedmira", "python", "torch", "transformers", "peft"} <= set(
+        provenance["versions"]
+    ) and provenance["versions"]["torch"] == torch.__version__
+    assert (
+        provenance["base"]["sha256"] == experiment.base.sha256 and len(experiment.base.sha256) == 64
+    )
+    assert provenance["base"]["parameters"] == sum(
+        parameter.numel() for parameter in experiment.base.model.parameters()
+    )
+    paths = {
+        name: provenance["base"][name] for name in ("packed", "kernels", "shortened_last_layer")
+    }
     assert paths == dict.fromkeys(paths, True), "the tiny Llama is trained the fastest way there is"
-    assert {"cpu", "cores", "platform", "device"} <= set(provenance["machine"]) and provenance["machine"]["device"] == "cpu"
+    assert {"cpu", "cores", "platform", "device"} <= set(provenance["machine"]) and provenance[
+        "machine"
+    ]["device"] == "cpu"
     assert provenance["wall_seconds"] > 0 and provenance["started"] and provenance["resumed"] == []
     assert provenance["summary"] == result.summary
 
 
-def test_clients_csv_has_the_promised_columns_and_the_headline_is_their_mean(finished: Finished, folder: Path) -> None:
+def test_clients_csv_has_the_promised_columns_and_the_headline_is_their_mean(
+    finished: Finished, folder: Path
+) -> None:
     rows = table_of(folder, "clients")
     promised = [
         "client",
@@ -103,18 +150,37 @@ def test_clients_csv_has_the_promised_columns_and_the_headline_is_their_mean(fin
         "before_align_loss",
         "after_align_loss",
     ]
-    assert set(promised) | {"rouge_l", "rouge_l_package", "exact_match", "best_round", "rounds_trained"} <= set(rows[0])
-    assert [row["client"] for row in rows] == sorted(CLIENTS) and [row["rank"] for row in rows] == ["4", "4", "4", "2", "4"]
+    assert set(promised) | {
+        "rouge_l",
+        "rouge_l_package",
+        "exact_match",
+        "best_round",
+        "rounds_trained",
+    } <= set(rows[0])
+    assert [row["client"] for row in rows] == sorted(CLIENTS) and [row["rank"] for row in rows] == [
+        "4",
+        "4",
+        "4",
+        "2",
+        "4",
+    ]
     assert [row["category"] for row in rows] == ["apple"] * 3 + ["birch"] * 2
     summary = document(folder / "run.json")["summary"]
     for name in ("base_loss", "after_align_loss"):
-        values, tokens = [float(row[name]) for row in rows], [int(row["test_tokens"]) for row in rows]
+        values, tokens = (
+            [float(row[name]) for row in rows],
+            [int(row["test_tokens"]) for row in rows],
+        )
         assert summary[name]["mean"] == pytest.approx(statistics.fmean(values), rel=1e-12)
-        assert summary[name]["weighted_mean"] == pytest.approx(statistics.fmean(values, tokens), rel=1e-12)
+        assert summary[name]["weighted_mean"] == pytest.approx(
+            statistics.fmean(values, tokens), rel=1e-12
+        )
         assert summary[name]["worst_tenth"] == max(values)  # one of five
         assert summary[name]["spread"] == pytest.approx(statistics.pstdev(values), rel=1e-9)
     trained = [event["client"] for event in events_of(folder, "train")]
-    assert {row["client"]: int(row["rounds_trained"]) for row in rows} == {client: trained.count(client) for client in CLIENTS}
+    assert {row["client"]: int(row["rounds_trained"]) for row in rows} == {
+        client: trained.count(client) for client in CLIENTS
+    }
 
 
 def test_rounds_csv_has_a_row_a_round_that_follows_from_the_events(folder: Path) -> None:
@@ -124,19 +190,34 @@ def test_rounds_csv_has_a_row_a_round_that_follows_from_the_events(folder: Path)
     columns += " train_seconds evaluate_seconds tokens_per_second"
     assert set(columns.split()) <= set(rows[0])
     for row in rows:
-        trains = [event for event in events_of(folder, "train") if event["round"] == int(row["round"])]
-        tests = [event for event in events_of(folder, "evaluate") if event["round"] == int(row["round"])]
-        losses, tokens = [event["loss"] for event in trains], [event["response_tokens"] for event in trains]
+        trains = [
+            event for event in events_of(folder, "train") if event["round"] == int(row["round"])
+        ]
+        tests = [
+            event for event in events_of(folder, "evaluate") if event["round"] == int(row["round"])
+        ]
+        losses, tokens = (
+            [event["loss"] for event in trains],
+            [event["response_tokens"] for event in trains],
+        )
         assert int(row["clients"]) == len(trains) == 4  # 0.8 of 5
         assert float(row["train_loss"]) == pytest.approx(statistics.fmean(losses), rel=1e-12)
-        assert float(row["train_loss_weighted"]) == pytest.approx(statistics.fmean(losses, tokens), rel=1e-12)
-        assert float(row["test_loss"]) == pytest.approx(statistics.fmean(event["test_loss"] for event in tests), rel=1e-12)
-        weighted = statistics.fmean([event["test_loss"] for event in tests], [event["test_tokens"] for event in tests])
+        assert float(row["train_loss_weighted"]) == pytest.approx(
+            statistics.fmean(losses, tokens), rel=1e-12
+        )
+        assert float(row["test_loss"]) == pytest.approx(
+            statistics.fmean(event["test_loss"] for event in tests), rel=1e-12
+        )
+        weighted = statistics.fmean(
+            [event["test_loss"] for event in tests], [event["test_tokens"] for event in tests]
+        )
         assert float(row["test_loss_weighted"]) == pytest.approx(weighted, rel=1e-12)
         assert float(row["disagreement_after"]) <= float(row["disagreement_before"]) * (1 + 1e-9)
         assert int(row["bytes_up"]) == sum(event["bytes_up"] for event in trains)
         assert float(row["tokens_per_second"]) > 0
-    assert float(rows[0]["pull"]) == 0 and all(float(row["pull"]) > 0 for row in rows[1:]), "a warm-up round, then motion"
+    assert float(rows[0]["pull"]) == 0 and all(float(row["pull"]) > 0 for row in rows[1:]), (
+        "a warm-up round, then motion"
+    )
 
 
 def test_events_carry_the_promised_keys_in_the_order_of_the_rounds(folder: Path) -> None:
@@ -144,7 +225,17 @@ def test_events_carry_the_promised_keys_in_the_order_of_the_rounds(folder: Path)
     assert [event["round"] for event in events] == sorted(event["round"] for event in events)
     assert {event["event"] for event in events} == {"evaluate", "train", "align", "round"}
     for event in events_of(folder, "train"):
-        assert {"round", "client", "loss", "response_tokens", "tokens", "bytes_up", "bytes_down", "loaded_hash", "sent_hash"} <= set(event)
+        assert {
+            "round",
+            "client",
+            "loss",
+            "response_tokens",
+            "tokens",
+            "bytes_up",
+            "bytes_down",
+            "loaded_hash",
+            "sent_hash",
+        } <= set(event)
         rank = 2 if event["client"] == "birch-1" else 4
         # q_proj 32 to 32 and v_proj 32 to 16 in two layers, float32, each way.
         assert event["bytes_up"] == event["bytes_down"] == 4 * 2 * rank * ((32 + 32) + (32 + 16))
@@ -152,14 +243,26 @@ def test_events_carry_the_promised_keys_in_the_order_of_the_rounds(folder: Path)
         assert {"pull", "relative_pull", "degree", "saved_hash"} <= set(event)
 
 
-def test_the_graph_lists_a_pair_once_and_is_the_one_in_python(finished: Finished, folder: Path) -> None:
+def test_the_graph_lists_a_pair_once_and_is_the_one_in_python(
+    finished: Finished, folder: Path
+) -> None:
     graph = document(folder / "graph.json")
-    assert graph["kind"] == "similarity" and graph["clients"] == sorted(CLIENTS) and graph["round"] == 4
+    assert (
+        graph["kind"] == "similarity"
+        and graph["clients"] == sorted(CLIENTS)
+        and graph["round"] == 4
+    )
     pairs = [frozenset((edge["source"], edge["target"])) for edge in graph["edges"]]
-    assert len(pairs) == len(set(pairs)) > 0 and all(len(pair) == 2 and pair <= set(CLIENTS) for pair in pairs)
+    assert len(pairs) == len(set(pairs)) > 0 and all(
+        len(pair) == 2 and pair <= set(CLIENTS) for pair in pairs
+    )
     assert all(edge["weight"] > 0 for edge in graph["edges"])
     kept = finished[1].graph
-    assert kept is not None and [(edge["source"], edge["target"], edge["weight"]) for edge in graph["edges"]] == kept.edges()
+    assert (
+        kept is not None
+        and [(edge["source"], edge["target"], edge["weight"]) for edge in graph["edges"]]
+        == kept.edges()
+    )
 
 
 def test_hashes_in_the_index_are_those_of_the_files(finished: Finished, folder: Path) -> None:
@@ -170,11 +273,19 @@ def test_hashes_in_the_index_are_those_of_the_files(finished: Finished, folder: 
         tensors = load_file(folder / "adapters" / client / "adapter_model.safetensors")
         hasher = hashlib.sha256()
         for name in sorted(tensors):
-            hasher.update(f"{name} {tensors[name].shape} torch.float32".encode() + tensors[name].tobytes())
+            hasher.update(
+                f"{name} {tensors[name].shape} torch.float32".encode() + tensors[name].tobytes()
+            )
         assert entry["sha256"] == hasher.hexdigest()
         assert entry["base_sha256"] == finished[0].base.sha256
-        assert (entry["task"], entry["category"]) == (rows[client]["task"], client.partition("-")[0])
-        assert (str(entry["rank"]), str(entry["rounds_trained"])) == (rows[client]["rank"], rows[client]["rounds_trained"])
+        assert (entry["task"], entry["category"]) == (
+            rows[client]["task"],
+            client.partition("-")[0],
+        )
+        assert (str(entry["rank"]), str(entry["rounds_trained"])) == (
+            rows[client]["rank"],
+            rows[client]["rounds_trained"],
+        )
         assert entry["metrics"]["after_align_loss"] == float(rows[client]["after_align_loss"])
         assert {"base_loss", "rouge_l", "exact_match"} <= set(entry["metrics"])
 
@@ -184,21 +295,31 @@ def test_python_gets_what_is_on_disk(finished: Finished, folder: Path) -> None:
     assert result.report == folder / "report.html" and result.report.is_file()
     on_disk = adapters_of(folder)
     for client, adapter in result.adapters.items():
-        assert all((tensor.double().numpy() == on_disk[client][name]).all() for name, tensor in adapter.items())
+        assert all(
+            (tensor.double().numpy() == on_disk[client][name]).all()
+            for name, tensor in adapter.items()
+        )
     with (folder / "metrics" / "clients.csv").open(encoding="utf-8", newline="") as file:
-        assert [{key: str(value) for key, value in row.items()} for row in result.clients] == list(csv.DictReader(file))
+        assert [{key: str(value) for key, value in row.items()} for row in result.clients] == list(
+            csv.DictReader(file)
+        )
 
 
 @PEFT_WARNING
 def test_saved_adapters_give_the_reported_loss_with_plain_peft_and_padded_batches(
     finished: Finished, folder: Path, base_folder: Path
 ) -> None:
-    reported = {row["client"]: float(row["after_align_loss"]) for row in table_of(folder, "clients")}
+    reported = {
+        row["client"]: float(row["after_align_loss"]) for row in table_of(folder, "clients")
+    }
     for client in CLIENTS:
         settings = document(folder / "adapters" / client / "adapter_config.json")
-        assert settings["peft_type"] == "LORA" and settings["base_model_name_or_path"] == str(base_folder)
+        assert settings["peft_type"] == "LORA" and settings["base_model_name_or_path"] == str(
+            base_folder
+        )
         model = PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32), folder / "adapters" / client
+            AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32),
+            folder / "adapters" / client,
         ).eval()
         rows = finished[0].evaluator.clients[client].test
         size = max(len(row.prompt) + len(row.response) for row in rows)
@@ -213,16 +334,31 @@ def test_saved_adapters_give_the_reported_loss_with_plain_peft_and_padded_batche
         assert loss == pytest.approx(reported[client], rel=1e-4)
 
 
-def test_test_rows_are_those_of_the_files(finished: Finished, clients_folder: Path, base_folder: Path) -> None:
-    """What the losses are computed on: prompt and response of lines that stand in the client's own file, in nobody's training rows."""
+def test_test_rows_are_those_of_the_files(
+    finished: Finished, clients_folder: Path, base_folder: Path
+) -> None:
+    """What the losses are computed on.
+
+    Prompt and response of lines that stand in the client's own file, in nobody's training rows.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     for client, data in finished[0].evaluator.clients.items():
-        lines = [json.loads(line) for line in (clients_folder / client / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (clients_folder / client / "train.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        ]
         texts = {(f"{line['instruction']} {line['input']}", line["output"]) for line in lines}
-        decoded = [(tokenizer.decode(row.prompt), tokenizer.decode(row.response, skip_special_tokens=True)) for row in data.test]
+        decoded = [
+            (tokenizer.decode(row.prompt), tokenizer.decode(row.response, skip_special_tokens=True))
+            for row in data.test
+        ]
         assert decoded and set(decoded) <= texts
         assert [response for _, response in decoded] == list(data.references)
-        assert not {row.prompt for row in data.test} & {row.prompt for row in (*data.train, *data.validation)}
+        assert not {row.prompt for row in data.test} & {
+            row.prompt for row in (*data.train, *data.validation)
+        }
 
 
 @pytest.fixture(scope="module")
@@ -235,16 +371,21 @@ def test_a_finished_run_is_measured_again_with_the_same_figures(saved: Any, fold
     losses = evaluator.losses(saved.adapters)
     texts = evaluator.text_scores(saved.adapters, saved.config.evaluation.max_new_tokens)
     for row in table_of(folder, "clients"):
-        assert losses[row["client"]].per_token == pytest.approx(float(row["after_align_loss"]), rel=1e-6)
+        assert losses[row["client"]].per_token == pytest.approx(
+            float(row["after_align_loss"]), rel=1e-6
+        )
         assert texts[row["client"]]["rouge_l"] == float(row["rouge_l"])
 
 
 @PEFT_WARNING
-def test_a_client_answers_as_its_adapter_does_with_plain_peft(saved: Any, folder: Path, base_folder: Path) -> None:
+def test_a_client_answers_as_its_adapter_does_with_plain_peft(
+    saved: Any, folder: Path, base_folder: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     instruction = evaluator_of(saved).clients["apple-2"].instruction
     model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32), folder / "adapters" / "apple-2"
+        AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32),
+        folder / "adapters" / "apple-2",
     ).eval()
     for text in ("w5 w6", "w70 w1 w33"):
         ids = tokenizer(f"{instruction} {text}", add_special_tokens=False)["input_ids"]
@@ -255,17 +396,26 @@ def test_a_client_answers_as_its_adapter_does_with_plain_peft(saved: Any, folder
             if following == tokenizer.eos_token_id:
                 break
             ids.append(following)
-        assert answer(saved, "apple-2", text) == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-    assert len(answer(saved, "apple-2", "w5 w6", instruction="w1 w2", max_new_tokens=1).split()) <= 1
+        assert (
+            answer(saved, "apple-2", text)
+            == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+        )
+    assert (
+        len(answer(saved, "apple-2", "w5 w6", instruction="w1 w2", max_new_tokens=1).split()) <= 1
+    )
 
 
 def test_asking_a_client_that_does_not_exist_lists_those_that_do(saved: Any) -> None:
-    with pytest.raises(ConfigError, match="no client 'cherry-1' in this run; its clients are apple-1, apple-2"):
+    with pytest.raises(
+        ConfigError, match="no client 'cherry-1' in this run; its clients are apple-1, apple-2"
+    ):
         answer(saved, "cherry-1", "w1")
 
 
-def test_adapters_of_another_base_are_refused(base: BaseModel, clients_folder: Path, tmp_path: Path) -> None:
-    from federation import write_base
+def test_adapters_of_another_base_are_refused(
+    base: BaseModel, clients_folder: Path, tmp_path: Path
+) -> None:
+    from small import write_base
     from tiny import tiny_model
 
     place = write_base(tmp_path / "base")
@@ -278,5 +428,8 @@ def test_adapters_of_another_base_are_refused(base: BaseModel, clients_folder: P
 
 def test_a_run_that_has_saved_nothing_yet_says_how_to_finish_it(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("", encoding="utf-8")
-    with pytest.raises(RunFolderError, match="has saved no adapters yet; finish it with: fedmira run --resume --output"):
+    with pytest.raises(
+        RunFolderError,
+        match="has saved no adapters yet; finish it with: fedmira run --resume --output",
+    ):
         reload_adapters(tmp_path)

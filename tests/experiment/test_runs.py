@@ -10,17 +10,22 @@ from typing import Any
 
 import pytest
 
-from federation import CLIENTS, adapter_bytes, adapters_of, events_of, make_config, run_loop, table_of
 from fedmira.adapters import digest
 from fedmira.experiment import build_experiment, run_experiment
 from fedmira.model import BaseModel
-from fedmira.results import Result
+from fedmira.runs import Result
+from small import CLIENTS, adapter_bytes, adapters_of, events_of, make_config, run_loop, table_of
 
 Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
-def run(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(
+    base: BaseModel,
+    base_folder: Path,
+    clients_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
     """Runs in a new folder; the same settings are run once."""
     done: dict[str, Result] = {}
 
@@ -35,7 +40,9 @@ def run(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path_facto
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in adapter_bytes(folder).items() if name.endswith(".safetensors")}
+    return {
+        name: data for name, data in adapter_bytes(folder).items() if name.endswith(".safetensors")
+    }
 
 
 NO_COUPLING: list[dict[str, Any]] = [
@@ -61,7 +68,10 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(
 ) -> None:
     first = run(rounds__participation=0.6)
     again = run_experiment(
-        build_experiment(make_config(base_folder, clients_folder, {"rounds.participation": 0.6}), base), tmp_path / "again"
+        build_experiment(
+            make_config(base_folder, clients_folder, {"rounds.participation": 0.6}), base
+        ),
+        tmp_path / "again",
     )
     assert adapter_bytes(again.folder) == adapter_bytes(first.folder)
     assert events_of(again.folder, timing=False) == events_of(first.folder, timing=False)
@@ -116,7 +126,10 @@ def test_the_adapter_trained_from_in_round_2_depends_on_the_coupling(run: Run) -
 @pytest.mark.parametrize("participation", [1.0, 0.6])
 def test_evaluation_between_rounds_changes_no_training(run: Run, participation: float) -> None:
     common = {"adapter__dropout": 0.3, "rounds__participation": participation}
-    often, never = run(evaluation__every=1, evaluation__rouge=True, **common), run(evaluation__every=0, **common)
+    often, never = (
+        run(evaluation__every=1, evaluation__rouge=True, **common),
+        run(evaluation__every=0, **common),
+    )
     assert weights_of(often.folder) == weights_of(never.folder)
     assert events_of(often.folder, "train") == events_of(never.folder, "train")
     assert {event["round"] for event in events_of(often.folder, "evaluate")} == {0, 1, 2, 3}
@@ -124,39 +137,68 @@ def test_evaluation_between_rounds_changes_no_training(run: Run, participation: 
 
 
 def test_dropout_is_still_active_after_an_evaluation(run: Run) -> None:
-    """Round 1 comes after the evaluation of the base: a model left in evaluation mode would train as without dropout."""
+    """Round 1 comes after the evaluation of the base.
+
+    A model left in evaluation mode would train as without dropout.
+    """
     common = {"evaluation__every": 1, "algorithm__name": "local"}
     with_dropout, without = run(adapter__dropout=0.3, **common), run(**common)
     for number in (1, 2, 3):
         left, right = (
-            [event["loss"] for event in events_of(result.folder, "train") if event["round"] == number] for result in (with_dropout, without)
+            [
+                event["loss"]
+                for event in events_of(result.folder, "train")
+                if event["round"] == number
+            ]
+            for result in (with_dropout, without)
         )
         # More than the rounding by which the two layouts of a batch differ.
         assert all(abs(one - other) > 1e-4 for one, other in zip(left, right, strict=True))
 
 
-def test_the_evaluated_loss_does_not_depend_on_the_token_budget(run: Run, base: BaseModel, base_folder: Path, clients_folder: Path) -> None:
+def test_the_evaluated_loss_does_not_depend_on_the_token_budget(
+    run: Run, base: BaseModel, base_folder: Path, clients_folder: Path
+) -> None:
     adapters = run(rounds__participation=0.6).adapters
     found = []
     for budget in (1, 100, 100_000):
-        evaluator = build_experiment(make_config(base_folder, clients_folder, {"engine.token_budget": budget}), base).evaluator
+        evaluator = build_experiment(
+            make_config(base_folder, clients_folder, {"engine.token_budget": budget}), base
+        ).evaluator
         found.append(evaluator.losses(adapters))
     for losses in found[1:]:
         for client, loss in losses.items():
-            assert loss.tokens == found[0][client].tokens == sum(len(row.response) for row in evaluator.clients[client].test)
+            assert (
+                loss.tokens
+                == found[0][client].tokens
+                == sum(len(row.response) for row in evaluator.clients[client].test)
+            )
             assert loss.per_token == pytest.approx(found[0][client].per_token, rel=1e-5)
 
 
-def test_the_best_validation_round_is_what_is_saved(run: Run, base: BaseModel, base_folder: Path, clients_folder: Path) -> None:
+def test_the_best_validation_round_is_what_is_saved(
+    run: Run, base: BaseModel, base_folder: Path, clients_folder: Path
+) -> None:
     """A learning rate at which clients get worse again, so that the best round is not the last for all of them."""
-    settings = {"local.learning_rate": 0.6, "rounds.count": 4, "evaluation.every": 1, "algorithm.name": "local"}
-    result = run(**{key.replace(".", "__"): value for key, value in settings.items()}, evaluation__select="best")
+    settings = {
+        "local.learning_rate": 0.6,
+        "rounds.count": 4,
+        "evaluation.every": 1,
+        "algorithm.name": "local",
+    }
+    result = run(
+        **{key.replace(".", "__"): value for key, value in settings.items()},
+        evaluation__select="best",
+    )
     validation: dict[str, dict[int, float]] = {client: {} for client in CLIENTS}
     test: dict[tuple[str, int], float] = {}
     for event in events_of(result.folder, "evaluate"):
         validation[event["client"]][event["round"]] = event["validation_loss"]
         test[event["client"], event["round"]] = event["test_loss"]
-    best = {client: min(losses, key=lambda number: (losses[number], number)) for client, losses in validation.items()}
+    best = {
+        client: min(losses, key=lambda number: (losses[number], number))
+        for client, losses in validation.items()
+    }
     assert set(best.values()) != {4}, "the case must be one in which the choice matters"
     experiment, states, _ = run_loop(make_config(base_folder, clients_folder, settings), base)
     for number, state in enumerate(states):
@@ -169,8 +211,13 @@ def test_the_best_validation_round_is_what_is_saved(run: Run, base: BaseModel, b
         assert float(row["best_test_loss"]) == test[client, best[client]]
         assert float(row["after_align_loss"]) == pytest.approx(test[client, best[client]], rel=1e-6)
         assert digest(result.adapters[client]) == digest(states[best[client]].adapters[client])
-    last = run(**{key.replace(".", "__"): value for key, value in settings.items()}, evaluation__select="last")
-    assert [row["best_round"] for row in table_of(last.folder, "clients")] == [str(best[client]) for client in sorted(CLIENTS)]
+    last = run(
+        **{key.replace(".", "__"): value for key, value in settings.items()},
+        evaluation__select="last",
+    )
+    assert [row["best_round"] for row in table_of(last.folder, "clients")] == [
+        str(best[client]) for client in sorted(CLIENTS)
+    ]
     assert weights_of(last.folder) != weights_of(result.folder)
 
 
@@ -182,7 +229,12 @@ def test_clients_of_different_ranks_run_together(run: Run) -> None:
     }
     assert ranks == {"apple-1": {2}, "apple-2": {4}, "apple-3": {4}, "birch-1": {8}, "birch-2": {4}}
     configs = {
-        client: json.loads((result.folder / "adapters" / client / "adapter_config.json").read_text(encoding="utf-8")) for client in CLIENTS
+        client: json.loads(
+            (result.folder / "adapters" / client / "adapter_config.json").read_text(
+                encoding="utf-8"
+            )
+        )
+        for client in CLIENTS
     }
     assert {client: (config["r"], config["lora_alpha"]) for client, config in configs.items()} == {
         client: (next(iter(ranks[client])), 8) for client in CLIENTS
@@ -192,8 +244,13 @@ def test_clients_of_different_ranks_run_together(run: Run) -> None:
 def test_training_lowers_the_loss_of_the_rows_that_are_trained_on(run: Run) -> None:
     result = run(algorithm__name="local", rounds__count=4, local__steps=6)
     for row in result.clients:
-        assert row["before_align_loss"] == row["after_align_loss"], "local training has nothing to align"
+        assert row["before_align_loss"] == row["after_align_loss"], (
+            "local training has nothing to align"
+        )
     first, last = (
-        statistics.fmean(event["loss"] for event in events_of(result.folder, "train") if event["round"] == number) for number in (1, 4)
+        statistics.fmean(
+            event["loss"] for event in events_of(result.folder, "train") if event["round"] == number
+        )
+        for number in (1, 4)
     )
     assert last < 0.9 * first

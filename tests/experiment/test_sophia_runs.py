@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from federation import CLIENTS, adapter_bytes, events_of, make_config
 from fedmira.experiment import build_experiment, run_experiment
 from fedmira.model import BaseModel
+from small import CLIENTS, adapter_bytes, events_of, make_config
 
 SOPHIA: dict[str, Any] = {
     "algorithm.name": "fedavg",
@@ -29,17 +29,27 @@ def test_the_share_of_clipped_entries_is_logged_and_curvature_never_travels(
     assert len(events) == 3 * len(CLIENTS)
     for event in events:
         assert 0 < event["clip_share"] <= 1
-        assert event["bytes_up"] == event["bytes_down"] == sum(tensor.numel() * 4 for tensor in start.values())
+        assert (
+            event["bytes_up"]
+            == event["bytes_down"]
+            == sum(tensor.numel() * 4 for tensor in start.values())
+        )
 
 
-def test_other_optimizers_log_no_share(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path) -> None:
-    config = make_config(base_folder, clients_folder, {"algorithm.name": "local", "rounds.count": 1})
+def test_other_optimizers_log_no_share(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    config = make_config(
+        base_folder, clients_folder, {"algorithm.name": "local", "rounds.count": 1}
+    )
     run_experiment(build_experiment(config, base), tmp_path / "run")
     assert all("clip_share" not in event for event in events_of(tmp_path / "run", "train"))
 
 
 @pytest.mark.parametrize("state", ["fresh", "kept"])
-def test_a_second_run_gives_the_same_adapters(base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path, state: str) -> None:
+def test_a_second_run_gives_the_same_adapters(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path, state: str
+) -> None:
     config = make_config(base_folder, clients_folder, {**SOPHIA, "local.optimizer_state": state})
     for name in ("one", "two"):
         run_experiment(build_experiment(config, base), tmp_path / name)

@@ -1,7 +1,8 @@
 """Compute the golden losses anew: PYTHONPATH=tests python tests/golden/regenerate.py
 
-Small runs of every algorithm on the tiny random Llama of `tiny.py` and the made-up clients of `federation.py`. Do this only when a change
-is meant to change numbers, and say in the change log why they changed.
+Small runs of every algorithm on the tiny random Llama of `tiny.py` and the made-up clients of
+`federation.py`. Do this only when a change is meant to change numbers, and say in the change log
+why they changed.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from federation import make_config, write_clients
 from fedmira.experiment import build_experiment, run_experiment
+from small import make_config, write_clients
 from tiny import tiny_base
 
 __all__ = ["GOLDEN", "RUNS", "losses"]
@@ -40,7 +41,8 @@ def losses(name: str) -> dict[str, dict[str, float]]:
     """Losses of one run.
 
     Returns:
-        "train" and "test": round -> mean over clients; "clients": client -> final test loss of its adapter.
+        "train" and "test": round -> mean over clients; "clients": client -> final test loss of its
+            adapter.
     """
     settings = {"rounds.count": 4, "rounds.participation": 0.8, "evaluation.every": 2, **RUNS[name]}
     with tempfile.TemporaryDirectory() as place:
@@ -56,4 +58,6 @@ def losses(name: str) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(json.dumps({name: losses(name) for name in RUNS}, indent=1) + "\n", encoding="utf-8")
+    GOLDEN.write_text(
+        json.dumps({name: losses(name) for name in RUNS}, indent=1) + "\n", encoding="utf-8"
+    )

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-GOLDEN: dict[str, dict[str, dict[str, float]]] = json.loads((HERE / "losses.json").read_text(encoding="utf-8"))
+GOLDEN: dict[str, dict[str, dict[str, float]]] = json.loads(
+    (HERE / "losses.json").read_text(encoding="utf-8")
+)
 SCRIPT = runpy.run_path(str(HERE / "regenerate.py"))
 
 

@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from fedmira.graphs import Graph, category_graph, graph_bounds, random_graph, uniform_graph
+from fedmira.graphs import (
+    Graph,
+    category_graph,
+    graph_bounds,
+    random_graph,
+    uniform_graph,
+)
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -17,7 +23,9 @@ def names(count: int) -> tuple[str, ...]:
 def path_graph(count: int) -> Graph:
     """Client k is joined to client k + 1."""
     clients = names(count)
-    return Graph.from_edges("file", clients, zip(clients, clients[1:], [1.0] * (count - 1), strict=False))
+    return Graph.from_edges(
+        "file", clients, zip(clients, clients[1:], [1.0] * (count - 1), strict=False)
+    )
 
 
 def test_uniform_graph_has_eigenvalues_zero_and_k() -> None:
@@ -69,18 +77,25 @@ def test_disagreement_shrinks_by_one_minus_gamma_lambda_two_at_least() -> None:
     values = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     apart = values - values.mean(dim=0)
     after = apart - gamma * torch.from_numpy(graph.laplacian @ apart.numpy())
-    assert float(after.norm()) <= (1 - gamma * bounds.connectivity) * float(apart.norm()) * (1 + 1e-12)
+    assert float(after.norm()) <= (1 - gamma * bounds.connectivity) * float(apart.norm()) * (
+        1 + 1e-12
+    )
     assert math.isclose(float(after.mean()), float(apart.mean()), abs_tol=1e-12)
 
 
 @pytest.mark.parametrize("count", [3, 600])
 def test_largest_eigenvalue_and_parts_of_small_and_large_graphs(count: int) -> None:
-    """The Laplacian of a path has the eigenvalues 2 - 2 cos(pi k / K); a lone client is a part of its own."""
+    """The Laplacian of a path has the eigenvalues 2 - 2 cos(pi k / K).
+
+    A lone client is a part of its own.
+    """
     bounds = graph_bounds(path_graph(count))
     expected = 2 - 2 * math.cos(math.pi * (count - 1) / count)
     assert bounds.largest_eigenvalue == pytest.approx(expected, rel=1e-5)
     assert bounds.largest_stable_step == pytest.approx(2 / expected, rel=1e-5)
     assert bounds.parts == 1
-    assert bounds.connectivity == (None if count > 512 else pytest.approx(2 - 2 * math.cos(math.pi / count)))
+    assert bounds.connectivity == (
+        None if count > 512 else pytest.approx(2 - 2 * math.cos(math.pi / count))
+    )
     apart = graph_bounds(path_graph(count).among(torch.arange(count) < count - 1))
     assert (apart.parts, apart.connectivity) == (2, 0)

@@ -10,14 +10,26 @@ import pytest
 import torch
 
 from fedmira.errors import ConfigError
-from fedmira.graphs import Graph, category_graph, file_graph, graph_document, random_graph, shuffled, uniform_graph, write_graph
+from fedmira.graphs import (
+    Graph,
+    category_graph,
+    file_graph,
+    graph_document,
+    random_graph,
+    shuffled,
+    uniform_graph,
+    write_graph,
+)
 from fedmira.graphs.builders import permutation_without_fixed_points
 
 CLIENTS = ("a", "b", "c", "d")
 
 
 def test_random_graph_has_the_mean_and_the_sparsity_of_the_authors_recipe() -> None:
-    """The mean of two U(0, 1) is triangular: P(below 1/4) = 2 * (1/4)^2 = 1/8, and E[x; x >= 1/4] = 1/2 - 4/3 * (1/4)^3 = 23/48."""
+    """The mean of two U(0, 1) is triangular: P(below 1/4) = 2 * (1/4)^2 = 1/8, and E[x.
+
+    X >= 1/4] = 1/2 - 4/3 * (1/4)^3 = 23/48.
+    """
     graph = random_graph([f"client-{k}" for k in range(200)], seed=3)
     pairs = graph.matrix()[torch.triu(torch.ones(200, 200, dtype=torch.bool), diagonal=1)]
     assert float((pairs == 0).double().mean()) == pytest.approx(1 / 8, abs=0.01)
@@ -44,7 +56,9 @@ def test_category_graph_joins_clients_of_one_category() -> None:
 
 
 def test_category_graph_without_categories_says_who_lacks_one() -> None:
-    with pytest.raises(ConfigError, match=r"2 of 4 clients have no category, such as 'b'.*graph\.kind"):
+    with pytest.raises(
+        ConfigError, match=r"2 of 4 clients have no category, such as 'b'.*graph\.kind"
+    ):
         category_graph(CLIENTS, {"a": "law", "b": "", "c": "law"})
 
 
@@ -75,15 +89,27 @@ def test_graph_file_problems_are_reported_together(tmp_path: Path) -> None:
     path.write_text(json.dumps({"kind": "file", "clients": ["a", "b", "c", "x"], "edges": edges}))
     with pytest.raises(ConfigError) as caught:
         file_graph(path, CLIENTS)
-    expected = ["unknown client 'x'", "missing client 'd'", "edge 2: joins", "edge 3: unknown client 'x'", "edge 4: weight is -0.5"]
-    expected += ["edge 5: client 'c' is joined to itself", "edge 6: must be an object", "edge 7: weight is '1'"]
+    expected = [
+        "unknown client 'x'",
+        "missing client 'd'",
+        "edge 2: joins",
+        "edge 3: unknown client 'x'",
+        "edge 4: weight is -0.5",
+    ]
+    expected += [
+        "edge 5: client 'c' is joined to itself",
+        "edge 6: must be an object",
+        "edge 7: weight is '1'",
+    ]
     assert len(caught.value.problems) == len(expected)
     for problem, part in zip(caught.value.problems, expected, strict=True):
         assert part in problem
         assert str(path) in problem
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"clients": []}', '{"clients": 3, "edges": []}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"clients": []}', '{"clients": 3, "edges": []}', "\xff"]
+)
 def test_what_is_no_graph_document_is_a_config_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "graph.json"
     path.write_bytes(text.encode("latin-1"))
@@ -114,7 +140,9 @@ def test_shuffled_graph_has_the_same_weights_between_other_clients() -> None:
     assert control.clients == graph.clients
     assert control.kind == "random-shuffled"
     assert torch.equal(control.edge_weights.sort().values, graph.edge_weights.sort().values)
-    torch.testing.assert_close(control.degrees.sort().values, graph.degrees.sort().values, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        control.degrees.sort().values, graph.degrees.sort().values, rtol=1e-12, atol=0
+    )
     assert not torch.equal(control.edge_list, graph.edge_list)
     assert torch.equal(control.edge_list, shuffled(graph, 5).edge_list)
 
@@ -133,15 +161,25 @@ def test_shuffle_gives_each_client_the_weights_of_the_one_whose_place_it_takes()
     assert torch.equal(shuffled(graph, 5).matrix(), graph.matrix()[places][:, places])
 
 
-@pytest.mark.parametrize("build", [uniform_graph, lambda clients: random_graph(clients, 0)], ids=["uniform", "random"])
-def test_a_rule_that_relates_too_many_pairs_names_their_number_and_what_to_do(build: Callable[[list[str]], Graph]) -> None:
+@pytest.mark.parametrize(
+    "build", [uniform_graph, lambda clients: random_graph(clients, 0)], ids=["uniform", "random"]
+)
+def test_a_rule_that_relates_too_many_pairs_names_their_number_and_what_to_do(
+    build: Callable[[list[str]], Graph],
+) -> None:
     clients = [f"client-{k}" for k in range(10_000)]
-    with pytest.raises(ConfigError, match=r"relates 49,995,000 pairs of 10,000 clients; at most 2,000,000 .*'similarity'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"relates 49,995,000 pairs of 10,000 clients; at most 2,000,000 .*'similarity'",
+    ):
         build(clients)
 
 
 def test_categories_of_thousands_of_clients_are_counted_before_they_are_joined() -> None:
-    """1,000 categories of 10 clients have 1,000 * 45 pairs; 2 categories of 5,000 have 2 * 12,497,500."""
+    """1,000 categories of 10 clients have 1,000 * 45 pairs.
+
+    2 categories of 5,000 have 2 * 12,497,500.
+    """
     clients = [f"client-{k}" for k in range(10_000)]
     graph = category_graph(clients, {client: str(k % 1000) for k, client in enumerate(clients)})
     assert len(graph.edge_list) == 45_000

@@ -10,14 +10,23 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
-from fedmira.config.schema import GraphSettings
+from fedmira.config import GraphSettings
 from fedmira.errors import ConfigError
-from fedmira.graphs import CollaborationGraph, ExactProducts, SketchedProducts, collaboration_weights, graph_source, project_on_simplex
+from fedmira.graphs import (
+    CollaborationGraph,
+    ExactProducts,
+    SketchedProducts,
+    collaboration_weights,
+    graph_source,
+    project_on_simplex,
+)
 from fedmira.graphs.edges import matrix_of_list
 
 
 def updates(count: int, seed: int, size: int = 12) -> Tensor:
-    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def cosines_of(vectors: Tensor) -> Tensor:
@@ -29,19 +38,29 @@ def everybody(count: int) -> Tensor:
     return torch.ones(count, dtype=torch.bool)
 
 
-def weights_of(source: CollaborationGraph, vectors: Tensor, trained: Tensor | None = None) -> Tensor:
-    memory = source.update(source.initial(()), ExactProducts(vectors @ vectors.T), everybody(len(vectors)) if trained is None else trained)
+def weights_of(
+    source: CollaborationGraph, vectors: Tensor, trained: Tensor | None = None
+) -> Tensor:
+    memory = source.update(
+        source.initial(()),
+        ExactProducts(vectors @ vectors.T),
+        everybody(len(vectors)) if trained is None else trained,
+    )
     return matrix_of_list(memory, len(vectors))
 
 
 @settings(deadline=None, max_examples=30)
 @given(count=st.integers(1, 7), seed=st.integers(0, 2**20), spread=st.floats(0.01, 5))
-def test_projection_is_the_nearest_point_of_the_simplex(count: int, seed: int, spread: float) -> None:
+def test_projection_is_the_nearest_point_of_the_simplex(
+    count: int, seed: int, spread: float
+) -> None:
     """Nearest means: the way back to the projected point makes no acute angle with the way to any corner."""
     rows = spread * updates(3, seed, count)
     found = project_on_simplex(rows)
     assert bool((found >= 0).all())
-    torch.testing.assert_close(found.sum(dim=1), torch.ones(3, dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        found.sum(dim=1), torch.ones(3, dtype=torch.float64), rtol=1e-9, atol=0
+    )
     back = rows - found
     to_corners = back - (back * found).sum(dim=1, keepdim=True)  # <rows - x, corner - x>
     assert float(to_corners.max()) < 1e-9 * (1 + spread)
@@ -50,7 +69,10 @@ def test_projection_is_the_nearest_point_of_the_simplex(count: int, seed: int, s
 @pytest.mark.parametrize("alpha", [0.1, 0.8, 3.0])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_weights_solve_the_quadratic_programme_of_the_paper(alpha: float, seed: int) -> None:
-    cosines, shares = cosines_of(updates(6, seed)), torch.tensor([1, 2, 4, 8, 1, 4], dtype=torch.float64) / 20
+    cosines, shares = (
+        cosines_of(updates(6, seed)),
+        torch.tensor([1, 2, 4, 8, 1, 4], dtype=torch.float64) / 20,
+    )
     found = collaboration_weights(cosines, shares, alpha)
     for k in range(6):
         distances = np.where(cosines[k].numpy() > 0.9, -1.0, -cosines[k].numpy())
@@ -68,9 +90,16 @@ def test_weights_solve_the_quadratic_programme_of_the_paper(alpha: float, seed: 
 
 
 def test_limits_of_alpha_are_the_data_shares_and_the_client_itself() -> None:
-    cosines, shares = cosines_of(updates(5, 3)), torch.tensor([0.1, 0.2, 0.3, 0.1, 0.3], dtype=torch.float64)
-    torch.testing.assert_close(collaboration_weights(cosines, shares, 1e9), shares.expand(5, -1), rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(collaboration_weights(cosines, shares, 1e-3), torch.eye(5, dtype=torch.float64))
+    cosines, shares = (
+        cosines_of(updates(5, 3)),
+        torch.tensor([0.1, 0.2, 0.3, 0.1, 0.3], dtype=torch.float64),
+    )
+    torch.testing.assert_close(
+        collaboration_weights(cosines, shares, 1e9), shares.expand(5, -1), rtol=1e-6, atol=1e-8
+    )
+    torch.testing.assert_close(
+        collaboration_weights(cosines, shares, 1e-3), torch.eye(5, dtype=torch.float64)
+    )
 
 
 def test_cosines_above_nine_tenths_count_as_equal() -> None:
@@ -81,25 +110,36 @@ def test_cosines_above_nine_tenths_count_as_equal() -> None:
 
 def test_the_graph_is_the_mean_of_both_directions() -> None:
     vectors, rows = updates(6, 4), (16.0, 32.0, 64.0, 128.0, 16.0, 32.0)
-    chosen = collaboration_weights(cosines_of(vectors), torch.tensor(rows, dtype=torch.float64) / 288, 0.8)
+    chosen = collaboration_weights(
+        cosines_of(vectors), torch.tensor(rows, dtype=torch.float64) / 288, 0.8
+    )
     assert not torch.equal(chosen, chosen.T)
     expected = ((chosen + chosen.T) / 2).fill_diagonal_(0)
-    torch.testing.assert_close(weights_of(CollaborationGraph(rows=rows), vectors), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        weights_of(CollaborationGraph(rows=rows), vectors), expected, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_with_a_small_alpha_a_client_unlike_all_others_has_no_edges() -> None:
-    """Likeness 1 to itself and 0 to the others: the gap 1 / (2 alpha) is above 1 below alpha = 0.5. Twins share evenly."""
+    """Likeness 1 to itself and 0 to the others.
+
+    The gap 1 / (2 alpha) is above 1 below alpha = 0.5. Twins share evenly.
+    """
     vectors = torch.eye(5, dtype=torch.float64)[[0, 0, 1, 1, 2]]
     weights = weights_of(CollaborationGraph(alpha=0.4), vectors)
     expected = torch.zeros(5, 5, dtype=torch.float64)
     expected[0, 1] = expected[1, 0] = expected[2, 3] = expected[3, 2] = 0.5
     torch.testing.assert_close(weights, expected)
-    assert bool(weights_of(CollaborationGraph(alpha=0.8), vectors)[4].any())  # the paper's value shares with strangers too
+    assert bool(
+        weights_of(CollaborationGraph(alpha=0.8), vectors)[4].any()
+    )  # the paper's value shares with strangers too
 
 
 @settings(deadline=None, max_examples=30)
 @given(count=st.integers(2, 8), alpha=st.floats(0.05, 5), seed=st.integers(0, 2**20))
-def test_weights_are_a_graph_that_permutes_with_the_clients(count: int, alpha: float, seed: int) -> None:
+def test_weights_are_a_graph_that_permutes_with_the_clients(
+    count: int, alpha: float, seed: int
+) -> None:
     vectors = updates(count, seed, 4)
     rows = tuple(float(1 + (seed + 7 * k) % 50) for k in range(count))
     weights = weights_of(CollaborationGraph(alpha=alpha, rows=rows), vectors)
@@ -108,7 +148,9 @@ def test_weights_are_a_graph_that_permutes_with_the_clients(count: int, alpha: f
     assert not bool(weights.diagonal().any())
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     source = CollaborationGraph(alpha=alpha, rows=tuple(rows[k] for k in order.tolist()))
-    torch.testing.assert_close(weights_of(source, vectors[order]), weights[order][:, order], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        weights_of(source, vectors[order]), weights[order][:, order], rtol=1e-7, atol=1e-9
+    )
 
 
 def test_clients_without_an_update_have_no_edges_and_no_share() -> None:
@@ -123,7 +165,9 @@ def test_clients_without_an_update_have_no_edges_and_no_share() -> None:
 
 
 def test_a_single_trained_client_has_nobody_to_collaborate_with() -> None:
-    assert not bool(weights_of(CollaborationGraph(), updates(3, 0), torch.tensor([True, False, False])).any())
+    assert not bool(
+        weights_of(CollaborationGraph(), updates(3, 0), torch.tensor([True, False, False])).any()
+    )
 
 
 def test_sketches_without_loss_give_the_exact_graph() -> None:
@@ -131,14 +175,22 @@ def test_sketches_without_loss_give_the_exact_graph() -> None:
     vectors = updates(6, 7)
     source = CollaborationGraph(sketch=12)
     found = source.update(source.initial(()), SketchedProducts(vectors.float()), everybody(6))
-    torch.testing.assert_close(matrix_of_list(found, 6), weights_of(CollaborationGraph(), vectors), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        matrix_of_list(found, 6), weights_of(CollaborationGraph(), vectors), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_settings_reach_the_graph_and_too_many_clients_are_refused() -> None:
     clients = ("a", "b", "c")
-    chosen = GraphSettings(kind="pfedgraph", alpha=0.3, memory=0, measure="principal-angles", shuffled=True)
+    chosen = GraphSettings(
+        kind="pfedgraph", alpha=0.3, memory=0, measure="principal-angles", shuffled=True
+    )
     source = graph_source(chosen, clients, {}, seed=5, rows={"c": 3, "a": 1, "b": 2})
-    assert source == CollaborationGraph(memory=0, shuffle_seed=5, space="subspace", alpha=0.3, rows=(1.0, 2.0, 3.0))
+    assert source == CollaborationGraph(
+        memory=0, shuffle_seed=5, space="subspace", alpha=0.3, rows=(1.0, 2.0, 3.0)
+    )
     many = [f"client-{k}" for k in range(2002)]
-    with pytest.raises(ConfigError, match=r"'pfedgraph': its rule relates 2,003,001 pairs .*'similarity'"):
+    with pytest.raises(
+        ConfigError, match=r"'pfedgraph': its rule relates 2,003,001 pairs .*'similarity'"
+    ):
         graph_source(GraphSettings(kind="pfedgraph"), many, {}, seed=0)

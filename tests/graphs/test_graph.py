@@ -8,8 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmira.errors import ConfigError
-from fedmira.graphs import ExactProducts, Graph, SketchedProducts, random_graph
-from fedmira.graphs.edges import blended, joined, list_of_matrix, matrix_of_list
+from fedmira.graphs import (
+    ExactProducts,
+    Graph,
+    SketchedProducts,
+    random_graph,
+)
+from fedmira.graphs.edges import (
+    blended,
+    joined,
+    list_of_matrix,
+    matrix_of_list,
+)
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -52,7 +62,12 @@ def test_graph_refuses_an_edge_list_that_is_none(edges: list[list[float]], part:
 
 @pytest.mark.parametrize(
     ("edge", "part"),
-    [(("a", "z", 1.0), "'z'"), (("a", "a", 1.0), "joined to itself"), (("a", "b", -1.0), "negative"), (("a", "b", float("nan")), "finite")],
+    [
+        (("a", "z", 1.0), "'z'"),
+        (("a", "a", 1.0), "joined to itself"),
+        (("a", "b", -1.0), "negative"),
+        (("a", "b", float("nan")), "finite"),
+    ],
 )
 def test_graph_refuses_edges_that_are_none(edge: tuple[str, str, float], part: str) -> None:
     with pytest.raises(ConfigError, match=part):
@@ -60,7 +75,9 @@ def test_graph_refuses_edges_that_are_none(edge: tuple[str, str, float], part: s
 
 
 def test_edges_come_back_once_in_order_of_the_clients() -> None:
-    graph = Graph.from_edges("file", ("a", "b", "c"), [("c", "b", 0.5), ("b", "a", 2.0), ("a", "c", 0.0)])
+    graph = Graph.from_edges(
+        "file", ("a", "b", "c"), [("c", "b", 0.5), ("b", "a", 2.0), ("a", "c", 0.0)]
+    )
     assert graph.edges() == [("a", "b", 2.0), ("b", "c", 0.5)]
     assert graph.degrees.tolist() == [2.0, 2.5, 0.5]
     assert graph.position(["c", "a"]) == [2, 0]
@@ -74,13 +91,19 @@ def test_an_edge_list_stands_for_its_matrix(count: int, seed: int) -> None:
     matrix = graph.matrix()
     assert torch.equal(matrix, matrix.T)
     assert torch.equal(Graph.from_matrix("again", graph.clients, matrix).edge_list, graph.edge_list)
-    assert torch.equal(Graph.from_edges("again", graph.clients, graph.edges()).edge_list, graph.edge_list)
+    assert torch.equal(
+        Graph.from_edges("again", graph.clients, graph.edges()).edge_list, graph.edge_list
+    )
     torch.testing.assert_close(graph.degrees, matrix.sum(dim=1))
-    torch.testing.assert_close(torch.from_numpy(graph.laplacian.toarray()), torch.diag(matrix.sum(dim=1)) - matrix)
+    torch.testing.assert_close(
+        torch.from_numpy(graph.laplacian.toarray()), torch.diag(matrix.sum(dim=1)) - matrix
+    )
     places = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(graph.moved(places).matrix()[places][:, places], matrix)
     members = places % 2 == 0
-    assert torch.equal(graph.among(members).matrix(), matrix * (members[:, None] & members[None, :]))
+    assert torch.equal(
+        graph.among(members).matrix(), matrix * (members[:, None] & members[None, :])
+    )
 
 
 @settings(deadline=None, max_examples=40)
@@ -99,11 +122,18 @@ def test_pairs_named_twice_take_the_larger_weight() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(count=st.integers(1, 8), seed=st.integers(0, 2**20))
-def test_trace_with_a_laplacian_is_half_the_weighted_sum_of_squared_distances(count: int, seed: int) -> None:
-    """Both forms of inner products, here of sketches that are the vectors themselves; more entries than one chunk has."""
+def test_trace_with_a_laplacian_is_half_the_weighted_sum_of_squared_distances(
+    count: int, seed: int
+) -> None:
+    """Both forms of inner products, here of sketches that are the vectors themselves.
+
+    More entries than one chunk has.
+    """
     graph = random_graph(names(count), seed)
     vectors = torch.randn(count, 150, generator=torch.Generator().manual_seed(seed)).double()
-    expected = sum(weight * float((vectors[i] - vectors[j]).square().sum()) for (i, j), weight in by_row(graph))
+    expected = sum(
+        weight * float((vectors[i] - vectors[j]).square().sum()) for (i, j), weight in by_row(graph)
+    )
     for products in (ExactProducts(vectors @ vectors.T), SketchedProducts(vectors)):
         assert products.trace(graph.laplacian) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 

@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedmira.graphs import similarity_weights
 from fedmira.graphs.edges import NO_EDGES, list_of_matrix
-from fedmira.graphs.similarity import centred_cosines, nearest_neighbours, remember, similarity_weights, sketched_similarity
+from fedmira.graphs.similarity import (
+    centred_cosines,
+    nearest_neighbours,
+    remember,
+    sketched_similarity,
+)
 
 
 def everybody(count: int) -> Tensor:
@@ -17,7 +23,9 @@ def everybody(count: int) -> Tensor:
 
 
 def updates(count: int, seed: int, size: int = 40) -> Tensor:
-    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def test_cosines_equal_those_of_centred_vectors() -> None:
@@ -25,7 +33,9 @@ def test_cosines_equal_those_of_centred_vectors() -> None:
     centred = vectors - (1 - 2 / 6) * vectors.mean(dim=0)  # the share of six clients
     unit = centred / centred.norm(dim=1, keepdim=True)
     expected = (unit @ unit.T).fill_diagonal_(0)
-    torch.testing.assert_close(centred_cosines(vectors @ vectors.T, everybody(6)), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        centred_cosines(vectors @ vectors.T, everybody(6)), expected, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_the_mean_is_over_trained_clients_only() -> None:
@@ -62,7 +72,10 @@ def test_fewer_than_two_trained_clients_have_no_edge(count: int) -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 def test_a_few_related_clients_are_joined_and_a_few_strangers_are_not(count: int) -> None:
-    """Orthogonal updates have negative cosines once a share of the mean is out; a strong common direction survives it."""
+    """Orthogonal updates have negative cosines once a share of the mean is out.
+
+    A strong common direction survives it.
+    """
     strangers = torch.eye(count, 8, dtype=torch.float64)
     assert not bool(similarity_weights(strangers @ strangers.T, everybody(count), 3).any())
     relatives = strangers + 4 * torch.ones(8, dtype=torch.float64)
@@ -71,7 +84,10 @@ def test_a_few_related_clients_are_joined_and_a_few_strangers_are_not(count: int
 
 
 def test_identical_updates_are_all_related() -> None:
-    """Half of the common update of four is left: every cosine is 1, three neighbours each, divided by the degree 3."""
+    """Half of the common update of four is left.
+
+    Every cosine is 1, three neighbours each, divided by the degree 3.
+    """
     vectors = updates(1, 0).expand(4, -1)
     expected = (torch.ones(4, 4, dtype=torch.float64) / 3).fill_diagonal_(0)
     torch.testing.assert_close(similarity_weights(vectors @ vectors.T, everybody(4), 3), expected)
@@ -83,11 +99,16 @@ def test_a_client_whose_update_is_zero_has_degree_zero_and_does_not_shift_the_me
     weights = similarity_weights(vectors @ vectors.T, everybody(6), 2)
     without = torch.tensor([0, 1, 3, 4, 5])
     assert not bool(weights[2].any())
-    torch.testing.assert_close(weights[without][:, without], similarity_weights(vectors[without] @ vectors[without].T, everybody(5), 2))
+    torch.testing.assert_close(
+        weights[without][:, without],
+        similarity_weights(vectors[without] @ vectors[without].T, everybody(5), 2),
+    )
 
 
 def test_all_zero_updates_give_an_empty_graph() -> None:
-    assert not bool(similarity_weights(torch.zeros(4, 4, dtype=torch.float64), everybody(4), 3).any())
+    assert not bool(
+        similarity_weights(torch.zeros(4, 4, dtype=torch.float64), everybody(4), 3).any()
+    )
 
 
 def test_rows_that_never_trained_are_not_read() -> None:
@@ -99,15 +120,22 @@ def test_rows_that_never_trained_are_not_read() -> None:
 
 
 def test_nearest_neighbours_take_the_largest_and_of_equal_ones_the_first() -> None:
-    weights = torch.tensor([[0, 0.5, 0.5, 0.2], [0.5, 0, 0.1, 0], [0.5, 0.1, 0, 0.9], [0.2, 0, 0.9, 0]], dtype=torch.float64)
-    expected = torch.tensor([[0, 0.5, 0, 0], [0.5, 0, 0, 0], [0, 0, 0, 0.9], [0, 0, 0.9, 0]], dtype=torch.float64)
+    weights = torch.tensor(
+        [[0, 0.5, 0.5, 0.2], [0.5, 0, 0.1, 0], [0.5, 0.1, 0, 0.9], [0.2, 0, 0.9, 0]],
+        dtype=torch.float64,
+    )
+    expected = torch.tensor(
+        [[0, 0.5, 0, 0], [0.5, 0, 0, 0], [0, 0, 0, 0.9], [0, 0, 0.9, 0]], dtype=torch.float64
+    )
     assert torch.equal(nearest_neighbours(weights, 1), expected)
     assert torch.equal(nearest_neighbours(weights, 10), weights)
 
 
 @settings(deadline=None, max_examples=40)
 @given(count=st.integers(1, 9), nearest=st.integers(1, 9), seed=st.integers(0, 2**20))
-def test_weights_are_a_graph_of_largest_degree_one_and_permute_with_the_clients(count: int, nearest: int, seed: int) -> None:
+def test_weights_are_a_graph_of_largest_degree_one_and_permute_with_the_clients(
+    count: int, nearest: int, seed: int
+) -> None:
     vectors = updates(count, seed, size=3)
     gram = vectors @ vectors.T
     weights = similarity_weights(gram, everybody(count), nearest)
@@ -122,14 +150,22 @@ def test_weights_are_a_graph_of_largest_degree_one_and_permute_with_the_clients(
 
 
 def test_memory_is_a_moving_average_that_starts_with_the_first_graph() -> None:
-    """With memory 0.5 and the same new graph each round the distance to it halves; the first graph is taken whole."""
-    first, later = torch.tensor([[0, 1, 1.0]], dtype=torch.float64), torch.tensor([[0, 1, 0.2], [1, 2, 0.4]], dtype=torch.float64)
+    """With memory 0.5 and the same new graph each round the distance to it halves.
+
+    The first graph is taken whole.
+    """
+    first, later = (
+        torch.tensor([[0, 1, 1.0]], dtype=torch.float64),
+        torch.tensor([[0, 1, 0.2], [1, 2, 0.4]], dtype=torch.float64),
+    )
     graph = remember(NO_EDGES, first, 0.5, 3)
     assert torch.equal(graph, first)
     for round_number in range(1, 5):
         graph = remember(graph, later, 0.5, 3)
         left = 0.5**round_number
-        expected = torch.tensor([[0, 1, 0.2 + 0.8 * left], [1, 2, 0.4 * (1 - left)]], dtype=torch.float64)
+        expected = torch.tensor(
+            [[0, 1, 0.2 + 0.8 * left], [1, 2, 0.4 * (1 - left)]], dtype=torch.float64
+        )
         torch.testing.assert_close(graph, expected, rtol=1e-12, atol=0)
     assert torch.equal(remember(graph, NO_EDGES, 0.5, 3)[:, 2], graph[:, 2] / 2)
 
@@ -143,8 +179,15 @@ def test_memory_forgets_weights_below_the_smallest_share_of_the_largest() -> Non
 
 
 @settings(deadline=None, max_examples=40)
-@given(count=st.integers(0, 9), nearest=st.integers(1, 9), seed=st.integers(0, 2**20), rows=st.integers(1, 5))
-def test_sketches_that_are_the_updates_themselves_give_the_exact_graph(count: int, nearest: int, seed: int, rows: int) -> None:
+@given(
+    count=st.integers(0, 9),
+    nearest=st.integers(1, 9),
+    seed=st.integers(0, 2**20),
+    rows=st.integers(1, 5),
+)
+def test_sketches_that_are_the_updates_themselves_give_the_exact_graph(
+    count: int, nearest: int, seed: int, rows: int
+) -> None:
     """Whatever the number of rows in a block."""
     vectors = updates(count, seed, size=12)
     trained = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.8
@@ -157,9 +200,16 @@ def test_sketches_that_are_the_updates_themselves_give_the_exact_graph(count: in
 
 
 def test_equal_and_zero_sketches_are_handled_like_equal_and_zero_updates() -> None:
-    """Half of the common update of four is left, so all are related; a fifth whose update is zero takes no part."""
-    vectors = torch.cat([updates(1, 0).expand(4, -1), torch.zeros(1, 40, dtype=torch.float64)]).float()
+    """Half of the common update of four is left, so all are related.
+
+    A fifth whose update is zero takes no part.
+    """
+    vectors = torch.cat(
+        [updates(1, 0).expand(4, -1), torch.zeros(1, 40, dtype=torch.float64)]
+    ).float()
     edges = sketched_similarity(vectors, everybody(5), 3)
     assert edges[:, :2].tolist() == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
-    torch.testing.assert_close(edges[:, 2], torch.full((6,), 1 / 3, dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        edges[:, 2], torch.full((6,), 1 / 3, dtype=torch.float64), rtol=1e-5, atol=0
+    )
     assert len(sketched_similarity(torch.zeros(4, 8), everybody(4), 2)) == 0

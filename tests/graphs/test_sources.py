@@ -7,9 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmira.config.schema import GraphSettings
+from fedmira.config import GraphSettings
 from fedmira.errors import ConfigError
-from fedmira.graphs import ExactProducts, FixedGraph, Graph, LearnedGraph, SketchedProducts, graph_source, random_graph, write_graph
+from fedmira.graphs import (
+    ExactProducts,
+    FixedGraph,
+    Graph,
+    LearnedGraph,
+    SketchedProducts,
+    graph_source,
+    random_graph,
+    write_graph,
+)
 from fedmira.graphs.edges import blended
 
 CLIENTS = ("a", "b", "c", "d", "e")
@@ -28,14 +37,18 @@ def test_fixed_kinds_act_from_round_one_and_never_change(kind: str, shuffle: boo
     memory = source.initial(CLIENTS)
     assert not source.learned
     assert source.acts(1)
-    assert torch.equal(source.update(memory, some_products(0), torch.ones(5, dtype=torch.bool)), memory)
+    assert torch.equal(
+        source.update(memory, some_products(0), torch.ones(5, dtype=torch.bool)), memory
+    )
     assert source.graph(memory, CLIENTS).kind == (f"{kind}-shuffled" if shuffle else kind)
 
 
 def test_file_kind_reads_the_file(tmp_path: Path) -> None:
     graph = random_graph(CLIENTS, 3)
     write_graph(tmp_path / "graph.json", graph)
-    source = graph_source(GraphSettings(kind="file", path=str(tmp_path / "graph.json")), CLIENTS, {}, seed=0)
+    source = graph_source(
+        GraphSettings(kind="file", path=str(tmp_path / "graph.json")), CLIENTS, {}, seed=0
+    )
     assert torch.equal(source.graph(source.initial(CLIENTS), CLIENTS).edge_list, graph.edge_list)
 
 
@@ -55,7 +68,9 @@ def test_fixed_graph_of_other_clients_is_an_error_that_names_one() -> None:
 
 
 def test_learned_graph_warms_up_while_it_learns() -> None:
-    source = graph_source(GraphSettings(kind="similarity", warmup_rounds=2, nearest=2), CLIENTS, {}, seed=0)
+    source = graph_source(
+        GraphSettings(kind="similarity", warmup_rounds=2, nearest=2), CLIENTS, {}, seed=0
+    )
     assert source.learned
     assert [source.acts(round_number) for round_number in (1, 2, 3)] == [False, False, True]
     trained = torch.ones(5, dtype=torch.bool)
@@ -83,14 +98,22 @@ def test_shuffled_learned_graph_remembers_the_true_one() -> None:
     ids=["few", "many", "never", "always"],
 )
 @pytest.mark.parametrize("kind", ["similarity", "category"])
-def test_sketches_are_used_above_512_clients_or_as_asked(kind: str, sketch: int | str, count: int, entries: int) -> None:
+def test_sketches_are_used_above_512_clients_or_as_asked(
+    kind: str, sketch: int | str, count: int, entries: int
+) -> None:
     clients = [f"client-{k}" for k in range(count)]
     categories = dict.fromkeys(clients, "x")
-    assert graph_source(GraphSettings(kind=kind, sketch=sketch), clients, categories, seed=0).sketch == entries
+    assert (
+        graph_source(GraphSettings(kind=kind, sketch=sketch), clients, categories, seed=0).sketch
+        == entries
+    )
 
 
 def test_tiny_remembered_weights_are_forgotten_only_where_updates_are_sketched() -> None:
-    """Two pairs of twins that part: after r more rounds the old edge is 0.5^r of what it was, below a millionth from r = 20 on."""
+    """Two pairs of twins that part.
+
+    After r more rounds the old edge is 0.5^r of what it was, below a millionth from r = 20 on.
+    """
     vectors = torch.eye(4, 8)[[0, 0, 1, 1]]
     parted = torch.eye(4, 8)[[0, 2, 1, 1]]
     trained = torch.ones(4, dtype=torch.bool)

@@ -9,48 +9,68 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from federation import make_config
 from fedmira.config import LocalSettings, ModelSettings
 from fedmira.errors import ModelError
+from fedmira.experiment import prepare_kind
 from fedmira.model import (
     LocalTask,
     LoraBranch,
     StackedAdapters,
-    attention,
     find_targets,
     from_model,
     load_base,
     start_adapter,
     train_cohort,
 )
-from fedmira.model.decoding_probe import decoding_agrees
-from fedmira.model.probe import losses_agree
-from fedmira.parts import prepare_kind
+from fedmira.model.generation.probe import decoding_agrees
+from fedmira.model.packed import attention
+from fedmira.model.packed.probe import losses_agree
+from small import make_config
 from tiny import ARCHITECTURES, draw_rows, tiny_base, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", ["stories260K-hf", "babyllama-tok105-hf"])
-def test_checkpoints_nobody_here_wrote_load_frozen_and_packed(name: str, shared_folder: Path) -> None:
+def test_checkpoints_nobody_here_wrote_load_frozen_and_packed(
+    name: str, shared_folder: Path
+) -> None:
     base = load_base(ModelSettings(base=str(shared_folder / "models" / name)))
-    assert base.packed and not base.model.training and not any(p.requires_grad for p in base.model.parameters())
-    assert [target.name.rsplit(".", 1)[-1] for target in find_targets(base.model, ())] == ["q_proj", "v_proj"] * 5
+    assert (
+        base.packed
+        and not base.model.training
+        and not any(p.requires_grad for p in base.model.parameters())
+    )
+    assert [target.name.rsplit(".", 1)[-1] for target in find_targets(base.model, ())] == [
+        "q_proj",
+        "v_proj",
+    ] * 5
     again = load_base(ModelSettings(base=str(shared_folder / "models" / name)))
     assert again.sha256 == base.sha256
 
 
 def test_bfloat16_base_keeps_float32_adapters(shared_folder: Path) -> None:
-    base = load_base(ModelSettings(base=str(shared_folder / "models" / "stories260K-hf"), dtype="bfloat16"))
+    base = load_base(
+        ModelSettings(base=str(shared_folder / "models" / "stories260K-hf"), dtype="bfloat16")
+    )
     assert base.dtype is torch.bfloat16 and base.packed
-    stacked = StackedAdapters(targets := find_targets(base.model, ()), [start_adapter(targets, 4, 0)], [1.0], base.device)
+    stacked = StackedAdapters(
+        targets := find_targets(base.model, ()), [start_adapter(targets, 4, 0)], [1.0], base.device
+    )
     assert stacked.values.dtype is torch.float32
 
 
 @pytest.mark.parametrize(
     ("architecture", "usual"),
-    [("llama", {"q_proj", "v_proj"}), ("gpt2", {"c_attn"}), ("qwen2", {"q_proj", "v_proj"}), ("gemma3", {"q_proj", "v_proj"})],
+    [
+        ("llama", {"q_proj", "v_proj"}),
+        ("gpt2", {"c_attn"}),
+        ("qwen2", {"q_proj", "v_proj"}),
+        ("gemma3", {"q_proj", "v_proj"}),
+    ],
 )
 def test_every_architecture_has_usual_targets(architecture: str, usual: set[str]) -> None:
-    assert {target.name.rsplit(".", 1)[-1] for target in find_targets(tiny_model(architecture), ())} == usual
+    assert {
+        target.name.rsplit(".", 1)[-1] for target in find_targets(tiny_model(architecture), ())
+    } == usual
 
 
 def test_conv1d_sizes_are_inputs_and_outputs_not_rows_and_columns() -> None:
@@ -60,7 +80,9 @@ def test_conv1d_sizes_are_inputs_and_outputs_not_rows_and_columns() -> None:
 
 def test_unknown_target_lists_what_exists_and_the_head_is_not_offered() -> None:
     with pytest.raises(
-        ModelError, match=r"'q_projj' is no linear layer.*down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+        ModelError,
+        match=r"'q_projj' is no linear layer.*down_proj, gate_proj, k_proj, o_proj, q_proj, "
+        r"up_proj, v_proj",
     ) as caught:
         find_targets(tiny_model("llama"), ("q_projj", "v_proj", "lm_head"))
     assert len(caught.value.problems) == 2
@@ -72,11 +94,20 @@ def test_the_probe_accepts_every_tested_architecture(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bundled", "stories260K-hf", "babyllama-tok105-hf"])
-def test_trained_models_lose_no_fast_path_to_the_rounding_of_bfloat16(name: str, shared_folder: Path) -> None:
-    base = load_base(ModelSettings(base=name if name == "bundled" else str(shared_folder / "models" / name), dtype="bfloat16"))
+def test_trained_models_lose_no_fast_path_to_the_rounding_of_bfloat16(
+    name: str, shared_folder: Path
+) -> None:
+    base = load_base(
+        ModelSettings(
+            base=name if name == "bundled" else str(shared_folder / "models" / name),
+            dtype="bfloat16",
+        )
+    )
     assert base.packed and base.kernels and base.last_layer is not None
     targets = find_targets(base.model, ["q_proj", "v_proj"])
-    stacked = StackedAdapters(targets, [start_adapter(targets, 4, 0)], [1.0], base.device, trainable=False)
+    stacked = StackedAdapters(
+        targets, [start_adapter(targets, 4, 0)], [1.0], base.device, trainable=False
+    )
     with torch.no_grad(), LoraBranch(base.model, stacked) as branch:
         assert decoding_agrees(base, branch)
 
@@ -91,33 +122,50 @@ def test_losses_of_other_tokens_are_no_rounding() -> None:
         return torch.nn.functional.cross_entropy(logits, tokens[read + 1 :], reduction="none")
 
     with torch.no_grad():
-        alone, behind, without = losses(ids[0], 12), losses(ids.flip(0).flatten(), 36), losses(ids[0, 1:], 11)
+        alone, behind, without = (
+            losses(ids[0], 12),
+            losses(ids.flip(0).flatten(), 36),
+            losses(ids[0, 1:], 11),
+        )
     assert losses_agree(alone, alone * (1 + 2**-8), torch.bfloat16), "the last bit"
-    assert not losses_agree(behind, alone, torch.bfloat16) and not losses_agree(without, alone, torch.bfloat16)
+    assert not losses_agree(behind, alone, torch.bfloat16) and not losses_agree(
+        without, alone, torch.bfloat16
+    )
 
 
 def test_a_base_that_does_not_fit_in_memory_is_not_taken_for_one_that_cannot_be_packed() -> None:
     model = tiny_model("llama")
 
     def refuse(module: torch.nn.Module, arguments: Any) -> None:
-        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        raise RuntimeError(
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+        )
 
     handle = model.base_model.layers[1].register_forward_pre_hook(refuse)  # type: ignore[index, union-attr]
     count = sum(parameter.numel() for parameter in model.parameters())
-    with pytest.raises(ModelError, match=rf"model\.base 'large': out of memory on cpu beside its {count:,} parameters.*model\.dtype"):
+    with pytest.raises(
+        ModelError,
+        match=rf"model\.base 'large': out of memory on cpu beside its {count:,} "
+        r"parameters.*model\.dtype",
+    ):
         from_model(model, tiny_tokenizer(), "large")
     handle.remove()
     assert from_model(model, tiny_tokenizer(), "large").packed
 
 
-def test_kernels_that_are_lost_are_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_kernels_that_are_lost_are_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def lacking(*_: object) -> None:
         raise NotImplementedError("no such kernel on this processor")
 
     monkeypatch.setattr(attention, "attend_on_cpu", lacking)
     base = tiny_base()
     assert base.packed and not base.kernels and base.last_layer is not None
-    assert "tiny llama: packed steps agree only without attention kernels, which is slower" in caplog.text
+    assert (
+        "tiny llama: packed steps agree only without attention kernels, which is slower"
+        in caplog.text
+    )
 
 
 def test_the_probe_rejects_attention_with_soft_capping() -> None:
@@ -168,17 +216,24 @@ def test_a_tokenizer_that_is_too_large_for_the_model_is_refused() -> None:
 
 
 def test_a_quantised_base_needs_a_cuda_device(base_folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"model\.quantization '4bit' needs a CUDA device, and model\.device is 'cpu' here"):
+    with pytest.raises(
+        ModelError,
+        match=r"model\.quantization '4bit' needs a CUDA device, and model\.device is 'cpu' here",
+    ):
         load_base(ModelSettings(base=str(base_folder), device="cpu", quantization="4bit"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none"
+)
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_quantised_base_trains_close_to_the_whole_one(bits: str, base_folder: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="needs the extra fedmira[quantized]")
     outcomes = []
     for quantization in ("none", bits):
-        base = load_base(ModelSettings(base=str(base_folder), device="cuda", quantization=quantization))  # type: ignore[arg-type]
+        base = load_base(
+            ModelSettings(base=str(base_folder), device="cuda", quantization=quantization)
+        )  # type: ignore[arg-type]
         targets = find_targets(base.model, ())
         task = LocalTask(start_adapter(targets, 4, 1), 2.0, draw_rows(8, 9, 1), 1)
         outcomes.append(train_cohort(base, targets, [task], LocalSettings(steps=3), 0.0, 500)[0])
@@ -187,18 +242,35 @@ def test_a_quantised_base_trains_close_to_the_whole_one(bits: str, base_folder: 
 
 
 def test_an_architecture_that_cannot_take_a_step_is_refused_by_name() -> None:
-    """State-space layers have no q_proj; the first linear layer that is found is read past its forward method."""
-    model = MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=16, state_size=4, num_hidden_layers=2))
-    with pytest.raises(ModelError, match="model.base 'mamba': a trial step of MambaForCausalLM ends in "):
+    """State-space layers have no q_proj.
+
+    The first linear layer that is found is read past its forward method.
+    """
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=128, hidden_size=16, state_size=4, num_hidden_layers=2)
+    )
+    with pytest.raises(
+        ModelError, match="model.base 'mamba': a trial step of MambaForCausalLM ends in "
+    ):
         from_model(model, tiny_tokenizer(), "mamba")
 
 
-def test_bases_whose_long_rows_change_the_positions_of_others_say_from_where_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_bases_whose_long_rows_change_the_positions_of_others_say_from_where_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     assert tiny_base().mixing_positions is None
     base = tiny_base()
-    base.model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 64}  # as Phi-3 has it
+    base.model.config.rope_parameters = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 64,
+    }  # as Phi-3 has it
     assert base.mixing_positions == 64
     for longest, warned in ((64, False), (65, True)):
         caplog.clear()
-        prepare_kind(make_config("bundled", "rows", {"data.max_length": longest, "adapter.targets": ["q_proj"]}), base)
+        prepare_kind(
+            make_config(
+                "bundled", "rows", {"data.max_length": longest, "adapter.targets": ["q_proj"]}
+            ),
+            base,
+        )
         assert ("set data.max_length to 64 or less" in caplog.text) == warned

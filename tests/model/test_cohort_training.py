@@ -11,9 +11,14 @@ import torch
 
 from fedmira.adapters import Adapter
 from fedmira.config import LocalSettings
-from fedmira.model import LocalTask, find_targets, start_adapter, train_cohort
-from fedmira.model.batches import batch_indices
-from fedmira.model.local_training import LocalOutcome
+from fedmira.model import (
+    LocalOutcome,
+    LocalTask,
+    find_targets,
+    start_adapter,
+    train_cohort,
+)
+from fedmira.model.training.batches import batch_indices
 from tiny import ARCHITECTURES, TinyRow, draw_rows, tiny_base, tiny_model
 
 TOLERANCE = 5e-5  # float32: after 5 Adam steps of 5e-3, the largest difference of any adapter entry
@@ -21,18 +26,33 @@ TARGETS = {"gpt2": ("c_attn", "c_proj")}
 ALPHA = 16.0
 
 
-def task(base_targets: Sequence[object], rows: Sequence[TinyRow], rank: int = 4, seed: int = 7, **more: object) -> LocalTask:
+def task(
+    base_targets: Sequence[object],
+    rows: Sequence[TinyRow],
+    rank: int = 4,
+    seed: int = 7,
+    **more: object,
+) -> LocalTask:
     return LocalTask(start_adapter(base_targets, rank, 11), ALPHA / rank, rows, seed, **more)  # type: ignore[arg-type]
 
 
-def with_peft(architecture: str, targets: tuple[str, ...], job: LocalTask, rank: int, settings: LocalSettings) -> Adapter:
+def with_peft(
+    architecture: str, targets: tuple[str, ...], job: LocalTask, rank: int, settings: LocalSettings
+) -> Adapter:
     """The same client alone: peft model, padded batch, Hugging Face loss, torch optimizer."""
-    config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=list(targets), fan_in_fan_out=architecture == "gpt2")
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=ALPHA,
+        target_modules=list(targets),
+        fan_in_fan_out=architecture == "gpt2",
+    )
     model = peft.get_peft_model(tiny_model(architecture), config).eval()
     peft.set_peft_model_state_dict(model, dict(job.start))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-    optimizer = kinds[settings.optimizer](trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = kinds[settings.optimizer](
+        trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
     for chosen in batch_indices(len(job.rows), settings, job.seed):
         batch = [job.rows[i] for i in chosen]
         size = max(len(row.prompt) + len(row.response) for row in batch)
@@ -61,8 +81,16 @@ def test_a_cohort_of_different_ranks_and_lengths_equals_peft_one_by_one(architec
     targets = find_targets(base.model, names)
     settings = LocalSettings(steps=5, batch_size=4, learning_rate=5e-3, weight_decay=0.1)
     ranks = (8, 4, 2, 4)
-    rows = (draw_rows(11, 20, 1), draw_rows(9, 0, 2), draw_rows(3, 9, 3), [*draw_rows(4, 30, 4), *draw_rows(4, 2, 5, longest=40)])
-    tasks = [task(targets, own, rank, 100 + i) for i, (own, rank) in enumerate(zip(rows, ranks, strict=True))]
+    rows = (
+        draw_rows(11, 20, 1),
+        draw_rows(9, 0, 2),
+        draw_rows(3, 9, 3),
+        [*draw_rows(4, 30, 4), *draw_rows(4, 2, 5, longest=40)],
+    )
+    tasks = [
+        task(targets, own, rank, 100 + i)
+        for i, (own, rank) in enumerate(zip(rows, ranks, strict=True))
+    ]
     outcomes = train_cohort(base, targets, tasks, settings, dropout=0.0, budget=150)
     assert base.packed
     for job, rank, outcome in zip(tasks, ranks, outcomes, strict=True):
@@ -82,9 +110,18 @@ def test_a_cohort_of_different_ranks_and_lengths_equals_peft_one_by_one(architec
 def test_every_optimizer_and_epochs_equal_torch(settings: LocalSettings) -> None:
     base = tiny_base()
     targets = find_targets(base.model, ())
-    tasks = [task(targets, draw_rows(count, 6, count), seed=count) for count in (4, 7)]  # with epochs: 4 and 6 steps
-    for job, outcome in zip(tasks, train_cohort(base, targets, tasks, settings, 0.0, 500), strict=True):
-        assert largest_difference(outcome.adapter, with_peft("llama", ("q_proj", "v_proj"), job, 4, settings)) < TOLERANCE
+    tasks = [
+        task(targets, draw_rows(count, 6, count), seed=count) for count in (4, 7)
+    ]  # with epochs: 4 and 6 steps
+    for job, outcome in zip(
+        tasks, train_cohort(base, targets, tasks, settings, 0.0, 500), strict=True
+    ):
+        assert (
+            largest_difference(
+                outcome.adapter, with_peft("llama", ("q_proj", "v_proj"), job, 4, settings)
+            )
+            < TOLERANCE
+        )
 
 
 def test_the_padded_path_equals_the_packed_path() -> None:
@@ -94,7 +131,10 @@ def test_the_padded_path_equals_the_packed_path() -> None:
     targets = find_targets(base.model, ("q_proj", "down_proj"))
     tasks = [task(targets, draw_rows(9, 12, 1)), task(targets, draw_rows(5, 0, 2))]
     settings = LocalSettings(steps=4)
-    packed, padded = (train_cohort(which, targets, tasks, settings, 0.0, 200) for which in (base, replace(base, packed=False)))
+    packed, padded = (
+        train_cohort(which, targets, tasks, settings, 0.0, 200)
+        for which in (base, replace(base, packed=False))
+    )
     for left, right in zip(packed, padded, strict=True):
         assert largest_difference(left.adapter, right.adapter) < TOLERANCE
         assert math.isclose(left.loss, right.loss, rel_tol=1e-5)
@@ -104,7 +144,9 @@ def test_the_token_budget_changes_nothing_but_rounding() -> None:
     base = tiny_base()
     targets = find_targets(base.model, ())
     tasks = [task(targets, draw_rows(8, 10, 1)), task(targets, draw_rows(8, 3, 2))]
-    wide, narrow = (train_cohort(base, targets, tasks, LocalSettings(), 0.0, budget) for budget in (5000, 1))
+    wide, narrow = (
+        train_cohort(base, targets, tasks, LocalSettings(), 0.0, budget) for budget in (5000, 1)
+    )
     for left, right in zip(wide, narrow, strict=True):
         assert largest_difference(left.adapter, right.adapter) < TOLERANCE
         assert left.response_tokens == right.response_tokens
@@ -113,7 +155,10 @@ def test_the_token_budget_changes_nothing_but_rounding() -> None:
 def run_alone_and_together(dropout: float) -> tuple[LocalOutcome, LocalOutcome]:
     base = tiny_base()
     targets = find_targets(base.model, ())
-    mine, others = task(targets, draw_rows(9, 10, 1)), [task(targets, draw_rows(6, 5, i), seed=i) for i in range(3)]
+    mine, others = (
+        task(targets, draw_rows(9, 10, 1)),
+        [task(targets, draw_rows(6, 5, i), seed=i) for i in range(3)],
+    )
     alone = train_cohort(base, targets, [mine], LocalSettings(), dropout, 400)[0]
     together = train_cohort(base, targets, [*others, mine], LocalSettings(), dropout, 400)[-1]
     return alone, together
@@ -134,8 +179,13 @@ def test_dropout_acts_in_training_and_the_base_stays_in_eval_mode() -> None:
 def test_smaller_ranks_keep_their_shape_and_the_zero_padding_stays_zero() -> None:
     base = tiny_base()
     targets = find_targets(base.model, ())
-    small, large = task(targets, draw_rows(6, 5, 1), rank=2), task(targets, draw_rows(6, 5, 2), rank=8)
-    outcomes = train_cohort(base, targets, [small, large], LocalSettings(weight_decay=0.1), 0.0, 400)
+    small, large = (
+        task(targets, draw_rows(6, 5, 1), rank=2),
+        task(targets, draw_rows(6, 5, 2), rank=8),
+    )
+    outcomes = train_cohort(
+        base, targets, [small, large], LocalSettings(weight_decay=0.1), 0.0, 400
+    )
     for job, outcome in zip((small, large), outcomes, strict=True):
         assert {name: tensor.shape for name, tensor in outcome.adapter.items()} == {
             name: tensor.shape for name, tensor in job.start.items()
@@ -147,13 +197,24 @@ def test_smaller_ranks_keep_their_shape_and_the_zero_padding_stays_zero() -> Non
 def test_a_client_that_diverges_is_reported_and_the_others_go_on() -> None:
     base = tiny_base()
     targets = find_targets(base.model, ())
-    bad = {name: torch.full_like(tensor, 1e30) for name, tensor in start_adapter(targets, 4, 1).items()}
+    bad = {
+        name: torch.full_like(tensor, 1e30) for name, tensor in start_adapter(targets, 4, 1).items()
+    }
     good = task(targets, draw_rows(6, 5, 2))
-    broken, fine = train_cohort(base, targets, [LocalTask(bad, 1.0, draw_rows(6, 5, 1), 1), good], LocalSettings(), 0.0, 400)
+    broken, fine = train_cohort(
+        base, targets, [LocalTask(bad, 1.0, draw_rows(6, 5, 1), 1), good], LocalSettings(), 0.0, 400
+    )
     assert "non-finite loss at local step 1" in broken.failure and "learning_rate" in broken.failure
-    assert broken.adapter.keys() == bad.keys() and all(torch.equal(broken.adapter[name], bad[name]) for name in bad)
+    assert broken.adapter.keys() == bad.keys() and all(
+        torch.equal(broken.adapter[name], bad[name]) for name in bad
+    )
     assert not fine.failure
-    assert largest_difference(fine.adapter, train_cohort(base, targets, [good], LocalSettings(), 0.0, 400)[0].adapter) < TOLERANCE
+    assert (
+        largest_difference(
+            fine.adapter, train_cohort(base, targets, [good], LocalSettings(), 0.0, 400)[0].adapter
+        )
+        < TOLERANCE
+    )
 
 
 def test_kept_moments_make_two_rounds_equal_one_long_round() -> None:
@@ -162,9 +223,25 @@ def test_kept_moments_make_two_rounds_equal_one_long_round() -> None:
     rows = draw_rows(4, 5, 1)  # one batch of all rows, so that the order of batches does not matter
     settings = LocalSettings(steps=3, batch_size=4, optimizer_state="kept", max_grad_norm=0)
     first = train_cohort(base, targets, [task(targets, rows)], settings, 0.0, 400)[0]
-    second = train_cohort(base, targets, [LocalTask(first.adapter, ALPHA / 4, rows, 8, moments=first.moments)], settings, 0.0, 400)[0]
-    fresh = train_cohort(base, targets, [LocalTask(first.adapter, ALPHA / 4, rows, 8)], settings, 0.0, 400)[0]
-    long = train_cohort(base, targets, [task(targets, rows)], LocalSettings(steps=6, batch_size=4, max_grad_norm=0), 0.0, 400)[0]
+    second = train_cohort(
+        base,
+        targets,
+        [LocalTask(first.adapter, ALPHA / 4, rows, 8, moments=first.moments)],
+        settings,
+        0.0,
+        400,
+    )[0]
+    fresh = train_cohort(
+        base, targets, [LocalTask(first.adapter, ALPHA / 4, rows, 8)], settings, 0.0, 400
+    )[0]
+    long = train_cohort(
+        base,
+        targets,
+        [task(targets, rows)],
+        LocalSettings(steps=6, batch_size=4, max_grad_norm=0),
+        0.0,
+        400,
+    )[0]
     assert largest_difference(second.adapter, long.adapter) < TOLERANCE
     assert largest_difference(fresh.adapter, long.adapter) > 10 * TOLERANCE
 
@@ -178,7 +255,9 @@ def test_a_gradient_hook_changes_the_step_of_its_own_client_only() -> None:
         return {name: torch.zeros_like(tensor) for name, tensor in gradient.items()}
 
     rows = draw_rows(6, 5, 1)
-    held, free = train_cohort(base, targets, [task(targets, rows, hook=nothing), task(targets, rows)], settings, 0.0, 400)
+    held, free = train_cohort(
+        base, targets, [task(targets, rows, hook=nothing), task(targets, rows)], settings, 0.0, 400
+    )
     assert largest_difference(held.adapter, task(targets, rows).start) == 0.0
     assert largest_difference(free.adapter, task(targets, rows).start) > 1e-4
 

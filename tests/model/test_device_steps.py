@@ -1,7 +1,8 @@
 """A local step gives a device its work and never asks for a result.
 
-PyTorch's meta device stands for one: its tensors have no numbers, so whatever needs a number raises. The device's own speed, its
-kernels and copies from pageable memory need the device itself; they are tested where there is one.
+PyTorch's meta device stands for one: its tensors have no numbers, so whatever needs a number
+raises. The device's own speed, its kernels and copies from pageable memory need the device itself;
+they are tested where there is one.
 """
 
 from __future__ import annotations
@@ -14,30 +15,49 @@ import torch
 from torch import Tensor
 
 from fedmira.config import EngineSettings, LocalSettings
-from fedmira.model import BaseModel, LocalTask, attention, find_targets, start_adapter, varlen_attention
-from fedmira.model.base_model import with_engine_options
-from fedmira.model.local_training import _Cohort
-from fedmira.model.lora import LoraBranch, StackedAdapters
-from fedmira.model.loss import response_losses
-from fedmira.model.memory import PassLimit
+from fedmira.model import (
+    BaseModel,
+    LocalTask,
+    LoraBranch,
+    StackedAdapters,
+    find_targets,
+    response_losses,
+    start_adapter,
+    with_engine_options,
+)
+from fedmira.model.base.memory import PassLimit
+from fedmira.model.packed import attention
+from fedmira.model.packed import varlen as varlen_attention
+from fedmira.model.training.steps import _Cohort
 from tiny import draw_rows, tiny_base
 
 OPTIMIZERS = ["adamw", "adam", "sgd", "sophia", "zeroth-order"]
 STEPS = 3
 BUDGET = 60  # several passes in a step
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none"
+)
 
 
 def cohort(base: BaseModel, optimizer: str, dropout: float = 0.0) -> _Cohort:
     """Three clients; the first has fewer steps than the others."""
     targets = find_targets(base.model, ())
     rows = draw_rows(12, 9, seed=5)
-    tasks = [LocalTask(start_adapter(targets, 2 + i, i), 1.0, rows[: 4 * (i + 1)], i) for i in range(3)]
+    tasks = [
+        LocalTask(start_adapter(targets, 2 + i, i), 1.0, rows[: 4 * (i + 1)], i) for i in range(3)
+    ]
     stacked = StackedAdapters(targets, [task.start for task in tasks], [1.0] * 3, base.device)
-    branch = LoraBranch(base.model, stacked, dropout, [torch.Generator().manual_seed(i) for i in range(3)] if dropout else [])
+    branch = LoraBranch(
+        base.model,
+        stacked,
+        dropout,
+        [torch.Generator().manual_seed(i) for i in range(3)] if dropout else [],
+    )
     settings = LocalSettings(optimizer=optimizer, epochs=1, batch_size=4, learning_rate=1e-3)  # type: ignore[arg-type]
-    return _Cohort(branch, partial(response_losses, base, branch), tasks, settings, BUDGET, PassLimit())
+    return _Cohort(
+        branch, partial(response_losses, base, branch), tasks, settings, BUDGET, PassLimit()
+    )
 
 
 def steps_taken(moving: _Cohort) -> int:
@@ -61,13 +81,22 @@ def test_no_optimizer_waits_for_the_device(meta_base: BaseModel, optimizer: str)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "zeroth-order"])
-def test_dropout_and_recomputed_layers_do_not_wait_either(meta_base: BaseModel, optimizer: str) -> None:
-    base = with_engine_options(meta_base, EngineSettings(recompute=True), find_targets(meta_base.model, ()))
+def test_dropout_and_recomputed_layers_do_not_wait_either(
+    meta_base: BaseModel, optimizer: str
+) -> None:
+    base = with_engine_options(
+        meta_base, EngineSettings(recompute=True), find_targets(meta_base.model, ())
+    )
     assert steps_taken(cohort(base, optimizer, dropout=0.1)) == STEPS
 
 
-def test_nor_does_the_kernel_for_rows_of_unlike_length(meta_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch describes its CUDA kernel to the meta device, so its inputs are checked here; its numbers are not."""
+def test_nor_does_the_kernel_for_rows_of_unlike_length(
+    meta_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch describes its CUDA kernel to the meta device, so its inputs are checked here.
+
+    Its numbers are not.
+    """
     if not varlen_attention._AVAILABLE:
         pytest.skip("this torch has no variable-length attention")
     used: list[torch.device] = []
@@ -76,7 +105,9 @@ def test_nor_does_the_kernel_for_rows_of_unlike_length(meta_base: BaseModel, mon
     assert {device.type for device in used} == {"meta"}
 
 
-def test_the_meta_device_notices_who_asks_for_a_number(meta_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_meta_device_notices_who_asks_for_a_number(
+    meta_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other tests of this file rest on it."""
     moving = cohort(meta_base, "adamw")
     stop = moving._stop_the_failed
@@ -114,4 +145,7 @@ def test_cuda_gives_the_adapters_of_the_cpu(optimizer: str) -> None:
     assert steps_taken(ours) == steps_taken(theirs) == STEPS
     for own, other in zip(ours.outcomes(), theirs.outcomes(), strict=True):
         assert own.loss == pytest.approx(other.loss, rel=1e-4)
-        assert all(torch.allclose(own.adapter[name], other.adapter[name], atol=2e-4) for name in own.adapter)
+        assert all(
+            torch.allclose(own.adapter[name], other.adapter[name], atol=2e-4)
+            for name in own.adapter
+        )

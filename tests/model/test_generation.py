@@ -30,11 +30,16 @@ from fedmira.model import (
     start_adapter,
     write_adapter,
 )
-from fedmira.model.decoding import WaveDecoder
-from fedmira.model.decoding_probe import decoding_agrees
-from fedmira.model.generation import _cache_shape, _padded_batches, _survivors, fit_prompts
-from fedmira.model.packing import gather, pack, segment_rows
-from fedmira.model.waves import plan_waves
+from fedmira.model.generation.decoding import WaveDecoder
+from fedmira.model.generation.generate import (
+    _cache_shape,
+    _padded_batches,
+    _survivors,
+    fit_prompts,
+)
+from fedmira.model.generation.probe import decoding_agrees
+from fedmira.model.generation.waves import plan_waves
+from fedmira.model.packed.packing import gather, pack, segment_rows
 from tiny import ARCHITECTURES, draw_rows, tiny_base, tiny_model
 
 ALPHA, RANKS = 8.0, (4, 2, 3)
@@ -54,10 +59,20 @@ class Federation:
         self.models = []
         for client, (adapter, rank) in enumerate(zip(self.adapters, RANKS, strict=True)):
             write_adapter(folder / str(client), adapter, self.base, self.targets, rank, ALPHA, 0.0)
-            self.models.append(PeftModel.from_pretrained(tiny_model(architecture), folder / str(client)).eval())
+            self.models.append(
+                PeftModel.from_pretrained(tiny_model(architecture), folder / str(client)).eval()
+            )
 
-    def ask(self, asked: Sequence[Asked], new: int, base: BaseModel | None = None, **options: int) -> list[list[int]]:
-        stacked = StackedAdapters(self.targets, self.adapters, [ALPHA / rank for rank in RANKS], self.base.device, trainable=False)
+    def ask(
+        self, asked: Sequence[Asked], new: int, base: BaseModel | None = None, **options: int
+    ) -> list[list[int]]:
+        stacked = StackedAdapters(
+            self.targets,
+            self.adapters,
+            [ALPHA / rank for rank in RANKS],
+            self.base.device,
+            trainable=False,
+        )
         with LoraBranch(self.base.model, stacked) as branch:
             return generate_tokens(base or self.base, branch, asked, new, **options)
 
@@ -65,20 +80,33 @@ class Federation:
         """transformers' own loop with plain PEFT, one row."""
         client, prompt = asked
         ids = torch.tensor([readable(prompt)])
-        config = GenerationConfig(max_new_tokens=min(new, CONTEXT - ids.shape[1]), do_sample=False, eos_token_id=END, pad_token_id=0)
+        config = GenerationConfig(
+            max_new_tokens=min(new, CONTEXT - ids.shape[1]),
+            do_sample=False,
+            eos_token_id=END,
+            pad_token_id=0,
+        )
         with torch.no_grad():
-            output = self.models[client].generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            output = self.models[client].generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+            )
         tokens: list[int] = output[0, ids.shape[1] :].tolist()
         return tokens[: tokens.index(END)] if END in tokens else tokens
 
 
 def noisy(targets: Sequence[TargetModule], rank: int, seed: int) -> Adapter:
     draw = torch.Generator().manual_seed(seed)
-    return {name: tensor + 0.3 * torch.randn(tensor.shape, generator=draw) for name, tensor in start_adapter(targets, rank, seed).items()}
+    return {
+        name: tensor + 0.3 * torch.randn(tensor.shape, generator=draw)
+        for name, tensor in start_adapter(targets, rank, seed).items()
+    }
 
 
 def readable(prompt: Sequence[int]) -> list[int]:
-    """Of a prompt that fills the context of 128: its first 72 and its last 24 tokens, which leaves a quarter of the context."""
+    """Of a prompt that fills the context of 128.
+
+    Its first 72 and its last 24 tokens, which leaves a quarter of the context.
+    """
     return list(prompt) if len(prompt) < CONTEXT else [*prompt[:72], *prompt[-24:]]
 
 
@@ -92,7 +120,11 @@ def prompts_of_all_kinds() -> list[Asked]:
     asked += [(1, prompt) for prompt in drawn(5, 3, 2)]
     asked += [(2, prompt) for prompt in drawn(2, 0, 3, 60)]
     asked += [(1, (7,)), (2, (9, 10)), (0, asked[0][1]), (0, asked[0][1][:25])]
-    asked += [(client, prompt[:size]) for client, size in ((0, 125), (1, 127), (2, 128), (0, 200)) for prompt in drawn(1, 220, size)]
+    asked += [
+        (client, prompt[:size])
+        for client, size in ((0, 125), (1, 127), (2, 128), (0, 200))
+        for prompt in drawn(1, 220, size)
+    ]
     random.Random(4).shuffle(asked)
     return asked
 
@@ -109,7 +141,9 @@ def more_ends(base: BaseModel, ends: Sequence[int]) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
-def federation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+def federation(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Federation]:
     yield Federation(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -125,11 +159,18 @@ def test_each_row_gets_the_tokens_that_plain_peft_gives_it_alone(federation: Fed
 
 def test_the_plain_path_gives_the_same_tokens(federation: Federation) -> None:
     asked = prompts_of_all_kinds()
-    assert federation.ask(asked, 9, replace(federation.base, packed=False)) == federation.ask(asked, 9)
+    assert federation.ask(asked, 9, replace(federation.base, packed=False)) == federation.ask(
+        asked, 9
+    )
 
 
 def test_all_tiny_architectures_decode_from_the_cache(federation: Federation) -> None:
-    stacked = StackedAdapters(federation.targets, federation.adapters, [ALPHA / rank for rank in RANKS], federation.base.device)
+    stacked = StackedAdapters(
+        federation.targets,
+        federation.adapters,
+        [ALPHA / rank for rank in RANKS],
+        federation.base.device,
+    )
     with torch.no_grad(), LoraBranch(federation.base.model, stacked) as branch:
         assert decoding_agrees(federation.base, branch)
 
@@ -162,41 +203,62 @@ def test_no_clients_adapter_decides_how_everybody_is_answered() -> None:
 def test_decoding_that_is_lost_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     base = tiny_base()
     targets = find_targets(base.model, ())
-    with LoraBranch(base.model, StackedAdapters(targets, [start_adapter(targets, 4, 1)], [2.0], base.device)) as branch:
+    with LoraBranch(
+        base.model, StackedAdapters(targets, [start_adapter(targets, 4, 1)], [2.0], base.device)
+    ) as branch:
         with refusing(base, NotImplementedError("one row only")):
             assert not decoding_agrees(base, branch) and not decoding_agrees(base, branch)
         assert generate_tokens(base, branch, [(0, (5, 6, 7))], 3)
     said = "tiny llama: decoding from the cache raises NotImplementedError: one row only; it answers by transformers' own loop"
-    assert [said in record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [True]
+    assert [
+        said in record.getMessage() for record in caplog.records if record.levelname == "WARNING"
+    ] == [True]
 
 
 def test_a_lack_of_memory_is_not_taken_for_an_architecture_that_cannot_decode() -> None:
     base = tiny_base()
     targets = find_targets(base.model, ())
-    with LoraBranch(base.model, StackedAdapters(targets, [start_adapter(targets, 4, 1)], [2.0], base.device)) as branch:
-        with refusing(base, torch.OutOfMemoryError("CUDA out of memory")), pytest.raises(torch.OutOfMemoryError):
+    with LoraBranch(
+        base.model, StackedAdapters(targets, [start_adapter(targets, 4, 1)], [2.0], base.device)
+    ) as branch:
+        with (
+            refusing(base, torch.OutOfMemoryError("CUDA out of memory")),
+            pytest.raises(torch.OutOfMemoryError),
+        ):
             decoding_agrees(base, branch)
         assert decoding_agrees(base, branch)
 
 
 def test_every_token_that_is_read_has_the_place_of_its_prompt(llama: Federation) -> None:
     """Shared tokens of a group stand once from the left, own ones end where the first new token goes."""
-    asked: list[Asked] = [(0, prompt) for prompt in drawn(6, 25, 1)] + [(1, prompt) for prompt in drawn(3, 2, 2)]
+    asked: list[Asked] = [(0, prompt) for prompt in drawn(6, 25, 1)] + [
+        (1, prompt) for prompt in drawn(3, 2, 2)
+    ]
     for wave in plan_waves(fit_prompts(llama.base, asked, 5), _cache_shape(llama.base), 2**28):
         decoder = WaveDecoder(llama.base, wave)
         (block,) = decoder._blocks
         groups = wave.groups
         shared: dict[tuple[int, ...], int] = {}
         own: dict[tuple[int, ...], int] = {}
-        for chosen in gather([part for k, group in enumerate(groups) for part in segment_rows(k, group.prompts, 40)], 40):
+        for chosen in gather(
+            [part for k, group in enumerate(groups) for part in segment_rows(k, group.prompts, 40)],
+            40,
+        ):
             batch = pack(chosen)
-            parts = block.destinations([(part.client, part, start) for part, start in zip(batch.segments, batch.starts, strict=True)])
+            parts = block.destinations(
+                [
+                    (part.client, part, start)
+                    for part, start in zip(batch.segments, batch.starts, strict=True)
+                ]
+            )
             for tensors, found in ((parts[:3], shared), (parts[3:], own)):
                 places = list(zip(*(tensor.tolist() for tensor in tensors[1:]), strict=True))
                 assert not found.keys() & set(places), "no place is filled twice"
                 found |= dict(zip(places, batch.ids[tensors[0]].tolist(), strict=True))
         assert shared == {
-            (k, i): token for k, group in enumerate(groups) for i, token in enumerate(group.prompts[0].prompt[: group.prefix])
+            (k, i): token
+            for k, group in enumerate(groups)
+            for i, token in enumerate(group.prompts[0].prompt[: group.prefix])
         }
         columns = wave.blocks[0].extent.own
         assert own == {
@@ -211,15 +273,27 @@ def test_every_token_that_is_read_has_the_place_of_its_prompt(llama: Federation)
 def test_the_cache_takes_the_bytes_that_were_planned(federation: Federation) -> None:
     prompts = fit_prompts(federation.base, prompts_of_all_kinds(), 9)
     shape = _cache_shape(federation.base)
-    stacked = StackedAdapters(federation.targets, federation.adapters, [ALPHA / rank for rank in RANKS], federation.base.device)
+    stacked = StackedAdapters(
+        federation.targets,
+        federation.adapters,
+        [ALPHA / rank for rank in RANKS],
+        federation.base.device,
+    )
     for wave in plan_waves(prompts, shape, 2**28):
         decoder = WaveDecoder(federation.base, wave)
         with torch.no_grad(), LoraBranch(federation.base.model, stacked) as branch:
             decoder.read(branch, 2048)
             with decoder.attached(), branch.rows(decoder.clients):
                 decoder.step(decoder.places * 0)
-        kept = [pair for block in decoder._blocks for layers in (block.own, block.shared) for pair in layers.values()]
-        assert sum(tensor.nbytes for pair in kept for tensor in pair) == replace(shape, row_bytes=0).of(wave.size)
+        kept = [
+            pair
+            for block in decoder._blocks
+            for layers in (block.own, block.shared)
+            for pair in layers.values()
+        ]
+        assert sum(tensor.nbytes for pair in kept for tensor in pair) == replace(
+            shape, row_bytes=0
+        ).of(wave.size)
 
 
 def test_bfloat16_decodes_from_the_cache() -> None:
@@ -235,7 +309,9 @@ def test_bfloat16_decodes_from_the_cache() -> None:
 
 def test_a_window_slides_over_prefix_prompt_and_answer(tmp_path: Path) -> None:
     federation = Federation("gemma3", tmp_path)  # its window is 16 tokens
-    asked: list[Asked] = [(0, prompt) for prompt in drawn(4, 20, 5, 6)] + [(1, prompt) for prompt in drawn(3, 1, 6, 24)]
+    asked: list[Asked] = [(0, prompt) for prompt in drawn(4, 20, 5, 6)] + [
+        (1, prompt) for prompt in drawn(3, 1, 6, 24)
+    ]
     assert federation.ask(asked, 40) == [federation.alone(one, 40) for one in asked]
 
 
@@ -251,32 +327,53 @@ def test_no_row_depends_on_what_else_is_asked(llama: Federation, data: st.DataOb
 
 
 def test_rows_that_end_early_leave_the_others_running(llama: Federation) -> None:
-    asked: list[Asked] = [(client, prompt) for client in range(3) for prompt in drawn(40, 8, client, 12)]
+    asked: list[Asked] = [
+        (client, prompt) for client in range(3) for prompt in drawn(40, 8, client, 12)
+    ]
     usual = llama.ask(asked, 48)
-    ends = [END, *(token for token, _ in Counter(token for answer in usual for token in set(answer[:12])).most_common(2))]
+    ends = [
+        END,
+        *(
+            token
+            for token, _ in Counter(
+                token for answer in usual for token in set(answer[:12])
+            ).most_common(2)
+        ),
+    ]
     with more_ends(llama.base, ends):
         answers = llama.ask(asked, 48)
     assert answers == [list(takewhile(lambda token: token not in ends, answer)) for answer in usual]
     ended = sorted(len(answer) for answer in answers)
-    assert ended[40] < 24 and ended[-1] == 48  # so a third of the rows could leave on the way, and some ran to the end
+    assert (
+        ended[40] < 24 and ended[-1] == 48
+    )  # so a third of the rows could leave on the way, and some ran to the end
     some = range(0, len(asked), 8)
     assert [usual[i] for i in some] == [llama.alone(asked[i], 48) for i in some]
 
 
 def test_the_rows_that_go_on_stand_in_a_smaller_rectangle() -> None:
-    done = torch.tensor([[True, False, True, False], [True, True, True, True], [True, True, True, False]])
+    done = torch.tensor(
+        [[True, False, True, False], [True, True, True, True], [True, True, True, False]]
+    )
     kept = _survivors(done)
     assert kept is not None
     groups, rows = kept
-    assert groups.tolist() == [0, 2] and rows.tolist() == [[1, 3], [3, 0]]  # group 1 is gone; group 2 keeps a finished row beside its own
-    assert _survivors(torch.tensor([[False] * 4, [False, False, False, True]])) is None  # 8 places of 8: nothing to gain
+    assert groups.tolist() == [0, 2] and rows.tolist() == [
+        [1, 3],
+        [3, 0],
+    ]  # group 1 is gone; group 2 keeps a finished row beside its own
+    assert (
+        _survivors(torch.tensor([[False] * 4, [False, False, False, True]])) is None
+    )  # 8 places of 8: nothing to gain
     nobody = _survivors(torch.ones(2, 3, dtype=torch.bool))
     assert nobody is not None and not len(nobody[0])
 
 
 def test_texts_leave_special_tokens_out(llama: Federation) -> None:
     asked: list[Asked] = [(0, prompt) for prompt in drawn(3, 2, 1)]
-    stacked = StackedAdapters(llama.targets, llama.adapters, [ALPHA / rank for rank in RANKS], llama.base.device)
+    stacked = StackedAdapters(
+        llama.targets, llama.adapters, [ALPHA / rank for rank in RANKS], llama.base.device
+    )
     with LoraBranch(llama.base.model, stacked) as branch:
         texts = generate(llama.base, branch, asked, 5)
     words = [[token for token in tokens if token > END] for tokens in llama.ask(asked, 5)]
@@ -310,7 +407,10 @@ def test_modules_that_are_given_all_rows_in_one_get_each_rows_own_branch() -> No
     """As shared experts are: [rows * tokens, hidden] in place of [rows, tokens, hidden]."""
     base = tiny_base()
     targets = find_targets(base.model, ["q_proj"])
-    adapters = [{name: torch.randn(tensor.shape) for name, tensor in start_adapter(targets, 2, k).items()} for k in range(2)]
+    adapters = [
+        {name: torch.randn(tensor.shape) for name, tensor in start_adapter(targets, 2, k).items()}
+        for k in range(2)
+    ]
     module = base.model.get_submodule(targets[0].name)
     inputs = torch.randn(3, 4, targets[0].inputs)
     stacked = StackedAdapters(targets, adapters, [1.0, 2.0], base.device)

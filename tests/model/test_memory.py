@@ -1,4 +1,7 @@
-"""What saves memory changes no result: blocks of logits, layers computed again, smaller passes after memory ran out."""
+"""What saves memory changes no result.
+
+Blocks of logits, layers computed again, smaller passes after memory ran out.
+"""
 
 from __future__ import annotations
 
@@ -20,66 +23,91 @@ from fedmira.config import AdapterSettings, EngineSettings, LocalSettings
 from fedmira.errors import ModelError, RunError
 from fedmira.model import (
     BaseModel,
+    LocalOutcome,
     LocalTask,
     LoraBranch,
+    LoraKind,
+    PromptKind,
     StackedAdapters,
     TargetModule,
     adapter_kind,
     find_targets,
-    generation,
-    memory,
     most_side_by_side,
     start_adapter,
-    token_budget,
     train_cohort,
     with_engine_options,
     within_memory,
 )
-from fedmira.model import response_loss as response_loss_module
-from fedmira.model.generation import fit_prompts
-from fedmira.model.layers import compile_free_parts, decoder_layers, uncompile
-from fedmira.model.local_training import LocalOutcome
-from fedmira.model.lora import adapter_names
-from fedmira.model.lora_kind import LoraKind
-from fedmira.model.memory import PassLimit, free_bytes, total_bytes
-from fedmira.model.prompt_kind import PromptKind
-from fedmira.model.response_loss import response_loss
-from fedmira.model.waves import plan_waves
+from fedmira.model.base import memory
+from fedmira.model.base.layers import compile_free_parts, decoder_layers, uncompile
+from fedmira.model.base.memory import PassLimit, free_bytes, total_bytes
+from fedmira.model.generation import generate as generation
+from fedmira.model.generation.generate import fit_prompts
+from fedmira.model.generation.waves import plan_waves
+from fedmira.model.lora.stack import adapter_names
+from fedmira.model.packed import response_loss as response_loss_module
+from fedmira.model.packed import token_budget
+from fedmira.model.packed.response_loss import response_loss
 from tiny import ARCHITECTURES, draw_rows, tiny_base
 
 
-def train(base: BaseModel, dropout: float = 0.0, budget: int = 200, names: tuple[str, ...] = ()) -> list[LocalOutcome]:
+def train(
+    base: BaseModel, dropout: float = 0.0, budget: int = 200, names: tuple[str, ...] = ()
+) -> list[LocalOutcome]:
     targets = find_targets(base.model, names)
-    tasks = [LocalTask(start_adapter(targets, 4, 1), 2.0, draw_rows(6, shared, shared), shared) for shared in (9, 0)]
+    tasks = [
+        LocalTask(start_adapter(targets, 4, 1), 2.0, draw_rows(6, shared, shared), shared)
+        for shared in (9, 0)
+    ]
     return train_cohort(base, targets, tasks, LocalSettings(steps=3, batch_size=4), dropout, budget)
 
 
-def assert_equal(left: list[LocalOutcome], right: list[LocalOutcome], tolerance: float = 0.0) -> None:
+def assert_equal(
+    left: list[LocalOutcome], right: list[LocalOutcome], tolerance: float = 0.0
+) -> None:
     for one, other in zip(left, right, strict=True):
         for name, tensor in one.adapter.items():
             assert torch.allclose(tensor, other.adapter[name], rtol=0, atol=tolerance), name
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_loss_in_blocks_has_the_values_and_gradients_of_the_whole(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_in_blocks_has_the_values_and_gradients_of_the_whole(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(16, 50, bias=bias).requires_grad_(False)
-    hidden, weight = torch.randn(100, 16, generator=draw).requires_grad_(), torch.rand(100, generator=draw)
+    hidden, weight = (
+        torch.randn(100, 16, generator=draw).requires_grad_(),
+        torch.rand(100, generator=draw),
+    )
     targets = torch.randint(0, 50, (100,), generator=draw)
-    monkeypatch.setattr(response_loss_module, "_BLOCK_LOGITS", {"cpu": 50 * 33})  # blocks of 33, 33, 33 and 1 tokens
-    found, expected = response_loss(head, hidden, targets), functional.cross_entropy(head(hidden), targets, reduction="none")
+    monkeypatch.setattr(
+        response_loss_module, "_BLOCK_LOGITS", {"cpu": 50 * 33}
+    )  # blocks of 33, 33, 33 and 1 tokens
+    found, expected = (
+        response_loss(head, hidden, targets),
+        functional.cross_entropy(head(hidden), targets, reduction="none"),
+    )
     assert torch.allclose(found, expected, atol=1e-5)
-    gradients = [torch.autograd.grad((each * weight).sum(), hidden)[0] for each in (found, expected)]
+    gradients = [
+        torch.autograd.grad((each * weight).sum(), hidden)[0] for each in (found, expected)
+    ]
     assert torch.allclose(*gradients, atol=1e-6)
 
 
 def test_a_loss_in_bfloat16_is_scaled_before_it_is_rounded() -> None:
-    """1/count has no exact bfloat16: rounded by itself, it would shift a client's whole gradient."""
+    """1/count has no exact bfloat16.
+
+    Rounded by itself, it would shift a client's whole gradient.
+    """
     draw = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(16, 50, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     hidden = torch.randn(7, 16, generator=draw).bfloat16().requires_grad_()
     targets = torch.randint(0, 50, (7,), generator=draw)
-    whole, scaled = (torch.autograd.grad((response_loss(head, hidden, targets) * scale).sum(), hidden)[0] for scale in (1.0, 1 / 7))
+    whole, scaled = (
+        torch.autograd.grad((response_loss(head, hidden, targets) * scale).sum(), hidden)[0]
+        for scale in (1.0, 1 / 7)
+    )
     assert torch.equal(scaled, (whole.float() * torch.tensor(1 / 7)).bfloat16())
 
 
@@ -88,10 +116,16 @@ def test_a_reduced_base_adds_up_its_factors_gradients_in_float32() -> None:
     draw = torch.Generator().manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(24, 40, dtype=torch.bfloat16).requires_grad_(False))
     name_a, name_b = adapter_names(target := TargetModule("0", 24, 40, False))
-    adapter = {name_a: torch.randn(4, 24, generator=draw), name_b: torch.randn(40, 4, generator=draw)}
+    adapter = {
+        name_a: torch.randn(4, 24, generator=draw),
+        name_b: torch.randn(40, 4, generator=draw),
+    }
     stacked = StackedAdapters([target], [adapter], [0.5], torch.device("cpu"))
     inputs, weight = (torch.randn(1, 30, width, generator=draw).bfloat16() for width in (24, 40))
-    with LoraBranch(model, stacked) as branch, branch.tokens([(0, slice(0, 13)), (0, slice(13, 30))]):
+    with (
+        LoraBranch(model, stacked) as branch,
+        branch.tokens([(0, slice(0, 13)), (0, slice(13, 30))]),
+    ):
         (model(inputs) * weight).sum().backward()
     down = (inputs[0] @ adapter[name_a].bfloat16().T).double()
     to_down = ((weight[0] @ adapter[name_b].bfloat16()) * 0.5).double()
@@ -104,17 +138,25 @@ def test_a_reduced_base_adds_up_its_factors_gradients_in_float32() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputed_layers_give_the_same_bits(architecture: str, dropout: float) -> None:
     base = tiny_base(architecture)
-    recomputing = with_engine_options(base, EngineSettings(recompute=True), find_targets(base.model, ()))
+    recomputing = with_engine_options(
+        base, EngineSettings(recompute=True), find_targets(base.model, ())
+    )
     assert len(recomputing.recomputed_layers) == 2
     assert_equal(train(base, dropout), train(recomputing, dropout))
-    assert_equal(train(replace(base, packed=False), dropout), train(replace(recomputing, packed=False), dropout))
+    assert_equal(
+        train(replace(base, packed=False), dropout),
+        train(replace(recomputing, packed=False), dropout),
+    )
 
 
 def test_recomputed_layers_are_remembered_by_their_input_only() -> None:
     """Bytes that autograd keeps between forward and backward, counted once for each storage."""
     base = tiny_base()
     kept = []
-    for each in (base, with_engine_options(base, EngineSettings(recompute=True), find_targets(base.model, ()))):
+    for each in (
+        base,
+        with_engine_options(base, EngineSettings(recompute=True), find_targets(base.model, ())),
+    ):
         sizes: dict[int, int] = {}
 
         def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
@@ -128,7 +170,10 @@ def test_recomputed_layers_are_remembered_by_their_input_only() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU; there is no g++")
+@pytest.mark.skipif(
+    shutil.which("g++") is None,
+    reason="torch.compile needs a C++ compiler on a CPU; there is no g++",
+)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_parts_give_the_same_adapters_to_rounding() -> None:
@@ -143,9 +188,13 @@ def patched(base: BaseModel) -> list[str]:
     return [name for name, module in base.model.named_modules() if "forward" in vars(module)]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, where torch.compile is imported
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of torch's own, where torch.compile is imported
 @pytest.mark.parametrize("adapter", [{}, {"kind": "prompt"}], ids=["lora", "prompt"])
-def test_options_of_one_run_do_not_stay_on_a_base_that_serves_the_next(adapter: dict[str, Any]) -> None:
+def test_options_of_one_run_do_not_stay_on_a_base_that_serves_the_next(
+    adapter: dict[str, Any],
+) -> None:
     base = tiny_base()
     untouched = patched(base)
     first = adapter_kind(AdapterSettings(), base, EngineSettings(compile=True, recompute=True))
@@ -162,12 +211,16 @@ def test_compile_says_when_nothing_is_left_to_compile() -> None:
         for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
             name = next(name for name, module in base.model.named_modules() if module is part)
             everywhere = [*everywhere, replace(everywhere[0], name=name)]
-    with pytest.raises(ModelError, match=r"engine\.compile: every part of every layer carries an adapter"):
+    with pytest.raises(
+        ModelError, match=r"engine\.compile: every part of every layer carries an adapter"
+    ):
         with_engine_options(base, EngineSettings(compile=True), everywhere)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_training_goes_on_with_smaller_passes_when_memory_runs_out(dropout: float, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_goes_on_with_smaller_passes_when_memory_runs_out(
+    dropout: float, caplog: pytest.LogCaptureFixture
+) -> None:
     """A model that has memory for 70 tokens only: 400, 200 and 100 are too many."""
     expected = train(tiny_base(), dropout, budget=64)
     base = tiny_base()
@@ -228,13 +281,20 @@ def test_a_limit_never_raises_a_budget() -> None:
     assert within_memory(lambda budget: budget, 1000, limit) == (128, 128)
 
 
-def test_answers_that_run_out_of_memory_have_a_smaller_cache_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 prompts of one token, so every pass is a step: the whole cache holds 16 rows, half of it 8. There is memory for 9."""
+def test_answers_that_run_out_of_memory_have_a_smaller_cache_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """16 prompts of one token, so every pass is a step.
+
+    The whole cache holds 16 rows, half of it 8. There is memory for 9.
+    """
     base = tiny_base()
     kind = LoraKind(base, find_targets(base.model, ()), 8.0)
     start = kind.starts({"a": 4}, 1)["a"]
     prompts = [(0, [3 + i]) for i in range(16)]
-    expected = kind.generate([start], [1.0], prompts, 6, 256)  # with enough memory; decoding has been tried out here
+    expected = kind.generate(
+        [start], [1.0], prompts, 6, 256
+    )  # with enough memory; decoding has been tried out here
     shape = generation._cache_shape(base)
     (wave,) = plan_waves(fit_prompts(base, prompts, 6), shape, 2**28)
     monkeypatch.setattr(generation, "_CPU_CACHE", shape.of(wave.size))
@@ -245,7 +305,9 @@ def test_answers_that_run_out_of_memory_have_a_smaller_cache_next_time(monkeypat
         assert refused == [16]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none"
+)
 def test_memory_that_pytorch_holds_for_later_is_free() -> None:
     device = torch.device("cuda")
     torch.zeros(1, device=device)
@@ -281,11 +343,16 @@ def test_all_memory_is_that_of_the_machine_or_of_the_group(tmp_path: Path) -> No
 def test_a_budget_is_kept_for_one_processor_only(tmp_path: Path) -> None:
     listed = tmp_path / "cpuinfo"
     listed.write_text(
-        "processor\t: 0\nmodel name\t: Example CPU: 3 GHz\nprocessor\t: 1\nmodel name\t: Example CPU: 3 GHz\n", encoding="utf-8"
+        "processor\t: 0\nmodel name\t: Example CPU: 3 GHz\nprocessor\t: 1\nmodel name\t: "
+        "Example CPU: 3 GHz\n",
+        encoding="utf-8",
     )
     assert token_budget._processor(listed) == "Example CPU: 3 GHz"
     assert token_budget._processor(tmp_path / "none") in (platform.processor(), platform.machine())
-    assert token_budget._machine(torch.device("cpu")) == f"cpu {token_budget._processor(Path('/proc/cpuinfo'))} {os.cpu_count()}"
+    assert (
+        token_budget._machine(torch.device("cpu"))
+        == f"cpu {token_budget._processor(Path('/proc/cpuinfo'))} {os.cpu_count()}"
+    )
 
 
 def test_when_nothing_is_small_enough_the_error_says_what_to_do() -> None:
@@ -301,7 +368,8 @@ def test_when_nothing_is_small_enough_the_error_says_what_to_do() -> None:
     [
         "MPS backend out of memory (MPS allocated: 5 GiB)",
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes",
-        "[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes",
+        "[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to "
+        "allocate 99 bytes",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     ],
 )
@@ -339,11 +407,16 @@ def test_a_budget_is_halved_until_it_fits_the_memory() -> None:
     assert token_budget._bounded(4096, 1e9, 1e6) == 64
 
 
-def test_a_damaged_file_of_budgets_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_file_of_budgets_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FEDMIRA_CACHE", str(tmp_path))
     (tmp_path / "token_budget.json").write_text('{"a": 3}', encoding="utf-8")
     base = tiny_base()
-    assert token_budget.choose_token_budget(base, find_targets(base.model, ())) in token_budget._CANDIDATES["cpu"]
+    assert (
+        token_budget.choose_token_budget(base, find_targets(base.model, ()))
+        in token_budget._CANDIDATES["cpu"]
+    )
 
 
 def test_a_layer_whose_output_is_a_view_of_its_own_function_gets_its_branch() -> None:
@@ -374,7 +447,9 @@ def test_attention_is_never_compiled_as_each_pass_brings_another_one() -> None:
     base = tiny_base()
     layers = decoder_layers(base.model)
     try:
-        assert compile_free_parts(layers, [layer.mlp for layer in layers]) == 2 * len(layers)  # the two norms of each
+        assert compile_free_parts(layers, [layer.mlp for layer in layers]) == 2 * len(
+            layers
+        )  # the two norms of each
         assert not any("forward" in vars(layer.self_attn) for layer in layers)
     finally:
         uncompile(layers)

@@ -14,12 +14,25 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fedmira.adapters import Adapter, norm, subtract, weighted_sum
+from fedmira.adapters import (
+    Adapter,
+    norm,
+    subtract,
+    weighted_sum,
+)
 from fedmira.config import AdapterSettings, EngineSettings, LocalSettings
 from fedmira.errors import ModelError
-from fedmira.model import AdapterKind, BaseModel, Contender, LocalTask, adapter_kind, find_targets, start_adapter
-from fedmira.model.batches import batch_indices
-from fedmira.model.prompt_encoders import PromptModel
+from fedmira.model import (
+    AdapterKind,
+    BaseModel,
+    Contender,
+    LocalTask,
+    adapter_kind,
+    find_targets,
+    start_adapter,
+)
+from fedmira.model.kinds.prompt_encoders import PromptModel
+from fedmira.model.training.batches import batch_indices
 from tiny import ARCHITECTURES, TinyRow, draw_rows, tiny_base, tiny_model, tiny_tokenizer
 
 VIRTUAL = 5
@@ -54,7 +67,9 @@ def task(kind: AdapterKind, rows: Sequence[TinyRow], seed: int = 7, **more: Any)
 def peft_model(name: str, architecture: str = "llama") -> Any:
     settings = settings_of(name)
     configs = {
-        "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL),
+        "prompt": lambda: peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL
+        ),
         "p-tuning": lambda: peft.PromptEncoderConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=VIRTUAL,
@@ -72,7 +87,10 @@ def peft_model(name: str, architecture: str = "llama") -> Any:
 
 
 def encoder_of(model: Any) -> dict[str, torch.nn.Parameter]:
-    return {f"prompt_encoder.{name}": part for name, part in model.prompt_encoder["default"].named_parameters()}
+    return {
+        f"prompt_encoder.{name}": part
+        for name, part in model.prompt_encoder["default"].named_parameters()
+    }
 
 
 def padded(rows: Sequence[TinyRow]) -> dict[str, torch.Tensor]:
@@ -86,7 +104,9 @@ def padded(rows: Sequence[TinyRow]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": seen}
 
 
-def with_peft(name: str, job: LocalTask, settings: LocalSettings, architecture: str = "llama") -> Adapter:
+def with_peft(
+    name: str, job: LocalTask, settings: LocalSettings, architecture: str = "llama"
+) -> Adapter:
     """The same client alone: a loop as anybody would write it with PEFT, transformers' loss and torch's optimizer."""
     model = peft_model(name, architecture)
     with torch.no_grad():
@@ -95,20 +115,30 @@ def with_peft(name: str, job: LocalTask, settings: LocalSettings, architecture: 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trainable) == len(job.start), "gradients on the prompt parameters only"
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-    optimizer = kinds[settings.optimizer](trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = kinds[settings.optimizer](
+        trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
     for chosen in batch_indices(len(job.rows), settings, job.seed):
         optimizer.zero_grad()
         batch = padded([job.rows[i] for i in chosen])
         labels = batch.pop("labels")
         logits = model(**batch).logits[:, -labels.shape[1] :]
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100).backward()
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+        ).backward()
         torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
         optimizer.step()
-    return {parameter_name: parameter.detach().clone() for parameter_name, parameter in encoder_of(model).items()}
+    return {
+        parameter_name: parameter.detach().clone()
+        for parameter_name, parameter in encoder_of(model).items()
+    }
 
 
 def assert_close(left: Adapter, right: Adapter, start: Adapter, share: float = 0.02) -> None:
-    """Equal but for a small share of the way from the start: Adam turns the rounding of tiny gradients into whole steps."""
+    """Equal but for a small share of the way from the start.
+
+    Adam turns the rounding of tiny gradients into whole steps.
+    """
     assert set(left) == set(right)
     way = norm(subtract(right, start))
     assert way > 1e-3 and norm(subtract(left, right)) < share * way
@@ -128,9 +158,16 @@ def test_a_cohort_equals_plain_peft_one_by_one(name: str) -> None:
 @pytest.mark.parametrize("name", ["p-tuning", "prefix"])
 def test_other_architectures_equal_plain_peft_too(architecture: str, name: str) -> None:
     kind = kind_of(name, architecture)
-    settings = LocalSettings(optimizer="sgd", steps=3, batch_size=4, learning_rate=0.5, max_grad_norm=0.5)
+    settings = LocalSettings(
+        optimizer="sgd", steps=3, batch_size=4, learning_rate=0.5, max_grad_norm=0.5
+    )
     job = task(kind, draw_rows(7, 4, 1))
-    assert_close(kind.train([job], settings, 200)[0].adapter, with_peft(name, job, settings, architecture), job.start, 1e-3)
+    assert_close(
+        kind.train([job], settings, 200)[0].adapter,
+        with_peft(name, job, settings, architecture),
+        job.start,
+        1e-3,
+    )
 
 
 @every_kind
@@ -147,13 +184,23 @@ def test_training_lowers_the_loss_that_is_measured(name: str) -> None:
 
 def test_counts_are_those_of_table_two_of_the_mira_paper() -> None:
     llama = LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
     )
     with torch.device("meta"):
-        models = {2048: LlamaForCausalLM(llama), 1280: GPT2LMHeadModel(GPT2Config(n_embd=1280, n_layer=36, n_head=20))}
+        models = {
+            2048: LlamaForCausalLM(llama),
+            1280: GPT2LMHeadModel(GPT2Config(n_embd=1280, n_layer=36, n_head=20)),
+        }
     lora = {
         (2048, 16, ("q_proj",)): 24 * 16 * (2048 + 2048),
-        (1280, 8, ("c_attn", "c_proj")): 36 * 8 * ((1280 + 3 * 1280) + (1280 + 1280) + (4 * 1280 + 1280)),
+        (1280, 8, ("c_attn", "c_proj")): 36
+        * 8
+        * ((1280 + 3 * 1280) + (1280 + 1280) + (4 * 1280 + 1280)),
     }
     assert list(lora.values()) == [1_572_864, 4_055_040]
     for (width, rank, targets), count in lora.items():
@@ -169,7 +216,10 @@ def test_counts_are_those_of_table_two_of_the_mira_paper() -> None:
         assert parameters(encoder) == mlp(width, 128, 20)
         assert parameters(PromptModel(base, AdapterSettings(kind="prompt")).start(0)) == 20 * width
         layers = model.config.num_hidden_layers
-        assert parameters(PromptModel(base, AdapterSettings(kind="prefix")).start(0)) == 20 * 2 * layers * width
+        assert (
+            parameters(PromptModel(base, AdapterSettings(kind="prefix")).start(0))
+            == 20 * 2 * layers * width
+        )
 
 
 def parameters(adapter: Adapter) -> int:
@@ -186,10 +236,19 @@ def test_the_start_is_drawn_as_peft_draws_it_and_moves_nobody_elses_randomness(n
         model = peft_model(name)
         torch.manual_seed(3)
         fresh = type(model.prompt_encoder["default"])
-        arguments = (model.peft_config["default"], None) if name == "prompt" else (model.peft_config["default"],)
+        arguments = (
+            (model.peft_config["default"], None)
+            if name == "prompt"
+            else (model.peft_config["default"],)
+        )
         drawn = dict(fresh(*arguments).named_parameters())
-    assert all(torch.equal(starts[0]["one"][f"prompt_encoder.{part}"], parameter) for part, parameter in drawn.items())
-    assert all(torch.equal(starts[0]["one"][part], starts[1]["two"][part]) for part in starts[0]["one"])
+    assert all(
+        torch.equal(starts[0]["one"][f"prompt_encoder.{part}"], parameter)
+        for part, parameter in drawn.items()
+    )
+    assert all(
+        torch.equal(starts[0]["one"][part], starts[1]["two"][part]) for part in starts[0]["one"]
+    )
     assert norm(subtract(starts[0]["one"], starts[2]["one"])) > 0
 
 
@@ -199,20 +258,37 @@ def reloaded(folder: Path) -> Any:
 
 def plain_loss(model: Any, row: TinyRow) -> float:
     batch = padded([row])
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0, -batch["labels"].shape[1] :]
-    return float(torch.nn.functional.cross_entropy(logits[:-1], batch["labels"][0, 1:], ignore_index=-100, reduction="sum"))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+        0, -batch["labels"].shape[1] :
+    ]
+    return float(
+        torch.nn.functional.cross_entropy(
+            logits[:-1], batch["labels"][0, 1:], ignore_index=-100, reduction="sum"
+        )
+    )
 
 
 @every_kind
-def test_a_saved_folder_gives_plain_peft_the_same_loss_and_us_the_encoder(name: str, tmp_path: Path) -> None:
+def test_a_saved_folder_gives_plain_peft_the_same_loss_and_us_the_encoder(
+    name: str, tmp_path: Path
+) -> None:
     kind = kind_of(name)
     rows = draw_rows(4, 4, 1)
-    trained = kind.train([task(kind, rows)], LocalSettings(steps=3, learning_rate=2e-2), 400)[0].adapter
+    trained = kind.train([task(kind, rows)], LocalSettings(steps=3, learning_rate=2e-2), 400)[
+        0
+    ].adapter
     for folder in (tmp_path / "one", tmp_path / "two"):
         kind.write(folder, trained)
     back = kind.read(tmp_path / "one")
-    assert set(back) == set(trained) and all(torch.equal(back[part], trained[part]) for part in trained)
-    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text(encoding="utf-8"))["inference_mode"] is True
+    assert set(back) == set(trained) and all(
+        torch.equal(back[part], trained[part]) for part in trained
+    )
+    assert (
+        json.loads((tmp_path / "one" / "adapter_config.json").read_text(encoding="utf-8"))[
+            "inference_mode"
+        ]
+        is True
+    )
     for file in ("adapter_config.json", "adapter_model.safetensors", "encoder.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     with torch.no_grad():
@@ -222,10 +298,16 @@ def test_a_saved_folder_gives_plain_peft_the_same_loss_and_us_the_encoder(name: 
 
 
 def test_the_mean_of_encoders_is_not_the_mean_of_what_they_put_out(tmp_path: Path) -> None:
-    """Averaging what PEFT exports would be another method: between the virtual tokens there are ReLUs."""
+    """Averaging what PEFT exports would be another method.
+
+    Between the virtual tokens there are ReLUs.
+    """
     kind = kind_of("p-tuning")
     jobs = [task(kind, draw_rows(6, 4, seed), seed=seed) for seed in (1, 2)]
-    trained = [outcome.adapter for outcome in kind.train(jobs, LocalSettings(steps=10, learning_rate=3e-2), 400)]
+    trained = [
+        outcome.adapter
+        for outcome in kind.train(jobs, LocalSettings(steps=10, learning_rate=3e-2), 400)
+    ]
     mean = weighted_sum(trained, [0.5, 0.5])
     exported = []
     for i, adapter in enumerate((*trained, mean)):
@@ -234,7 +316,8 @@ def test_the_mean_of_encoders_is_not_the_mean_of_what_they_put_out(tmp_path: Pat
         exported.append(model.prompt_encoder["default"].embedding.weight.detach())
     spread = float((exported[0] - exported[1]).norm())
     assert float((exported[2] - (exported[0] + exported[1]) / 2).norm()) > 0.02 * spread > 0
-    # And what PEFT saves holds no encoder: read back for training, it would put the output where the input belongs.
+    # And what PEFT saves holds no encoder: read back for training, it would put the output where
+    # the input belongs.
     assert set(kind.read(tmp_path / "2")) > {"prompt_encoder.embedding.weight"}
 
 
@@ -243,7 +326,13 @@ def test_answers_are_those_of_reading_everything_again_for_each_token(name: str)
     kind = kind_of(name)
     draw = torch.Generator().manual_seed(5)
     start = kind.starts({"one": 0}, 1)["one"]
-    adapters = [{part: tensor + 0.3 * torch.randn(tensor.shape, generator=draw) for part, tensor in start.items()} for _ in range(2)]
+    adapters = [
+        {
+            part: tensor + 0.3 * torch.randn(tensor.shape, generator=draw)
+            for part, tensor in start.items()
+        }
+        for _ in range(2)
+    ]
     prompts = [(i % 2, row.prompt) for i, row in enumerate(draw_rows(6, 2, 3))]
     answers = kind.generate(adapters, [1.0, 1.0], prompts, 6, 400)
     tokenizer = tiny_tokenizer()
@@ -254,12 +343,19 @@ def test_answers_are_those_of_reading_everything_again_for_each_token(name: str)
                 parameter.copy_(adapters[client][part])
             ids = torch.tensor([prompt])
             while ids.shape[1] < len(prompt) + 6:
-                following = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].argmax(dim=-1)
+                following = (
+                    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+                    .logits[:, -1]
+                    .argmax(dim=-1)
+                )
                 if int(following) == tokenizer.eos_token_id:
                     break
                 ids = torch.cat([ids, following[:, None]], dim=1)
         assert answer == tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()
-    alone = [kind.generate([adapters[client]], [1.0], [(0, prompt)], 6, 1)[0] for client, prompt in prompts]
+    alone = [
+        kind.generate([adapters[client]], [1.0], [(0, prompt)], 6, 1)[0]
+        for client, prompt in prompts
+    ]
     assert answers == alone
 
 
@@ -277,7 +373,10 @@ def test_a_client_does_not_depend_on_who_shares_its_cohort_or_on_the_budget(name
     kind = kind_of(name)
     settings = LocalSettings(optimizer="sgd", learning_rate=0.3, steps=2, batch_size=3)
     mine, others = task(kind, draw_rows(5, 4, 1)), [task(kind, draw_rows(4, 3, 2), seed=2)]
-    alone, together = kind.train([mine], settings, 2000)[0], kind.train([*others, mine], settings, 1)[-1]
+    alone, together = (
+        kind.train([mine], settings, 2000)[0],
+        kind.train([*others, mine], settings, 1)[-1],
+    )
     assert_close(together.adapter, alone.adapter, mine.start, 1e-3)
     assert alone.response_tokens == together.response_tokens
 
@@ -285,10 +384,18 @@ def test_a_client_does_not_depend_on_who_shares_its_cohort_or_on_the_budget(name
 def test_a_client_that_diverges_is_reported_and_the_others_go_on() -> None:
     kind = kind_of("prompt")
     good = task(kind, draw_rows(5, 4, 2))
-    bad = LocalTask({name: torch.full_like(part, math.inf) for name, part in good.start.items()}, 1.0, draw_rows(5, 4, 1), 1)
+    bad = LocalTask(
+        {name: torch.full_like(part, math.inf) for name, part in good.start.items()},
+        1.0,
+        draw_rows(5, 4, 1),
+        1,
+    )
     broken, fine = kind.train([bad, good], LocalSettings(steps=2), 400)
     assert "non-finite loss at local step 1" in broken.failure and not fine.failure
-    assert norm(subtract(fine.adapter, kind.train([good], LocalSettings(steps=2), 400)[0].adapter)) == 0
+    assert (
+        norm(subtract(fine.adapter, kind.train([good], LocalSettings(steps=2), 400)[0].adapter))
+        == 0
+    )
 
 
 def test_hooks_and_kept_moments_are_obeyed() -> None:
@@ -302,7 +409,9 @@ def test_hooks_and_kept_moments_are_obeyed() -> None:
     assert norm(subtract(held.adapter, task(kind, rows).start)) == 0
     kept = LocalSettings(steps=3, batch_size=4, optimizer_state="kept", max_grad_norm=0)
     first = kind.train([task(kind, rows)], kept, 400)[0]
-    second = kind.train([LocalTask(first.adapter, 1.0, rows, 8, moments=first.moments)], kept, 400)[0]
+    second = kind.train([LocalTask(first.adapter, 1.0, rows, 8, moments=first.moments)], kept, 400)[
+        0
+    ]
     long = kind.train([task(kind, rows)], kept.model_copy(update={"steps": 6}), 400)[0]
     assert_close(second.adapter, long.adapter, task(kind, rows).start)
 
@@ -310,9 +419,14 @@ def test_hooks_and_kept_moments_are_obeyed() -> None:
 @pytest.mark.parametrize("optimizer", ["sophia", "zeroth-order"])
 def test_the_other_local_optimizers_work_on_encoders(optimizer: str) -> None:
     kind = kind_of("p-tuning")
-    settings = LocalSettings.model_validate({"optimizer": optimizer, "learning_rate": 1e-3, "steps": 4})
+    settings = LocalSettings.model_validate(
+        {"optimizer": optimizer, "learning_rate": 1e-3, "steps": 4}
+    )
     outcome = kind.train([task(kind, draw_rows(6, 4, 1))], settings, 400)[0]
-    assert not outcome.failure and norm(subtract(outcome.adapter, task(kind, draw_rows(6, 4, 1)).start)) > 0
+    assert (
+        not outcome.failure
+        and norm(subtract(outcome.adapter, task(kind, draw_rows(6, 4, 1)).start)) > 0
+    )
     assert (outcome.clip_share is not None) == (optimizer == "sophia")
     assert (outcome.movement is not None) == (optimizer == "zeroth-order")
 
@@ -322,7 +436,9 @@ def test_a_client_chooses_the_better_of_two_encoders() -> None:
     rows = draw_rows(6, 4, 1)
     job = task(kind, rows)
     trained = kind.train([job], LocalSettings(steps=25, learning_rate=2e-2), 400)[0].adapter
-    choices = kind.choose([Contender([job.start, trained], 1.0, rows), Contender([job.start], 1.0, rows)], 400)
+    choices = kind.choose(
+        [Contender([job.start, trained], 1.0, rows), Contender([job.start], 1.0, rows)], 400
+    )
     assert [choice.index for choice in choices] == [1, 0]
 
 
@@ -330,11 +446,17 @@ def test_the_base_is_not_changed_and_goes_on_to_carry_lora() -> None:
     base = tiny_base()
     lora = adapter_kind(AdapterSettings(rank=2), base, EngineSettings())
     adapter, rows = lora.starts({"one": 2}, 1)["one"], draw_rows(3, 4, 1)
-    before = lora.losses([adapter], [8.0], [rows], 400), {name: part.clone() for name, part in base.model.state_dict().items()}
+    before = (
+        lora.losses([adapter], [8.0], [rows], 400),
+        {name: part.clone() for name, part in base.model.state_dict().items()},
+    )
     for name in KINDS:
         kind = adapter_kind(settings_of(name), base, EngineSettings())
         kind.train([task(kind, rows)], LocalSettings(steps=1), 400)
-        assert not any(parameter.requires_grad or parameter.grad is not None for parameter in base.model.parameters())
+        assert not any(
+            parameter.requires_grad or parameter.grad is not None
+            for parameter in base.model.parameters()
+        )
     assert all(torch.equal(part, before[1][name]) for name, part in base.model.state_dict().items())
     assert lora.losses([adapter], [8.0], [rows], 400) == before[0]
 
@@ -352,4 +474,6 @@ def shapes(adapter: Adapter) -> Mapping[str, tuple[int, ...]]:
 
 def test_a_prefix_has_as_many_heads_as_the_base_has_keys() -> None:
     # tiny Llama: 2 layers, 4 heads of 8 that share 2 heads of keys and values
-    assert shapes(kind_of("prefix").starts({"one": 0}, 1)["one"]) == {"prompt_encoder.embedding.weight": (VIRTUAL, 2 * 2 * 2 * 8)}
+    assert shapes(kind_of("prefix").starts({"one": 0}, 1)["one"]) == {
+        "prompt_encoder.embedding.weight": (VIRTUAL, 2 * 2 * 2 * 8)
+    }

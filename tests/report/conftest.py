@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 
-FAMILIES = ("triage", "desks", "shelves", "dates", "sentence slots", "arithmetic", "code-words", "reviews", "units")
+FAMILIES = (
+    "triage",
+    "desks",
+    "shelves",
+    "dates",
+    "sentence slots",
+    "arithmetic",
+    "code-words",
+    "reviews",
+    "units",
+)
 ADAPTER_BYTES = 4 * 43_008
 ROUNDS = 20
 
@@ -29,12 +39,16 @@ class RunFolder:
         names: client ids, in place of made-up ones.
     """
 
-    def __init__(self, folder: Path, clients: int = 12, algorithm: str = "mira", names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, clients: int = 12, algorithm: str = "mira", names: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
         self.algorithm = algorithm
         self.random = random.Random(f"{clients}")  # the same clients for every algorithm
         self.families = FAMILIES[: max(1, min(len(FAMILIES), clients // 4))]
-        self.client_rows = [self._client(index, names[index] if names else "") for index in range(clients)]
+        self.client_rows = [
+            self._client(index, names[index] if names else "") for index in range(clients)
+        ]
         self.names = [row["client"] for row in self.client_rows]
         self.events: list[Row] = []
         self.round_rows = [self._round(number) for number in range(1, ROUNDS + 1)]
@@ -47,7 +61,9 @@ class RunFolder:
         rows = (16, 32, 64, 128)[index % 4]
         base = 3.4 + 1.6 * self.random.random()
         alone = 1.2 + 0.8 * self.random.random() + 16 / rows
-        shift = {"local": 0.0, "fedavg": self.random.uniform(-0.25, 0.6)}.get(self.algorithm, self.random.uniform(-0.35, 0.08) * 32 / rows)
+        shift = {"local": 0.0, "fedavg": self.random.uniform(-0.25, 0.6)}.get(
+            self.algorithm, self.random.uniform(-0.35, 0.08) * 32 / rows
+        )
         after = alone * (1 + shift)
         test_tokens = 32 * self.random.randint(3, 20)
         return {
@@ -72,7 +88,9 @@ class RunFolder:
 
     def test_loss(self, row: Row, number: int) -> float:
         """Falls from the base loss to the loss after alignment."""
-        return row["after_align_loss"] + (row["base_loss"] - row["after_align_loss"]) * math.exp(-number / 3) * (number < ROUNDS)
+        return row["after_align_loss"] + (row["base_loss"] - row["after_align_loss"]) * math.exp(
+            -number / 3
+        ) * (number < ROUNDS)
 
     def _round(self, number: int) -> Row:
         travelled = 0 if self.algorithm == "local" else ADAPTER_BYTES
@@ -86,17 +104,39 @@ class RunFolder:
                 "steps": 7,
                 "response_tokens": 310,
             }
-            self.events.append(event | {"tokens": 2100, "rows": 16, "bytes_up": travelled, "bytes_down": travelled})
+            self.events.append(
+                event | {"tokens": 2100, "rows": 16, "bytes_up": travelled, "bytes_down": travelled}
+            )
             if self.algorithm == "mira":
-                pull = {"pull": 0.5, "relative_pull": 0.3 * math.exp(-number / 15) * 64 / (64 + row["train_rows"]), "degree": 0.8}
+                pull = {
+                    "pull": 0.5,
+                    "relative_pull": 0.3 * math.exp(-number / 15) * 64 / (64 + row["train_rows"]),
+                    "degree": 0.8,
+                }
                 self.events.append({"event": "align", "round": number, "client": client} | pull)
             if number % 5 == 0 or number == 1:
                 at = 0 if number == 1 else number
-                losses = {"test_loss": row["base_loss"] if at == 0 else test, "validation_loss": None, "test_tokens": row["test_tokens"]}
+                losses = {
+                    "test_loss": row["base_loss"] if at == 0 else test,
+                    "validation_loss": None,
+                    "test_tokens": row["test_tokens"],
+                }
                 self.events.append({"event": "evaluate", "round": at, "client": client} | losses)
-        trained = [event["loss"] for event in self.events if event["event"] == "train" and event["round"] == number]
+        trained = [
+            event["loss"]
+            for event in self.events
+            if event["event"] == "train" and event["round"] == number
+        ]
         tested = [self.test_loss(row, number) for row in self.client_rows]
-        self.events.append({"event": "round", "round": number, "replies": len(self.names), "failures": 0, "guarded": 0.0})
+        self.events.append(
+            {
+                "event": "round",
+                "round": number,
+                "replies": len(self.names),
+                "failures": 0,
+                "guarded": 0.0,
+            }
+        )
         aligned = self.algorithm == "mira"
         return {
             "round": number,
@@ -124,7 +164,9 @@ class RunFolder:
                 same = one["category"] == other["category"]
                 if same or draw.random() < 0.06:
                     weight = draw.uniform(0.3, 1.0) if same else draw.uniform(0.02, 0.12)
-                    edges.append({"source": one["client"], "target": other["client"], "weight": weight})
+                    edges.append(
+                        {"source": one["client"], "target": other["client"], "weight": weight}
+                    )
         return {"kind": "similarity", "clients": self.names, "edges": edges}
 
     def statistics(self, column: str) -> Row:
@@ -135,7 +177,8 @@ class RunFolder:
         worst = sorted(values, reverse=column.endswith("_loss"))[: math.ceil(len(values) / 10)]
         return {
             "mean": mean,
-            "weighted_mean": sum(row[column] * row["test_tokens"] for row in self.client_rows) / tokens,
+            "weighted_mean": sum(row[column] * row["test_tokens"] for row in self.client_rows)
+            / tokens,
             "worst_tenth": sum(worst) / len(worst),
             "spread": math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)),
         }
@@ -148,12 +191,25 @@ class RunFolder:
 
     def provenance(self) -> Row:
         """run.json."""
-        figures = ("base_loss", "before_align_loss", "after_align_loss", "rouge_l", "rouge_l_package", "exact_match")
+        figures = (
+            "base_loss",
+            "before_align_loss",
+            "after_align_loss",
+            "rouge_l",
+            "rouge_l_package",
+            "exact_match",
+        )
         summary = {name: self.statistics(name) for name in figures} if self.client_rows else {}
         return {
             "status": self.status,
             "error": self.error,
-            "versions": {"fedmira": "0.1.0", "python": "3.12.3", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.0"},
+            "versions": {
+                "fedmira": "0.1.0",
+                "python": "3.12.3",
+                "torch": "2.13.0",
+                "transformers": "5.23.0",
+                "peft": "0.21.0",
+            },
             "seed": 0,
             "base": {"name": "bundled", "sha256": "ab" * 32, "parameters": 3_145_728},
             "data": {"sha256": "ef" * 32},
@@ -174,7 +230,9 @@ class RunFolder:
         (self.folder / "events.jsonl").write_text(lines, encoding="utf-8")
         for name, rows in (("clients", self.client_rows), ("rounds", self.round_rows)):
             if rows:
-                with (self.folder / "metrics" / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+                with (self.folder / "metrics" / f"{name}.csv").open(
+                    "w", encoding="utf-8", newline=""
+                ) as file:
                     writer = csv.DictWriter(file, list(rows[0]))
                     writer.writeheader()
                     writer.writerows(rows)
@@ -183,11 +241,22 @@ class RunFolder:
         if self.client_rows:
             (self.folder / "adapters").mkdir()
             index = {
-                row["client"]: {"category": row["category"], "rank": row["rank"], "parameters": 43_008, "sha256": "cd" * 32}
-                | ({} if self.trained_parameters is None else {"trained_parameters": self.trained_parameters})
+                row["client"]: {
+                    "category": row["category"],
+                    "rank": row["rank"],
+                    "parameters": 43_008,
+                    "sha256": "cd" * 32,
+                }
+                | (
+                    {}
+                    if self.trained_parameters is None
+                    else {"trained_parameters": self.trained_parameters}
+                )
                 for row in self.client_rows
             }
-            (self.folder / "adapters" / "index.json").write_text(json.dumps(index), encoding="utf-8")
+            (self.folder / "adapters" / "index.json").write_text(
+                json.dumps(index), encoding="utf-8"
+            )
         return self.folder
 
 
@@ -195,7 +264,9 @@ class RunFolder:
 def run_folder(tmp_path: Path) -> Callable[..., RunFolder]:
     """Makes run folders below the test's own folder: `run_folder("name", clients=21).write()`."""
 
-    def make(name: str = "run", clients: int = 12, algorithm: str = "mira", names: Sequence[str] = ()) -> RunFolder:
+    def make(
+        name: str = "run", clients: int = 12, algorithm: str = "mira", names: Sequence[str] = ()
+    ) -> RunFolder:
         return RunFolder(tmp_path / name, clients, algorithm, names)
 
     return make

@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 
 from fedmira.errors import ConfigError, RunFolderError
-from fedmira.report import Figures, read_run, write_comparison, write_report
+from fedmira.report import (
+    Figures,
+    read_run,
+    write_comparison,
+    write_report,
+)
 from fedmira.report.comparison import MOST_DRAWN, heat
 from fedmira.report.comparison_figures import pools_of
 
@@ -23,14 +28,24 @@ NAMES = ("local", "fedavg", "mira")
 
 def three_methods(run_folder: Folders, clients: int = 8) -> dict[str, dict[int, Any]]:
     """Two seeds each; under the second, every loss of MIRA is 1 % higher."""
-    made = {name: {seed: run_folder(f"{name}-seed{seed}", clients=clients, algorithm=name) for seed in (0, 1)} for name in NAMES}
+    made = {
+        name: {
+            seed: run_folder(f"{name}-seed{seed}", clients=clients, algorithm=name)
+            for seed in (0, 1)
+        }
+        for name in NAMES
+    }
     for row in made["mira"][1].client_rows:
         row["after_align_loss"] *= 1.01
     return made
 
 
 def compare(made: dict[str, dict[int, Any]], folder: Path, **more: Any) -> Figures:
-    return write_comparison({name: {seed: run.write() for seed, run in runs.items()} for name, runs in made.items()}, folder, **more)
+    return write_comparison(
+        {name: {seed: run.write() for seed, run in runs.items()} for name, runs in made.items()},
+        folder,
+        **more,
+    )
 
 
 def page_in(folder: Path) -> str:
@@ -42,7 +57,9 @@ def table_in(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_figures_are_means_over_clients_and_spreads_over_seeds(run_folder: Folders, tmp_path: Path) -> None:
+def test_figures_are_means_over_clients_and_spreads_over_seeds(
+    run_folder: Folders, tmp_path: Path
+) -> None:
     made = three_methods(run_folder)
     rows = {row["method"]: row for row in compare(made, tmp_path).method_rows}
     for name, runs in made.items():
@@ -51,31 +68,60 @@ def test_figures_are_means_over_clients_and_spreads_over_seeds(run_folder: Folde
         assert rows[name]["seeds"] == 2
         assert rows[name]["test_loss"] == pytest.approx(fmean(means), rel=1e-12)
         assert rows[name]["test_loss_spread"] == pytest.approx(stdev(means), rel=1e-9, abs=1e-12)
-        assert rows[name]["worst_tenth"] == pytest.approx(fmean(max(values) for values in losses), rel=1e-12)
-        assert rows[name]["rouge_l"] == pytest.approx(fmean(run.statistics("rouge_l")["mean"] for run in runs.values()), rel=1e-12)
-    assert rows["mira"]["difference_to_local"] == pytest.approx(rows["mira"]["test_loss"] - rows["local"]["test_loss"], rel=1e-9)
-    assert rows["mira"]["difference_to_local_low"] < rows["mira"]["difference_to_local"] < rows["mira"]["difference_to_local_high"]
+        assert rows[name]["worst_tenth"] == pytest.approx(
+            fmean(max(values) for values in losses), rel=1e-12
+        )
+        assert rows[name]["rouge_l"] == pytest.approx(
+            fmean(run.statistics("rouge_l")["mean"] for run in runs.values()), rel=1e-12
+        )
+    assert rows["mira"]["difference_to_local"] == pytest.approx(
+        rows["mira"]["test_loss"] - rows["local"]["test_loss"], rel=1e-9
+    )
+    assert (
+        rows["mira"]["difference_to_local_low"]
+        < rows["mira"]["difference_to_local"]
+        < rows["mira"]["difference_to_local_high"]
+    )
     assert rows["local"]["difference_to_local"] is None
-    assert sum(rows["mira"][f"{key}_local"] for key in ("better_than", "equal_to", "worse_than")) == 8
-    assert rows["mira"]["local_steps"] == 7 * 8 * 20 and rows["local"]["bytes_up"] == 0 < rows["mira"]["bytes_up"]
+    assert (
+        sum(rows["mira"][f"{key}_local"] for key in ("better_than", "equal_to", "worse_than")) == 8
+    )
+    assert (
+        rows["mira"]["local_steps"] == 7 * 8 * 20
+        and rows["local"]["bytes_up"] == 0 < rows["mira"]["bytes_up"]
+    )
 
 
 def test_clients_are_counted_beyond_noise(run_folder: Folders, tmp_path: Path) -> None:
     made = {name: {0: run_folder(name, clients=8, algorithm=name)} for name in ("local", "mira")}
     factors = (0.9, 0.97, 0.985, 1.0, 1.015, 1.03, 1.1, 1.2)
-    for factor, row, alone in zip(factors, made["mira"][0].client_rows, made["local"][0].client_rows, strict=True):
+    for factor, row, alone in zip(
+        factors, made["mira"][0].client_rows, made["local"][0].client_rows, strict=True
+    ):
         row["after_align_loss"] = factor * alone["after_align_loss"]
     row = compare(made, tmp_path).method_rows[1]
     assert (row["better_than_local"], row["equal_to_local"], row["worse_than_local"]) == (2, 3, 3)
     assert (row["below_local"], row["above_local"]) == (2, 3), "with one seed noise is not measured"
     assert row["test_loss_spread"] is None, "one seed has no spread"
-    assert "With one seed noise is not measured" in page_in(tmp_path) and "bold is beyond noise" not in page_in(tmp_path)
+    assert "With one seed noise is not measured" in page_in(
+        tmp_path
+    ) and "bold is beyond noise" not in page_in(tmp_path)
 
 
-def test_clients_that_moved_by_much_are_counted_whatever_their_noise(run_folder: Folders, tmp_path: Path) -> None:
-    made = {name: {seed: run_folder(f"{name}-seed{seed}", clients=4, algorithm=name) for seed in (0, 1)} for name in ("local", "mira")}
-    for seed, factors in ((0, (0.9, 0.9, 1.0, 1.0)), (1, (0.9, 1.02, 1.1, 1.0))):  # means 0.9, 0.96, 1.05, 1; only the first without noise
-        for factor, row, alone in zip(factors, made["mira"][seed].client_rows, made["local"][seed].client_rows, strict=True):
+def test_clients_that_moved_by_much_are_counted_whatever_their_noise(
+    run_folder: Folders, tmp_path: Path
+) -> None:
+    made = {
+        name: {seed: run_folder(f"{name}-seed{seed}", clients=4, algorithm=name) for seed in (0, 1)}
+        for name in ("local", "mira")
+    }
+    for seed, factors in (
+        (0, (0.9, 0.9, 1.0, 1.0)),
+        (1, (0.9, 1.02, 1.1, 1.0)),
+    ):  # means 0.9, 0.96, 1.05, 1; only the first without noise
+        for factor, row, alone in zip(
+            factors, made["mira"][seed].client_rows, made["local"][seed].client_rows, strict=True
+        ):
             alone["after_align_loss"] = 2.0
             row["after_align_loss"] = 2.0 * factor
     row = compare(made, tmp_path).method_rows[1]
@@ -86,11 +132,19 @@ def test_clients_that_moved_by_much_are_counted_whatever_their_noise(run_folder:
 def test_the_best_rounds_are_paired_for_themselves(run_folder: Folders, tmp_path: Path) -> None:
     made = {name: {0: run_folder(name, clients=4, algorithm=name)} for name in ("local", "mira")}
     for row, alone in zip(made["mira"][0].client_rows, made["local"][0].client_rows, strict=True):
-        row["after_align_loss"], row["best_test_loss"] = 0.5 * alone["after_align_loss"], 1.25 * alone["best_test_loss"]
+        row["after_align_loss"], row["best_test_loss"] = (
+            0.5 * alone["after_align_loss"],
+            1.25 * alone["best_test_loss"],
+        )
     row = compare(made, tmp_path).method_rows[1]
     best = [alone["best_test_loss"] for alone in made["local"][0].client_rows]
-    assert row["better_than_local"] == 4 and row["best_worse_than_local"] == 4, "a gain at the last round, a loss at the best"
-    assert row["best_difference_to_local"] == pytest.approx(0.25 * fmean(best)) and row["difference_to_local"] < 0
+    assert row["better_than_local"] == 4 and row["best_worse_than_local"] == 4, (
+        "a gain at the last round, a loss at the best"
+    )
+    assert (
+        row["best_difference_to_local"] == pytest.approx(0.25 * fmean(best))
+        and row["difference_to_local"] < 0
+    )
     for text in (
         page_in(tmp_path).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"),
         (tmp_path / "comparison.md").read_text(encoding="utf-8"),
@@ -99,24 +153,55 @@ def test_the_best_rounds_are_paired_for_themselves(run_folder: Folders, tmp_path
 
 
 def test_a_clients_validation_rows_name_its_method(run_folder: Folders, tmp_path: Path) -> None:
-    made = {name: {seed: run_folder(f"{name}-seed{seed}", clients=3, algorithm=name) for seed in (0, 1)} for name in ("local", "mira")}
-    for seed, losses in ((0, (1.0, 3.0, 2.0)), (1, (2.0, 1.0, 2.5))):  # means 1.5, 2 and 2.25, beside 1.75
-        for loss, row, alone in zip(losses, made["mira"][seed].client_rows, made["local"][seed].client_rows, strict=True):
+    made = {
+        name: {seed: run_folder(f"{name}-seed{seed}", clients=3, algorithm=name) for seed in (0, 1)}
+        for name in ("local", "mira")
+    }
+    for seed, losses in (
+        (0, (1.0, 3.0, 2.0)),
+        (1, (2.0, 1.0, 2.5)),
+    ):  # means 1.5, 2 and 2.25, beside 1.75
+        for loss, row, alone in zip(
+            losses, made["mira"][seed].client_rows, made["local"][seed].client_rows, strict=True
+        ):
             row["best_validation_loss"], alone["best_validation_loss"] = loss, 1.75
-    chosen = {row["client"]: row["validation_choice"] for row in compare(made, tmp_path).client_rows}
-    assert chosen == dict(zip((row["client"] for row in made["mira"][0].client_rows), ("mira", "local", "local"), strict=True))
+    chosen = {
+        row["client"]: row["validation_choice"] for row in compare(made, tmp_path).client_rows
+    }
+    assert chosen == dict(
+        zip(
+            (row["client"] for row in made["mira"][0].client_rows),
+            ("mira", "local", "local"),
+            strict=True,
+        )
+    )
     assert "by its validation rows" in page_in(tmp_path)
 
 
-def test_finished_runs_with_other_seeds_are_said_to_be_left_out(run_folder: Folders, tmp_path: Path) -> None:
-    made = {name: {1: run_folder(f"{name}-seed1", clients=3, algorithm=name)} for name in ("local", "mira")}
+def test_finished_runs_with_other_seeds_are_said_to_be_left_out(
+    run_folder: Folders, tmp_path: Path
+) -> None:
+    made = {
+        name: {1: run_folder(f"{name}-seed1", clients=3, algorithm=name)}
+        for name in ("local", "mira")
+    }
     figures = compare(made, tmp_path, other_seeds=[0, 2])
-    assert figures.document()["other_seeds"] == [0, 2] and "--seeds 0,1,2 adds them" in figures.left_out
-    assert figures.left_out in page_in(tmp_path) and figures.left_out in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert (
+        figures.document()["other_seeds"] == [0, 2]
+        and "--seeds 0,1,2 adds them" in figures.left_out
+    )
+    assert figures.left_out in page_in(tmp_path) and figures.left_out in (
+        tmp_path / "comparison.md"
+    ).read_text(encoding="utf-8")
 
 
-def test_methods_stand_by_their_mean_loss_behind_the_baseline(run_folder: Folders, tmp_path: Path) -> None:
-    made = {name: {0: run_folder(name, clients=3, algorithm=name)} for name in ("fedavg", "local", "mira")}
+def test_methods_stand_by_their_mean_loss_behind_the_baseline(
+    run_folder: Folders, tmp_path: Path
+) -> None:
+    made = {
+        name: {0: run_folder(name, clients=3, algorithm=name)}
+        for name in ("fedavg", "local", "mira")
+    }
     for name, loss in (("fedavg", 1.2), ("local", 1.5), ("mira", 1.1)):
         for row in made[name][0].client_rows:
             row["after_align_loss"] = loss
@@ -126,12 +211,16 @@ def test_methods_stand_by_their_mean_loss_behind_the_baseline(run_folder: Folder
     assert places == sorted(places)
 
 
-def test_best_rounds_are_no_second_table_where_they_are_the_first(run_folder: Folders, tmp_path: Path) -> None:
+def test_best_rounds_are_no_second_table_where_they_are_the_first(
+    run_folder: Folders, tmp_path: Path
+) -> None:
     made = {name: {0: run_folder(name, clients=4, algorithm=name)} for name in ("local", "mira")}
     for runs in made.values():
         runs[0].more_settings = '\n[evaluation]\nselect = "best"\n'
     figures = compare(made, tmp_path)
-    assert figures.best_pairings == {} and not any(key.startswith("best_d") for key in figures.method_rows[1])
+    assert figures.best_pairings == {} and not any(
+        key.startswith("best_d") for key in figures.method_rows[1]
+    )
     assert "Test loss per response token at each client&#39;s own best round" in page_in(tmp_path)
 
 
@@ -139,11 +228,23 @@ def test_every_file_holds_the_same_figures(run_folder: Folders, tmp_path: Path) 
     figures = compare(three_methods(run_folder), tmp_path, reference="fedavg")
     document = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
     assert document == figures.document()
-    assert document["equal"] is True and document["problems"] == [] and document["baselines"] == ["local", "fedavg"]
-    for name, rows in (("", document["algorithms"]), ("-runs", document["runs"]), ("-clients", document["clients"])):
+    assert (
+        document["equal"] is True
+        and document["problems"] == []
+        and document["baselines"] == ["local", "fedavg"]
+    )
+    for name, rows in (
+        ("", document["algorithms"]),
+        ("-runs", document["runs"]),
+        ("-clients", document["clients"]),
+    ):
         table = table_in(tmp_path, f"comparison{name}.csv")
-        assert table == [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
-    assert [(row["method"], row["seed"]) for row in document["runs"]] == [(name, seed) for name in NAMES for seed in (0, 1)]
+        assert table == [
+            {key: "" if value is None else str(value) for key, value in row.items()} for row in rows
+        ]
+    assert [(row["method"], row["seed"]) for row in document["runs"]] == [
+        (name, seed) for name in NAMES for seed in (0, 1)
+    ]
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     for row in document["algorithms"]:
         assert f"| {row['method']} | 2 | {row['test_loss']:.3f} |" in text
@@ -151,19 +252,28 @@ def test_every_file_holds_the_same_figures(run_folder: Folders, tmp_path: Path) 
     assert "UNEQUAL" not in text
 
 
-def test_clients_stand_in_the_order_of_their_training_rows(run_folder: Folders, tmp_path: Path) -> None:
+def test_clients_stand_in_the_order_of_their_training_rows(
+    run_folder: Folders, tmp_path: Path
+) -> None:
     figures = compare(three_methods(run_folder), tmp_path)
     sizes = [row["train_rows"] for row in figures.client_rows]
     assert sizes == sorted(sizes) and len(set(sizes)) > 1
     found = figures.client_rows[0]
-    assert found["mira_to_local"] == pytest.approx(found["mira_test_loss"] - found["local_test_loss"])
+    assert found["mira_to_local"] == pytest.approx(
+        found["mira_test_loss"] - found["local_test_loss"]
+    )
     assert found["mira_against_local"] in ("better", "equal", "worse")
 
 
 def test_the_page_shows_every_client_method_and_budget(run_folder: Folders, tmp_path: Path) -> None:
     made = three_methods(run_folder)
     write_report(made["mira"][1].write())
-    paths = {name: {seed: run.folder if run.folder.exists() else run.write() for seed, run in runs.items()} for name, runs in made.items()}
+    paths = {
+        name: {
+            seed: run.folder if run.folder.exists() else run.write() for seed, run in runs.items()
+        }
+        for name, runs in made.items()
+    }
     figures = write_comparison(paths, tmp_path / "deep" / "down")
     page = page_in(tmp_path / "deep" / "down")
     for row in figures.method_rows:
@@ -173,14 +283,19 @@ def test_the_page_shows_every_client_method_and_budget(run_folder: Folders, tmp_
     assert 'href="../../mira-seed1/report.html">1</a>' in page
     assert page.count("href=") == 1  # the other runs have no report
     assert "algorithm.name" in page and "Equal terms" in page
-    assert page.count('class="heat-map"') == 1 and page.count("against 1.") + page.count("against 2.") >= 8
+    assert (
+        page.count('class="heat-map"') == 1
+        and page.count("against 1.") + page.count("against 2.") >= 8
+    )
 
 
 def test_a_reference_has_its_own_columns_and_heat_map(run_folder: Folders, tmp_path: Path) -> None:
     figures = compare(three_methods(run_folder), tmp_path, reference="fedavg")
     assert {"better_than_local", "better_than_fedavg"} <= set(figures.method_rows[0])
     assert "Each client against fedavg" in page_in(tmp_path)
-    with pytest.raises(ConfigError, match="reference 'ditto' is not among the compared methods; they are local"):
+    with pytest.raises(
+        ConfigError, match="reference 'ditto' is not among the compared methods; they are local"
+    ):
         write_comparison({"local": {0: tmp_path / "local-seed0"}}, tmp_path, reference="ditto")
 
 
@@ -194,11 +309,17 @@ def test_unequal_budgets_are_said_loudly_everywhere(run_folder: Folders, tmp_pat
     assert document["equal"] is False and document["problems"] == [said]
     assert [row["equal_budget"] for row in document["algorithms"]] == [True, False, True]
     page, text = page_in(tmp_path), (tmp_path / "comparison.md").read_text(encoding="utf-8")
-    assert "Unequal: these methods were not run on equal terms" in page and said in page and "Equal terms" not in page
+    assert (
+        "Unequal: these methods were not run on equal terms" in page
+        and said in page
+        and "Equal terms" not in page
+    )
     assert "**UNEQUAL" in text and said in text and "| fedavg (UNEQUAL) |" in text
 
 
-def test_methods_that_train_less_are_named_and_still_compare(run_folder: Folders, tmp_path: Path) -> None:
+def test_methods_that_train_less_are_named_and_still_compare(
+    run_folder: Folders, tmp_path: Path
+) -> None:
     made = three_methods(run_folder)
     for run in made["fedavg"].values():
         run.trained_parameters = 21_504
@@ -212,23 +333,39 @@ def test_methods_that_train_less_are_named_and_still_compare(run_folder: Folders
     assert [row["trained_most"] for row in figures.method_rows] == [43_008, 21_504, None]
     text, page = (tmp_path / "comparison.md").read_text(encoding="utf-8"), page_in(tmp_path)
     assert f"- {note}\n" in text and "| 43,008 | 21,504 | " in text and "| 43,008 | – | " in text
-    assert note.replace("'", "&#39;") in page and "Equal terms" in page and '<td class="number">21,504</td>' in page
+    assert (
+        note.replace("'", "&#39;") in page
+        and "Equal terms" in page
+        and '<td class="number">21,504</td>' in page
+    )
 
 
-def test_clients_of_one_category_are_resampled_together_where_the_partition_makes_them(run_folder: Folders, tmp_path: Path) -> None:
+def test_clients_of_one_category_are_resampled_together_where_the_partition_makes_them(
+    run_folder: Folders, tmp_path: Path
+) -> None:
     found = {}
     for kind in ("task", "category"):
-        made = {name: {0: run_folder(f"{kind}-{name}", clients=24, algorithm=name)} for name in ("local", "mira")}
+        made = {
+            name: {0: run_folder(f"{kind}-{name}", clients=24, algorithm=name)}
+            for name in ("local", "mira")
+        }
         for runs in made.values():
             runs[0].more_settings = f'\n[data]\npartition = "{kind}"\n'
         found[kind] = compare(made, tmp_path / kind)
     said = {"task": "clients", "category": "categories with all their clients"}
     for kind, resampled in said.items():
-        assert found[kind].document()["interval"]["kind"] == f"percentile bootstrap over {resampled}"
+        assert (
+            found[kind].document()["interval"]["kind"] == f"percentile bootstrap over {resampled}"
+        )
         assert f"resampling {resampled}. " in page_in(tmp_path / kind)
-        assert f"interval over {resampled}. " in (tmp_path / kind / "comparison.md").read_text(encoding="utf-8")
+        assert f"interval over {resampled}. " in (tmp_path / kind / "comparison.md").read_text(
+            encoding="utf-8"
+        )
     alone, together = (found[kind].pairings["mira", "local"] for kind in said)
-    assert alone.difference == together.difference and (alone.low, alone.high) != (together.low, together.high)
+    assert alone.difference == together.difference and (alone.low, alone.high) != (
+        together.low,
+        together.high,
+    )
 
 
 def test_a_category_with_one_client_is_that_client(run_folder: Folders) -> None:
@@ -239,27 +376,52 @@ def test_a_category_with_one_client_is_that_client(run_folder: Folders) -> None:
 
 
 def test_what_was_resampled_is_said_as_it_was(run_folder: Folders, tmp_path: Path) -> None:
-    one = compare({name: {0: run_folder(f"one-{name}", clients=3, algorithm=name)} for name in ("local", "mira")}, tmp_path / "one")
+    one = compare(
+        {
+            name: {0: run_folder(f"one-{name}", clients=3, algorithm=name)}
+            for name in ("local", "mira")
+        },
+        tmp_path / "one",
+    )
     two = compare(three_methods(run_folder), tmp_path / "two")
     assert (one.resampled, two.resampled) == ("clients", "clients and seeds")
-    said = [(tmp_path / name / "comparison.md").read_text(encoding="utf-8") for name in ("one", "two")]
+    said = [
+        (tmp_path / name / "comparison.md").read_text(encoding="utf-8") for name in ("one", "two")
+    ]
     assert "mean over clients. " in said[0] and "interval over clients. " in said[0]
-    assert "mean over clients and seeds; ± is" in said[1] and "interval over clients and seeds. " in said[1]
+    assert (
+        "mean over clients and seeds; ± is" in said[1]
+        and "interval over clients and seeds. " in said[1]
+    )
 
 
-@pytest.mark.parametrize(("excess", "expected"), [(0, 0), (0.01, 1), (0.04, 2), (0.09, 3), (0.2, 4), (0.3, 5)])
+@pytest.mark.parametrize(
+    ("excess", "expected"), [(0, 0), (0.01, 1), (0.04, 2), (0.09, 3), (0.2, 4), (0.3, 5)]
+)
 def test_heat_grows_with_the_excess_over_the_best(excess: float, expected: int) -> None:
     assert heat(2 * (1 + excess), 2.0) == expected
 
 
-def test_runs_with_different_clients_are_said_to_be_unequal(run_folder: Folders, tmp_path: Path) -> None:
-    figures = compare({"one": {0: run_folder("one", clients=3)}, "two": {0: run_folder("two", clients=4)}}, tmp_path)
+def test_runs_with_different_clients_are_said_to_be_unequal(
+    run_folder: Folders, tmp_path: Path
+) -> None:
+    figures = compare(
+        {"one": {0: run_folder("one", clients=3)}, "two": {0: run_folder("two", clients=4)}},
+        tmp_path,
+    )
     assert "two, seed 0: other clients: they are not the same" in figures.problems["two"]
-    assert figures.baselines == () and "better than" not in page_in(tmp_path)  # no run trained alone
+    assert figures.baselines == () and "better than" not in page_in(
+        tmp_path
+    )  # no run trained alone
 
 
-def test_of_many_clients_some_are_drawn_and_the_rest_is_said(run_folder: Folders, tmp_path: Path) -> None:
-    compare({name: {0: run_folder(name, clients=250, algorithm=name)} for name in ("local", "mira")}, tmp_path)
+def test_of_many_clients_some_are_drawn_and_the_rest_is_said(
+    run_folder: Folders, tmp_path: Path
+) -> None:
+    compare(
+        {name: {0: run_folder(name, clients=250, algorithm=name)} for name in ("local", "mira")},
+        tmp_path,
+    )
     page = page_in(tmp_path)
     assert page.count('class="value') == 84 <= MOST_DRAWN  # every third of 250
     assert "84 of 250 clients are drawn, one of every 3" in page
@@ -268,10 +430,17 @@ def test_of_many_clients_some_are_drawn_and_the_rest_is_said(run_folder: Folders
 def test_a_failed_run_is_named_and_its_cells_are_empty(run_folder: Folders, tmp_path: Path) -> None:
     failed = run_folder("failed", clients=4)
     failed.fail_early("out of memory")
-    compare({"good": {0: run_folder("good", clients=4)}, "bad": {0: failed}}, tmp_path, failures={"worse-seed0": "out of luck"})
+    compare(
+        {"good": {0: run_folder("good", clients=4)}, "bad": {0: failed}},
+        tmp_path,
+        failures={"worse-seed0": "out of luck"},
+    )
     page = page_in(tmp_path)
     assert "bad, seed 0: this run failed." in page and "out of memory" in page
-    assert "worse-seed0: this run failed, and its method is left out." in page and "out of luck" in page
+    assert (
+        "worse-seed0: this run failed, and its method is left out." in page
+        and "out of luck" in page
+    )
     assert "nan" not in page.lower().replace("finance", "")
 
 

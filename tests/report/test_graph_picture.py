@@ -10,27 +10,46 @@ from xml.etree import ElementTree
 import pytest
 
 from fedmira.report import TaskGraph
-from fedmira.report.graph_picture import MOST_DRAWN_CLIENTS, MOST_DRAWN_EDGES, Node, category_styles, graph_picture
+from fedmira.report.graph_picture import (
+    MOST_DRAWN_CLIENTS,
+    MOST_DRAWN_EDGES,
+    Node,
+    category_styles,
+    graph_picture,
+)
 
 
 def families(groups: int, members: int) -> tuple[TaskGraph, dict[str, Node]]:
     """Members of a family are joined with weight 1, and one member of each family with the next family with weight 0.05."""
     names = [[f"family-{group}-{member}" for member in range(members)] for group in range(groups)]
     edges = [(one, other, 1.0) for family in names for one, other in combinations(family, 2)]
-    edges += [(family[0], following[0], 0.05) for family, following in zip(names, names[1:], strict=False)]
+    edges += [
+        (family[0], following[0], 0.05) for family, following in zip(names, names[1:], strict=False)
+    ]
     clients = tuple(name for family in names for name in family)
-    nodes = {name: Node(number, name.rsplit("-", 1)[0], 16.0 * (1 + number % 8)) for number, name in enumerate(clients, start=1)}
+    nodes = {
+        name: Node(number, name.rsplit("-", 1)[0], 16.0 * (1 + number % 8))
+        for number, name in enumerate(clients, start=1)
+    }
     return TaskGraph("similarity", clients, tuple(edges)), nodes
 
 
 def circles(picture: str) -> dict[str, tuple[float, float, float]]:
     """Number of a client -> (x, y, radius)."""
-    groups = [group for group in ElementTree.fromstring(picture).iter("g") if group.find("circle") is not None]
+    groups = [
+        group
+        for group in ElementTree.fromstring(picture).iter("g")
+        if group.find("circle") is not None
+    ]
     found = {}
     for group in groups:
         circle, number = group.find("circle"), group.find("text")
         assert circle is not None and number is not None
-        found[number.text or ""] = (float(circle.attrib["cx"]), float(circle.attrib["cy"]), float(circle.attrib["r"]))
+        found[number.text or ""] = (
+            float(circle.attrib["cx"]),
+            float(circle.attrib["cy"]),
+            float(circle.attrib["r"]),
+        )
     return found
 
 
@@ -48,7 +67,9 @@ def test_all_clients_are_in_the_frame_and_do_not_overlap(groups: int, members: i
 
 def test_a_crowd_of_relatives_is_spread_until_no_circles_overlap() -> None:
     clients = tuple(f"c{number}" for number in range(55))
-    clique = tuple((one, other, 1.0) for one, other in combinations(clients[:45], 2))  # the other ten are related to nobody
+    clique = tuple(
+        (one, other, 1.0) for one, other in combinations(clients[:45], 2)
+    )  # the other ten are related to nobody
     nodes = {client: Node(number, "", 128) for number, client in enumerate(clients, start=1)}
     drawn = circles(graph_picture(TaskGraph("file", clients, clique), nodes))
     for (x1, y1, r1), (x2, y2, r2) in combinations(drawn.values(), 2):
@@ -75,7 +96,10 @@ def test_more_training_rows_make_a_larger_circle() -> None:
 def test_a_heavier_edge_is_wider() -> None:
     graph = TaskGraph("file", ("a", "b", "c"), (("a", "b", 0.1), ("b", "c", 0.9)))
     picture = ElementTree.fromstring(graph_picture(graph, {}))
-    widths = {path.find("title").text: float(path.attrib["stroke-width"]) for path in picture.findall("path")}  # type: ignore[union-attr]
+    widths = {
+        path.find("title").text: float(path.attrib["stroke-width"])
+        for path in picture.findall("path")
+    }  # type: ignore[union-attr]
     assert widths["b – c: weight 0.9"] > widths["a – b: weight 0.1"]
 
 
@@ -87,7 +111,11 @@ def test_the_same_seed_gives_the_same_picture() -> None:
 
 def test_names_do_not_cover_each_other_or_leave_the_frame() -> None:
     graph, nodes = families(6, 7)
-    labels = [text for text in ElementTree.fromstring(graph_picture(graph, nodes)).findall("text") if text.attrib["class"] == "name"]
+    labels = [
+        text
+        for text in ElementTree.fromstring(graph_picture(graph, nodes)).findall("text")
+        if text.attrib["class"] == "name"
+    ]
     assert len(labels) >= 30  # of 42; where there is no room the number and the list have to do
     boxes = []
     for label in labels:
@@ -96,8 +124,14 @@ def test_names_do_not_cover_each_other_or_leave_the_frame() -> None:
         left, baseline = float(label.attrib["x"]) - shift * width, float(label.attrib["y"])
         assert left >= 0 and left + width <= 760
         boxes.append((left, baseline, left + width))
-    for (left, baseline, right), (other_left, other_baseline, other_right) in combinations(boxes, 2):
-        assert right <= other_left + 0.2 or other_right <= left + 0.2 or abs(baseline - other_baseline) >= 12
+    for (left, baseline, right), (other_left, other_baseline, other_right) in combinations(
+        boxes, 2
+    ):
+        assert (
+            right <= other_left + 0.2
+            or other_right <= left + 0.2
+            or abs(baseline - other_baseline) >= 12
+        )
 
 
 def test_a_dense_graph_keeps_its_strongest_edges() -> None:

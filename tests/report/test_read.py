@@ -28,17 +28,23 @@ def test_a_finished_run_is_read_back(run_folder: Folders) -> None:
     assert (run.status, run.error, run.algorithm) == ("finished", "", "mira")
     assert run.started == datetime(2026, 11, 20, 10, 44, tzinfo=UTC)
     assert [row.client for row in run.clients] == made.names
-    assert [row.after_align_loss for row in run.clients] == [row["after_align_loss"] for row in made.client_rows]
+    assert [row.after_align_loss for row in run.clients] == [
+        row["after_align_loss"] for row in made.client_rows
+    ]
     assert [row.round for row in run.rounds] == [row["round"] for row in made.round_rows]
     assert run.summary["after_align_loss"] == made.statistics("after_align_loss")
     assert run.graph is not None
-    assert list(run.graph.edges) == [(edge["source"], edge["target"], edge["weight"]) for edge in made.graph()["edges"]]
+    assert list(run.graph.edges) == [
+        (edge["source"], edge["target"], edge["weight"]) for edge in made.graph()["edges"]
+    ]
     assert run.notes == ()
 
 
 def test_empty_cells_and_columns_that_are_absent_are_none(run_folder: Folders) -> None:
     folder = run_folder(clients=2).write()
-    (folder / "metrics" / "clients.csv").write_text("client,base_loss,rouge_l,new_column\na,2.5,,x\n", encoding="utf-8")
+    (folder / "metrics" / "clients.csv").write_text(
+        "client,base_loss,rouge_l,new_column\na,2.5,,x\n", encoding="utf-8"
+    )
     (row,) = read_run(folder).clients
     assert (row.base_loss, row.rouge_l, row.exact_match, row.category) == (2.5, None, None, "")
 
@@ -49,7 +55,13 @@ def test_a_run_that_failed_early_needs_neither_metrics_nor_events(run_folder: Fo
     folder = made.write()
     (folder / "events.jsonl").unlink()
     run = read_run(folder)
-    assert (run.status, run.error, run.clients, run.events, run.graph) == ("failed", "out of memory", (), (), None)
+    assert (run.status, run.error, run.clients, run.events, run.graph) == (
+        "failed",
+        "out of memory",
+        (),
+        (),
+        None,
+    )
 
 
 def test_a_finished_run_without_metrics_is_a_problem(run_folder: Folders) -> None:
@@ -67,12 +79,21 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_all_damage_is_reported_together_with_file_and_line(run_folder: Folders) -> None:
     folder = run_folder(clients=2).write()
     (folder / "config.toml").write_text("seed = = 1\n", encoding="utf-8")
-    (folder / "metrics" / "clients.csv").write_text("client,train_rows\na,16\nb,many\n,4\n", encoding="utf-8")
+    (folder / "metrics" / "clients.csv").write_text(
+        "client,train_rows\na,16\nb,many\n,4\n", encoding="utf-8"
+    )
     (folder / "events.jsonl").write_text(
-        '{"event": "warning", "round": 1, "message": "x"}\n{"event": \n{"event": "train", "round": 1}\n[]\n3\n'
+        '{"event": "warning", "round": 1, "message": "x"}\n{"event": \n{"event": "train", '
+        '"round": 1}\n[]\n3\n'
     )
     (folder / "graph.json").write_text(
-        json.dumps({"kind": "file", "clients": ["a"], "edges": [{"source": "a", "target": "z", "weight": 1}]})
+        json.dumps(
+            {
+                "kind": "file",
+                "clients": ["a"],
+                "edges": [{"source": "a", "target": "z", "weight": 1}],
+            }
+        )
     )
     (folder / "run.json").write_text('{"status": "done", "started": "yesterday"}')
     text = "\n".join(problems_of(folder))
@@ -113,13 +134,17 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_noted(run_folder: Folders) ->
         file.write('{"event": "train", "rou')
     run = read_run(folder)
     assert run.events == whole.events
-    assert run.notes == (f"events.jsonl line {len(whole.events) + 1}: cut off while it was written; left out",)
+    assert run.notes == (
+        f"events.jsonl line {len(whole.events) + 1}: cut off while it was written; left out",
+    )
 
 
 def test_numbers_that_are_not_finite_are_left_out_and_noted(run_folder: Folders) -> None:
     made = run_folder(clients=2)
     made.client_rows[0]["rouge_l"] = float("nan")
-    made.events.append({"event": "train", "round": 21, "client": made.names[0], "loss": float("inf")})
+    made.events.append(
+        {"event": "train", "round": 21, "client": made.names[0], "loss": float("inf")}
+    )
     run = read_run(made.write())
     assert run.clients[0].rouge_l is None
     assert max(number for number, _ in run.series("train", "loss")[made.names[0]]) == 20
@@ -130,7 +155,10 @@ def test_numbers_that_are_not_finite_are_left_out_and_noted(run_folder: Folders)
 
 def test_of_two_events_of_a_round_the_later_counts(run_folder: Folders) -> None:
     made = run_folder(clients=2)
-    made.events += [{"event": "train", "round": 20, "client": made.names[0], "loss": value} for value in (9.0, 7.0)]
+    made.events += [
+        {"event": "train", "round": 20, "client": made.names[0], "loss": value}
+        for value in (9.0, 7.0)
+    ]
     run = read_run(made.write())
     points = run.series("train", "loss")[made.names[0]]
     assert points[-1] == (20, 7.0)

@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from federation import make_config, run_loop
 from fedmira.config import RoundsSettings
 from fedmira.model import BaseModel
 from fedmira.rounds import cohort_size, sample_clients
+from small import make_config, run_loop
 
 TEN = [f"client-{k}" for k in range(10)]
 
@@ -27,22 +27,34 @@ TEN = [f"client-{k}" for k in range(10)]
         (3, 0.5, 2, 1),  # 1.5
     ],
 )
-def test_the_share_is_rounded_half_up_or_down_as_each_rule_has_it(clients: int, participation: float, keyed: int, shepherd: int) -> None:
+def test_the_share_is_rounded_half_up_or_down_as_each_rule_has_it(
+    clients: int, participation: float, keyed: int, shepherd: int
+) -> None:
     assert cohort_size(clients, RoundsSettings(participation=participation)) == keyed
-    assert cohort_size(clients, RoundsSettings(participation=participation, sampling="shepherd")) == shepherd
+    assert (
+        cohort_size(clients, RoundsSettings(participation=participation, sampling="shepherd"))
+        == shepherd
+    )
 
 
 @pytest.mark.parametrize("participation", [0.1, 0.3, 1.0])
-def test_shepherd_is_numpys_legacy_choice_seeded_with_the_round_index_from_0(participation: float) -> None:
+def test_shepherd_is_numpys_legacy_choice_seeded_with_the_round_index_from_0(
+    participation: float,
+) -> None:
     settings = RoundsSettings(participation=participation, sampling="shepherd")
     for round_number in range(1, 21):
         state = np.random.RandomState(round_number - 1)
-        expected = sorted(f"client-{k}" for k in state.choice(np.arange(10), max(1, int(participation * 10)), replace=False))
+        expected = sorted(
+            f"client-{k}"
+            for k in state.choice(np.arange(10), max(1, int(participation * 10)), replace=False)
+        )
         assert sample_clients(TEN, settings, 123, round_number) == expected
 
 
 def test_shepherd_selects_the_same_in_every_run_and_keyed_does_not() -> None:
-    shepherd, keyed = (RoundsSettings(participation=0.3, sampling=name) for name in ("shepherd", "keyed"))
+    shepherd, keyed = (
+        RoundsSettings(participation=0.3, sampling=name) for name in ("shepherd", "keyed")
+    )
     draws = {seed: [sample_clients(TEN, shepherd, seed, t) for t in range(1, 6)] for seed in (0, 1)}
     assert draws[0] == draws[1]
     draws = {seed: [sample_clients(TEN, keyed, seed, t) for t in range(1, 6)] for seed in (0, 1)}
@@ -55,7 +67,9 @@ def test_a_round_is_drawn_the_same_whatever_was_drawn_before(sampling: str) -> N
     seventh_alone = sample_clients(TEN, settings, 5, 7)
     in_turn = [sample_clients(TEN, settings, 5, t) for t in range(1, 8)]
     assert in_turn[-1] == seventh_alone
-    assert sample_clients(TEN[::-1], settings, 5, 7) == seventh_alone, "the order in which clients are listed plays no part"
+    assert sample_clients(TEN[::-1], settings, 5, 7) == seventh_alone, (
+        "the order in which clients are listed plays no part"
+    )
 
 
 def test_nobody_is_drawn_twice_and_everybody_sooner_or_later() -> None:
@@ -69,10 +83,20 @@ def test_nobody_is_drawn_twice_and_everybody_sooner_or_later() -> None:
     assert set(counts) == set(TEN) and all(abs(count - 60) < 39 for count in counts.values())
 
 
-def test_the_loop_trains_exactly_the_sampled_clients(base: BaseModel, base_folder: object, clients_folder: object) -> None:
-    config = make_config(str(base_folder), str(clients_folder), {"rounds.participation": 0.5, "local.steps": 1, "algorithm.name": "local"})
+def test_the_loop_trains_exactly_the_sampled_clients(
+    base: BaseModel, base_folder: object, clients_folder: object
+) -> None:
+    config = make_config(
+        str(base_folder),
+        str(clients_folder),
+        {"rounds.participation": 0.5, "local.steps": 1, "algorithm.name": "local"},
+    )
     experiment, _, outcomes = run_loop(config, base)
     for outcome in outcomes:
         expected = sample_clients(list(experiment.ranks), config.rounds, config.seed, outcome.round)
-        assert [reply.client_id for reply in outcome.replies] == [request.client_id for request in outcome.requests] == expected
+        assert (
+            [reply.client_id for reply in outcome.replies]
+            == [request.client_id for request in outcome.requests]
+            == expected
+        )
     assert len({tuple(reply.client_id for reply in outcome.replies) for outcome in outcomes}) > 1

@@ -1,4 +1,7 @@
-"""Adapters: the thing that is trained, mixed and saved."""
+"""The algebra of adapters: named tensors, low-rank products, sketches.
+
+Nothing here reads a file or knows a model.
+"""
 
 from fedmira.adapters.arithmetic import (
     Adapter,
@@ -14,15 +17,25 @@ from fedmira.adapters.arithmetic import (
     subtract,
     weighted_sum,
 )
-from fedmira.adapters.low_rank import Mixed, Split, cross_gram, gram, inner, mix, module_grams, modules, product_norm, scale, truncate_rank
+from fedmira.adapters.low_rank import (
+    Mixed,
+    Split,
+    cross_gram,
+    gram,
+    inner,
+    mix,
+    module_grams,
+    modules,
+    product_norm,
+    scale,
+    truncate_rank,
+)
+from fedmira.adapters.mappings import LazyAdapters, replaced
 from fedmira.adapters.sketch import factor_sketches, product_sketches
 from fedmira.adapters.subspaces import column_spaces
-from fedmira.adapters.table import AdapterStore, AdapterTable, LazyAdapters, replaced, sync
 
 __all__ = [
     "Adapter",
-    "AdapterStore",
-    "AdapterTable",
     "HashedAdapter",
     "LazyAdapters",
     "Mixed",
@@ -48,7 +61,6 @@ __all__ = [
     "same_shapes",
     "scale",
     "subtract",
-    "sync",
     "truncate_rank",
     "weighted_sum",
 ]

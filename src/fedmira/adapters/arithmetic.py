@@ -55,7 +55,9 @@ def subtract(left: Adapter, right: Adapter) -> dict[str, Tensor]:
 
 def norm(adapter: Adapter) -> float:
     """Euclidean norm over all tensors, in float64."""
-    return float(sum(float(tensor.to(torch.float64).square().sum()) for tensor in adapter.values()) ** 0.5)
+    return float(
+        sum(float(tensor.to(torch.float64).square().sum()) for tensor in adapter.values()) ** 0.5
+    )
 
 
 def distance(left: Adapter, right: Adapter) -> float:
@@ -72,7 +74,10 @@ def dot_products(rows: Sequence[Adapter], columns: Sequence[Adapter]) -> Tensor:
     if not rows or not columns:
         return total
     for name in sorted(rows[0]):
-        left, right = (torch.stack([adapter[name].flatten() for adapter in side]).to(torch.float64) for side in (rows, columns))
+        left, right = (
+            torch.stack([adapter[name].flatten() for adapter in side]).to(torch.float64)
+            for side in (rows, columns)
+        )
         total += left @ right.T
     return total
 
@@ -84,11 +89,15 @@ def all_finite(adapter: Adapter) -> bool:
 
 def same_shapes(left: Adapter, right: Adapter) -> bool:
     """Whether both adapters have the same names with the same shapes."""
-    return {name: tensor.shape for name, tensor in left.items()} == {name: tensor.shape for name, tensor in right.items()}
+    return {name: tensor.shape for name, tensor in left.items()} == {
+        name: tensor.shape for name, tensor in right.items()
+    }
 
 
 class HashedAdapter(Mapping[str, Tensor]):
-    """An adapter that knows its content hash, so that it is computed once; its tensors must not be changed in place.
+    """An adapter that knows its content hash, so that it is computed once.
+
+    Its tensors must not be changed in place.
 
     Args:
         tensors: the adapter.

@@ -17,14 +17,18 @@ SEEDS, COEFFICIENTS = "seeds", "coefficients"
 def direction(seed: int, like: Adapter) -> dict[str, Tensor]:
     """Standard normal numbers in the shapes of `like`, the same for everybody who knows the seed.
 
-    They are drawn in order of the names, so that the order in which an adapter was stored does not matter.
+    They are drawn in order of the names, so that the order in which an adapter was stored does not
+    matter.
     """
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(like[name].shape, generator=generator) for name in sorted(like)}
 
 
 def movement(coefficients: Mapping[int, float]) -> dict[str, Tensor]:
-    """What travels of a movement sum_j c_j z_j: "seeds", int32 [n] in ascending order, and "coefficients", float32 [n]."""
+    """What travels of a movement sum_j c_j z_j.
+
+    "seeds", int32 [n] in ascending order, and "coefficients", float32 [n].
+    """
     ordered = sorted(coefficients.items())
     return {
         SEEDS: torch.tensor([seed for seed, _ in ordered], dtype=torch.int32),

@@ -1,8 +1,9 @@
 """The algebra of LoRA updates s B A, done on the factors so that no full matrix is ever formed.
 
-An update is the product of two factors per adapted module. The same product has many factorisations, (B G)(G^-1 A) = B A,
-so whatever compares or averages tasks is measured on products: inner products by traces,
-<s B A, t D C> = s t tr((B^T D)(C A^T)), and weighted sums by a QR-SVD of the stacked factors.
+An update is the product of two factors per adapted module. The same product has many
+factorisations, (B G)(G^-1 A) = B A, so whatever compares or averages tasks is measured on products:
+inner products by traces, <s B A, t D C> = s t tr((B^T D)(C A^T)), and weighted sums by a QR-SVD of
+the stacked factors.
 """
 
 from __future__ import annotations
@@ -18,7 +19,19 @@ from torch import Tensor
 from fedmira.adapters.arithmetic import Adapter
 from fedmira.errors import ConfigError
 
-__all__ = ["Mixed", "Split", "cross_gram", "gram", "inner", "mix", "module_grams", "modules", "product_norm", "scale", "truncate_rank"]
+__all__ = [
+    "Mixed",
+    "Split",
+    "cross_gram",
+    "gram",
+    "inner",
+    "mix",
+    "module_grams",
+    "modules",
+    "product_norm",
+    "scale",
+    "truncate_rank",
+]
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 BLOCK_ENTRIES = 2**23
@@ -36,7 +49,8 @@ class Mixed:
 
     Attributes:
         adapter: its factors, float32, with the names of the fallback adapter.
-        tail: Frobenius norm of what the cut left out, over all modules; the best any adapter of that rank can do.
+        tail: Frobenius norm of what the cut left out, over all modules; the best any adapter of
+            that rank can do.
     """
 
     adapter: dict[str, Tensor]
@@ -55,18 +69,30 @@ def modules(adapter: Adapter) -> dict[str, Factors]:
         module name -> (A [r, in], B [out, r]), in the order of the adapter.
 
     Raises:
-        ConfigError: a name is not a LoRA factor, a factor lacks its partner, or the two do not fit each other.
+        ConfigError: a name is not a LoRA factor, a factor lacks its partner, or the two do not fit
+            each other.
     """
     strangers = [name for name in adapter if not name.endswith((DOWN, UP))]
-    problems = [f"adapter: {name!r} is not a LoRA factor (...{DOWN} or ...{UP}); set adapter.kind to 'lora'" for name in strangers]
+    problems = [
+        f"adapter: {name!r} is not a LoRA factor (...{DOWN} or ...{UP}); set adapter.kind to 'lora'"
+        for name in strangers
+    ]
     found: dict[str, Factors] = {}
-    for module in dict.fromkeys(name.removesuffix(DOWN).removesuffix(UP) for name in adapter if name not in strangers):
+    for module in dict.fromkeys(
+        name.removesuffix(DOWN).removesuffix(UP) for name in adapter if name not in strangers
+    ):
         down, up = adapter.get(module + DOWN), adapter.get(module + UP)
         if down is None or up is None:
-            problems.append(f"adapter: module {module!r} has only one of its two factors; it needs lora_A and lora_B")
+            problems.append(
+                f"adapter: module {module!r} has only one of its two factors; it needs "
+                "lora_A and lora_B"
+            )
         elif down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
             shapes = f"A {tuple(down.shape)}, B {tuple(up.shape)}"
-            problems.append(f"adapter: module {module!r} has {shapes}; must be A [rank, in] and B [out, rank] of one rank")
+            problems.append(
+                f"adapter: module {module!r} has {shapes}; must be A [rank, in] and B "
+                "[out, rank] of one rank"
+            )
         else:
             found[module] = (down, up)
     if problems:
@@ -75,35 +101,49 @@ def modules(adapter: Adapter) -> dict[str, Factors]:
 
 
 def truncate_rank(adapter: Adapter, rank: int) -> dict[str, Tensor]:
-    """Keep the first `rank` rows of every A and columns of every B: how a common start is cut to a client's rank.
+    """Keep the first `rank` rows of every A and columns of every B.
+
+    How a common start is cut to a client's rank.
 
     Raises:
         ConfigError: a module has a smaller rank than asked for.
     """
     problems = [
-        f"adapter: module {module!r} has rank {down.shape[0]}; cannot be cut to {rank} (start from a rank of at least {rank})"
+        f"adapter: module {module!r} has rank {down.shape[0]}; cannot be cut to {rank} "
+        f"(start from a rank of at least {rank})"
         for module, (down, _) in modules(adapter).items()
         if down.shape[0] < rank
     ]
     if problems:
         raise ConfigError(problems)
-    return {name: (tensor[:rank] if name.endswith(DOWN) else tensor[:, :rank]).clone() for name, tensor in adapter.items()}
+    return {
+        name: (tensor[:rank] if name.endswith(DOWN) else tensor[:, :rank]).clone()
+        for name, tensor in adapter.items()
+    }
 
 
 def _stacked(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """A of all parts below each other [rho, in] and weight * B of all parts beside each other [out, rho], float64."""
     down = torch.cat([down.to(torch.float64) for down, _ in parts])
-    up = torch.cat([up.to(torch.float64) * weight for (_, up), weight in zip(parts, weights, strict=True)], dim=1)
+    up = torch.cat(
+        [up.to(torch.float64) * weight for (_, up), weight in zip(parts, weights, strict=True)],
+        dim=1,
+    )
     return down, up
 
 
 def _owners(parts: Sequence[Factors]) -> Tensor:
     """Which part each of the rho stacked rows belongs to, int64 [rho]."""
-    return torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([down.shape[0] for down, _ in parts]))
+    return torch.repeat_interleave(
+        torch.arange(len(parts)), torch.tensor([down.shape[0] for down, _ in parts])
+    )
 
 
 def _module_gram(
-    rows: Sequence[Factors], row_scales: Sequence[float], columns: Sequence[Factors], column_scales: Sequence[float]
+    rows: Sequence[Factors],
+    row_scales: Sequence[float],
+    columns: Sequence[Factors],
+    column_scales: Sequence[float],
 ) -> Tensor:
     """Inner products of one module's updates, float64 [rows, columns], in blocks of rows so that memory stays bounded."""
     column_down, column_up = _stacked(columns, column_scales)
@@ -115,26 +155,47 @@ def _module_gram(
         part = rows[first : first + step]
         down, up = _stacked(part, row_scales[first : first + step])
         products = (up.T @ column_up) * (down @ column_down.T)
-        by_row = torch.zeros(len(part), products.shape[1], dtype=torch.float64).index_add_(0, _owners(part), products)
-        blocks.append(torch.zeros(len(part), len(columns), dtype=torch.float64).index_add_(1, column_owners, by_row))
+        by_row = torch.zeros(len(part), products.shape[1], dtype=torch.float64).index_add_(
+            0, _owners(part), products
+        )
+        blocks.append(
+            torch.zeros(len(part), len(columns), dtype=torch.float64).index_add_(
+                1, column_owners, by_row
+            )
+        )
     return torch.cat(blocks)
 
 
 def module_grams(
-    rows: Sequence[Adapter], row_scales: Sequence[float], columns: Sequence[Adapter], column_scales: Sequence[float]
+    rows: Sequence[Adapter],
+    row_scales: Sequence[float],
+    columns: Sequence[Adapter],
+    column_scales: Sequence[float],
 ) -> Iterator[Tensor]:
     """Inner products of one module after the other, float64 [rows, columns] each, in order of the modules' names."""
-    row_modules, column_modules = [modules(adapter) for adapter in rows], [modules(adapter) for adapter in columns]
+    row_modules, column_modules = (
+        [modules(adapter) for adapter in rows],
+        [modules(adapter) for adapter in columns],
+    )
     for name in sorted(row_modules[0]) if rows and columns else ():
-        row_parts, column_parts = [each[name] for each in row_modules], [each[name] for each in column_modules]
+        row_parts, column_parts = (
+            [each[name] for each in row_modules],
+            [each[name] for each in column_modules],
+        )
         yield _module_gram(row_parts, row_scales, column_parts, column_scales)
 
 
-def cross_gram(rows: Sequence[Adapter], row_scales: Sequence[float], columns: Sequence[Adapter], column_scales: Sequence[float]) -> Tensor:
+def cross_gram(
+    rows: Sequence[Adapter],
+    row_scales: Sequence[float],
+    columns: Sequence[Adapter],
+    column_scales: Sequence[float],
+) -> Tensor:
     """Inner products <s_i B_i A_i, t_j D_j C_j> between two lists of adapters, summed over modules.
 
-    All factors of a module are stacked, so the cost is two matrix products a module; ranks may differ. Modules are summed in
-    order of their names, so that an adapter read back from a file gives the same bits.
+    All factors of a module are stacked, so the cost is two matrix products a module; ranks may
+    differ. Modules are summed in order of their names, so that an adapter read back from a file
+    gives the same bits.
 
     Returns:
         float64 [rows, columns].
@@ -151,7 +212,9 @@ def gram(adapters: Sequence[Adapter], scales: Sequence[float]) -> Tensor:
     return (products + products.T) / 2
 
 
-def inner(left: Adapter, right: Adapter, left_scale: float = 1.0, right_scale: float = 1.0) -> float:
+def inner(
+    left: Adapter, right: Adapter, left_scale: float = 1.0, right_scale: float = 1.0
+) -> float:
     """<s B A, t D C> summed over modules, in float64."""
     return float(cross_gram([left], [left_scale], [right], [right_scale]))
 
@@ -162,9 +225,12 @@ def product_norm(adapter: Adapter, scale: float = 1.0) -> float:
 
 
 def _singular(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decomposition of up @ down: left vectors in columns, values, right vectors in rows.
+    """Singular value decomposition of up @ down.
 
-    Two thin QR decompositions leave a small core of size rho; where rho is not small, the full matrix is no larger.
+    Left vectors in columns, values, right vectors in rows.
+
+    Two thin QR decompositions leave a small core of size rho; where rho is not small, the full
+    matrix is no larger.
     """
     if down.shape[0] >= min(up.shape[0], down.shape[1]):
         dense: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(up @ down, full_matrices=False)
@@ -175,12 +241,18 @@ def _singular(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return up_basis @ left, values, right @ down_basis.T
 
 
-def _refactor(down: Tensor, up: Tensor, rank: int, out_scale: float, fallback: Factors, split: Split) -> tuple[Tensor, Tensor, float]:
+def _refactor(
+    down: Tensor, up: Tensor, rank: int, out_scale: float, fallback: Factors, split: Split
+) -> tuple[Tensor, Tensor, float]:
     """Factors A, B of one module with out_scale * B A nearest to up @ down, and the squared error."""
     old_down, old_up = fallback
-    new_down, new_up = old_down[:rank].to(torch.float64).clone(), torch.zeros(old_up.shape[0], rank, dtype=torch.float64)
+    new_down, new_up = (
+        old_down[:rank].to(torch.float64).clone(),
+        torch.zeros(old_up.shape[0], rank, dtype=torch.float64),
+    )
     left, values, right = _singular(down, up)
-    # Directions below the rounding of float32 factors are noise; dropping them keeps a live row of A for training instead.
+    # Directions below the rounding of float32 factors are noise; dropping them keeps a live row of
+    # A for training instead.
     kept = min(rank, int((values > values[0] * torch.finfo(torch.float32).eps).sum()))
     if kept:
         strongest = left[:, :kept].abs().argmax(dim=0, keepdim=True)
@@ -203,10 +275,11 @@ def mix(
 ) -> Mixed:
     """The adapter of the given rank nearest to sum_i weight_i * scale_i * B_i A_i, module by module.
 
-    The sum is formed exactly in float64 and cut by a singular value decomposition (Eckart-Young). Each left vector is
-    signed so that its largest entry is positive. A sum with fewer directions than `rank` is filled up with the rows of the
-    fallback's A at those places and zero columns of B, which changes nothing and leaves them free to learn; a sum that is
-    zero altogether thus keeps the fallback's A, with B = 0.
+    The sum is formed exactly in float64 and cut by a singular value decomposition (Eckart-Young).
+    Each left vector is signed so that its largest entry is positive. A sum with fewer directions
+    than `rank` is filled up with the rows of the fallback's A at those places and zero columns of
+    B, which changes nothing and leaves them free to learn; a sum that is zero altogether thus keeps
+    the fallback's A, with B = 0.
 
     Args:
         adapters: of any ranks, all with the same modules; those of weight 0 are skipped.
@@ -215,13 +288,27 @@ def mix(
         rank: of the receiver.
         out_scale: alpha / rank of the receiver.
         fallback: the receiver's present adapter, of `rank` or more.
-        split: where the singular values S go: "balanced" puts sqrt(S) into both factors, "flex" all of S into B as FlexLoRA does.
+        split: where the singular values S go: "balanced" puts sqrt(S) into both factors, "flex" all
+            of S into B as FlexLoRA does.
     """
-    chosen = [(modules(adapter), weight * s) for adapter, weight, s in zip(adapters, weights, scales, strict=True) if weight != 0]
-    result = {name: tensor[:rank] if name.endswith(DOWN) else torch.zeros_like(tensor[:, :rank]) for name, tensor in fallback.items()}
+    chosen = [
+        (modules(adapter), weight * s)
+        for adapter, weight, s in zip(adapters, weights, scales, strict=True)
+        if weight != 0
+    ]
+    result = {
+        name: tensor[:rank] if name.endswith(DOWN) else torch.zeros_like(tensor[:, :rank])
+        for name, tensor in fallback.items()
+    }
     squared_tail = 0.0
     for module, factors in sorted(modules(fallback).items()) if chosen else ():
-        down, up = _stacked([parts[module] for parts, _ in chosen], [strength for _, strength in chosen])
-        result[module + DOWN], result[module + UP], error = _refactor(down, up, rank, out_scale, factors, split)
+        down, up = _stacked(
+            [parts[module] for parts, _ in chosen], [strength for _, strength in chosen]
+        )
+        result[module + DOWN], result[module + UP], error = _refactor(
+            down, up, rank, out_scale, factors, split
+        )
         squared_tail += error
-    return Mixed({name: tensor.contiguous() for name, tensor in result.items()}, math.sqrt(squared_tail))
+    return Mixed(
+        {name: tensor.contiguous() for name, tensor in result.items()}, math.sqrt(squared_tail)
+    )

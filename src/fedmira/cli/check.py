@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from fedmira.cli.options import ConfigFile, Format, FormatOption, Overrides, PresetName, settings
+from fedmira.cli.options import (
+    ConfigFile,
+    Format,
+    FormatOption,
+    Overrides,
+    PresetName,
+    settings,
+)
 from fedmira.cli.screen import print_json, print_table, say
 
 __all__ = ["check"]
 
 
-def check(config: ConfigFile = None, preset: PresetName = None, overrides: Overrides = None, format: FormatOption = Format.text) -> None:
+def check(
+    config: ConfigFile = None,
+    preset: PresetName = None,
+    overrides: Overrides = None,
+    format: FormatOption = Format.text,
+) -> None:
     """Read the data, count rows and tokens, plan memory and bound the graph; trains nothing.
 
     Example: fedmira check --set data.source=natural-instructions --set data.path=tasks
     """
     chosen = settings(config, preset, overrides)
     from fedmira.experiment import build_experiment
-    from fedmira.plan import make_plan
+    from fedmira.studies import make_plan
 
     experiment = build_experiment(chosen)
     plan = make_plan(experiment)
@@ -41,7 +53,11 @@ def check(config: ConfigFile = None, preset: PresetName = None, overrides: Overr
         "overlaps": "overlaps",
     }
     table = {**columns, **more}
-    print_table(f"{len(summaries)} clients", list(table.values()), [[row[name] for name in table] for row in summaries])
+    print_table(
+        f"{len(summaries)} clients",
+        list(table.values()),
+        [[row[name] for name in table] for row in summaries],
+    )
     for note in experiment.skipped:
         say(f"left out: {note}")
     for line in plan.lines():

@@ -7,12 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedmira.cli.options import ConfigFile, Format, FormatOption, OutputFolder, Overrides, PresetName, fresh_folder, settings
-from fedmira.cli.screen import print_json, print_table, say, show_progress
+from fedmira.cli.options import (
+    ConfigFile,
+    Format,
+    FormatOption,
+    OutputFolder,
+    Overrides,
+    PresetName,
+    fresh_folder,
+    settings,
+)
+from fedmira.cli.screen import (
+    print_json,
+    print_table,
+    say,
+    show_progress,
+)
 from fedmira.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedmira.comparison import Comparison
+    from fedmira.studies import Comparison
 
 __all__ = ["compare"]
 
@@ -35,11 +49,20 @@ def compare(
         ),
     ] = None,
     reference: Annotated[
-        str, typer.Option("--reference", help="A method to hold the others against, besides local.", show_default=False)
+        str,
+        typer.Option(
+            "--reference",
+            help="A method to hold the others against, besides local.",
+            show_default=False,
+        ),
     ] = "",
     target_loss: Annotated[
         float | None,
-        typer.Option("--target-loss", help="Also say when each method's mean test loss first was at or below this.", show_default=False),
+        typer.Option(
+            "--target-loss",
+            help="Also say when each method's mean test loss first was at or below this.",
+            show_default=False,
+        ),
     ] = None,
     output: OutputFolder = None,
     format: FormatOption = Format.text,
@@ -54,50 +77,46 @@ def compare(
     if not names:
         raise ConfigError("--algorithms is empty; name at least one, such as local,fedavg,mira")
     further = _variants(variants or [])
-    from fedmira.comparison import compare_algorithms
+    from fedmira.studies import compare_algorithms
 
     folder = output or fresh_folder("compare")
-    say(f"comparing {', '.join([*names, *further])} with seeds {', '.join(map(str, numbers))}, into {folder}")
+    say(
+        f"comparing {', '.join([*names, *further])} with seeds "
+        f"{', '.join(map(str, numbers))}, into {folder}"
+    )
     comparison = compare_algorithms(
-        chosen, names, numbers, folder, show_progress, variants=further, reference=reference, target_loss=target_loss
+        chosen,
+        names,
+        numbers,
+        folder,
+        show_progress,
+        variants=further,
+        reference=reference,
+        target_loss=target_loss,
     )
     if format is Format.json:
-        print_json({"folder": str(folder), "report": str(comparison.page), **comparison.figures.document()})
+        print_json(
+            {"folder": str(folder), "report": str(comparison.page), **comparison.figures.document()}
+        )
         return
     _print(comparison)
 
 
 def _print(comparison: Comparison) -> None:
     """The tables for people."""
-    from fedmira.report.comparison_files import COUNTS
     from fedmira.report.targets import TARGET_RULE, reached_text
 
     document, rows = comparison.figures.document(), comparison.rows
-    losses = {"method": "method", "seeds": "seeds", "test_loss": "mean", "test_loss_spread": "± seeds", "worst_tenth": "worst tenth"}
+    losses = {
+        "method": "method",
+        "seeds": "seeds",
+        "test_loss": "mean",
+        "test_loss_spread": "± seeds",
+        "worst_tenth": "worst tenth",
+    }
     _print_columns(f"test loss per response token {comparison.figures.read_out}", losses, rows)
-    for baseline in document["baselines"]:
-        difference = f"difference_to_{baseline}"
-        columns = {"method": "method", difference: "difference", f"{difference}_low": "low", f"{difference}_high": "high"}
-        columns |= {f"{key}_{baseline}": words.removesuffix(" than").removesuffix(" to") for key, words in COUNTS.items()}
-        others = [row for row in rows if row["method"] != baseline]
-        level = f"{100 * document['interval']['level']:g} %"
-        told = f"paired difference, its {level} bootstrap interval, and clients"
-        _print_columns(f"against {baseline}: {told}", columns, others)
-        if comparison.figures.best_pairings:
-            at_best = {key if key == "method" else f"best_{key}": title for key, title in columns.items()}
-            _print_columns(f"against {baseline}, each client at its own best round: {told}", at_best, others)
-    budget = {"method": "method", "local_steps": "local steps", "response_tokens": "response tokens", "tokens": "tokens computed"}
-    budget |= {"MiB_up": "MiB up", "MiB_down": "MiB down", "parameters_most": "parameters a client", "trained_most": "of these trained"}
-    budget |= {"equal_budget": "equal"}
-    ways = ("up", "down", "up_each", "down_each")
-    counts = ("local_steps", "response_tokens", "tokens")
-    in_mib = [
-        row | {f"MiB_{way}": _mib(row[f"bytes_{way}"]) for way in ways} | {name: _whole(row[name]) for name in counts} for row in rows
-    ]
-    _print_columns("budget of a run, mean over seeds", budget, in_mib)
-    print("".join(f"{note}\n" for note in document["notes"]), end="")
-    each = {"method": "method", "MiB_down_each": "MiB down", "MiB_up_each": "MiB up", "dtype": "number type"}
-    _print_columns("what one client sends and is sent in one round, on average", each, in_mib)
+    _print_pairings(comparison, document)
+    _print_budgets(document, rows)
     if document.get("target_loss") is not None:
         soon = {"method": "method", "rounds": "rounds", "seconds_to_target": "seconds"}
         there = [row | {"rounds": reached_text(row)} for row in rows]
@@ -108,15 +127,89 @@ def _print(comparison: Comparison) -> None:
         if max(row["seeds"] for row in rows) == 1:
             print("With one seed noise is not measured: a difference may be chance.")
     if not document["equal"]:
-        print("\nUNEQUAL: these methods were not run on equal terms, and their figures do not compare:")
+        print(
+            "\nUNEQUAL: these methods were not run on equal terms, and their figures do "
+            "not compare:"
+        )
         print("\n".join(f"  {problem}" for problem in document["problems"]))
     if comparison.figures.left_out:
         print(comparison.figures.left_out)
     print(f"report: {comparison.page}")
 
 
-def _print_columns(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print some columns of rows, key -> heading; those that no row has a value for are left out."""
+def _print_pairings(comparison: Comparison, document: Mapping[str, Any]) -> None:
+    """Each method held against the baselines, client by client."""
+    from fedmira.report.comparison_files import COUNTS
+
+    rows = comparison.rows
+    for baseline in document["baselines"]:
+        difference = f"difference_to_{baseline}"
+        columns = {
+            "method": "method",
+            difference: "difference",
+            f"{difference}_low": "low",
+            f"{difference}_high": "high",
+        }
+        columns |= {
+            f"{key}_{baseline}": words.removesuffix(" than").removesuffix(" to")
+            for key, words in COUNTS.items()
+        }
+        others = [row for row in rows if row["method"] != baseline]
+        level = f"{100 * document['interval']['level']:g} %"
+        told = f"paired difference, its {level} bootstrap interval, and clients"
+        _print_columns(f"against {baseline}: {told}", columns, others)
+        if comparison.figures.best_pairings:
+            at_best = {
+                key if key == "method" else f"best_{key}": title for key, title in columns.items()
+            }
+            _print_columns(
+                f"against {baseline}, each client at its own best round: {told}", at_best, others
+            )
+
+
+def _print_budgets(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """What each method took: steps, tokens, and what travelled."""
+    budget = {
+        "method": "method",
+        "local_steps": "local steps",
+        "response_tokens": "response tokens",
+        "tokens": "tokens computed",
+    }
+    budget |= {
+        "MiB_up": "MiB up",
+        "MiB_down": "MiB down",
+        "parameters_most": "parameters a client",
+        "trained_most": "of these trained",
+    }
+    budget |= {"equal_budget": "equal"}
+    ways = ("up", "down", "up_each", "down_each")
+    counts = ("local_steps", "response_tokens", "tokens")
+    in_mib: list[dict[str, Any]] = [
+        {
+            **row,
+            **{f"MiB_{way}": _mib(row[f"bytes_{way}"]) for way in ways},
+            **{name: _whole(row[name]) for name in counts},
+        }
+        for row in rows
+    ]
+    _print_columns("budget of a run, mean over seeds", budget, in_mib)
+    print("".join(f"{note}\n" for note in document["notes"]), end="")
+    each = {
+        "method": "method",
+        "MiB_down_each": "MiB down",
+        "MiB_up_each": "MiB up",
+        "dtype": "number type",
+    }
+    _print_columns("what one client sends and is sent in one round, on average", each, in_mib)
+
+
+def _print_columns(
+    title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Print some columns of rows, key -> heading.
+
+    Those that no row has a value for are left out.
+    """
     keys = [key for key in columns if any(row[key] is not None for row in rows)]
     cells = [["" if row[key] is None else _word(row[key]) for key in keys] for row in rows]
     if cells:
@@ -140,7 +233,9 @@ def _seeds(text: str) -> list[int]:
     try:
         seeds = [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise ConfigError(f"--seeds {text!r}: must be whole numbers separated by commas, such as 0,1,2") from error
+        raise ConfigError(
+            f"--seeds {text!r}: must be whole numbers separated by commas, such as 0,1,2"
+        ) from error
     if not seeds or min(seeds) < 0:
         raise ConfigError(f"--seeds {text!r}: needs at least one number, all 0 or more")
     return seeds
@@ -154,7 +249,8 @@ def _variants(texts: Sequence[str]) -> dict[str, list[str]]:
         changes = [change.strip() for change in rest.split(";") if change.strip()]
         if not name.strip() or not changes or name.strip() in found:
             raise ConfigError(
-                f"--variant {text!r}: must be a name of its own, '=' and settings, such as 'shuffled=graph.shuffled=true;graph.nearest=5'"
+                f"--variant {text!r}: must be a name of its own, '=' and settings, such as "
+                "'shuffled=graph.shuffled=true;graph.nearest=5'"
             )
         found[name.strip()] = changes
     return found

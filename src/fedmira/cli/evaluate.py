@@ -13,13 +13,20 @@ def evaluate(run: RunPath, format: FormatOption = Format.text) -> None:
 
     Example: fedmira evaluate runs/first
     """
-    from fedmira.saved import evaluator_of, reload_adapters
+    from fedmira.studies.saved import evaluator_of, reload_adapters
 
     saved = reload_adapters(run)
     evaluator = evaluator_of(saved)
     losses = evaluator.losses(saved.adapters)
-    texts = evaluator.text_scores(saved.adapters, saved.config.evaluation.max_new_tokens) if saved.config.evaluation.rouge else {}
-    rows = [{"client": client, "test_loss": loss.per_token, **texts.get(client, {})} for client, loss in losses.items()]
+    texts = (
+        evaluator.text_scores(saved.adapters, saved.config.evaluation.max_new_tokens)
+        if saved.config.evaluation.rouge
+        else {}
+    )
+    rows = [
+        {"client": client, "test_loss": loss.per_token, **texts.get(client, {})}
+        for client, loss in losses.items()
+    ]
     if format is Format.json:
         print_json(rows)
         return

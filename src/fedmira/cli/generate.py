@@ -14,18 +14,27 @@ __all__ = ["generate"]
 
 def generate(
     run: RunPath,
-    prompt: Annotated[str, typer.Argument(help="The input, or the whole request where the client's task has no instruction.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            help="The input, or the whole request where the client's task has no instruction."
+        ),
+    ],
     client: Annotated[str, typer.Option("--client", help="Whose adapter answers.")],
     instruction: Annotated[
         str | None,
         typer.Option(
             "--instruction",
-            help="Default: the instruction that all the client's training rows share, where they do and are on this machine.",
+            help="Default: the instruction that all the client's training rows share, where "
+            "they do and are on this machine.",
             show_default=False,
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="Default: the run's setting.", show_default=False)
+        int | None,
+        typer.Option(
+            "--max-new-tokens", min=1, help="Default: the run's setting.", show_default=False
+        ),
     ] = None,
     format: FormatOption = Format.text,
 ) -> None:
@@ -33,7 +42,8 @@ def generate(
 
     Example: fedmira generate runs/first --client clinic-north "Ada reports dizziness since Monday."
     """
-    from fedmira.saved import answer, reload_adapters
+    from fedmira.studies import answer
+    from fedmira.studies.saved import reload_adapters
 
     text = answer(reload_adapters(run), client, prompt, instruction, max_new_tokens)
     if format is Format.json:

@@ -6,7 +6,16 @@ import sys
 
 import typer
 
-from fedmira.cli import check, compare, evaluate, flower, generate, presets, report, run
+from fedmira.cli import (
+    check,
+    compare,
+    evaluate,
+    flower,
+    generate,
+    presets,
+    report,
+    run,
+)
 from fedmira.errors import FedmiraError, InputError
 
 __all__ = ["app", "main"]
@@ -15,13 +24,22 @@ _INTERRUPTED = 130
 
 app = typer.Typer(
     name="fedmira",
-    help="Federated multi-task fine-tuning: one LoRA adapter per client, pulled together along a task graph.\n\nStart with: fedmira run",
+    help="Federated multi-task fine-tuning: one LoRA adapter per client, pulled together along "
+    "a task graph.\n\nStart with: fedmira run",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _verb in (run.run, compare.compare, check.check, evaluate.evaluate, generate.generate, report.report, presets.presets):
+for _verb in (
+    run.run,
+    compare.compare,
+    check.check,
+    evaluate.evaluate,
+    generate.generate,
+    report.report,
+    presets.presets,
+):
     app.command()(_verb)
 app.add_typer(flower.app)
 

@@ -12,7 +12,17 @@ import typer
 from fedmira.config import Config, load_config
 from fedmira.errors import ConfigError
 
-__all__ = ["ConfigFile", "Format", "FormatOption", "OutputFolder", "Overrides", "PresetName", "RunPath", "fresh_folder", "settings"]
+__all__ = [
+    "ConfigFile",
+    "Format",
+    "FormatOption",
+    "OutputFolder",
+    "Overrides",
+    "PresetName",
+    "RunPath",
+    "fresh_folder",
+    "settings",
+]
 
 
 class Format(StrEnum):
@@ -24,19 +34,36 @@ class Format(StrEnum):
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Argument(metavar="[CONFIG.toml]", help="Settings in TOML. With neither this nor --preset: the demo.", show_default=False),
+    typer.Argument(
+        metavar="[CONFIG.toml]",
+        help="Settings in TOML. With neither this nor --preset: the demo.",
+        show_default=False,
+    ),
 ]
-PresetName = Annotated[str | None, typer.Option("--preset", help="A named set of settings; see: fedmira presets", show_default=False)]
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        "--preset", help="A named set of settings; see: fedmira presets", show_default=False
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override one setting, e.g. --set rounds.count=5. May be repeated.", show_default=False
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one setting, e.g. --set rounds.count=5. May be repeated.",
+        show_default=False,
     ),
 ]
 OutputFolder = Annotated[
-    Path | None, typer.Option("--output", "-o", help="The run folder. Default: a new folder in runs/.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="The run folder. Default: a new folder in runs/.", show_default=False
+    ),
 ]
-FormatOption = Annotated[Format, typer.Option("--format", help="text, or one JSON document on stdout.")]
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="text, or one JSON document on stdout.")
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
@@ -47,7 +74,10 @@ def settings(config: Path | None, preset: str | None, overrides: list[str] | Non
         ConfigError: with all problems together.
     """
     if config is not None and not config.exists():
-        raise ConfigError(f"{config}: there is no such config file; write one, or use --preset (fedmira presets lists them)")
+        raise ConfigError(
+            f"{config}: there is no such config file; write one, or use --preset (fedmira "
+            "presets lists them)"
+        )
     return load_config(config, preset, overrides or [])
 
 

@@ -8,8 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from fedmira.cli.options import ConfigFile, Format, FormatOption, OutputFolder, Overrides, PresetName, fresh_folder, settings
-from fedmira.cli.screen import print_json, print_table, say, show_progress
+from fedmira.cli.options import (
+    ConfigFile,
+    Format,
+    FormatOption,
+    OutputFolder,
+    Overrides,
+    PresetName,
+    fresh_folder,
+    settings,
+)
+from fedmira.cli.screen import (
+    print_json,
+    print_table,
+    say,
+    show_progress,
+)
 from fedmira.config import load_config
 from fedmira.errors import ConfigError
 
@@ -24,7 +38,10 @@ def run(
     preset: PresetName = None,
     overrides: Overrides = None,
     output: OutputFolder = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output from its last checkpoint.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the run in --output from its last checkpoint."),
+    ] = False,
     format: FormatOption = Format.text,
 ) -> None:
     """Run a federation: every client ends with an adapter of its own.
@@ -42,12 +59,22 @@ def run(
     experiment = build_experiment(chosen, resumed=folder if resume else None)
     for note in experiment.skipped:
         say(f"left out: {note}")
-    say(f"{chosen.algorithm.name} on {len(experiment.ranks)} clients, {chosen.rounds.count} rounds, into {folder}")
+    say(
+        f"{chosen.algorithm.name} on {len(experiment.ranks)} clients, "
+        f"{chosen.rounds.count} rounds, into {folder}"
+    )
     start = resume_experiment if resume else run_experiment
     with show_progress(chosen.algorithm.name, chosen.rounds.count) as progress:
         result = start(experiment, folder, progress)
     if format is Format.json:
-        print_json({"folder": str(folder), "report": str(result.report), "summary": result.summary, "clients": result.clients})
+        print_json(
+            {
+                "folder": str(folder),
+                "report": str(result.report),
+                "summary": result.summary,
+                "clients": result.clients,
+            }
+        )
         return
     print_summary(chosen.algorithm.name, result.summary)
     print(f"report: {result.report}")
@@ -59,37 +86,67 @@ def print_summary(title: str, summary: Any) -> None:
     print_table(
         title,
         columns,
-        [[name, *(values[key] for key in ("mean", "weighted_mean", "worst_tenth", "spread"))] for name, values in summary.items()],
+        [
+            [name, *(values[key] for key in ("mean", "weighted_mean", "worst_tenth", "spread"))]
+            for name, values in summary.items()
+        ],
     )
 
 
-def _resumed_config(config: Path | None, preset: str | None, overrides: list[str] | None, output: Path | None) -> Path:
+def _resumed_config(
+    config: Path | None, preset: str | None, overrides: list[str] | None, output: Path | None
+) -> Path:
     if output is None:
         raise ConfigError("--resume needs --output: the folder of the run to continue")
     if any(override.partition("=")[0].strip() == "rounds.count" for override in overrides or []):
         raise ConfigError(
-            "--resume cannot make a run longer or shorter; start a new one with the settings of this one: "
+            "--resume cannot make a run longer or shorter; start a new one with the "
+            "settings of this one: "
             f"fedmira run {output / 'config.toml'} --set rounds.count=N --output NEW"
         )
     if config is not None or preset is not None or overrides:
-        raise ConfigError("--resume continues a run as it was; leave the config, --preset and --set away")
-    from fedmira.rounds import RunFolder
+        raise ConfigError(
+            "--resume continues a run as it was; leave the config, --preset and --set away"
+        )
+    from fedmira.runs import RunFolder
 
     return RunFolder.reopen(output).path / "config.toml"
 
 
 def _told_finished(folder: Path, format: Format) -> bool:
-    """Of a finished run, say so and print what it found; False where there is something left to do, or a file of its results is gone."""
-    from fedmira.rounds import RunFolder
+    """Of a finished run, say so and print what it found.
 
-    run, table, page = RunFolder(folder).read_json("run.json"), folder / "metrics" / "clients.csv", folder / "report.html"
-    if run.get("status") != "finished" or not all(path.is_file() for path in (table, page, folder / "adapters" / "index.json")):
+    False where there is something left to do, or a file of its results is gone.
+    """
+    from fedmira.runs import RunFolder
+
+    run, table, page = (
+        RunFolder(folder).read_json("run.json"),
+        folder / "metrics" / "clients.csv",
+        folder / "report.html",
+    )
+    if run.get("status") != "finished" or not all(
+        path.is_file() for path in (table, page, folder / "adapters" / "index.json")
+    ):
         return False
-    say(f"{folder}: already finished, {run['rounds_done']} of {run['rounds_done']} rounds; nothing to do")
+    say(
+        f"{folder}: already finished, {run['rounds_done']} of {run['rounds_done']} rounds; "
+        "nothing to do"
+    )
     if format is Format.json:
         with table.open(encoding="utf-8", newline="") as file:
-            clients = [{name: cell if name in _NAMES else _number(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
-        print_json({"folder": str(folder), "report": str(page), "summary": run["summary"], "clients": clients})
+            clients = [
+                {name: cell if name in _NAMES else _number(cell) for name, cell in row.items()}
+                for row in csv.DictReader(file)
+            ]
+        print_json(
+            {
+                "folder": str(folder),
+                "report": str(page),
+                "summary": run["summary"],
+                "clients": clients,
+            }
+        )
         return True
     print_summary(load_config(folder / "config.toml").algorithm.name, run["summary"])
     print(f"report: {page}")

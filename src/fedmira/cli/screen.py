@@ -11,7 +11,14 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 __all__ = ["print_json", "print_table", "say", "show_progress"]
@@ -28,18 +35,29 @@ def say(text: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout; numbers that are not finite, which JSON cannot say, become null."""
+    """One JSON document on stdout.
+
+    Numbers that are not finite, which JSON cannot say, become null.
+    """
     sys.stdout.write(json.dumps(_finite(value), indent=1, default=str, allow_nan=False) + "\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout: numbers are right-aligned with three decimals and never cut; names and headings fold where it is narrow."""
+    """A table on stdout: numbers are right-aligned with three decimals and never cut.
+
+    Names and headings fold where it is narrow.
+    """
     table = Table(title=title, title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
         numeric = any(isinstance(row[i], (int, float)) for row in rows)
         longest = max((len(_cell(row[i])) for row in rows), default=0)
         justify: Literal["left", "right"] = "right" if numeric else "left"
-        table.add_column(column, justify=justify, overflow="fold", min_width=longest if numeric else min(longest, _NAME_WIDTH))
+        table.add_column(
+            column,
+            justify=justify,
+            overflow="fold",
+            min_width=longest if numeric else min(longest, _NAME_WIDTH),
+        )
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     _out.print(table)
@@ -47,7 +65,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 @contextmanager
 def show_progress(label: str, rounds: int) -> Iterator[Any]:
-    """Yields a progress callback: a bar with the time left on a terminal, a line a round elsewhere."""
+    """Yields a progress callback.
+
+    A bar with the time left on a terminal, a line a round elsewhere.
+    """
     if not _err.is_terminal:
         yield _plain_lines(label, rounds)
         return
@@ -83,14 +104,21 @@ def _plain_lines(label: str, rounds: int) -> Any:
             return
         first.append(number)
         left = (time.monotonic() - begun) / len(first) * (rounds - number)
-        say(f"{label}: round {number}/{rounds}  {'  '.join(_shown(figures).values())}  about {left:.0f} s left")
+        say(
+            f"{label}: round {number}/{rounds}  {'  '.join(_shown(figures).values())}  "
+            f"about {left:.0f} s left"
+        )
 
     return update
 
 
 def _shown(figures: Mapping[str, Any]) -> dict[str, str]:
     names = {"train_loss": "train", "test_loss": "test", "pull": "pull"}
-    return {name: f"{label} {figures[name]:.3f}" for name, label in names.items() if isinstance(figures.get(name), float)}
+    return {
+        name: f"{label} {figures[name]:.3f}"
+        for name, label in names.items()
+        if isinstance(figures.get(name), float)
+    }
 
 
 def _finite(value: object) -> object:

@@ -1,6 +1,17 @@
-"""One client's work, or a whole cohort's; it knows no transport and no rounds."""
+"""Clients' work: local training, losses, choices and scores."""
 
 from fedmira.clients.cohort import Cohort, CohortSettings
-from fedmira.clients.replies import address_problem, checked_reply
+from fedmira.clients.engine import Engine
+from fedmira.clients.evaluation import Evaluation, SplitName
+from fedmira.clients.evaluator import Evaluator
+from fedmira.clients.in_process import InProcessEngine
 
-__all__ = ["Cohort", "CohortSettings", "address_problem", "checked_reply"]
+__all__ = [
+    "Cohort",
+    "CohortSettings",
+    "Engine",
+    "Evaluation",
+    "Evaluator",
+    "InProcessEngine",
+    "SplitName",
+]

@@ -1,4 +1,7 @@
-"""The work of a round's clients: begin, choose a start, local training on one resident base, finish."""
+"""The work of a round's clients.
+
+Begin, choose a start, local training on one resident base, finish.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmira.adapters import Adapter, same_shapes
-from fedmira.algorithms import Algorithm, Start, Trained
-from fedmira.clients.replies import checked_reply
 from fedmira.config import LocalSettings
 from fedmira.data import ClientData
-from fedmira.messages import ClientId, Failure, Payload, Reply, Request
-from fedmira.model import AdapterKind, Contender, LocalOutcome, LocalTask
+from fedmira.messages import (
+    ClientId,
+    Failure,
+    Payload,
+    Reply,
+    Request,
+)
+from fedmira.methods import Algorithm, Start, Trained
+from fedmira.model import (
+    AdapterKind,
+    Contender,
+    LocalOutcome,
+    LocalTask,
+)
+from fedmira.wire import checked_reply
 
 __all__ = ["Cohort", "CohortSettings"]
 
@@ -51,30 +65,45 @@ class Cohort:
     clients: Mapping[ClientId, ClientData]
     settings: CohortSettings
 
-    def work(self, requests: Sequence[Request], memories: Mapping[ClientId, Payload]) -> list[tuple[Reply | Failure, Payload | None]]:
+    def work(
+        self, requests: Sequence[Request], memories: Mapping[ClientId, Payload]
+    ) -> list[tuple[Reply | Failure, Payload | None]]:
         """Train the requested clients together.
 
         Args:
             memories: each client's private memory, where it has one.
 
         Returns:
-            Per request a reply or a failure, with the client's memory afterwards (unchanged after a failure).
+            Per request a reply or a failure, with the client's memory afterwards (unchanged after a
+            failure).
         """
-        begun = [self.algorithm.begin(request.payload, memories.get(request.client_id)) for request in requests]
+        begun = [
+            self.algorithm.begin(request.payload, memories.get(request.client_id))
+            for request in requests
+        ]
         starts, choices = self._chosen(requests, begun)
-        tasks = [self._task(request, start, memories.get(request.client_id)) for request, start in zip(requests, starts, strict=True)]
+        tasks = [
+            self._task(request, start, memories.get(request.client_id))
+            for request, start in zip(requests, starts, strict=True)
+        ]
         outcomes = self.kind.train(tasks, self.settings.local, self.settings.token_budget)
         return [
             self._finish(request, outcome, memories.get(request.client_id), measured)
             for request, outcome, measured in zip(requests, outcomes, choices, strict=True)
         ]
 
-    def _chosen(self, requests: Sequence[Request], starts: Sequence[Start]) -> tuple[list[Start], list[_Measured]]:
+    def _chosen(
+        self, requests: Sequence[Request], starts: Sequence[Start]
+    ) -> tuple[list[Start], list[_Measured]]:
         """Each client's start with the adapter that its own validation rows choose or blend, and what was measured."""
         shares = [(1.0, *start.alternatives) for start in starts]
         contenders = [
             Contender(
-                [start.adapter, *start.alternatives.values(), *(start.blend.candidates if start.blend else ())],
+                [
+                    start.adapter,
+                    *start.alternatives.values(),
+                    *(start.blend.candidates if start.blend else ()),
+                ],
                 self.settings.scales[request.client_id],
                 self.clients[request.client_id].validation,
             )
@@ -89,14 +118,27 @@ class Cohort:
             _Measured(choice.tokens, share[choice.index] if len(share) > 1 else None, choice.losses)
             for share, choice in zip(shares, choices, strict=True)
         ]
-        return [Start(adapter, start.hook) for adapter, start in zip(adapters, starts, strict=True)], measured
+        return [
+            Start(adapter, start.hook) for adapter, start in zip(adapters, starts, strict=True)
+        ], measured
 
     def _task(self, request: Request, start: Start, memory: Payload | None) -> LocalTask:
         client = request.client_id
         moments = None
-        if memory is not None and _FIRST in memory.tensors and same_shapes(memory.tensors[_FIRST], start.adapter):
+        if (
+            memory is not None
+            and _FIRST in memory.tensors
+            and same_shapes(memory.tensors[_FIRST], start.adapter)
+        ):
             moments = (memory.tensors[_FIRST], memory.tensors[_SECOND], int(memory.scalars[_STEPS]))
-        return LocalTask(start.adapter, self.settings.scales[client], self.clients[client].train, request.seed, start.hook, moments)
+        return LocalTask(
+            start.adapter,
+            self.settings.scales[client],
+            self.clients[client].train,
+            request.seed,
+            start.hook,
+            moments,
+        )
 
     def _finish(
         self, request: Request, outcome: LocalOutcome, memory: Payload | None, measured: _Measured
@@ -105,7 +147,14 @@ class Cohort:
         if outcome.failure:
             return Failure(client, round_number, "train", outcome.failure), memory
         rows = len(self.clients[client].train)
-        trained = Trained(outcome.adapter, rows, outcome.num_steps, self.settings.local.learning_rate, outcome.movement, measured.losses)
+        trained = Trained(
+            outcome.adapter,
+            rows,
+            outcome.num_steps,
+            self.settings.local.learning_rate,
+            outcome.movement,
+            measured.losses,
+        )
         payload, kept = self.algorithm.finish(request.payload, memory, trained)
         metrics = {
             "loss": outcome.loss,
@@ -124,7 +173,10 @@ class Cohort:
 
 
 def _blended(start: Start, losses: Sequence[float]) -> Adapter:
-    """The start's adapter as its blend makes it; as it is where the client has no validation rows or there are no candidates."""
+    """The start's adapter as its blend makes it.
+
+    As it is where the client has no validation rows or there are no candidates.
+    """
     return start.blend.into(losses) if start.blend and losses else start.adapter
 
 

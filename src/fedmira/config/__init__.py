@@ -1,9 +1,14 @@
-"""What to run: the settings, the files they come from, and presets."""
+"""What to run: the settings, their layers, and what is wrong with them in words."""
 
 from fedmira.config.cache import cache_folder
 from fedmira.config.flat import FlatValue, flattened, unflattened
 from fedmira.config.load import dump_config, load_config, with_algorithm, with_overrides
-from fedmira.config.methods import AlgorithmSettings, FedAvgSettings, LocalOnlySettings, MiraSettings
+from fedmira.config.methods import (
+    AlgorithmSettings,
+    FedAvgSettings,
+    LocalOnlySettings,
+    MiraSettings,
+)
 from fedmira.config.presets import preset_description, preset_names, preset_path
 from fedmira.config.schema import (
     AdapterSettings,

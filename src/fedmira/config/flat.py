@@ -42,9 +42,14 @@ def unflattened(values: Mapping[str, object]) -> Config:
         elif isinstance(value, int | float):
             overrides.append(f"{key}={value!r}")
         elif isinstance(value, str):
-            overrides.append(f"{key}={value if value.startswith(_OPENERS) else json.dumps(value, ensure_ascii=False)}")
+            overrides.append(
+                f"{key}={value if value.startswith(_OPENERS) else json.dumps(value, ensure_ascii=False)}"
+            )
         else:
-            problems.append(f"{key}: a value of type {type(value).__name__}; must be a text, a number, true or false")
+            problems.append(
+                f"{key}: a value of type {type(value).__name__}; must be a text, a number, "
+                "true or false"
+            )
     if problems:
         raise ConfigError(problems)
     return load_config(None, None, overrides)
@@ -54,12 +59,17 @@ def _single(value: object) -> FlatValue:
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        pairs = (f"{json.dumps(key, ensure_ascii=False)} = {_text(inner)}" for key, inner in value.items())
+        pairs = (
+            f"{json.dumps(key, ensure_ascii=False)} = {_text(inner)}"
+            for key, inner in value.items()
+        )
         return "{" + ", ".join(pairs) + "}"
     return _text(value)
 
 
 def _text(value: object) -> str:
     """A value as TOML on one line."""
-    written = tomli_w.dumps({"value": value}, multiline_strings=False).removeprefix("value = ").strip()
+    written = (
+        tomli_w.dumps({"value": value}, multiline_strings=False).removeprefix("value = ").strip()
+    )
     return " ".join(line.strip() for line in written.splitlines())

@@ -15,10 +15,21 @@ from fedmira.config.schema import Config
 from fedmira.config.unread import drop_unread, written_out
 from fedmira.errors import ConfigError
 
-__all__ = ["OVERRIDES", "Layer", "Settings", "algorithm_sections", "cover", "read_overrides", "read_toml"]
+__all__ = [
+    "OVERRIDES",
+    "Layer",
+    "Settings",
+    "algorithm_sections",
+    "cover",
+    "read_overrides",
+    "read_toml",
+]
 
 Settings = dict[str, Any]
-"""Section -> key -> value, as in the TOML file; top-level keys such as `seed` sit beside the sections."""
+"""Section -> key -> value, as in the TOML file.
+
+Top-level keys such as `seed` sit beside the sections.
+"""
 
 OVERRIDES = "--set"
 """The source of the layer of overrides, whose values a command line hands over as text."""
@@ -35,45 +46,61 @@ _RIVALS = {
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Settings and where they were written, for error messages; "" for those of a config that was checked before."""
+    """Settings and where they were written, for error messages.
+
+    "" for those of a config that was checked before.
+    """
 
     source: str
     settings: Settings
 
     @property
     def written(self) -> Settings:
-        """What somebody chose to write here: nothing of a config that was checked before, and no section that is there in full."""
+        """What somebody chose to write here.
+
+        Nothing of a config that was checked before, and no section that is there in full.
+        """
         if not self.source:
             return {}
-        return {name: value for name, value in self.settings.items() if not written_out(name, value)}
+        return {
+            name: value for name, value in self.settings.items() if not written_out(name, value)
+        }
 
 
 def algorithm_sections() -> dict[str, type[BaseModel]]:
     """Algorithm name -> the class of its settings, in the order of the schema."""
     section_classes = get_args(Config.model_fields["algorithm"].annotation)
-    return {get_args(section.model_fields["name"].annotation)[0]: section for section in section_classes}
+    return {
+        get_args(section.model_fields["name"].annotation)[0]: section for section in section_classes
+    }
 
 
 def read_toml(path: Path, source: str) -> Layer:
     """Read one config file.
 
     Raises:
-        ConfigError: the file is missing, unreadable, or not TOML; the message gives file, line and column.
+        ConfigError: the file is missing, unreadable, or not TOML; the message gives file, line and
+            column.
     """
     if path.suffix.lower() in _OTHER_FORMATS and path.is_file():
         raise ConfigError(
-            f"config file {source} ends in {path.suffix}, and a config is TOML: sections such as [rounds] with lines such as count = 5; "
+            f"config file {source} ends in {path.suffix}, and a config is TOML: sections "
+            "such as [rounds] with lines such as count = 5; "
             "docs/configuration.md lists every key, and fedmira presets lists files to begin with"
         )
     try:
         # utf-8-sig: some editors put a byte order mark in front, which is not TOML.
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"config file {source} does not exist; give the path of a TOML file, or use --preset") from None
+        raise ConfigError(
+            f"config file {source} does not exist; give the path of a TOML file, or use --preset"
+        ) from None
     except OSError as error:
         raise ConfigError(f"config file {source} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"config file {source} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise ConfigError(
+            f"config file {source} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
     try:
         return Layer(source, tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -92,7 +119,9 @@ def read_overrides(overrides: Sequence[str]) -> tuple[Layer, list[str]]:
         key, equals, value = override.partition("=")
         path = _split_key(key)
         if not equals or not path:
-            problems.append(f"--set {override!r}: must be key=value with a dotted key, such as rounds.count=5")
+            problems.append(
+                f"--set {override!r}: must be key=value with a dotted key, such as rounds.count=5"
+            )
             continue
         section = settings
         for name in path[:-1]:
@@ -106,12 +135,16 @@ def read_overrides(overrides: Sequence[str]) -> tuple[Layer, list[str]]:
 def cover(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:
     """Put `upper` on `lower`: sections are joined, all other values of `upper` win.
 
-    What `upper` makes meaningless in `lower` goes with it, so that a change of one key is enough: the settings that a newly named
-    algorithm does not have, the rival of a key (`coupling` and `server_step`, `steps` and `epochs`, `rank` and `rank_distribution`), the
-    file of another kind of graph, what another kind of graph or adapter or another optimizer does not read, and the limit of gradients
-    under slopes along random directions and the other way round. What `upper` itself sets is never dropped.
+    What `upper` makes meaningless in `lower` goes with it, so that a change of one key is enough:
+    the settings that a newly named algorithm does not have, the rival of a key (`coupling` and
+    `server_step`, `steps` and `epochs`, `rank` and `rank_distribution`), the file of another kind
+    of graph, what another kind of graph or adapter or another optimizer does not read, and the
+    limit of gradients under slopes along random directions and the other way round. What `upper`
+    itself sets is never dropped.
     """
-    kept = {name: dict(value) if isinstance(value, dict) else value for name, value in lower.items()}
+    kept = {
+        name: dict(value) if isinstance(value, dict) else value for name, value in lower.items()
+    }
     for name, keys in upper.items():
         if isinstance(keys, dict) and isinstance(kept.get(name), dict):
             _drop_outdated(name, kept[name], keys)
@@ -126,7 +159,11 @@ def _drop_outdated(section: str, below: Settings, above: Mapping[str, Any]) -> N
     if section == "graph" and above.get("kind", "file") != "file":
         below.pop("path", None)
     drop_unread(section, below, above)
-    if section == "local" and "optimizer" in above and _random_directions(above) != _random_directions(below):
+    if (
+        section == "local"
+        and "optimizer" in above
+        and _random_directions(above) != _random_directions(below)
+    ):
         below.pop("max_grad_norm", None)  # the norm of one is not that of the other
     for first, second in _RIVALS.get(section, ()):
         if first in above:
@@ -143,7 +180,9 @@ def _join(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:
     joined = dict(lower)
     for name, value in upper.items():
         below = joined.get(name)
-        joined[name] = _join(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        joined[name] = (
+            _join(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        )
     return joined
 
 

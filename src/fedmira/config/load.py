@@ -8,7 +8,13 @@ from pathlib import Path
 import tomli_w
 from pydantic import ValidationError
 
-from fedmira.config.layers import Layer, Settings, cover, read_overrides, read_toml
+from fedmira.config.layers import (
+    Layer,
+    Settings,
+    cover,
+    read_overrides,
+    read_toml,
+)
 from fedmira.config.presets import preset_path
 from fedmira.config.problems import describe_ignored, describe_problems
 from fedmira.config.schema import Config
@@ -17,19 +23,24 @@ from fedmira.errors import ConfigError
 __all__ = ["dump_config", "load_config", "with_algorithm", "with_overrides"]
 
 
-def load_config(path: Path | None = None, preset: str | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | None = None, preset: str | None = None, overrides: Sequence[str] = ()
+) -> Config:
     """Read a config: the file wins over the preset, overrides win over both, and defaults fill the rest.
 
-    A layer that sets one key makes what contradicts it below disappear (see `layers.cover`): naming another algorithm drops the settings
-    that only the previous one has. Contradictions within one layer are errors.
+    A layer that sets one key makes what contradicts it below disappear (see `layers.cover`): naming
+    another algorithm drops the settings that only the previous one has. Contradictions within one
+    layer are errors.
 
     Args:
         path: a TOML file.
         preset: the name of a preset that lies under the file.
-        overrides: `key=value` each, with a dotted key; the value is read as TOML, and as plain text where that fails.
+        overrides: `key=value` each, with a dotted key; the value is read as TOML, and as plain text
+            where that fails.
 
     Raises:
-        ConfigError: with all problems together: unreadable sources, unknown keys, values out of their limits.
+        ConfigError: with all problems together: unreadable sources, unknown keys, values out of
+            their limits.
     """
     layers: list[Layer] = []
     problems: list[str] = []
@@ -69,7 +80,10 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The config as TOML with every default written out; `load_config` reads an equal config from it."""
+    """The config as TOML with every default written out.
+
+    `load_config` reads an equal config from it.
+    """
     settings = config.model_dump(mode="json", exclude_none=True)
     if "server_step" in settings["algorithm"]:
         del settings["algorithm"]["coupling"]  # it has no effect then, and setting both is an error
@@ -91,7 +105,11 @@ def _check(layers: Sequence[Layer], problems: Sequence[str]) -> Config:
         config, details = Config.model_validate(settings), []
     except ValidationError as error:
         config, details = None, error.errors(include_url=False)
-    problems = [*problems, *describe_problems(details, settings, layers), *describe_ignored(settings, written, layers)]
+    problems = [
+        *problems,
+        *describe_problems(details, settings, layers),
+        *describe_ignored(settings, written, layers),
+    ]
     if config is None or problems:
         raise ConfigError(problems)
     return config

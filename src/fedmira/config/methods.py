@@ -6,7 +6,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fedmira.config.section import Count, Fraction, Positive, Section
+from fedmira.config.section import (
+    Count,
+    Fraction,
+    Positive,
+    Section,
+)
 
 __all__ = [
     "AlgorithmSettings",
@@ -32,7 +37,8 @@ class MethodSettings(Section):
     """What the classes of [algorithm] have in common.
 
     Attributes:
-        partly_sent: whether the receiver has a part of what it is handed, or may not see it, so that less travels than is handed over.
+        partly_sent: whether the receiver has a part of what it is handed, or may not see it, so
+            that less travels than is handed over.
     """
 
     partly_sent: ClassVar[bool] = False
@@ -44,7 +50,10 @@ class MethodSettings(Section):
 
     @property
     def factors_problem(self) -> str:
-        """What it does with LoRA's factors, so that no other kind of adapter will do; "" where any will."""
+        """What it does with LoRA's factors, so that no other kind of adapter will do.
+
+        "" where any will.
+        """
         return ""
 
     @property
@@ -67,7 +76,8 @@ class FactorMethodSettings(MethodSettings):
     def factors_problem(self) -> str:
         """They have nothing to work on otherwise."""
         return (
-            f"algorithm.name = {self.name!r}, which works on LoRA's factors A and B; set adapter.kind = 'lora', or algorithm.name to "
+            f"algorithm.name = {self.name!r}, which works on LoRA's factors A and B; set "
+            "adapter.kind = 'lora', or algorithm.name to "
             "'fedavg', 'fedprox', 'ditto', 'fedit-finetune' or 'local'"
         )
 
@@ -79,7 +89,10 @@ class LocalOnlySettings(MethodSettings):
 
 
 class FedAvgSettings(MethodSettings):
-    """[algorithm] name = "fedavg": one shared adapter, averaged by training rows; FedIT when the adapter is LoRA."""
+    """[algorithm] name = "fedavg": one shared adapter, averaged by training rows.
+
+    FedIT when the adapter is LoRA.
+    """
 
     name: Literal["fedavg"]
 
@@ -91,9 +104,12 @@ class MiraSettings(MethodSettings):
         coupling: kappa = gamma * max degree, 0..1; 0 is local training.
         server_step: gamma = eta * lambda itself (paper eq. 8) in place of `coupling`.
         size_scale: kappa_k = kappa * size_scale / (size_scale + rows_k); 0 switches it off.
-        neighbours: who pulls: clients of this round ("fresh"), those with an unbiased factor ("rescaled"), all that ever trained ("stale").
-        space: mix the products B A exactly ("product") or the factors A and B one by one as in the paper ("factor").
-        safeguard: each client chooses by its own validation rows how much of the server's pull it keeps: all, half or nothing.
+        neighbours: who pulls: clients of this round ("fresh"), those with an unbiased factor
+            ("rescaled"), all that ever trained ("stale").
+        space: mix the products B A exactly ("product") or the factors A and B one by one as in the
+            paper ("factor").
+        safeguard: each client chooses by its own validation rows how much of the server's pull it
+            keeps: all, half or nothing.
     """
 
     name: Literal["mira"] = "mira"
@@ -107,14 +123,20 @@ class MiraSettings(MethodSettings):
     @model_validator(mode="after")
     def _one_strength(self) -> MiraSettings:
         if self.server_step is not None and "coupling" in self.model_fields_set:
-            raise ValueError("coupling and server_step say the same thing in two ways; set one of them")
+            raise ValueError(
+                "coupling and server_step say the same thing in two ways; set one of them"
+            )
         return self
 
     @model_validator(mode="after")
     def _something_to_decline(self) -> MiraSettings:
-        if self.safeguard and (self.coupling if self.server_step is None else self.server_step) == 0:
+        if (
+            self.safeguard
+            and (self.coupling if self.server_step is None else self.server_step) == 0
+        ):
             raise ValueError(
-                "safeguard = true, but with coupling or server_step 0 nobody is pulled; set safeguard = false, or a strength above 0"
+                "safeguard = true, but with coupling or server_step 0 nobody is pulled; "
+                "set safeguard = false, or a strength above 0"
             )
         return self
 
@@ -124,7 +146,8 @@ class MiraSettings(MethodSettings):
         if self.space == "factor":
             return ""
         return (
-            "algorithm.space = 'product': mixed products get new factors, to whose entries the old moments do not belong; set "
+            "algorithm.space = 'product': mixed products get new factors, to whose entries "
+            "the old moments do not belong; set "
             "algorithm.space = 'factor' or local.optimizer_state = 'fresh'"
         )
 
@@ -134,7 +157,8 @@ class MiraSettings(MethodSettings):
         if self.space == "factor":
             return ""
         return (
-            "algorithm.space = 'product', which mixes products of LoRA's factors; set algorithm.space = 'factor', which mixes the adapters "
+            "algorithm.space = 'product', which mixes products of LoRA's factors; set "
+            "algorithm.space = 'factor', which mixes the adapters "
             "entry by entry, or adapter.kind = 'lora'"
         )
 
@@ -156,10 +180,13 @@ class FedProxSettings(MethodSettings):
 
 
 class FedItFinetuneSettings(MethodSettings):
-    """[algorithm] name = "fedit-finetune": FedIT, then every client on its own from the shared adapter.
+    """[algorithm] name = "fedit-finetune".
+
+    FedIT, then every client on its own from the shared adapter.
 
     Attributes:
-        finetune_share: share of the rounds for fine-tuning, rounded down; each part has at least one round.
+        finetune_share: share of the rounds for fine-tuning, rounded down; each part has at least
+            one round.
     """
 
     partly_sent: ClassVar[bool] = True
@@ -168,7 +195,9 @@ class FedItFinetuneSettings(MethodSettings):
 
 
 class DittoSettings(MethodSettings):
-    """[algorithm] name = "ditto": a shared adapter and personal ones that are pulled towards it; a client's rounds take turns.
+    """[algorithm] name = "ditto": a shared adapter and personal ones that are pulled towards it.
+
+    A client's rounds take turns.
 
     Attributes:
         personal_pull: lambda; 0 trains the personal adapters alone.
@@ -182,7 +211,8 @@ class DittoSettings(MethodSettings):
     def kept_moments_problem(self) -> str:
         """Two adapters take turns."""
         return (
-            "algorithm.name = 'ditto': the rounds of a client take turns between two adapters, and the moments of one do not belong to "
+            "algorithm.name = 'ditto': the rounds of a client take turns between two "
+            "adapters, and the moments of one do not belong to "
             "the other; set local.optimizer_state = 'fresh'"
         )
 
@@ -192,7 +222,8 @@ class ShareFactorSettings(FactorMethodSettings):
 
     Attributes:
         shared_factor: "A" is FedSA-LoRA.
-        private_factor: the other one is trained by its client, or frozen at the common start ("B" shared and A frozen is FFA-LoRA).
+        private_factor: the other one is trained by its client, or frozen at the common start ("B"
+            shared and A frozen is FFA-LoRA).
     """
 
     partly_sent: ClassVar[bool] = True
@@ -203,12 +234,18 @@ class ShareFactorSettings(FactorMethodSettings):
     @model_validator(mode="after")
     def _something_learns(self) -> ShareFactorSettings:
         if self.shared_factor == "A" and self.private_factor == "frozen":
-            raise ValueError("B is zero at the start, so a frozen B learns nothing; set shared_factor = 'B' or private_factor = 'trained'")
+            raise ValueError(
+                "B is zero at the start, so a frozen B learns nothing; set shared_factor = "
+                "'B' or private_factor = 'trained'"
+            )
         return self
 
 
 class FedKSeedSettings(MethodSettings):
-    """[algorithm] name = "fedkseed": one shared adapter; clients send seeds and a number for each."""
+    """[algorithm] name = "fedkseed": one shared adapter.
+
+    Clients send seeds and a number for each.
+    """
 
     partly_sent: ClassVar[bool] = True
     name: Literal["fedkseed"]
@@ -220,7 +257,10 @@ class FedKSeedSettings(MethodSettings):
 
 
 class FlexLoraSettings(FactorMethodSettings):
-    """[algorithm] name = "flexlora": one shared update, averaged as a product and cut to each client's rank."""
+    """[algorithm] name = "flexlora".
+
+    One shared update, averaged as a product and cut to each client's rank.
+    """
 
     name: Literal["flexlora"]
 
@@ -228,22 +268,29 @@ class FlexLoraSettings(FactorMethodSettings):
     def kept_moments_problem(self) -> str:
         """The averaged product is factored anew."""
         return (
-            "algorithm.name = 'flexlora': the averaged product gets new factors, to whose entries the old moments do not belong; set "
+            "algorithm.name = 'flexlora': the averaged product gets new factors, to whose "
+            "entries the old moments do not belong; set "
             "local.optimizer_state = 'fresh'"
         )
 
 
 class HetLoraSettings(FactorMethodSettings):
-    """[algorithm] name = "hetlora": shared factors, padded with zeros to the largest rank and cut to each client's."""
+    """[algorithm] name = "hetlora".
+
+    Shared factors, padded with zeros to the largest rank and cut to each client's.
+    """
 
     name: Literal["hetlora"]
 
 
 class FedExSettings(FactorMethodSettings):
-    """[algorithm] name = "fedex": FedAvg over factors; what their mean misses is kept in a frozen part of the adapter.
+    """[algorithm] name = "fedex": FedAvg over factors.
+
+    What their mean misses is kept in a frozen part of the adapter.
 
     Attributes:
-        trained_rank: directions of an adapter that are trained, the others are frozen; 0 takes half.
+        trained_rank: directions of an adapter that are trained, the others are frozen; 0 takes
+            half.
     """
 
     partly_sent: ClassVar[bool] = True
@@ -252,10 +299,13 @@ class FedExSettings(FactorMethodSettings):
 
 
 class FedAltSettings(FactorMethodSettings):
-    """[algorithm] name = "fedalt": an own part that is trained beside a frozen one of the rest of the world.
+    """[algorithm] name = "fedalt".
+
+    An own part that is trained beside a frozen one of the rest of the world.
 
     Attributes:
-        trained_rank: directions of an adapter that are trained, the others are frozen; 0 takes half.
+        trained_rank: directions of an adapter that are trained, the others are frozen; 0 takes
+            half.
         rest_share: rho, the weight of the rest of the world.
     """
 
@@ -266,7 +316,9 @@ class FedAltSettings(FactorMethodSettings):
 
 
 class FedFomoSettings(FactorMethodSettings):
-    """[algorithm] name = "fedfomo": own adapters, blended with those of others that are better on the client's validation rows.
+    """[algorithm] name = "fedfomo".
+
+    Own adapters, blended with those of others that are better on the client's validation rows.
 
     Attributes:
         candidates: most adapters of others that a client is sent in a round.
@@ -280,7 +332,8 @@ class FedFomoSettings(FactorMethodSettings):
     def kept_moments_problem(self) -> str:
         """Blended updates are factored anew."""
         return (
-            "algorithm.name = 'fedfomo': blended updates get new factors, to whose entries the old moments do not belong; set "
+            "algorithm.name = 'fedfomo': blended updates get new factors, to whose entries "
+            "the old moments do not belong; set "
             "local.optimizer_state = 'fresh'"
         )
 

@@ -1,4 +1,7 @@
-"""What is wrong with a config, in words: the dotted key, the value, what is allowed, and the nearest key or value."""
+"""What is wrong with a config, in words.
+
+The dotted key, the value, what is allowed, and the nearest key or value.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedmira.config.layers import OVERRIDES, Layer, Settings, algorithm_sections
+from fedmira.config.layers import (
+    OVERRIDES,
+    Layer,
+    Settings,
+    algorithm_sections,
+)
 from fedmira.config.other_names import OTHER_NAMES
 from fedmira.config.schema import Config
 from fedmira.config.unread import two_ways, unread_keys
@@ -37,7 +45,9 @@ _KINDS = {
 }
 
 
-def describe_problems(found: Sequence[ErrorDetails], settings: Settings, layers: Sequence[Layer]) -> list[str]:
+def describe_problems(
+    found: Sequence[ErrorDetails], settings: Settings, layers: Sequence[Layer]
+) -> list[str]:
     """One message for each wrong key, values of another type in files included.
 
     Args:
@@ -51,9 +61,18 @@ def describe_problems(found: Sequence[ErrorDetails], settings: Settings, layers:
             continue  # a default that depends on a wrong key is not wrong itself
         details.setdefault(_locate(detail["loc"], settings), []).append(detail)
     details = _mistyped(settings, layers) | details
-    # A value that may be one of several types fails once for each; where an item inside it is wrong, only the item counts.
-    outermost = [path for path in details if any(other[: len(path)] == path for other in details if len(other) > len(path))]
-    return [_describe(path, each, settings, layers) for path, each in details.items() if path not in outermost or not path]
+    # A value that may be one of several types fails once for each; where an item inside it is
+    # wrong, only the item counts.
+    outermost = [
+        path
+        for path in details
+        if any(other[: len(path)] == path for other in details if len(other) > len(path))
+    ]
+    return [
+        _describe(path, each, settings, layers)
+        for path, each in details.items()
+        if path not in outermost or not path
+    ]
 
 
 def describe_ignored(settings: Settings, written: Settings, layers: Sequence[Layer]) -> list[str]:
@@ -67,16 +86,20 @@ def describe_ignored(settings: Settings, written: Settings, layers: Sequence[Lay
     problems = []
     for unread in unread_keys(settings, written):
         place = f"{unread.section}.{unread.chooser}"
-        readers = " or ".join(filter(None, (", ".join(map(repr, unread.readers[:-1])), repr(unread.readers[-1]))))
+        readers = " or ".join(
+            filter(None, (", ".join(map(repr, unread.readers[:-1])), repr(unread.readers[-1])))
+        )
         problems.append(
-            f"{unread.section}.{unread.key} = {_show(unread.value)}: {place} = {unread.chosen!r} does not read it; leave it out, or set "
+            f"{unread.section}.{unread.key} = {_show(unread.value)}: {place} = "
+            f"{unread.chosen!r} does not read it; leave it out, or set "
             f"{place} to {readers}{_origin((unread.section, unread.key), layers)}"
         )
     both = two_ways(written)
     if both is not None:
         steps, epochs = map(_show, both)
         problems.append(
-            f"local.steps = {steps} and local.epochs = {epochs}: epochs above 0 count passes over the rows in place of steps; set one of "
+            f"local.steps = {steps} and local.epochs = {epochs}: epochs above 0 count "
+            "passes over the rows in place of steps; set one of "
             f"them{_origin(('local', 'steps'), layers)}"
         )
     return problems
@@ -92,7 +115,9 @@ def _mistyped(settings: Settings, layers: Sequence[Layer]) -> dict[_Path, list[E
         for detail in error.errors(include_url=False):
             details.setdefault(_locate(detail["loc"], settings), []).append(detail)
         return {
-            path: each for path, each in details.items() if any(map(_is_other_type, each)) and _source(path, layers) not in ("", OVERRIDES)
+            path: each
+            for path, each in details.items()
+            if any(map(_is_other_type, each)) and _source(path, layers) not in ("", OVERRIDES)
         }
     return {}
 
@@ -104,7 +129,10 @@ def _is_other_type(detail: ErrorDetails) -> bool:
 
 
 def _locate(location: Sequence[str | int], settings: Settings) -> _Path:
-    """The part of pydantic's location that is really in the settings: it also names union members, which are not."""
+    """The part of pydantic's location that is really in the settings.
+
+    It also names union members, which are not.
+    """
     path: list[str | int] = []
     value: Any = settings
     for name in location:
@@ -115,7 +143,9 @@ def _locate(location: Sequence[str | int], settings: Settings) -> _Path:
     return tuple(path)
 
 
-def _describe(path: _Path, details: Sequence[ErrorDetails], settings: Settings, layers: Sequence[Layer]) -> str:
+def _describe(
+    path: _Path, details: Sequence[ErrorDetails], settings: Settings, layers: Sequence[Layer]
+) -> str:
     first = details[0]
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
@@ -158,13 +188,33 @@ def _suggest_key(path: _Path, settings: Settings) -> str:
     *section, key = (str(name) for name in path)
     siblings = list(_section_class(tuple(section), settings).model_fields)
     elsewhere = OTHER_NAMES.get(".".join([*section, key]).lower()) or OTHER_NAMES.get(key.lower())
-    near = [elsewhere] if elsewhere else [".".join([*section, match]) for match in difflib.get_close_matches(key, siblings, n=1)]
+    near = (
+        [elsewhere]
+        if elsewhere
+        else [
+            ".".join([*section, match]) for match in difflib.get_close_matches(key, siblings, n=1)
+        ]
+    )
     if not near:
         names = dict(_all_keys(settings))
         near = [names[match] for match in difflib.get_close_matches(key, names, n=1, cutoff=0.75)]
-    owners = [name for name, fields in algorithm_sections().items() if section == ["algorithm"] and key in fields.model_fields]
-    hint = f"it belongs to {' and '.join(owners)}; " if owners else f"did you mean {near[0]}? " if near else ""
-    place = f"algorithm {settings['algorithm']['name']} knows" if section == ["algorithm"] else f"[{'.'.join(section)}] knows"
+    owners = [
+        name
+        for name, fields in algorithm_sections().items()
+        if section == ["algorithm"] and key in fields.model_fields
+    ]
+    hint = (
+        f"it belongs to {' and '.join(owners)}; "
+        if owners
+        else f"did you mean {near[0]}? "
+        if near
+        else ""
+    )
+    place = (
+        f"algorithm {settings['algorithm']['name']} knows"
+        if section == ["algorithm"]
+        else f"[{'.'.join(section)}] knows"
+    )
     return f"{hint}{place if section else 'there are'}: {', '.join(siblings)}"
 
 
@@ -172,7 +222,10 @@ def _all_keys(settings: Settings) -> Iterator[tuple[str, str]]:
     """Every key with its dotted name; the algorithm's are those of the algorithm that was named."""
     for section in Config.model_fields:
         fields = _section_class((section,), settings).model_fields
-        yield from ((key, f"{section}.{key}" if fields is not Config.model_fields else key) for key in fields)
+        yield from (
+            (key, f"{section}.{key}" if fields is not Config.model_fields else key)
+            for key in fields
+        )
 
 
 def _section_class(path: _Path, settings: Settings) -> type[BaseModel]:
@@ -185,7 +238,9 @@ def _section_class(path: _Path, settings: Settings) -> type[BaseModel]:
         default: type[BaseModel] = type(Config.model_fields["algorithm"].default)
         return algorithm_sections().get(str(name), default)
     annotation = Config.model_fields[str(path[0])].annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Config
+    return (
+        annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Config
+    )
 
 
 def _origin(path: _Path, layers: Sequence[Layer]) -> str:
@@ -195,11 +250,16 @@ def _origin(path: _Path, layers: Sequence[Layer]) -> str:
 
 def _source(path: _Path, layers: Sequence[Layer]) -> str:
     """The highest layer that sets a key; "" where none does."""
-    return next((layer.source for layer in reversed(layers) if _locate(path, layer.settings) == path), "")
+    return next(
+        (layer.source for layer in reversed(layers) if _locate(path, layer.settings) == path), ""
+    )
 
 
 def _dotted(path: _Path) -> str:
-    return ".".join(str(name) if re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) else json.dumps(name) for name in path)
+    return ".".join(
+        str(name) if re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) else json.dumps(name)
+        for name in path
+    )
 
 
 def _show(value: object) -> str:

@@ -1,4 +1,7 @@
-"""Settings that nothing reads beside what was chosen: the key of a graph kind, an optimizer or an adapter kind under another one."""
+"""Settings that nothing reads beside what was chosen.
+
+The key of a graph kind, an optimizer or an adapter kind under another one.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,11 @@ _LEARNED = ("similarity", "pfedgraph")
 _SOPHIA = ("sophia",)
 _ZEROTH = ("zeroth-order",)
 
-_SECTIONS: Mapping[str, type[Section]] = {"graph": GraphSettings, "local": LocalSettings, "adapter": AdapterSettings}
+_SECTIONS: Mapping[str, type[Section]] = {
+    "graph": GraphSettings,
+    "local": LocalSettings,
+    "adapter": AdapterSettings,
+}
 _CHOOSERS = {"graph": "kind", "local": "optimizer", "adapter": "kind"}
 _READ_BY: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "graph": {
@@ -77,12 +84,22 @@ def unread_keys(settings: Settings, written: Settings) -> Iterator[Unread]:
         written: what to look through.
     """
     for section, readers_of in _READ_BY.items():
-        joined, keys, chooser, fields = settings.get(section), written.get(section), _CHOOSERS[section], _SECTIONS[section].model_fields
+        joined, keys, chooser, fields = (
+            settings.get(section),
+            written.get(section),
+            _CHOOSERS[section],
+            _SECTIONS[section].model_fields,
+        )
         if not isinstance(joined, Mapping) or not isinstance(keys, Mapping):
             continue
         chosen = joined.get(chooser, fields[chooser].default)
         for key, readers in readers_of.items():
-            if isinstance(chosen, str) and key in keys and chosen not in readers and keys[key] != fields[key].default:
+            if (
+                isinstance(chosen, str)
+                and key in keys
+                and chosen not in readers
+                and keys[key] != fields[key].default
+            ):
                 yield Unread(section, key, keys[key], chooser, chosen, readers)
 
 
@@ -99,4 +116,6 @@ def written_out(section: str, keys: object) -> bool:
     """Whether a section is there in full, defaults and all, as `config.toml` of a run folder has it: nobody chose its single keys."""
     if section not in _SECTIONS or not isinstance(keys, Mapping):
         return False
-    return set(_SECTIONS[section].model_fields) - {"rank"} <= set(keys)  # rank is left out where ranks are drawn
+    return set(_SECTIONS[section].model_fields) - {"rank"} <= set(
+        keys
+    )  # rank is left out where ranks are drawn

@@ -1,4 +1,7 @@
-"""Turns a client's rows into token ids: prompt and response apart, cut to a length, with everything that was cut counted."""
+"""Turns a client's rows into token ids.
+
+Prompt and response apart, cut to a length, with everything that was cut counted.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,11 @@ class ClientData:
         client_id: safe as a folder name.
         references: the raw test responses, one for each test row.
         instruction: the instruction that all training rows share, "" where they differ.
-        truncated_prompts, truncated_responses: rows that were cut to `data.max_length`, of all parts.
+        truncated_prompts, truncated_responses: rows that were cut to `data.max_length`, of all
+            parts.
         duplicates: copies of rows that were dropped.
-        overlaps: rows that were dropped because their prompt stands in the source's own test or validation rows.
+        overlaps: rows that were dropped because their prompt stands in the source's own test or
+            validation rows.
     """
 
     client_id: str
@@ -82,13 +87,17 @@ class Encoder:
         longest_row: tokens of the longest row that was encoded so far, before it was cut.
 
     Raises:
-        DataError: the tokenizer has no end-of-sequence token, or no chat template where one is asked for.
+        DataError: the tokenizer has no end-of-sequence token, or no chat template where one is
+            asked for.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, max_length: int) -> None:
         name = tokenizer.name_or_path
         if tokenizer.eos_token_id is None:
-            raise DataError(f"tokenizer {name!r} has no end-of-sequence token, so a response would never end; set its eos_token")
+            raise DataError(
+                f"tokenizer {name!r} has no end-of-sequence token, so a response would "
+                "never end; set its eos_token"
+            )
         self._tokenizer = tokenizer
         self._render = PROMPTS[prompt]
         self._max_length = max_length
@@ -109,22 +118,30 @@ class Encoder:
         """
         return (*self._start, *self._tokens([self._render(example, self._tokenizer)])[0])
 
-    def encode(self, rows: Sequence[Example], problems: Problems) -> tuple[tuple[EncodedExample, ...], int, int]:
+    def encode(
+        self, rows: Sequence[Example], problems: Problems
+    ) -> tuple[tuple[EncodedExample, ...], int, int]:
         """Encodes rows and counts those whose prompt and whose response was cut.
 
-        A row longer than `max_length` keeps max_length // 2 tokens of its response, or more where the prompt leaves room, without the
-        end-of-sequence token; then the prompt loses tokens from its middle and keeps its head and its last `HEADER_TOKENS`.
-        Rows with a problem are noted and left out.
+        A row longer than `max_length` keeps max_length // 2 tokens of its response, or more where
+        the prompt leaves room, without the end-of-sequence token; then the prompt loses tokens from
+        its middle and keeps its head and its last `HEADER_TOKENS`. Rows with a problem are noted
+        and left out.
         """
         encoded: list[EncodedExample] = []
         prompts_cut = responses_cut = 0
-        for start in range(0, len(rows), _BATCH):  # bounds the memory that the tokenizer takes for one call
+        for start in range(
+            0, len(rows), _BATCH
+        ):  # bounds the memory that the tokenizer takes for one call
             batch = self._rendered(rows[start : start + _BATCH], problems)
             prompts = self._tokens([text for _, text in batch])
             responses = self._tokens([row.output for row, _ in batch])
             for (row, _), prompt, response in zip(batch, prompts, responses, strict=True):
                 if not response or not (prompt or self._start):
-                    problems.add(f"{row.where or repr(row.instruction[:40])}: {'prompt' if response else 'response'} encodes to no token")
+                    problems.add(
+                        f"{row.where or repr(row.instruction[:40])}: "
+                        f"{'prompt' if response else 'response'} encodes to no token"
+                    )
                     continue
                 whole_prompt, whole_response = (*self._start, *prompt), (*response, self._end)
                 self.longest_row = max(self.longest_row, len(whole_prompt) + len(whole_response))
@@ -139,7 +156,9 @@ class Encoder:
         train, *train_cut = self.encode(split.train, problems)
         validation, *validation_cut = self.encode(split.validation, problems)
         test, *test_cut = self.encode(split.test, problems)
-        prompts_cut, responses_cut = (sum(cut) for cut in zip(train_cut, validation_cut, test_cut, strict=True))
+        prompts_cut, responses_cut = (
+            sum(cut) for cut in zip(train_cut, validation_cut, test_cut, strict=True)
+        )
         return ClientData(
             client.client_id,
             client.task,
@@ -173,7 +192,9 @@ class Encoder:
 
     def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         # verbose=False: lengths are this module's business, not the tokenizer's warning's.
-        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
         return [list(row) for row in encoded["input_ids"]]
 
     def _fitted(self, prompt: tuple[int, ...], response: tuple[int, ...]) -> EncodedExample:
@@ -195,11 +216,18 @@ def _shared_instruction(rows: Sequence[Example]) -> str:
 
 
 def _leading_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The special tokens that the tokenizer puts before a text; those it puts after a text would end the prompt and are dropped."""
-    bare, framed = (list(tokenizer(["a"], add_special_tokens=special)["input_ids"][0]) for special in (False, True))
+    """The special tokens that the tokenizer puts before a text.
+
+    Those it puts after a text would end the prompt and are dropped.
+    """
+    bare, framed = (
+        list(tokenizer(["a"], add_special_tokens=special)["input_ids"][0])
+        for special in (False, True)
+    )
     for start in range(len(framed) - len(bare) + 1):
         if framed[start : start + len(bare)] == bare:
             return tuple(framed[:start])
     raise DataError(
-        f"tokenizer {tokenizer.name_or_path!r} encodes a text otherwise when it adds special tokens than when it does not; use another one"
+        f"tokenizer {tokenizer.name_or_path!r} encodes a text otherwise when it adds "
+        "special tokens than when it does not; use another one"
     )

@@ -17,8 +17,8 @@ class Example:
         input: the material the instruction is about; may be empty.
         output: the response; only its tokens carry loss.
         where: file and line (or instance) the row came from, for error messages.
-        messages: a conversation in place of instruction and input: (role, content) pairs that end before
-            the response. Empty for instruction rows.
+        messages: a conversation in place of instruction and input: (role, content) pairs that end
+            before the response. Empty for instruction rows.
     """
 
     instruction: str
@@ -42,7 +42,8 @@ class RawTask:
         category: the family the task belongs to ("" where the source knows none).
         examples: training rows, or all rows when `test` is None.
         test: rows that the source itself sets aside for testing, or None to split `examples`.
-        validation: rows that the source itself sets aside for validation, or None to take them from `examples`.
+        validation: rows that the source itself sets aside for validation, or None to take them from
+            `examples`.
     """
 
     name: str

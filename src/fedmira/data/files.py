@@ -21,7 +21,12 @@ def read_text(path: Path, problems: Problems) -> str | None:
     except OSError as error:
         problems.add(f"{path}: cannot be read ({error.strerror})")
         return None
-    return _decode(data.removeprefix(_BYTE_ORDER_MARK), path, len(data) - len(data.removeprefix(_BYTE_ORDER_MARK)), problems)
+    return _decode(
+        data.removeprefix(_BYTE_ORDER_MARK),
+        path,
+        len(data) - len(data.removeprefix(_BYTE_ORDER_MARK)),
+        problems,
+    )
 
 
 def read_json(path: Path, problems: Problems) -> Mapping[str, Any] | None:
@@ -44,9 +49,12 @@ def read_json(path: Path, problems: Problems) -> Mapping[str, Any] | None:
 
 
 def read_json_lines(path: Path, problems: Problems) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The objects of a JSON Lines file with their line numbers, from 1; blank lines are passed over.
+    """The objects of a JSON Lines file with their line numbers, from 1.
 
-    A broken line is noted and the next one is read; at a byte that is not UTF-8 the file is given up.
+    Blank lines are passed over.
+
+    A broken line is noted and the next one is read; at a byte that is not UTF-8 the file is given
+    up.
     """
     try:
         handle = path.open("rb")
@@ -62,7 +70,11 @@ def read_json_lines(path: Path, problems: Problems) -> Iterator[tuple[int, Mappi
             if text is None:
                 return
             offset += len(raw)
-            row = _parse_line(text.rstrip("\r\n"), f"{path}:{number}", problems) if text.strip() else None
+            row = (
+                _parse_line(text.rstrip("\r\n"), f"{path}:{number}", problems)
+                if text.strip()
+                else None
+            )
             if row is not None:
                 yield number, row
 
@@ -71,7 +83,11 @@ def _parse_line(text: str, where: str, problems: Problems) -> Mapping[str, Any] 
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "; JSON Lines holds one object a line, not one list" if text.lstrip().startswith("[") else ""
+        hint = (
+            "; JSON Lines holds one object a line, not one list"
+            if text.lstrip().startswith("[")
+            else ""
+        )
         problems.add(f"{where}: broken JSON: {error.msg} (column {error.colno}){hint}")
         return None
     except (ValueError, RecursionError) as error:

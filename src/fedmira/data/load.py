@@ -1,4 +1,7 @@
-"""From the [data] settings to encoded clients: read, partition, split, encode; each stage reports all its problems together."""
+"""From the [data] settings to encoded clients: read, partition, split, encode.
+
+Each stage reports all its problems together.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from fedmira.config.schema import DataSettings
+from fedmira.config import DataSettings
 from fedmira.data.encoding import ClientData, Encoder
 from fedmira.data.partition import ClientRows, partition_tasks
 from fedmira.data.problems import Problems
@@ -15,7 +18,17 @@ from fedmira.data.sources import SOURCES
 from fedmira.data.split import split_rows
 from fedmira.data.tokenizer import Tokenizer
 
-__all__ = ["CUT_SHARE", "ClientSummary", "Dataset", "check_apart", "id_problem", "load_clients", "load_own", "read_summary", "summary_of"]
+__all__ = [
+    "CUT_SHARE",
+    "ClientSummary",
+    "Dataset",
+    "check_apart",
+    "id_problem",
+    "load_clients",
+    "load_own",
+    "read_summary",
+    "summary_of",
+]
 
 CUT_SHARE = 0.05
 """Cut prompts are worth a warning above this share of all rows."""
@@ -26,7 +39,9 @@ _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True, slots=True)
 class ClientSummary:
-    """What a client says of itself: rows of each part, their tokens, and what was cut or dropped; counts, and nothing of a row.
+    """What a client says of itself: rows of each part, their tokens, and what was cut or dropped.
+
+    Counts, and nothing of a row.
 
     Attributes:
         test_response_tokens: tokens that carry loss in its test rows.
@@ -82,22 +97,31 @@ def load_clients(settings: DataSettings, seed: int, tokenizer: Tokenizer) -> Dat
 
 
 def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str) -> ClientData:
-    """The rows of one client, read where only its own rows need be; the same as `load_clients` gives that client.
+    """The rows of one client, read where only its own rows need be.
+
+    The same as `load_clients` gives that client.
 
     Args:
         settings: the [data] section, with the path of this machine.
-        name: the client's; of a source that holds one client only, that one is taken whatever it is called there.
+        name: the client's; of a source that holds one client only, that one is taken whatever it is
+            called there.
 
     Raises:
-        DataError: the source holds several clients and none of this name, or the settings deal rows among clients.
+        DataError: the source holds several clients and none of this name, or the settings deal rows
+            among clients.
     """
     check_apart(settings)
     problems = Problems()
     rows, _ = _read(settings.model_copy(update={"clients": 0}), seed)
-    found = [client for client in rows if client.client_id == name] or (rows if len(rows) == 1 else [])
+    found = [client for client in rows if client.client_id == name] or (
+        rows if len(rows) == 1 else []
+    )
     if not found:
         held = ", ".join(client.client_id for client in rows[:8])
-        problems.add(f"data.path {settings.path!r} holds {len(rows)} clients, and none is called {name!r}; it holds {held}")
+        problems.add(
+            f"data.path {settings.path!r} holds {len(rows)} clients, and none is called "
+            f"{name!r}; it holds {held}"
+        )
     problems.raise_if_any()
     own = [replace(found[0], client_id=name)]
     _check_ids(own)
@@ -113,10 +137,14 @@ def check_apart(settings: DataSettings) -> None:
     problems = Problems()
     if settings.partition in ("category", "dirichlet"):
         problems.add(
-            f"data.partition = {settings.partition!r} deals the rows of all clients, and this machine has its own; use 'task' or 'column'"
+            f"data.partition = {settings.partition!r} deals the rows of all clients, and "
+            "this machine has its own; use 'task' or 'column'"
         )
     if not isinstance(settings.max_rows, int):
-        problems.add("data.max_rows is a list, given to the clients in turn, and this machine does not know its turn; set it to one number")
+        problems.add(
+            "data.max_rows is a list, given to the clients in turn, and this machine does "
+            "not know its turn; set it to one number"
+        )
     problems.raise_if_any()
 
 
@@ -124,22 +152,37 @@ def _read(settings: DataSettings, seed: int) -> tuple[list[ClientRows], tuple[st
     """All clients of the source, sorted by id, and what was left out."""
     reading = SOURCES[settings.source](settings, seed)
     partition = partition_tasks(reading.tasks, settings, seed)
-    return sorted(partition.clients, key=lambda client: client.client_id), (*reading.skipped, *partition.skipped)
+    return sorted(partition.clients, key=lambda client: client.client_id), (
+        *reading.skipped,
+        *partition.skipped,
+    )
 
 
-def _split_and_encoded(rows: Sequence[ClientRows], settings: DataSettings, seed: int, tokenizer: Tokenizer) -> tuple[ClientData, ...]:
+def _split_and_encoded(
+    rows: Sequence[ClientRows], settings: DataSettings, seed: int, tokenizer: Tokenizer
+) -> tuple[ClientData, ...]:
     """Each client's rows in three parts, as tokens."""
     encoder = Encoder(tokenizer, settings.prompt, settings.max_length)
     problems = Problems()
-    splits = [split_rows(client, settings, seed, position, problems) for position, client in enumerate(rows)]
+    splits = [
+        split_rows(client, settings, seed, position, problems)
+        for position, client in enumerate(rows)
+    ]
     problems.raise_if_any()
-    clients = tuple(encoder.encode_client(client, split, problems) for client, split in zip(rows, splits, strict=True) if split is not None)
+    clients = tuple(
+        encoder.encode_client(client, split, problems)
+        for client, split in zip(rows, splits, strict=True)
+        if split is not None
+    )
     problems.raise_if_any()
     cut = sum(client.truncated_prompts for client in clients)
-    total = sum(len(part) for client in clients for part in (client.train, client.validation, client.test))
+    total = sum(
+        len(part) for client in clients for part in (client.train, client.validation, client.test)
+    )
     if cut > CUT_SHARE * total:
         _log.warning(
-            "%d of %d prompts lose their middle: with its response each is longer than data.max_length (%d tokens; the longest has %d); "
+            "%d of %d prompts lose their middle: with its response each is longer than "
+            "data.max_length (%d tokens; the longest has %d); "
             "raise data.max_length",
             cut,
             total,
@@ -158,7 +201,10 @@ def _check_ids(clients: Sequence[ClientRows]) -> None:
         if problem := id_problem(name):
             problems.add(problem)
         if name.casefold() in folders:
-            problems.add(f"client ids {folders[name.casefold()]!r} and {name!r} would share a folder where case is ignored; rename one")
+            problems.add(
+                f"client ids {folders[name.casefold()]!r} and {name!r} would share a "
+                "folder where case is ignored; rename one"
+            )
         folders[name.casefold()] = name
     problems.raise_if_any()
 
@@ -178,7 +224,10 @@ def read_summary(values: object) -> ClientSummary:
     for name, kind in expected.items():
         value = values[name]
         if type(value) is not kind or (isinstance(value, int) and value < 0):
-            raise ValueError(f"{name} is {str(value)[:200]!r}; must be a {'text' if kind is str else 'whole number, 0 or more'}")
+            raise ValueError(
+                f"{name} is {str(value)[:200]!r}; must be a "
+                f"{'text' if kind is str else 'whole number, 0 or more'}"
+            )
     return ClientSummary(**values)
 
 
@@ -188,7 +237,8 @@ def id_problem(name: str) -> str:
         return ""
     proposal = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:200] or "client-1"
     return (
-        f"client id {name[:200]!r} cannot name a folder: use at most 200 letters, digits, '.', '_' and '-', "
+        f"client id {name[:200]!r} cannot name a folder: use at most 200 letters, digits, "
+        "'.', '_' and '-', "
         f"and begin with a letter, digit or '_'; for example {proposal!r}"
     )
 

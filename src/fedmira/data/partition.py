@@ -1,4 +1,7 @@
-"""Gives the rows of tasks to clients: a client per task, several per category, or a Dirichlet mix of categories each."""
+"""Gives the rows of tasks to clients.
+
+A client per task, several per category, or a Dirichlet mix of categories each.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedmira.config.schema import DataSettings
+from fedmira.config import DataSettings
 from fedmira.data.examples import Example, RawTask, by_prompt
 from fedmira.data.problems import Problems
 from fedmira.data.randomness import generator, shuffled
@@ -24,7 +27,8 @@ class ClientRows:
 
     Attributes:
         client_id: unique.
-        task: the task it works on; the category where clients are made from categories; "mixture" under "dirichlet".
+        task: the task it works on; the category where clients are made from categories; "mixture"
+            under "dirichlet".
         category: the family of its rows; "" under "dirichlet", where a client mixes several.
         examples, test, validation: as in `RawTask`.
     """
@@ -58,26 +62,39 @@ class _Pool:
 def partition_tasks(tasks: Sequence[RawTask], settings: DataSettings, seed: int) -> Partition:
     """Makes clients as `settings.partition` says and keeps the first `settings.clients` of them.
 
-    Clients come in the order of the tasks, or of their sorted categories. Rows that a source sets aside for testing or validation
-    are dealt to clients in the same way, and stay test or validation rows. Among the clients of one category, all rows with the same prompt
-    go to one.
+    Clients come in the order of the tasks, or of their sorted categories. Rows that a source sets
+    aside for testing or validation are dealt to clients in the same way, and stay test or
+    validation rows. Among the clients of one category, all rows with the same prompt go to one.
 
     Raises:
-        DataError: a task without a category where the partition needs one; too few rows; fewer clients than asked for; a name twice.
+        DataError: a task without a category where the partition needs one; too few rows; fewer
+            clients than asked for; a name twice.
     """
     problems = Problems()
     if settings.partition == "column" and settings.source not in ("jsonl", "hub"):
-        problems.add(f"data.partition = 'column' needs source jsonl or hub; {settings.source} has no client column, use 'task'")
+        problems.add(
+            f"data.partition = 'column' needs source jsonl or hub; {settings.source} has "
+            "no client column, use 'task'"
+        )
     names = [task.name for task in tasks]
-    for name in sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
-        problems.add(f"task {name!r} stands {names.count(name)} times in the source; names must be unique")
+    for name in sorted(
+        {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
+    ):
+        problems.add(
+            f"task {name!r} stands {names.count(name)} times in the source; names must be unique"
+        )
     problems.raise_if_any()
     if settings.partition == "category":
         clients = _by_category(_pools(tasks, problems), settings, seed)
     elif settings.partition == "dirichlet":
         clients = _by_dirichlet(_pools(tasks, problems), settings, seed, problems)
     else:
-        clients = [ClientRows(task.name, task.name, task.category, task.examples, task.test, task.validation) for task in tasks]
+        clients = [
+            ClientRows(
+                task.name, task.name, task.category, task.examples, task.test, task.validation
+            )
+            for task in tasks
+        ]
     problems.raise_if_any()
     return _kept(clients, settings, problems)
 
@@ -91,7 +108,8 @@ def _kept(clients: list[ClientRows], settings: DataSettings, problems: Problems)
     kept = [client for client in clients if len(client.examples) >= settings.min_rows]
     if settings.clients > len(kept):
         problems.add(
-            f"data.clients is {settings.clients}; the source gives {len(kept)} clients with at least {settings.min_rows} rows; "
+            f"data.clients is {settings.clients}; the source gives {len(kept)} clients "
+            f"with at least {settings.min_rows} rows; "
             "set it to 0 to take them all"
         )
     if not kept:
@@ -107,24 +125,36 @@ def _pools(tasks: Sequence[RawTask], problems: Problems) -> list[_Pool]:
     """The rows of each category together, sorted by category."""
     for task in tasks:
         if not task.category:
-            problems.add(f"task {task.name!r} has no category, which the partition needs; use data.partition = 'task'")
+            problems.add(
+                f"task {task.name!r} has no category, which the partition needs; use "
+                "data.partition = 'task'"
+            )
     problems.raise_if_any()
     pools = []
     for category in sorted({task.category for task in tasks}):
         members = [task for task in tasks if task.category == category]
         examples = [example for task in members for example in task.examples]
-        test = _together([task.test for task in members], f"category {category!r}", "test", problems)
-        validation = _together([task.validation for task in members], f"category {category!r}", "validation", problems)
+        test = _together(
+            [task.test for task in members], f"category {category!r}", "test", problems
+        )
+        validation = _together(
+            [task.validation for task in members], f"category {category!r}", "validation", problems
+        )
         pools.append(_Pool(category, examples, test, validation))
     problems.raise_if_any()
     return pools
 
 
-def _together(parts: Sequence[Sequence[Example] | None], whose: str, kind: str, problems: Problems) -> list[Example] | None:
+def _together(
+    parts: Sequence[Sequence[Example] | None], whose: str, kind: str, problems: Problems
+) -> list[Example] | None:
     """All rows that sources set aside, or None when none does; either all tasks do or none."""
     given = [part for part in parts if part is not None]
     if given and len(given) < len(parts):
-        problems.add(f"{whose}: {len(given)} of its {len(parts)} tasks set {kind} rows aside; either all do or none")
+        problems.add(
+            f"{whose}: {len(given)} of its {len(parts)} tasks set {kind} rows aside; "
+            "either all do or none"
+        )
     return [example for part in given for example in part] if given else None
 
 
@@ -135,23 +165,45 @@ def _by_category(pools: Sequence[_Pool], settings: DataSettings, seed: int) -> l
         owners: dict[Hashable, int] = {}
         shares = {
             kind: _deal(rows, count, generator(seed, "category", pool.category, kind), owners)
-            for kind, rows in (("examples", pool.examples), ("test", pool.test), ("validation", pool.validation))
+            for kind, rows in (
+                ("examples", pool.examples),
+                ("test", pool.test),
+                ("validation", pool.validation),
+            )
             if rows is not None
         }
         for k in range(count):
-            client_id = _slug(pool.category) if count == 1 else f"{_slug(pool.category)}-{k:0{len(str(count - 1))}d}"
+            client_id = (
+                _slug(pool.category)
+                if count == 1
+                else f"{_slug(pool.category)}-{k:0{len(str(count - 1))}d}"
+            )
             mine = {kind: share[k] for kind, share in shares.items()}
-            clients.append(ClientRows(client_id, pool.category, pool.category, mine["examples"], mine.get("test"), mine.get("validation")))
+            clients.append(
+                ClientRows(
+                    client_id,
+                    pool.category,
+                    pool.category,
+                    mine["examples"],
+                    mine.get("test"),
+                    mine.get("validation"),
+                )
+            )
     return clients
 
 
-def _deal(rows: Sequence[Example], count: int, rng: np.random.Generator, owners: dict[Hashable, int]) -> list[list[Example]]:
-    """Shuffled rows dealt like cards: rows with the same prompt together, the next of them to the first client that has fewest.
+def _deal(
+    rows: Sequence[Example], count: int, rng: np.random.Generator, owners: dict[Hashable, int]
+) -> list[list[Example]]:
+    """Shuffled rows dealt like cards.
+
+    Rows with the same prompt together, the next of them to the first client that has fewest.
 
     Where no prompt comes twice, shares differ by at most one row.
 
     Args:
-        owners: prompt -> who has it, of kinds of rows that were dealt before; what is dealt here is added.
+        owners: prompt -> who has it, of kinds of rows that were dealt before; what is dealt here is
+            added.
     """
     shares: list[list[Example]] = [[] for _ in range(count)]
     sizes = np.zeros(count, dtype=np.int64)
@@ -162,12 +214,15 @@ def _deal(rows: Sequence[Example], count: int, rng: np.random.Generator, owners:
     return shares
 
 
-def _by_dirichlet(pools: Sequence[_Pool], settings: DataSettings, seed: int, problems: Problems) -> list[ClientRows]:
+def _by_dirichlet(
+    pools: Sequence[_Pool], settings: DataSettings, seed: int, problems: Problems
+) -> list[ClientRows]:
     count, fewest = settings.dirichlet_clients, settings.min_rows
     total = sum(len(pool.examples) for pool in pools)
     if total < count * fewest:
         problems.add(
-            f"{total} rows are too few for {count} clients (data.dirichlet_clients) with at least {fewest} rows (data.min_rows); lower one"
+            f"{total} rows are too few for {count} clients (data.dirichlet_clients) with "
+            f"at least {fewest} rows (data.min_rows); lower one"
         )
         return []
     _together([pool.test for pool in pools], "partition 'dirichlet'", "test", problems)
@@ -183,15 +238,22 @@ def _by_dirichlet(pools: Sequence[_Pool], settings: DataSettings, seed: int, pro
             return shares
         smallest = max(smallest, fewest_rows)
     problems.add(
-        f"partition 'dirichlet': in {MOST_DRAWS} draws the smallest of {count} clients had at most {smallest} rows; must have {fewest} "
-        f"and, where the source sets test rows aside, one of them; raise data.dirichlet_alpha ({settings.dirichlet_alpha:g}), "
+        f"partition 'dirichlet': in {MOST_DRAWS} draws the smallest of {count} clients had "
+        f"at most {smallest} rows; must have {fewest} "
+        "and, where the source sets test rows aside, one of them; raise "
+        f"data.dirichlet_alpha ({settings.dirichlet_alpha:g}), "
         "or lower data.min_rows or data.dirichlet_clients"
     )
     return []
 
 
-def _mixtures(pools: Sequence[_Pool], settings: DataSettings, rng: np.random.Generator) -> list[ClientRows]:
-    """One draw: each category is cut by Dirichlet proportions; a client that already has total / count rows gets no more of it."""
+def _mixtures(
+    pools: Sequence[_Pool], settings: DataSettings, rng: np.random.Generator
+) -> list[ClientRows]:
+    """One draw: each category is cut by Dirichlet proportions.
+
+    A client that already has total / count rows gets no more of it.
+    """
     count = settings.dirichlet_clients
     full = sum(len(pool.examples) for pool in pools) / count
     examples: list[list[Example]] = [[] for _ in range(count)]
@@ -210,7 +272,12 @@ def _mixtures(pools: Sequence[_Pool], settings: DataSettings, rng: np.random.Gen
     width = len(str(count - 1))
     return [
         ClientRows(
-            f"client-{k:0{width}d}", "mixture", "", examples[k], test[k] if has_test else None, validation[k] if has_validation else None
+            f"client-{k:0{width}d}",
+            "mixture",
+            "",
+            examples[k],
+            test[k] if has_test else None,
+            validation[k] if has_validation else None,
         )
         for k in range(count)
     ]

@@ -10,7 +10,11 @@ from fedmira.errors import DataError
 __all__ = ["MOST_SHOWN", "Problems"]
 
 MOST_SHOWN = 20
-_PLACE = re.compile(r"(?P<file>.*?)(?:(?P<line>:)|(?P<row> row )|(?P<instance>, instance ))(?P<number>\d+)(?P<rest>: .*)", re.DOTALL)
+_PLACE = re.compile(
+    r"(?P<file>.*?)(?:(?P<line>:)|(?P<row> row )|(?P<instance>, instance "
+    r"))(?P<number>\d+)(?P<rest>: .*)",
+    re.DOTALL,
+)
 _KINDS = ("line", "row", "instance")
 _MOST_PARTS = 5
 
@@ -32,8 +36,8 @@ class Problems:
         """Ends the stage when it had problems.
 
         Raises:
-            DataError: at least one was noted. What is equal in several lines of a file is said once; the first `MOST_SHOWN` are
-                shown and the rest counted.
+            DataError: at least one was noted. What is equal in several lines of a file is said
+                once; the first `MOST_SHOWN` are shown and the rest counted.
         """
         if not self._messages:
             return
@@ -53,7 +57,9 @@ def _grouped(messages: Sequence[str]) -> list[str]:
             groups.setdefault((message,), [])
             continue
         kind = next(kind for kind in _KINDS if found[kind])
-        groups.setdefault((found["file"], kind, found[kind], found["rest"]), []).append(int(found["number"]))
+        groups.setdefault((found["file"], kind, found[kind], found["rest"]), []).append(
+            int(found["number"])
+        )
     return [_joined(key, numbers) for key, numbers in groups.items()]
 
 
@@ -74,6 +80,9 @@ def _ranges(numbers: Sequence[int]) -> str:
             parts[-1] = [parts[-1][0], number]
         else:
             parts.append([number])
-    shown = [str(part[0]) if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts[:_MOST_PARTS]]
+    shown = [
+        str(part[0]) if len(part) == 1 else f"{part[0]} to {part[-1]}"
+        for part in parts[:_MOST_PARTS]
+    ]
     left = sum(part[-1] - part[0] + 1 for part in parts[_MOST_PARTS:])
     return ", ".join(shown) + (f" and {left} more" if left else "")

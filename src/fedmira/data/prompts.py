@@ -14,7 +14,8 @@ __all__ = ["PROMPTS", "PromptTemplate", "alpaca_prompt", "chat_prompt", "plain_p
 PromptTemplate = Callable[[Example, Tokenizer], str]
 
 _WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Below is an instruction that describes a task, paired with an input that provides "
+    "further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
@@ -26,17 +27,27 @@ _WITHOUT_INPUT = (
 
 
 def alpaca_prompt(example: Example) -> str:
-    """The Alpaca form as FedKSeed and MIRA use it: the prompt ends at the response header, without a newline.
+    """The Alpaca form as FedKSeed and MIRA use it.
 
-    Of a conversation, the last user message is the instruction and all other messages are the input.
+    The prompt ends at the response header, without a newline.
+
+    Of a conversation, the last user message is the instruction and all other messages are the
+    input.
     """
-    instruction, material = _instruction_and_rest(example.messages) if example.messages else (example.instruction, example.input)
+    instruction, material = (
+        _instruction_and_rest(example.messages)
+        if example.messages
+        else (example.instruction, example.input)
+    )
     template = _WITH_INPUT if material else _WITHOUT_INPUT
     return template.format(instruction=instruction, input=material)
 
 
 def plain_prompt(example: Example) -> str:
-    """Instruction and input separated by blank lines, nothing else; a conversation as "User: ..." and "Assistant: ..." blocks."""
+    """Instruction and input separated by blank lines, nothing else.
+
+    A conversation as "User: ..." and "Assistant: ..." blocks.
+    """
     if example.messages:
         return f"{_transcript(example.messages)}\n\nAssistant:"
     parts = [example.instruction, example.input] if example.input else [example.instruction]
@@ -44,25 +55,35 @@ def plain_prompt(example: Example) -> str:
 
 
 def chat_prompt(example: Example, tokenizer: Tokenizer) -> str:
-    """The tokenizer's own chat template, up to where the assistant begins; an instruction row is one user message.
+    """The tokenizer's own chat template, up to where the assistant begins.
+
+    An instruction row is one user message.
 
     Raises:
-        DataError: the tokenizer has no chat template, or the template refuses the messages (roles that do not alternate, say).
+        DataError: the tokenizer has no chat template, or the template refuses the messages (roles
+            that do not alternate, say).
     """
-    # jinja2 comes with every tokenizer that has a chat template; without one there is nothing to render and no need for it.
+    # jinja2 comes with every tokenizer that has a chat template; without one there is nothing to
+    # render and no need for it.
     if tokenizer.chat_template is None:
-        raise DataError(f"prompt 'chat': tokenizer {tokenizer.name_or_path!r} has no chat template; set data.prompt = \"alpaca\"")
+        raise DataError(
+            f"prompt 'chat': tokenizer {tokenizer.name_or_path!r} has no chat template; "
+            'set data.prompt = "alpaca"'
+        )
     from jinja2 import TemplateError
 
     request = "\n\n".join(part for part in (example.instruction, example.input) if part)
     messages = example.messages or (("user", request),)
     conversation = [{"role": role, "content": content} for role, content in messages]
     try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        )
     except TemplateError as error:
         where = f"{example.where}: " if example.where else ""
         raise DataError(
-            f'{where}the chat template of {tokenizer.name_or_path!r} refuses this row ({error}); set data.prompt = "alpaca"'
+            f"{where}the chat template of {tokenizer.name_or_path!r} refuses this row "
+            f'({error}); set data.prompt = "alpaca"'
         ) from error
 
 
@@ -78,7 +99,9 @@ PROMPTS: Mapping[str, PromptTemplate] = MappingProxyType(
 def _instruction_and_rest(messages: Sequence[tuple[str, str]]) -> tuple[str, str]:
     users = [i for i, (role, _) in enumerate(messages) if role == "user"]
     chosen = users[-1] if users else len(messages) - 1
-    return messages[chosen][1], _transcript([message for i, message in enumerate(messages) if i != chosen])
+    return messages[chosen][1], _transcript(
+        [message for i, message in enumerate(messages) if i != chosen]
+    )
 
 
 def _transcript(messages: Sequence[tuple[str, str]]) -> str:

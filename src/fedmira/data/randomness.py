@@ -17,7 +17,9 @@ Item = TypeVar("Item")
 def generator(seed: int, purpose: str, *parts: str | int) -> np.random.Generator:
     """A generator that depends on nothing but its arguments."""
     key = json.dumps([seed, purpose, *parts]).encode()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "big")))
+    return np.random.Generator(
+        np.random.PCG64(int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "big"))
+    )
 
 
 def shuffled(items: Sequence[Item], rng: np.random.Generator) -> list[Item]:
@@ -25,7 +27,9 @@ def shuffled(items: Sequence[Item], rng: np.random.Generator) -> list[Item]:
     return [items[int(i)] for i in rng.permutation(len(items))]
 
 
-def sample(items: Sequence[Item], fraction: float, rng: np.random.Generator, least: int = 0) -> list[Item]:
+def sample(
+    items: Sequence[Item], fraction: float, rng: np.random.Generator, least: int = 0
+) -> list[Item]:
     """max(least, int(fraction * n)) of the n items (FedKSeed's floor), or all, drawn without replacement, in their first order."""
     if fraction == 1:
         return list(items)

@@ -21,13 +21,34 @@ __all__ = ["KEYS", "Row", "example_of", "key_problem", "text_of"]
 Row = Mapping[str, Any]
 Messages = tuple[tuple[str, str], ...]
 
-KEYS = frozenset({"instruction", "input", "output", "context", "response", "prompt", "completion", "messages", "category"})
+KEYS = frozenset(
+    {
+        "instruction",
+        "input",
+        "output",
+        "context",
+        "response",
+        "prompt",
+        "completion",
+        "messages",
+        "category",
+    }
+)
 """Keys that a row of any shape is read by."""
 
 _SHAPES = "instruction and output (input), instruction and response (context), prompt and completion, or messages"
 _RENAMED = {
     "instruction": ("question", "query", "request", "task", "problem", "user"),
-    "output": ("answer", "reply", "target", "label", "solution", "completion", "assistant", "result"),
+    "output": (
+        "answer",
+        "reply",
+        "target",
+        "label",
+        "solution",
+        "completion",
+        "assistant",
+        "result",
+    ),
 }
 """Our key -> what rows of other shapes often call it, the likeliest first."""
 
@@ -40,22 +61,35 @@ def example_of(row: Row, where: str, problems: Problems) -> Example | None:
         where: file and line, for the problem and for `Example.where`.
     """
     before = len(problems)
-    found = {key for key, value in row.items() if value is not None}  # tables of mixed shapes fill up with nulls
+    found = {
+        key for key, value in row.items() if value is not None
+    }  # tables of mixed shapes fill up with nulls
     if "messages" in found:
         example = _from_messages(_messages_of(row, "messages", where, problems), where, problems)
     elif isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
-        turns = _messages_of(row, "prompt", where, problems) + _messages_of(row, "completion", where, problems)
+        turns = _messages_of(row, "prompt", where, problems) + _messages_of(
+            row, "completion", where, problems
+        )
         example = _from_messages(turns, where, problems) if len(problems) == before else None
     elif found & {"prompt", "completion"}:
         example = _from_texts(row, ("prompt", None, "completion"), where, problems)
     elif "instruction" in found and found & {"output", "response"}:
-        keys = ("instruction", "input", "output") if "output" in found else ("instruction", "context", "response")
+        keys = (
+            ("instruction", "input", "output")
+            if "output" in found
+            else ("instruction", "context", "response")
+        )
         example = _from_texts(row, keys, where, problems)
     elif "instruction" in found:
-        problems.add(f"{where}: missing key 'output' or 'response', found {_names(row)}{_renaming(found, ('output',))}")
+        problems.add(
+            f"{where}: missing key 'output' or 'response', found "
+            f"{_names(row)}{_renaming(found, ('output',))}"
+        )
         return None
     else:
-        advice = _renaming(found, ("instruction", "output")) or ("; rename the keys of the rows" if row else "")
+        advice = _renaming(found, ("instruction", "output")) or (
+            "; rename the keys of the rows" if row else ""
+        )
         problems.add(f"{where}: unknown shape, found {_names(row)}; a row needs {_SHAPES}{advice}")
         return None
     return example if example is not None and _is_usable(example, before, problems) else None
@@ -74,7 +108,10 @@ def text_of(row: Row, key: str, where: str, problems: Problems, *, optional: boo
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        problems.add(f"{where}: {key!r} holds half of a surrogate pair at character {error.start + 1}; no tokenizer can encode it")
+        problems.add(
+            f"{where}: {key!r} holds half of a surrogate pair at character "
+            f"{error.start + 1}; no tokenizer can encode it"
+        )
         return ""
     return value
 
@@ -86,11 +123,19 @@ def key_problem(where: str, key: str, row: Row) -> str:
 
 def _renaming(found: Collection[str], wanted: Sequence[str]) -> str:
     """Which keys to rename, where every wanted one has a likely name among those found; else ""."""
-    pairs = [(next((other for other in _RENAMED[ours] if other in found), ""), ours) for ours in wanted]
-    return "; rename " + " and ".join(f"{other!r} to {ours!r}" for other, ours in pairs) if all(other for other, _ in pairs) else ""
+    pairs = [
+        (next((other for other in _RENAMED[ours] if other in found), ""), ours) for ours in wanted
+    ]
+    return (
+        "; rename " + " and ".join(f"{other!r} to {ours!r}" for other, ours in pairs)
+        if all(other for other, _ in pairs)
+        else ""
+    )
 
 
-def _from_texts(row: Row, keys: tuple[str, str | None, str], where: str, problems: Problems) -> Example | None:
+def _from_texts(
+    row: Row, keys: tuple[str, str | None, str], where: str, problems: Problems
+) -> Example | None:
     before = len(problems)
     instruction = text_of(row, keys[0], where, problems)
     material = text_of(row, keys[1], where, problems, optional=True) if keys[1] else ""
@@ -102,7 +147,10 @@ def _from_messages(messages: Messages, where: str, problems: Problems) -> Exampl
     answers = [i for i, (role, _) in enumerate(messages) if role == "assistant"]
     if not answers or answers[-1] == 0:
         if messages:
-            problems.add(f"{where}: no assistant message answers another message, found roles {', '.join(role for role, _ in messages)}")
+            problems.add(
+                f"{where}: no assistant message answers another message, found roles "
+                f"{', '.join(role for role, _ in messages)}"
+            )
         return None
     # What follows the last answer has no response to learn.
     return Example("", "", messages[answers[-1]][1], where=where, messages=messages[: answers[-1]])
@@ -111,16 +159,28 @@ def _from_messages(messages: Messages, where: str, problems: Problems) -> Exampl
 def _messages_of(row: Row, key: str, where: str, problems: Problems) -> Messages:
     value = row.get(key)
     if not isinstance(value, list) or not value:
-        problems.add(key_problem(where, key, row) if value is None else f"{where}: {key!r} must be a list of messages that is not empty")
+        problems.add(
+            key_problem(where, key, row)
+            if value is None
+            else f"{where}: {key!r} must be a list of messages that is not empty"
+        )
         return ()
     messages = []
     before = len(problems)
     for number, message in enumerate(value, start=1):
         place = f"{where}, {key} {number}"
         if not isinstance(message, Mapping):
-            problems.add(f"{place}: is of type {type(message).__name__}; must be an object with 'role' and 'content'")
+            problems.add(
+                f"{place}: is of type {type(message).__name__}; must be an object with "
+                "'role' and 'content'"
+            )
             continue
-        messages.append((text_of(message, "role", place, problems), text_of(message, "content", place, problems)))
+        messages.append(
+            (
+                text_of(message, "role", place, problems),
+                text_of(message, "content", place, problems),
+            )
+        )
     return tuple(messages) if len(problems) == before else ()
 
 
@@ -133,4 +193,7 @@ def _is_usable(example: Example, before: int, problems: Problems) -> bool:
 
 
 def _names(row: Row) -> str:
-    return ", ".join(f"{key} (null)" if value is None else str(key) for key, value in row.items()) or "no keys"
+    return (
+        ", ".join(f"{key} (null)" if value is None else str(key) for key, value in row.items())
+        or "no keys"
+    )

@@ -1,4 +1,7 @@
-"""Splits a client's rows into train, validation and test; the split depends on the seed, the client's id and its rows only."""
+"""Splits a client's rows into train, validation and test.
+
+The split depends on the seed, the client's id and its rows only.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedmira.config.schema import DataSettings
+from fedmira.config import DataSettings
 from fedmira.data.examples import Example, by_prompt
 from fedmira.data.partition import ClientRows
 from fedmira.data.problems import Problems
@@ -23,7 +26,8 @@ class Split:
 
     Attributes:
         duplicates: exact copies of another row of the same part that were dropped.
-        overlaps: training and validation rows that were dropped because the source's own test (or validation) rows hold their prompt.
+        overlaps: training and validation rows that were dropped because the source's own test (or
+            validation) rows hold their prompt.
     """
 
     train: tuple[Example, ...]
@@ -34,17 +38,23 @@ class Split:
 
 
 def most_rows(settings: DataSettings, position: int) -> int:
-    """The most training rows of the client at this position (0 = all); a list is given to the clients in turn."""
+    """The most training rows of the client at this position (0 = all).
+
+    A list is given to the clients in turn.
+    """
     if isinstance(settings.max_rows, int):
         return settings.max_rows
     return settings.max_rows[position % len(settings.max_rows)] if settings.max_rows else 0
 
 
-def split_rows(client: ClientRows, settings: DataSettings, seed: int, position: int, problems: Problems) -> Split | None:
+def split_rows(
+    client: ClientRows, settings: DataSettings, seed: int, position: int, problems: Problems
+) -> Split | None:
     """Splits one client's rows, or notes why it cannot be done.
 
-    Copies are dropped first. Rows with the same prompt form a group, and groups are dealt whole: test groups up to the test share of the
-    rows, then validation groups, then the rest trains. Neither `test_rows` nor `max_rows` changes which side a row is on; they cut.
+    Copies are dropped first. Rows with the same prompt form a group, and groups are dealt whole:
+    test groups up to the test share of the rows, then validation groups, then the rest trains.
+    Neither `test_rows` nor `max_rows` changes which side a row is on; they cut.
 
     Args:
         client: its rows, and what the source itself sets aside.
@@ -55,16 +65,23 @@ def split_rows(client: ClientRows, settings: DataSettings, seed: int, position: 
     """
     rows = _distinct(client.examples)
     parts = _parts(rows, client, settings, generator(seed, "split", client.client_id))
-    wanted = {"training": parts.train, "test": parts.test} | ({"validation": parts.validation} if settings.validation_fraction else {})
+    wanted = {"training": parts.train, "test": parts.test} | (
+        {"validation": parts.validation} if settings.validation_fraction else {}
+    )
     missing = [kind for kind, part in wanted.items() if not part]
     if missing:
         problems.add(_shortage(client, rows, " or ".join(missing), len(wanted)))
         return None
-    copies = sum(len(part) - len(_distinct(part)) for part in (client.examples, client.test or (), client.validation or ()))
+    copies = sum(
+        len(part) - len(_distinct(part))
+        for part in (client.examples, client.test or (), client.validation or ())
+    )
     return replace(_cut(parts, settings, position), duplicates=copies)
 
 
-def _parts(rows: Sequence[Example], client: ClientRows, settings: DataSettings, rng: np.random.Generator) -> Split:
+def _parts(
+    rows: Sequence[Example], client: ClientRows, settings: DataSettings, rng: np.random.Generator
+) -> Split:
     """The three parts at full size, and the number of rows that overlap with the source's own."""
     groups = shuffled(by_prompt(rows), rng)
     if client.test is not None:
@@ -74,35 +91,59 @@ def _parts(rows: Sequence[Example], client: ClientRows, settings: DataSettings, 
         test, groups = _take(groups, max(1, _rounded(len(rows) * test_fraction)))
     validation = shuffled(_distinct(client.validation or ()), rng)
     before = sum(len(group) for group in groups) + len(validation)
-    groups, validation = _without(groups, test), [row for group in _without(by_prompt(validation), test) for row in group]
+    groups, validation = (
+        _without(groups, test),
+        [row for group in _without(by_prompt(validation), test) for row in group],
+    )
     if client.validation is not None:
         groups = _without(groups, validation)
     overlaps = before - sum(len(group) for group in groups) - len(validation)
     if client.validation is None and settings.validation_fraction:
-        share = settings.validation_fraction / (settings.train_fraction + settings.validation_fraction)
-        validation, groups = _take(groups, max(1, _rounded(sum(len(group) for group in groups) * share)))
-    return Split(tuple(row for group in groups for row in group), tuple(validation), tuple(test), overlaps=overlaps)
+        share = settings.validation_fraction / (
+            settings.train_fraction + settings.validation_fraction
+        )
+        validation, groups = _take(
+            groups, max(1, _rounded(sum(len(group) for group in groups) * share))
+        )
+    return Split(
+        tuple(row for group in groups for row in group),
+        tuple(validation),
+        tuple(test),
+        overlaps=overlaps,
+    )
 
 
 def _cut(parts: Split, settings: DataSettings, position: int) -> Split:
     limit = most_rows(settings, position)
     validation = parts.validation
     if limit and settings.validation_fraction:
-        validation = validation[: max(1, _rounded(limit * settings.validation_fraction / settings.train_fraction))]
-    return replace(parts, train=parts.train[: limit or None], validation=validation, test=parts.test[: settings.test_rows or None])
+        validation = validation[
+            : max(1, _rounded(limit * settings.validation_fraction / settings.train_fraction))
+        ]
+    return replace(
+        parts,
+        train=parts.train[: limit or None],
+        validation=validation,
+        test=parts.test[: settings.test_rows or None],
+    )
 
 
 def _shortage(client: ClientRows, rows: Sequence[Example], missing: str, parts: int) -> str:
     prompts = len(by_prompt(rows))
     return (
-        f"client {client.client_id!r} has no {missing} rows left: it has {len(rows)} distinct rows with {prompts} distinct prompts, and a "
-        f"prompt stays on one side (a source's own test rows first); at least {parts} prompts that differ are needed: add rows, or "
+        f"client {client.client_id!r} has no {missing} rows left: it has {len(rows)} "
+        f"distinct rows with {prompts} distinct prompts, and a "
+        f"prompt stays on one side (a source's own test rows first); at least {parts} "
+        "prompts that differ are needed: add rows, or "
         "leave the client out with data.min_rows"
     )
 
 
 def _rounded(value: float) -> int:
-    """To the nearest whole number, halves up; products of fractions such as (1 - 0.8) * n are a hair off their true value."""
+    """To the nearest whole number, halves up.
+
+    Products of fractions such as (1 - 0.8) * n are a hair off their true value.
+    """
     return math.floor(value + 0.5 + 1e-9)
 
 
@@ -111,8 +152,13 @@ def _distinct(rows: Iterable[Example]) -> list[Example]:
     return list(dict.fromkeys(rows))
 
 
-def _take(groups: Sequence[list[Example]], target: int) -> tuple[list[Example], list[list[Example]]]:
-    """Whole groups, in order, as long as they fit into `target` rows; where none fits, the smallest; and the groups that are left."""
+def _take(
+    groups: Sequence[list[Example]], target: int
+) -> tuple[list[Example], list[list[Example]]]:
+    """Whole groups, in order, as long as they fit into `target` rows.
+
+    Where none fits, the smallest; and the groups that are left.
+    """
     taken: list[int] = []
     size = 0
     for index, group in enumerate(groups):
@@ -122,7 +168,9 @@ def _take(groups: Sequence[list[Example]], target: int) -> tuple[list[Example], 
     if not taken and groups:
         taken = [min(range(len(groups)), key=lambda index: len(groups[index]))]
     chosen = set(taken)
-    return [row for index in taken for row in groups[index]], [group for index, group in enumerate(groups) if index not in chosen]
+    return [row for index in taken for row in groups[index]], [
+        group for index, group in enumerate(groups) if index not in chosen
+    ]
 
 
 def _without(groups: Sequence[list[Example]], rows: Sequence[Example]) -> list[list[Example]]:

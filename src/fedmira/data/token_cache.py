@@ -20,16 +20,22 @@ __all__ = ["TokenCache"]
 
 _MOST_BYTES = 2**29
 _LEAST_CHARACTERS = 2**14
-"""Fewer are tokenised as fast as a file is found; thousands of small clients would leave thousands of files."""
+"""Fewer are tokenised as fast as a file is found.
+
+Thousands of small clients would leave thousands of files.
+"""
 _FORM = 1
 _SUFFIX = ".safetensors"
 
 
 class TokenCache:
-    """Keeps token ids of lists of texts in files; the least recently written go when there are more than 512 MiB.
+    """Keeps token ids of lists of texts in files.
+
+    The least recently written go when there are more than 512 MiB.
 
     Args:
-        tokenizer: only tokenizers that can be written down as text are cached, since that text is part of the key.
+        tokenizer: only tokenizers that can be written down as text are cached, since that text is
+            part of the key.
         folder: by default `tokens` in the cache folder, or nowhere where there is none.
     """
 
@@ -39,18 +45,30 @@ class TokenCache:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._fingerprint: str | None = None
         if backend is not None:
-            outside = (_FORM, tokenizers.__version__, getattr(tokenizer, "split_special_tokens", False))  # what to_str() leaves out
+            outside = (
+                _FORM,
+                tokenizers.__version__,
+                getattr(tokenizer, "split_special_tokens", False),
+            )  # what to_str() leaves out
             self._fingerprint = hashlib.sha256(f"{outside} {backend.to_str()}".encode()).hexdigest()
         self._has_room = False
 
-    def ids(self, texts: Sequence[str], tokenise: Callable[[Sequence[str]], list[list[int]]]) -> list[list[int]]:
+    def ids(
+        self, texts: Sequence[str], tokenise: Callable[[Sequence[str]], list[list[int]]]
+    ) -> list[list[int]]:
         """The token ids of each text: from the cache, or from `tokenise` and into the cache."""
-        if self._folder is None or self._fingerprint is None or sum(map(len, texts)) < _LEAST_CHARACTERS:
+        if (
+            self._folder is None
+            or self._fingerprint is None
+            or sum(map(len, texts)) < _LEAST_CHARACTERS
+        ):
             return tokenise(texts)
         path = self._folder / f"{self._key(texts)}{_SUFFIX}"
         try:
             found = load_file(path)
-            return [part.tolist() for part in np.split(found["ids"], np.cumsum(found["lengths"])[:-1])]
+            return [
+                part.tolist() for part in np.split(found["ids"], np.cumsum(found["lengths"])[:-1])
+            ]
         except (OSError, SafetensorError, KeyError):
             pass  # not there, or cut short by a crash: made anew
         rows = tokenise(texts)
@@ -74,7 +92,9 @@ class TokenCache:
             save_file({"ids": ids, "lengths": lengths}, partial)
             partial.chmod(0o600)
             partial.replace(path)
-            if not self._has_room:  # once in a run: listing the folder takes long when it holds much
+            if (
+                not self._has_room
+            ):  # once in a run: listing the folder takes long when it holds much
                 self._has_room = True
                 self._make_room(path.parent)
         except (OSError, SafetensorError):
@@ -82,7 +102,10 @@ class TokenCache:
                 partial.unlink(missing_ok=True)
 
     def _make_room(self, folder: Path) -> None:
-        files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob(f"*{_SUFFIX}*"))
+        files = sorted(
+            (file.stat().st_mtime, file.stat().st_size, file)
+            for file in folder.glob(f"*{_SUFFIX}*")
+        )
         total = sum(size for _, size, _ in files)
         for _, size, file in files:
             if total <= _MOST_BYTES:

@@ -1,4 +1,4 @@
-"""Graphs: which clients are related, and how strongly."""
+"""Who is related: fixed and learned graphs, their bounds, and graph.json."""
 
 from fedmira.graphs.bounds import GraphBounds, graph_bounds
 from fedmira.graphs.builders import (
@@ -13,10 +13,17 @@ from fedmira.graphs.builders import (
     write_graph,
 )
 from fedmira.graphs.collaboration import collaboration_weights, project_on_simplex
+from fedmira.graphs.files import graph_of, graph_text
 from fedmira.graphs.graph import Graph
 from fedmira.graphs.products import ExactProducts, InnerProducts, SketchedProducts
 from fedmira.graphs.similarity import similarity_weights
-from fedmira.graphs.sources import CollaborationGraph, FixedGraph, GraphSource, LearnedGraph, graph_source
+from fedmira.graphs.sources import (
+    CollaborationGraph,
+    FixedGraph,
+    GraphSource,
+    LearnedGraph,
+    graph_source,
+)
 
 __all__ = [
     "CollaborationGraph",
@@ -35,7 +42,9 @@ __all__ = [
     "file_graph",
     "graph_bounds",
     "graph_document",
+    "graph_of",
     "graph_source",
+    "graph_text",
     "project_on_simplex",
     "random_graph",
     "shuffled",

@@ -25,12 +25,15 @@ class GraphBounds:
     Attributes:
         max_degree: largest sum of a client's weights.
         largest_eigenvalue: lambda_max of the Laplacian; above 512 clients to six digits.
-        connectivity: lambda_2, the second smallest; disagreement shrinks by at least 1 - gamma * lambda_2 a full round. 0 when the
-            graph falls into parts; None for a connected graph of more than 512 clients, where it would cost too much.
+        connectivity: lambda_2, the second smallest; disagreement shrinks by at least 1 - gamma *
+            lambda_2 a full round. 0 when the graph falls into parts; None for a connected graph of
+            more than 512 clients, where it would cost too much.
         gershgorin: 2 * max_degree, an upper bound of lambda_max.
         parts: connected parts, clients without an edge counted.
-        largest_convex_step: gamma up to which every mixed adapter lies between its neighbours, 1 / max_degree; None without edges.
-        largest_stable_step: gamma below which disagreement shrinks, 2 / lambda_max; None without edges.
+        largest_convex_step: gamma up to which every mixed adapter lies between its neighbours, 1 /
+            max_degree; None without edges.
+        largest_stable_step: gamma below which disagreement shrinks, 2 / lambda_max; None without
+            edges.
     """
 
     max_degree: float
@@ -48,7 +51,9 @@ def graph_bounds(graph: Graph) -> GraphBounds:
     if len(graph.edge_list) == 0:
         return GraphBounds(0.0, 0.0, 0.0, 0.0, count, None, None)
     max_degree = float(graph.degrees.max())
-    largest, connectivity, parts = (_all_eigenvalues if count <= WHOLE_SPECTRUM else _largest_eigenvalue)(graph, max_degree)
+    largest, connectivity, parts = (
+        _all_eigenvalues if count <= WHOLE_SPECTRUM else _largest_eigenvalue
+    )(graph, max_degree)
     return GraphBounds(
         max_degree=max_degree,
         largest_eigenvalue=largest,
@@ -69,12 +74,19 @@ def _all_eigenvalues(graph: Graph, max_degree: float) -> tuple[float, float | No
 
 def _largest_eigenvalue(graph: Graph, max_degree: float) -> tuple[float, float | None, int]:
     """The same from the sparse Laplacian, by Lanczos and a search of the graph."""
-    # Only `fedmira check` of a large fixed graph comes here; a run should not wait for these imports.
+    # Only `fedmira check` of a large fixed graph comes here; a run should not wait for these
+    # imports.
     from scipy.sparse.csgraph import connected_components
     from scipy.sparse.linalg import eigsh
 
     laplacian = graph.laplacian
-    start = torch.randn(len(graph.clients), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    largest = float(eigsh(laplacian, k=1, which="LA", v0=start.numpy(), tol=ENOUGH, return_eigenvectors=False)[0])
+    start = torch.randn(
+        len(graph.clients), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    largest = float(
+        eigsh(laplacian, k=1, which="LA", v0=start.numpy(), tol=ENOUGH, return_eigenvectors=False)[
+            0
+        ]
+    )
     parts = int(connected_components(laplacian, directed=False, return_labels=False))
     return largest, None if parts == 1 else 0.0, parts

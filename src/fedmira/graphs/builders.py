@@ -1,4 +1,7 @@
-"""Fixed task graphs: random as the authors draw it, uniform, by category, from a file; and the shuffled control."""
+"""Fixed task graphs: random as the authors draw it, uniform, by category, from a file.
+
+And the shuffled control.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ __all__ = [
 SPARSITY_LIMIT = 0.25
 """Edges of the authors' random graph below this are cut: one in eight."""
 MOST_EDGES = 2_000_000
-"""Most pairs that a graph is built for by rule; 2,000 clients that are all related have about as many."""
+"""Most pairs that a graph is built for by rule.
+
+2,000 clients that are all related have about as many.
+"""
 
 
 def _generator(seed: int, purpose: str) -> torch.Generator:
@@ -51,8 +57,10 @@ def check_pairs(kind: str, clients: int, pairs: int) -> None:
     """
     if pairs > MOST_EDGES:
         raise ConfigError(
-            f"graph.kind = {kind!r}: its rule relates {pairs:,} pairs of {clients:,} clients; at most {MOST_EDGES:,} can be held (set "
-            "graph.kind to 'similarity', which keeps a few neighbours for each client, list the edges that matter in a 'file', or lower "
+            f"graph.kind = {kind!r}: its rule relates {pairs:,} pairs of {clients:,} "
+            f"clients; at most {MOST_EDGES:,} can be held (set "
+            "graph.kind to 'similarity', which keeps a few neighbours for each client, "
+            "list the edges that matter in a 'file', or lower "
             "data.clients)"
         )
 
@@ -69,7 +77,9 @@ def random_graph(clients: Sequence[str], seed: int) -> Graph:
         ConfigError: there are too many pairs.
     """
     check_pairs("random", len(clients), all_pairs(len(clients)))
-    draws = torch.rand(len(clients), len(clients), generator=_generator(seed, "random graph"), dtype=torch.float64)
+    draws = torch.rand(
+        len(clients), len(clients), generator=_generator(seed, "random graph"), dtype=torch.float64
+    )
     weights = (draws + draws.T) / 2
     weights[weights < SPARSITY_LIMIT] = 0
     return Graph("random", tuple(clients), list_of_matrix(weights))
@@ -78,7 +88,11 @@ def random_graph(clients: Sequence[str], seed: int) -> Graph:
 def _joined_alike(kind: str, clients: Sequence[str], groups: Iterable[Tensor]) -> Graph:
     """Weight 1 between all clients of a group; groups are row numbers, int64 [n]."""
     pairs = torch.cat([torch.combinations(group, 2) for group in groups])
-    return Graph(kind, tuple(clients), joined(pairs[:, 0], pairs[:, 1], torch.ones(len(pairs), dtype=torch.float64), len(clients)))
+    return Graph(
+        kind,
+        tuple(clients),
+        joined(pairs[:, 0], pairs[:, 1], torch.ones(len(pairs), dtype=torch.float64), len(clients)),
+    )
 
 
 def uniform_graph(clients: Sequence[str]) -> Graph:
@@ -95,19 +109,24 @@ def category_graph(clients: Sequence[str], categories: Mapping[str, str]) -> Gra
     """Weight 1 between clients of the same category, 0 otherwise.
 
     Raises:
-        ConfigError: clients without a category, all of them together; or categories have too many pairs.
+        ConfigError: clients without a category, all of them together; or categories have too many
+            pairs.
     """
     missing = [client for client in clients if not categories.get(client)]
     if missing:
         raise ConfigError(
-            f"graph.kind = 'category': {len(missing)} of {len(clients)} clients have no category, such as {missing[0]!r}; "
-            "every client needs one (use data that names categories, or set graph.kind to 'similarity')"
+            f"graph.kind = 'category': {len(missing)} of {len(clients)} clients have no "
+            f"category, such as {missing[0]!r}; "
+            "every client needs one (use data that names categories, or set graph.kind to "
+            "'similarity')"
         )
     members: dict[str, list[int]] = {}
     for row, client in enumerate(clients):
         members.setdefault(categories[client], []).append(row)
     check_pairs("category", len(clients), sum(all_pairs(len(rows)) for rows in members.values()))
-    return _joined_alike("category", clients, [torch.tensor(rows, dtype=torch.int64) for rows in members.values()])
+    return _joined_alike(
+        "category", clients, [torch.tensor(rows, dtype=torch.int64) for rows in members.values()]
+    )
 
 
 def _read_document(path: Path) -> dict[str, Any]:
@@ -119,13 +138,22 @@ def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"graph file {str(path)!r}: cannot be read: {error.strerror}; set graph.path to a graph.json") from error
-    except ValueError as error:
-        raise ConfigError(f"graph file {str(path)!r}: is not JSON: {error}; write it as graph.json of a run folder") from error
-    lists = ("clients", "edges")
-    if not isinstance(document, dict) or any(not isinstance(document.get(key), list) for key in lists):
         raise ConfigError(
-            f"graph file {str(path)!r}: must be an object with the lists 'clients' and 'edges'; see graph.json of a run folder"
+            f"graph file {str(path)!r}: cannot be read: {error.strerror}; set graph.path "
+            "to a graph.json"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"graph file {str(path)!r}: is not JSON: {error}; write it as graph.json of a "
+            "run folder"
+        ) from error
+    lists = ("clients", "edges")
+    if not isinstance(document, dict) or any(
+        not isinstance(document.get(key), list) for key in lists
+    ):
+        raise ConfigError(
+            f"graph file {str(path)!r}: must be an object with the lists 'clients' and "
+            "'edges'; see graph.json of a run folder"
         )
     return document
 
@@ -134,11 +162,22 @@ def _edge_problem(edge: Any, known: Mapping[str, int]) -> str | None:
     """What is wrong with one edge on its own, or None."""
     if not isinstance(edge, dict) or not {"source", "target", "weight"} <= edge.keys():
         return "must be an object with source, target and weight"
-    strangers = [end for end in (edge["source"], edge["target"]) if not isinstance(end, str) or end not in known]
+    strangers = [
+        end
+        for end in (edge["source"], edge["target"])
+        if not isinstance(end, str) or end not in known
+    ]
     if strangers:
-        return f"unknown client {strangers[0]!r}; must be one of the {len(known)} clients of the run"
+        return (
+            f"unknown client {strangers[0]!r}; must be one of the {len(known)} clients of the run"
+        )
     weight = edge["weight"]
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not math.isfinite(weight)
+        or weight < 0
+    ):
         return f"weight is {weight!r}; must be a finite number of 0 or more"
     if edge["source"] == edge["target"]:
         return f"client {edge['source']!r} is joined to itself; leave the edge out"
@@ -149,16 +188,23 @@ def file_graph(path: Path | str, clients: Sequence[str]) -> Graph:
     """Read a graph.json, `{"kind", "clients", "edges": [{"source", "target", "weight"}]}` with a symmetric pair once.
 
     Raises:
-        ConfigError: the file cannot be read or is not such a document; or its clients are not those of the run, or edges are
-            wrong: all problems together.
+        ConfigError: the file cannot be read or is not such a document; or its clients are not those
+            of the run, or edges are wrong: all problems together.
     """
     document = _read_document(Path(path))
     row = {client: number for number, client in enumerate(clients)}
     listed: list[Any] = document["clients"]
     named = {client for client in listed if isinstance(client, str)}
     strangers = [client for client in listed if not isinstance(client, str) or client not in row]
-    problems = [f"unknown client {client!r}; the run has no such client, take it out of the list" for client in strangers]
-    problems += [f"missing client {client!r}; the run has it, add it to the list" for client in clients if client not in named]
+    problems = [
+        f"unknown client {client!r}; the run has no such client, take it out of the list"
+        for client in strangers
+    ]
+    problems += [
+        f"missing client {client!r}; the run has it, add it to the list"
+        for client in clients
+        if client not in named
+    ]
     edges: list[tuple[str, str, float]] = []
     seen: dict[frozenset[str], int] = {}
     for number, edge in enumerate(document["edges"], start=1):
@@ -177,7 +223,10 @@ def file_graph(path: Path | str, clients: Sequence[str]) -> Graph:
 
 
 def permutation_without_fixed_points(count: int, seed: int) -> Tensor:
-    """A random cycle through all places, int64 [count]: nobody keeps a place when there are two or more (Sattolo 1986)."""
+    """A random cycle through all places, int64 [count].
+
+    Nobody keeps a place when there are two or more (Sattolo 1986).
+    """
     generator = _generator(seed, "shuffled graph")
     places = list(range(count))
     for last in range(count - 1, 0, -1):
@@ -195,7 +244,10 @@ def shuffled(graph: Graph, seed: int) -> Graph:
 
 def graph_document(graph: Graph, **extra: Any) -> dict[str, Any]:
     """The graph as graph.json holds it; `extra` keys, such as round, come after."""
-    edges = [{"source": source, "target": target, "weight": weight} for source, target, weight in graph.edges()]
+    edges = [
+        {"source": source, "target": target, "weight": weight}
+        for source, target, weight in graph.edges()
+    ]
     return {"kind": graph.kind, "clients": list(graph.clients), "edges": edges, **extra}
 
 

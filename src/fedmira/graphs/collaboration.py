@@ -1,11 +1,15 @@
-"""Whom each client should collaborate with, and how much: pFedGraph's quadratic programme, solved by a projection.
+"""Whom each client should collaborate with, and how much.
 
-Ye et al. 2023, "Personalized Federated Learning with Inferred Collaboration Graphs", ICML 2023. Client k's weights x, itself
-included, balance its likeness to the others against their share p of the data:
+PFedGraph's quadratic programme, solved by a projection.
+
+Ye et al. 2023, "Personalized Federated Learning with Inferred Collaboration Graphs", ICML 2023.
+Client k's weights x, itself included, balance its likeness to the others against their share p of
+the data:
 
     minimise over the simplex   alpha |x|^2 + d^T x - 2 alpha p^T x,      d_l = -cos(update_k, update_l)
 
-which is alpha |x - (p - d / (2 alpha))|^2 up to a constant, so x is the Euclidean projection of p - d / (2 alpha) on the simplex.
+which is alpha |x - (p - d / (2 alpha))|^2 up to a constant, so x is the Euclidean projection of p -
+d / (2 alpha) on the simplex.
 """
 
 from __future__ import annotations

@@ -11,7 +11,13 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from fedmira.errors import ConfigError
-from fedmira.graphs.edges import NO_EDGES, degrees_of, joined, list_of_matrix, matrix_of_list
+from fedmira.graphs.edges import (
+    NO_EDGES,
+    degrees_of,
+    joined,
+    list_of_matrix,
+    matrix_of_list,
+)
 
 __all__ = ["Graph"]
 
@@ -23,7 +29,8 @@ class Graph:
     Attributes:
         kind: how it was made, for graph.json.
         clients: their ids, in the order of the rows.
-        edge_list: float64 [E, 3]: row, column and weight of every pair that is related, once, with row < column, in order.
+        edge_list: float64 [E, 3]: row, column and weight of every pair that is related, once, with
+            row < column, in order.
 
     Raises:
         ConfigError: the edge list breaks one of these rules.
@@ -36,14 +43,25 @@ class Graph:
     def __post_init__(self) -> None:
         edges, count = self.edge_list, len(self.clients)
         if edges.ndim != 2 or edges.shape[1] != 3 or edges.dtype != torch.float64:
-            raise ConfigError(f"graph {self.kind!r}: its edge list is {edges.dtype} {tuple(edges.shape)}; must be float64 [edges, 3]")
+            raise ConfigError(
+                f"graph {self.kind!r}: its edge list is {edges.dtype} "
+                f"{tuple(edges.shape)}; must be float64 [edges, 3]"
+            )
         if not bool(torch.isfinite(edges).all()) or not bool((edges[:, 2] > 0).all()):
-            raise ConfigError(f"graph {self.kind!r}: a weight of its edge list is not above 0 or not finite; leave such edges out")
+            raise ConfigError(
+                f"graph {self.kind!r}: a weight of its edge list is not above 0 or not "
+                "finite; leave such edges out"
+            )
         rows, columns = self.pairs.unbind(dim=1)
-        in_range = bool((rows >= 0).all()) and bool((rows < columns).all()) and bool((columns < count).all())
+        in_range = (
+            bool((rows >= 0).all())
+            and bool((rows < columns).all())
+            and bool((columns < count).all())
+        )
         if not in_range or not bool((torch.diff(rows * count + columns) > 0).all()):
             raise ConfigError(
-                f"graph {self.kind!r}: its edge list must hold each pair of its {count} clients once, as (row, column) with "
+                f"graph {self.kind!r}: its edge list must hold each pair of its {count} "
+                "clients once, as (row, column) with "
                 "row < column, in order (build it with Graph.from_matrix or Graph.from_edges)"
             )
 
@@ -56,32 +74,51 @@ class Graph:
         """
         count = len(clients)
         if weights.shape != (count, count):
-            raise ConfigError(f"graph {kind!r}: weights have shape {tuple(weights.shape)}; {count} clients need {count} x {count}")
+            raise ConfigError(
+                f"graph {kind!r}: weights have shape {tuple(weights.shape)}; {count} "
+                f"clients need {count} x {count}"
+            )
         if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
-            raise ConfigError(f"graph {kind!r}: a weight is negative or not finite; weights must be 0 or more")
+            raise ConfigError(
+                f"graph {kind!r}: a weight is negative or not finite; weights must be 0 or more"
+            )
         if bool(weights.diagonal().any()) or not torch.equal(weights, weights.T):
             raise ConfigError(f"graph {kind!r}: weights must be symmetric with a zero diagonal")
         return cls(kind, tuple(clients), list_of_matrix(weights))
 
     @classmethod
-    def from_edges(cls, kind: str, clients: Sequence[str], edges: Iterable[tuple[str, str, float]]) -> Graph:
-        """The graph of (client, client, weight), each pair once in either direction; weights of 0 are left out.
+    def from_edges(
+        cls, kind: str, clients: Sequence[str], edges: Iterable[tuple[str, str, float]]
+    ) -> Graph:
+        """The graph of (client, client, weight), each pair once in either direction.
+
+        Weights of 0 are left out.
 
         Raises:
-            ConfigError: an edge names an unknown client or joins one to itself, or a weight is negative or not finite.
+            ConfigError: an edge names an unknown client or joins one to itself, or a weight is
+                negative or not finite.
         """
         row = {client: k for k, client in enumerate(clients)}
         listed = list(edges)
         unknown = [client for edge in listed for client in edge[:2] if client not in row]
         if unknown:
-            raise ConfigError(f"graph {kind!r}: an edge names {unknown[0]!r}, which is not one of its {len(row)} clients")
+            raise ConfigError(
+                f"graph {kind!r}: an edge names {unknown[0]!r}, which is not one of its "
+                f"{len(row)} clients"
+            )
         loops = [source for source, target, _ in listed if source == target]
         if loops:
-            raise ConfigError(f"graph {kind!r}: client {loops[0]!r} is joined to itself; leave the edge out")
+            raise ConfigError(
+                f"graph {kind!r}: client {loops[0]!r} is joined to itself; leave the edge out"
+            )
         weights = torch.tensor([weight for *_, weight in listed], dtype=torch.float64)
         if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
-            raise ConfigError(f"graph {kind!r}: a weight is negative or not finite; weights must be 0 or more")
-        ends = torch.tensor([[row[source], row[target]] for source, target, _ in listed], dtype=torch.int64).reshape(-1, 2)
+            raise ConfigError(
+                f"graph {kind!r}: a weight is negative or not finite; weights must be 0 or more"
+            )
+        ends = torch.tensor(
+            [[row[source], row[target]] for source, target, _ in listed], dtype=torch.int64
+        ).reshape(-1, 2)
         return cls(kind, tuple(clients), joined(ends[:, 0], ends[:, 1], weights, len(row)))
 
     @property
@@ -106,7 +143,10 @@ class Graph:
         rows, columns = self.pairs.unbind(dim=1)
         everyone = torch.arange(count)
         entries = torch.cat([-self.edge_weights, -self.edge_weights, self.degrees]).numpy()
-        places = torch.cat([rows, columns, everyone]).numpy(), torch.cat([columns, rows, everyone]).numpy()
+        places = (
+            torch.cat([rows, columns, everyone]).numpy(),
+            torch.cat([columns, rows, everyone]).numpy(),
+        )
         return csr_array((entries, places), shape=(count, count))
 
     def matrix(self) -> Tensor:
@@ -116,7 +156,10 @@ class Graph:
     def edges(self) -> list[tuple[str, str, float]]:
         """Every pair with a weight above 0, once, as (source, target, weight)."""
         pairs, weights = self.pairs.tolist(), self.edge_weights.tolist()
-        return [(self.clients[i], self.clients[j], weight) for (i, j), weight in zip(pairs, weights, strict=True)]
+        return [
+            (self.clients[i], self.clients[j], weight)
+            for (i, j), weight in zip(pairs, weights, strict=True)
+        ]
 
     def position(self, clients: Sequence[str]) -> list[int]:
         """Row numbers of the given clients."""
@@ -124,9 +167,14 @@ class Graph:
         return [row[client] for client in clients]
 
     def moved(self, places: Tensor) -> Graph:
-        """The same clients with the weights of others: row k of the old weights becomes row `places[k]`, a permutation, int64 [K]."""
+        """The same clients with the weights of others.
+
+        Row k of the old weights becomes row `places[k]`, a permutation, int64 [K].
+        """
         ends = places[self.pairs]
-        return replace(self, edge_list=joined(ends[:, 0], ends[:, 1], self.edge_weights, len(self.clients)))
+        return replace(
+            self, edge_list=joined(ends[:, 0], ends[:, 1], self.edge_weights, len(self.clients))
+        )
 
     def among(self, members: Tensor) -> Graph:
         """The same clients with only the edges between two members, bool [K]."""

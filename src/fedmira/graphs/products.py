@@ -1,4 +1,7 @@
-"""Inner products between the updates of all clients, in two forms: all of them, or estimates from sketches."""
+"""Inner products between the updates of all clients, in two forms.
+
+All of them, or estimates from sketches.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,26 @@ class InnerProducts(Protocol):
     """What the graph side asks of the inner products <x_k, x_l>."""
 
     def similarity(self, trained: Tensor, nearest: int) -> Tensor:
-        """The similarity graph of one round among the clients that have trained, bool [K]: an edge list, float64 [E, 3]."""
+        """The similarity graph of one round among the clients that have trained, bool [K].
+
+        An edge list, float64 [E, 3].
+        """
         ...
 
     def cosines(self, trained: Tensor) -> Tensor:
-        """<x_k, x_l> / (|x_k| |x_l|) between the clients that have trained, bool [K]: float64 [K, K], for few clients.
+        """<x_k, x_l> / (|x_k| |x_l|) between the clients that have trained, bool [K].
 
-        Rows and columns of clients that have not, or whose x is zero, are 0 throughout; the others have 1 on the diagonal.
+        Float64 [K, K], for few clients.
+
+        Rows and columns of clients that have not, or whose x is zero, are 0 throughout; the others
+        have 1 on the diagonal.
         """
         ...
 
     def trace(self, laplacian: Any) -> float:
-        """Sum_kl L_kl <x_k, x_l> for a sparse float64 [K, K] matrix L: with the Laplacian of a graph, its disagreement.
+        """Sum_kl L_kl <x_k, x_l> for a sparse float64 [K, K] matrix L.
+
+        With the Laplacian of a graph, its disagreement.
 
         1/2 sum_kl a_kl |x_k - x_l|^2 is tr(L G), with G the Gram matrix.
         """
@@ -66,7 +77,9 @@ class ExactProducts:
     def trace(self, laplacian: Any) -> float:
         """Exact, to float64 rounding."""
         entries = laplacian.tocoo()
-        rows, columns = (torch.from_numpy(place).to(torch.int64) for place in (entries.row, entries.col))
+        rows, columns = (
+            torch.from_numpy(place).to(torch.int64) for place in (entries.row, entries.col)
+        )
         return float(torch.from_numpy(entries.data) @ self.gram[rows, columns])
 
 

@@ -1,4 +1,7 @@
-"""Where an algorithm gets its graph from, round by round: a fixed graph, or one that is learned from the updates."""
+"""Where an algorithm gets its graph from, round by round.
+
+A fixed graph, or one that is learned from the updates.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,31 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedmira.config.schema import GraphSettings
+from fedmira.config import GraphSettings
 from fedmira.errors import ConfigError
-from fedmira.graphs.builders import all_pairs, category_graph, check_pairs, file_graph, random_graph, shuffled, uniform_graph
+from fedmira.graphs.builders import (
+    all_pairs,
+    category_graph,
+    check_pairs,
+    file_graph,
+    random_graph,
+    shuffled,
+    uniform_graph,
+)
 from fedmira.graphs.collaboration import collaboration_weights
 from fedmira.graphs.edges import NO_EDGES, list_of_matrix
 from fedmira.graphs.graph import Graph
 from fedmira.graphs.products import InnerProducts
 from fedmira.graphs.similarity import SMALLEST_SHARE, remember
 
-__all__ = ["CollaborationGraph", "FixedGraph", "GraphSource", "LearnedGraph", "graph_source", "sketch_entries"]
+__all__ = [
+    "CollaborationGraph",
+    "FixedGraph",
+    "GraphSource",
+    "LearnedGraph",
+    "graph_source",
+    "sketch_entries",
+]
 
 MOST_EXACT = 512
 """Most clients whose inner products are kept one by one when the config leaves it open."""
@@ -28,7 +46,10 @@ DEFAULT_ENTRIES = 1024
 
 
 class GraphSource(Protocol):
-    """A graph that may change from round to round; what it remembers is an edge list that the algorithm's state keeps."""
+    """A graph that may change from round to round.
+
+    What it remembers is an edge list that the algorithm's state keeps.
+    """
 
     @property
     def learned(self) -> bool:
@@ -37,12 +58,18 @@ class GraphSource(Protocol):
 
     @property
     def space(self) -> str:
-        """Whose inner products it is learned from: "product", the updates, or "subspace", where they point to; none where it is fixed."""
+        """Whose inner products it is learned from.
+
+        "product", the updates, or "subspace", where they point to; none where it is fixed.
+        """
         ...
 
     @property
     def sketch(self) -> int:
-        """Entries of the sketches from which inner products between updates are estimated; 0 where they are exact."""
+        """Entries of the sketches from which inner products between updates are estimated.
+
+        0 where they are exact.
+        """
         ...
 
     def initial(self, clients: Sequence[str]) -> Tensor:
@@ -109,8 +136,10 @@ class FixedGraph:
         if sorted(clients) != sorted(self.given.clients):
             different = sorted(set(clients) ^ set(self.given.clients))
             raise ConfigError(
-                f"graph {self.given.kind!r}: its {len(self.given.clients)} clients are not the run's {len(clients)}; "
-                f"{different[0] if different else clients[0]!r} is in only one of them (build the graph for the clients of the run)"
+                f"graph {self.given.kind!r}: its {len(self.given.clients)} clients are not "
+                f"the run's {len(clients)}; "
+                f"{different[0] if different else clients[0]!r} is in only one of them "
+                "(build the graph for the clients of the run)"
             )
         rows = torch.tensor(self.given.position(clients), dtype=torch.int64)
         return replace(self.given.moved(torch.argsort(rows)), clients=tuple(clients))
@@ -128,11 +157,12 @@ class LearnedGraph:
         nearest: neighbours that each client chooses.
         memory: share of the old graph in the new one, 0..1.
         warmup_rounds: rounds in which the graph is learned and does not act.
-        shuffle_seed: a control: when given, the graph that acts has its clients exchanged at random, the same way in all rounds;
-            the memory keeps the true one.
-        sketch: entries of the sketches that it is learned from, 0 for exact inner products. With sketches, remembered weights below a
-            millionth of the largest are forgotten.
-        space: "product" compares the updates, "subspace" the column spaces of their modules, by principal angles.
+        shuffle_seed: a control: when given, the graph that acts has its clients exchanged at
+            random, the same way in all rounds; the memory keeps the true one.
+        sketch: entries of the sketches that it is learned from, 0 for exact inner products. With
+            sketches, remembered weights below a millionth of the largest are forgotten.
+        space: "product" compares the updates, "subspace" the column spaces of their modules, by
+            principal angles.
     """
 
     nearest: int = 3
@@ -159,7 +189,13 @@ class LearnedGraph:
     def update(self, memory: Tensor, products: InnerProducts, trained: Tensor) -> Tensor:
         """The moving average of the rounds' graphs; clients that never trained have no edges."""
         smallest_share = SMALLEST_SHARE if self.sketch else 0.0
-        return remember(memory, self.edges_of_round(products, trained), self.memory, len(trained), smallest_share)
+        return remember(
+            memory,
+            self.edges_of_round(products, trained),
+            self.memory,
+            len(trained),
+            smallest_share,
+        )
 
     def edges_of_round(self, products: InnerProducts, trained: Tensor) -> Tensor:
         """The graph of this round alone: an edge list, float64 [E, 3]."""
@@ -177,10 +213,13 @@ class LearnedGraph:
 
 @dataclass(frozen=True, slots=True)
 class CollaborationGraph(LearnedGraph):
-    """pFedGraph's collaboration weights, made symmetric: a_kl = (x_kl + x_lk) / 2 between different clients.
+    """pFedGraph's collaboration weights, made symmetric.
 
-    Every client's weights x_k follow from its cosines to all that have trained and from their data (`graphs.collaboration`);
-    `nearest` is not read. Weights are not scaled: the paper's clients are made of x_kl w_l, which is the step gamma = 1 along x.
+    A_kl = (x_kl + x_lk) / 2 between different clients.
+
+    Every client's weights x_k follow from its cosines to all that have trained and from their data
+    (`graphs.collaboration`); `nearest` is not read. Weights are not scaled: the paper's clients are
+    made of x_kl w_l, which is the step gamma = 1 along x.
 
     Attributes:
         alpha: weight of the data shares against likeness.
@@ -196,13 +235,18 @@ class CollaborationGraph(LearnedGraph):
         return "pfedgraph"
 
     def edges_of_round(self, products: InnerProducts, trained: Tensor) -> Tensor:
-        """From the cosines between clients that have trained and whose update is not zero; the others have no edges."""
+        """From the cosines between clients that have trained and whose update is not zero.
+
+        The others have no edges.
+        """
         cosines = products.cosines(trained)
         taking_part = torch.nonzero(cosines.diagonal()).flatten()
         if len(taking_part) < 2:
             return NO_EDGES
         rows = torch.tensor(self.rows or [1.0] * len(trained), dtype=torch.float64)[taking_part]
-        chosen = collaboration_weights(cosines[taking_part][:, taking_part], rows / rows.sum(), self.alpha)
+        chosen = collaboration_weights(
+            cosines[taking_part][:, taking_part], rows / rows.sum(), self.alpha
+        )
         weights = torch.zeros_like(cosines)
         weights[taking_part[:, None], taking_part[None, :]] = (chosen + chosen.T) / 2
         return list_of_matrix(weights.fill_diagonal_(0))
@@ -217,22 +261,36 @@ _FIXED: Mapping[str, Callable[[GraphSettings, Sequence[str], Mapping[str, str], 
 
 
 def sketch_entries(settings: GraphSettings, clients: int) -> int:
-    """Entries of a client's sketch, 0 for exact inner products; "auto" is exact up to 512 clients and 1,024 entries above."""
+    """Entries of a client's sketch, 0 for exact inner products.
+
+    "auto" is exact up to 512 clients and 1,024 entries above.
+    """
     if settings.sketch != "auto":
         return settings.sketch
     return 0 if clients <= MOST_EXACT else DEFAULT_ENTRIES
 
 
-def _similarity(settings: GraphSettings, clients: Sequence[str], rows: Mapping[str, int], **common: Any) -> LearnedGraph:
+def _similarity(
+    settings: GraphSettings, clients: Sequence[str], rows: Mapping[str, int], **common: Any
+) -> LearnedGraph:
     return LearnedGraph(nearest=settings.nearest, **common)
 
 
-def _collaboration(settings: GraphSettings, clients: Sequence[str], rows: Mapping[str, int], **common: Any) -> LearnedGraph:
+def _collaboration(
+    settings: GraphSettings, clients: Sequence[str], rows: Mapping[str, int], **common: Any
+) -> LearnedGraph:
     check_pairs(settings.kind, len(clients), all_pairs(len(clients)))
-    return CollaborationGraph(alpha=settings.alpha, rows=tuple(float(rows[client]) for client in clients if rows), **common)
+    return CollaborationGraph(
+        alpha=settings.alpha,
+        rows=tuple(float(rows[client]) for client in clients if rows),
+        **common,
+    )
 
 
-_LEARNED: Mapping[str, Callable[..., LearnedGraph]] = {"similarity": _similarity, "pfedgraph": _collaboration}
+_LEARNED: Mapping[str, Callable[..., LearnedGraph]] = {
+    "similarity": _similarity,
+    "pfedgraph": _collaboration,
+}
 _SPACES: Mapping[str, str] = {"cosine": "product", "principal-angles": "subspace"}
 
 
@@ -250,7 +308,8 @@ def graph_source(
         clients: ids, in the order of the rows.
         categories: client id -> category; only kind "category" reads it.
         seed: of the random graph and of the shuffle.
-        rows: client id -> training rows; only kind "pfedgraph" reads it, and takes all alike where it is empty.
+        rows: client id -> training rows; only kind "pfedgraph" reads it, and takes all alike where
+            it is empty.
 
     Raises:
         ConfigError: categories are missing, the graph file is wrong, or there are too many pairs.

@@ -1,20 +1,25 @@
 """The only room that knows transformers and peft."""
 
-from fedmira.model.adapter_kinds import AdapterKind, adapter_kind
-from fedmira.model.base_model import BaseModel, TargetModule, find_targets, from_model, load_base, load_tokenizer, with_engine_options
-from fedmira.model.batches import count_steps
-from fedmira.model.generation import generate, generate_tokens
-from fedmira.model.local_training import LocalOutcome, LocalTask, train_cohort
-from fedmira.model.lora import LoraBranch, StackedAdapters, start_adapter
-from fedmira.model.lora_kind import LoraKind
-from fedmira.model.loss import response_losses
-from fedmira.model.measure import Choice, Contender, choose_adapters, summed_losses
-from fedmira.model.memory import most_side_by_side, within_memory
-from fedmira.model.packing import Row
-from fedmira.model.peft_files import read_adapter, write_adapter
-from fedmira.model.prompt_kind import PromptKind
-from fedmira.model.token_budget import choose_token_budget, usual_token_budget
-from fedmira.model.tokenizer_hash import tokenizer_hash
+from fedmira.model.base.hashing import tokenizer_hash
+from fedmira.model.base.loading import load_tokenizer
+from fedmira.model.base.memory import most_side_by_side, within_memory
+from fedmira.model.base.options import with_engine_options
+from fedmira.model.base.rows import Row
+from fedmira.model.base.targets import find_targets
+from fedmira.model.base.types import BaseModel, TargetModule
+from fedmira.model.generation.generate import generate, generate_tokens
+from fedmira.model.kinds.lora import LoraKind
+from fedmira.model.kinds.peft_files import read_adapter, write_adapter
+from fedmira.model.kinds.prompts import PromptKind
+from fedmira.model.kinds.registry import AdapterKind, adapter_kind
+from fedmira.model.lora.branch import LoraBranch
+from fedmira.model.lora.stack import StackedAdapters, start_adapter
+from fedmira.model.packed.load import from_model, load_base
+from fedmira.model.packed.passes import response_losses
+from fedmira.model.packed.token_budget import choose_token_budget, usual_token_budget
+from fedmira.model.training.batches import count_steps
+from fedmira.model.training.measure import Choice, Contender, choose_adapters, summed_losses
+from fedmira.model.training.steps import LocalOutcome, LocalTask, train_cohort
 
 __all__ = [
     "AdapterKind",

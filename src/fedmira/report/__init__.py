@@ -1,4 +1,4 @@
-"""What happened: reads a run folder and writes a page about it; needs no torch."""
+"""What happened: pages, tables and figures, made from run folders alone."""
 
 from fedmira.report.comparison import write_comparison
 from fedmira.report.comparison_figures import Figures

@@ -1,9 +1,13 @@
-"""What runs spent: local steps, tokens, bytes and parameters; and whether the runs of one seed spent the same on the same ground."""
+"""What runs spent: local steps, tokens, bytes and parameters.
+
+And whether the runs of one seed spent the same on the same ground.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fedmira.report.findings import flat_settings
 from fedmira.report.records import Event, Run
@@ -11,7 +15,12 @@ from fedmira.report.records import Event, Run
 __all__ = ["Budget", "budget_of", "dtype_of", "inequalities"]
 
 _HASH_DIGITS = 12
-_EVALUATED = ("evaluation.every", "evaluation.select", "evaluation.rouge", "evaluation.max_new_tokens")
+_EVALUATED = (
+    "evaluation.every",
+    "evaluation.select",
+    "evaluation.rouge",
+    "evaluation.max_new_tokens",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +29,14 @@ class Budget:
 
     Attributes:
         local_steps: optimizer steps.
-        response_tokens: tokens that carried loss; `tokens` are the positions computed for them, prompts and padding included.
-        bytes_up, bytes_down: of the tensors and numbers that travelled, clients to server and server to clients.
+        response_tokens: tokens that carried loss; `tokens` are the positions computed for them,
+            prompts and padding included.
+        bytes_up, bytes_down: of the tensors and numbers that travelled, clients to server and
+            server to clients.
         bytes_up_each, bytes_down_each: of one client in one round, on average over the replies.
         parameters_least, parameters_most: of one client's adapter.
-        trained_least, trained_most: of those, what local training moves; some methods freeze a part.
+        trained_least, trained_most: of those, what local training moves; some methods freeze a
+            part.
     """
 
     local_steps: float | None
@@ -60,20 +72,28 @@ def budget_of(run: Run) -> Budget:
 
 
 def dtype_of(run: Run) -> str | None:
-    """Number types that travelled, such as "float32", of both ways where they differ; None where the folder does not say."""
+    """Number types that travelled, such as "float32", of both ways where they differ.
+
+    None where the folder does not say.
+    """
     ways = {}
     for way in ("up", "down"):
         told = {event.texts.get(f"dtype_{way}", "") for event in run.of_kind("train")}
         ways[way] = "+".join(sorted({kind for text in told for kind in text.split("+") if kind}))
     up, down = ways["up"], ways["down"]
-    return (up if up == down else "; ".join(f"{way} {kinds or 'nothing'}" for way, kinds in ways.items())) or None
+    return (
+        up
+        if up == down
+        else "; ".join(f"{way} {kinds or 'nothing'}" for way, kinds in ways.items())
+    ) or None
 
 
 def inequalities(runs: Mapping[str, Run], seed: int) -> dict[str, list[str]]:
     """Where runs of one seed do not stand on equal terms.
 
-    Rows, base, clients, local steps, response tokens, and which adapters are evaluated when, must be the same. Tokens computed depend on
-    how batches are packed, and bytes and parameters are what methods differ in; these are only reported.
+    Rows, base, clients, local steps, response tokens, and which adapters are evaluated when, must
+    be the same. Tokens computed depend on how batches are packed, and bytes and parameters are what
+    methods differ in; these are only reported.
 
     Args:
         runs: method -> its run with this seed; the first is what the others are held against.
@@ -93,14 +113,18 @@ def inequalities(runs: Mapping[str, Run], seed: int) -> dict[str, list[str]]:
         "clients": lambda method: ", ".join(sorted(row.client for row in runs[method].clients)),
         "local steps": lambda method: _count(budgets[method].local_steps),
         "response tokens": lambda method: _count(budgets[method].response_tokens),
-        **{key: lambda method, key=key: str(settings[method].get(key, "not recorded")) for key in _EVALUATED},  # type: ignore[misc]
+        **{key: partial(_setting, settings, key) for key in _EVALUATED},
     }
     for method in others:
         for term, value_of in terms.items():
             own, other = value_of(method), value_of(first)
             if own == other:
                 continue
-            said = "they are not the same" if term == "clients" else f"{own}, and {other} under {first}"
+            said = (
+                "they are not the same"
+                if term == "clients"
+                else f"{own}, and {other} under {first}"
+            )
             found.setdefault(method, []).append(f"{method}, seed {seed}: other {term}: {said}")
     return found
 
@@ -131,3 +155,8 @@ def _hash(run: Run, section: str) -> str:
 
 def _count(value: float | None) -> str:
     return "not recorded" if value is None else f"{value:,.0f}"
+
+
+def _setting(settings: Mapping[str, Mapping[str, object]], key: str, method: str) -> str:
+    """A setting of a method's run."""
+    return str(settings[method].get(key, "not recorded"))

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-__all__ = ["Series", "axis_ticks", "change_bars", "element", "legend", "line_chart", "nice_number", "percent_text"]
+__all__ = [
+    "Series",
+    "axis_ticks",
+    "change_bars",
+    "element",
+    "legend",
+    "line_chart",
+    "nice_number",
+    "percent_text",
+]
 
 Point = tuple[float, float]
 
@@ -44,7 +53,8 @@ def element(name: str, *content: Markup | str, **attributes: str | float) -> Mar
     """An SVG or HTML element; everything that is not Markup is escaped. `class_` is class, `stroke_width` is stroke-width."""
     pairs = Markup("").join(
         Markup(' {}="{}"').format(
-            key.rstrip("_").replace("_", "-"), f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value
+            key.rstrip("_").replace("_", "-"),
+            f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value,
         )
         for key, value in attributes.items()
     )
@@ -61,7 +71,9 @@ def nice_number(value: float) -> str:
 def percent_text(share: float, decimals: int = 0) -> str:
     """A signed percentage with a true minus sign, such as "+12 %"; zero has no sign."""
     text = f"{100 * share:+.{decimals}f}"
-    return ("0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")) + "\N{NO-BREAK SPACE}%"
+    return (
+        "0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+    ) + "\N{NO-BREAK SPACE}%"
 
 
 def axis_ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -77,9 +89,13 @@ def axis_ticks(low: float, high: float, most: int = 6) -> list[float]:
         low, high = low - margin, high + margin
     rough = (high - low) / most
     magnitude = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= rough * (1 - 1e-9))
+    step = next(
+        factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= rough * (1 - 1e-9)
+    )
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12 - math.floor(math.log10(step))) for index in range(first, last + 1)]
+    return [
+        round(index * step, 12 - math.floor(math.log10(step))) for index in range(first, last + 1)
+    ]
 
 
 def legend(series: Sequence[Series]) -> Markup:
@@ -87,7 +103,12 @@ def legend(series: Sequence[Series]) -> Markup:
     keys = [
         element(
             "li",
-            element("svg", element("path", d="M1 6H25", class_=f"line {line.style}"), viewBox="0 0 26 12", aria_hidden="true"),
+            element(
+                "svg",
+                element("path", d="M1 6H25", class_=f"line {line.style}"),
+                viewBox="0 0 26 12",
+                aria_hidden="true",
+            ),
             line.name,
         )
         for line in series
@@ -110,7 +131,8 @@ def line_chart(
     Args:
         series: the lines; empty ones are left out.
         label: what the chart shows, for screen readers.
-        y_bounds: lowest and highest value, for charts that share an axis; taken from the points where None.
+        y_bounds: lowest and highest value, for charts that share an axis; taken from the points
+            where None.
         x_bounds: first and last round, likewise.
         size: width and height of the drawing, in the units of `font`.
         font: the font size.
@@ -128,15 +150,31 @@ def line_chart(
     y_ticks = axis_ticks(*ys, most=4 if height > 150 else 3)
     left = 8 + font * CHARACTER_WIDTH * max(len(nice_number(tick)) for tick in y_ticks)
     frame = _Frame(
-        left, 8, width - 10, height - (2.4 if x_title else 1.5) * font, (xs[0], max(xs[1], xs[0] + 1)), (y_ticks[0], y_ticks[-1])
+        left,
+        8,
+        width - 10,
+        height - (2.4 if x_title else 1.5) * font,
+        (xs[0], max(xs[1], xs[0] + 1)),
+        (y_ticks[0], y_ticks[-1]),
     )
     x_ticks = _whole_ticks(*frame.x_range, most=8 if width > 300 else 3)
     parts = [element("g", *_grid(frame, x_ticks, y_ticks, font), class_="axis", font_size=font)]
     if x_title:
-        parts.append(element("text", x_title, x=frame.right, y=float(height - 3), text_anchor="end", font_size=font))
+        parts.append(
+            element(
+                "text",
+                x_title,
+                x=frame.right,
+                y=float(height - 3),
+                text_anchor="end",
+                font_size=font,
+            )
+        )
     for line in lines:
         parts.append(_line(frame, line, dotted=len(line.points) <= MOST_DOTS * width))
-    return element("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=label, class_="chart")
+    return element(
+        "svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=label, class_="chart"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +203,35 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
 
 def _whole_ticks(low: float, high: float, most: int) -> list[float]:
     """Ticks within low..high at whole numbers: there is no round 2.5."""
-    return [tick for tick in axis_ticks(low, high, most) if low <= tick <= high and tick == int(tick)]
+    return [
+        tick for tick in axis_ticks(low, high, most) if low <= tick <= high and tick == int(tick)
+    ]
 
 
-def _grid(frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], font: int) -> list[Markup]:
+def _grid(
+    frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], font: int
+) -> list[Markup]:
     marks = []
     for tick in y_ticks:
         y = frame.y(tick)
-        marks.append(element("path", d=f"M{frame.left:.1f} {y:.1f}H{frame.right:.1f}", class_="grid"))
-        marks.append(element("text", nice_number(tick), x=frame.left - 5, y=y + font * 0.35, text_anchor="end"))
+        marks.append(
+            element("path", d=f"M{frame.left:.1f} {y:.1f}H{frame.right:.1f}", class_="grid")
+        )
+        marks.append(
+            element(
+                "text", nice_number(tick), x=frame.left - 5, y=y + font * 0.35, text_anchor="end"
+            )
+        )
     for tick in x_ticks:
-        marks.append(element("text", nice_number(tick), x=frame.x(tick), y=frame.bottom + font * 1.2, text_anchor="middle"))
+        marks.append(
+            element(
+                "text",
+                nice_number(tick),
+                x=frame.x(tick),
+                y=frame.bottom + font * 1.2,
+                text_anchor="middle",
+            )
+        )
     return marks
 
 
@@ -187,12 +243,20 @@ def _line(frame: _Frame, line: Series, dotted: bool) -> Markup:
         if dotted:
             parts.append(element("circle", cx=x, cy=y, r=2.2, class_="dot"))
         if len(places) <= MOST_HOVERED_POINTS:
-            title = element("title", f"{line.name}, round {nice_number(round_number)}: {nice_number(value)}")
+            title = element(
+                "title", f"{line.name}, round {nice_number(round_number)}: {nice_number(value)}"
+            )
             parts.append(element("circle", title, cx=x, cy=y, r=7.0, class_="hover"))
     return element("g", *parts, class_=line.style)
 
 
-def change_bars(changes: Sequence[tuple[str, float]], label: str, *, limit: float, size: tuple[int, int] = (400, 240)) -> Markup:
+def change_bars(
+    changes: Sequence[tuple[str, float]],
+    label: str,
+    *,
+    limit: float,
+    size: tuple[int, int] = (400, 240),
+) -> Markup:
     """A bar per client for a relative change, in the given order: down is a gain, up is harm.
 
     Args:
@@ -211,15 +275,50 @@ def change_bars(changes: Sequence[tuple[str, float]], label: str, *, limit: floa
     marks = []
     for tick in ticks:
         y = frame.y(tick)
-        marks.append(element("path", d=f"M{frame.left:.1f} {y:.1f}H{frame.right:.1f}", class_="grid zero" if tick == 0 else "grid"))
-        marks.append(element("text", percent_text(tick / 100), x=frame.left - 5, y=y + FONT * 0.35, text_anchor="end"))
+        marks.append(
+            element(
+                "path",
+                d=f"M{frame.left:.1f} {y:.1f}H{frame.right:.1f}",
+                class_="grid zero" if tick == 0 else "grid",
+            )
+        )
+        marks.append(
+            element(
+                "text",
+                percent_text(tick / 100),
+                x=frame.left - 5,
+                y=y + FONT * 0.35,
+                text_anchor="end",
+            )
+        )
     bars = []
     gap = 0.15 if len(values) < 100 else 0.0
     for position, ((client, change), percent) in enumerate(zip(changes, values, strict=True)):
         kind = "harmed" if change > limit else "gained" if change < -limit else "unchanged"
         low, high = sorted((frame.y(0), frame.y(percent)))
-        box_x, box_width = frame.x(position + gap), frame.x(position + 1 - gap) - frame.x(position + gap)
+        box_x, box_width = (
+            frame.x(position + gap),
+            frame.x(position + 1 - gap) - frame.x(position + gap),
+        )
         title = element("title", f"{client}: {percent_text(change, 1)}")
-        bars.append(element("rect", title, x=box_x, y=low, width=box_width, height=max(high - low, 1.0), class_=f"bar {kind}"))
+        bars.append(
+            element(
+                "rect",
+                title,
+                x=box_x,
+                y=low,
+                width=box_width,
+                height=max(high - low, 1.0),
+                class_=f"bar {kind}",
+            )
+        )
     axis = element("g", *marks, class_="axis", font_size=FONT)
-    return element("svg", axis, *bars, viewBox=f"0 0 {width} {height}", role="img", aria_label=label, class_="chart")
+    return element(
+        "svg",
+        axis,
+        *bars,
+        viewBox=f"0 0 {width} {height}",
+        role="img",
+        aria_label=label,
+        class_="chart",
+    )

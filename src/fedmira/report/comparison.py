@@ -1,4 +1,7 @@
-"""The page that sets methods side by side: the same clients under several methods, over several seeds."""
+"""The page that sets methods side by side.
+
+The same clients under several methods, over several seeds.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,51 @@ from typing import Any
 from urllib.parse import quote
 
 from fedmira.errors import RunFolderError
-from fedmira.report.charts import Series, legend, line_chart, percent_text
+from fedmira.report.charts import (
+    Series,
+    legend,
+    line_chart,
+    percent_text,
+)
 from fedmira.report.comparison_figures import Figures, budget_text, compare_runs
 from fedmira.report.comparison_files import interval_text, write_tables
-from fedmira.report.findings import CHANGE_LIMIT, MIB, algorithm_title, curve_of_test_loss, flat_settings
-from fedmira.report.heat_map import HeatCell, HeatRow, heat_map, shift_keys
+from fedmira.report.findings import (
+    CHANGE_LIMIT,
+    MIB,
+    algorithm_title,
+    curve_of_test_loss,
+    flat_settings,
+)
+from fedmira.report.heat_map import (
+    HeatCell,
+    HeatRow,
+    heat_map,
+    shift_keys,
+)
 from fedmira.report.page import render
 from fedmira.report.paired import LEVEL, NOISE_RULE, ClientDifference
 from fedmira.report.read import read_run
 from fedmira.report.records import Run
-from fedmira.report.tables import MOST_ROWS, Cell, Column, loss_text, number_cell, number_text, text_cell
+from fedmira.report.tables import (
+    MOST_ROWS,
+    Cell,
+    Column,
+    loss_text,
+    number_cell,
+    number_text,
+    text_cell,
+)
 from fedmira.report.targets import TARGET_RULE, reached_text
 
 __all__ = ["HEAT_LIMITS", "MOST_DRAWN", "heat", "write_comparison"]
 
-HEAT_LIMITS = (0.0, 0.02, 0.05, 0.1, 0.25)  # excess over the best of the row, up to which a cell has heat 0, 1, 2, ...
+HEAT_LIMITS = (
+    0.0,
+    0.02,
+    0.05,
+    0.1,
+    0.25,
+)  # excess over the best of the row, up to which a cell has heat 0, 1, 2, ...
 MOST_DRAWN = 100  # clients in a heat map
 
 
@@ -41,8 +74,10 @@ def write_comparison(
     """Compare runs, and write comparison.html and the tables (see `write_tables`).
 
     Args:
-        methods: method -> seed -> run folder, in the order of the columns. One with algorithm "local" is the baseline.
-        folder: where to; it is made where it is missing. A run's report.html is linked, relative to it, where it exists.
+        methods: method -> seed -> run folder, in the order of the columns. One with algorithm
+            "local" is the baseline.
+        folder: where to; it is made where it is missing. A run's report.html is linked, relative to
+            it, where it exists.
         reference: a method that the others are paired with besides.
         failures: run -> why it failed, to be said on the page.
         target: a mean test loss; how soon each method reached it is added to the tables.
@@ -50,7 +85,8 @@ def write_comparison(
 
     Raises:
         ConfigError: the reference is not among the methods, or the target is no loss.
-        RunFolderError: no run is given, or run folders are missing or damaged; the problems of all folders together.
+        RunFolderError: no run is given, or run folders are missing or damaged; the problems of all
+            folders together.
     """
     if not any(methods.values()):
         raise RunFolderError("no run to compare; give at least one run folder")
@@ -64,10 +100,14 @@ def write_comparison(
                 problems.extend(error.problems)
     if problems:
         raise RunFolderError(problems)
-    figures = replace(compare_runs(read, reference, failures, target), other_seeds=tuple(other_seeds))
+    figures = replace(
+        compare_runs(read, reference, failures, target), other_seeds=tuple(other_seeds)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(figures, folder)
-    (folder / "comparison.html").write_text(render("comparison.html.j2", _content(figures, folder)), encoding="utf-8")
+    (folder / "comparison.html").write_text(
+        render("comparison.html.j2", _content(figures, folder)), encoding="utf-8"
+    )
     return figures
 
 
@@ -80,28 +120,46 @@ def heat(loss: float, best: float) -> int:
 def _content(figures: Figures, folder: Path) -> dict[str, Any]:
     columns, cells = _loss_table(figures)
     lines = [
-        Series(name, _mean_curve(list(runs.values())), index % 8 + 1, dashed=(index + index // 8) % 2 == 1)  # 16 that differ
+        Series(
+            name,
+            _mean_curve(list(runs.values())),
+            index % 8 + 1,
+            dashed=(index + index // 8) % 2 == 1,
+        )  # 16 that differ
         for index, (name, runs) in enumerate(figures.methods.items())
     ]
     lines = [line for line in lines if line.points]
     heat_keys = (
-        ["best of the row"] + [f"up to {100 * limit:g} % above" for limit in HEAT_LIMITS[1:]] + [f"over {100 * HEAT_LIMITS[-1]:g} %"]
+        ["best of the row"]
+        + [f"up to {100 * limit:g} % above" for limit in HEAT_LIMITS[1:]]
+        + [f"over {100 * HEAT_LIMITS[-1]:g} %"]
     )
     return {
         "title": "Comparison: " + ", ".join(figures.methods),
         "figures": figures,
         "seeds": max(len(runs) for runs in figures.methods.values()),
-        "methods": [_method(row, figures, folder) for row in sorted(figures.method_rows, key=_place(figures))],
+        "methods": [
+            _method(row, figures, folder)
+            for row in sorted(figures.method_rows, key=_place(figures))
+        ],
         "rule": NOISE_RULE,
         "target_rule": TARGET_RULE,
         "level": f"{100 * LEVEL:g} %",
         "limit": f"{100 * CHANGE_LIMIT:g} %",
         "charts": [
-            ("Mean test loss per response token", legend(lines), line_chart(lines, "Mean test loss of each method", size=(800, 320)))
+            (
+                "Mean test loss per response token",
+                legend(lines),
+                line_chart(lines, "Mean test loss of each method", size=(800, 320)),
+            )
         ]
         if lines
         else [],
-        "heat_maps": [_heat_map(figures, baseline) for baseline in figures.baselines if len(figures.methods) > 1],
+        "heat_maps": [
+            _heat_map(figures, baseline)
+            for baseline in figures.baselines
+            if len(figures.methods) > 1
+        ],
         "shift_keys": shift_keys(),
         "columns": columns,
         "cells": cells[:MOST_ROWS],
@@ -115,9 +173,19 @@ def _method(row: Mapping[str, Any], figures: Figures, folder: Path) -> dict[str,
     """A row of the tables of methods; what was not measured is None."""
     name = row["method"]
     pages = {seed: run.folder / "report.html" for seed, run in figures.methods[name].items()}
-    links = {seed: quote(Path(os.path.relpath(page, folder)).as_posix()) for seed, page in pages.items() if page.is_file()}
+    links = {
+        seed: quote(Path(os.path.relpath(page, folder)).as_posix())
+        for seed, page in pages.items()
+        if page.is_file()
+    }
     standings, best_standings = (
-        [(*interval_text(row, baseline, prefix).partition(" (")[::2], found.get((name, baseline))) for baseline in figures.baselines]
+        [
+            (
+                *interval_text(row, baseline, prefix).partition(" (")[::2],
+                found.get((name, baseline)),
+            )
+            for baseline in figures.baselines
+        ]
         if found
         else []
         for prefix, found in (("", figures.pairings), ("best_", figures.best_pairings))
@@ -127,7 +195,9 @@ def _method(row: Mapping[str, Any], figures: Figures, folder: Path) -> dict[str,
         "title": name,
         "name": algorithm_title(row["algorithm"]),
         "links": links,
-        "unfinished": [(seed, run) for seed, run in figures.methods[name].items() if run.status != "finished"],
+        "unfinished": [
+            (seed, run) for seed, run in figures.methods[name].items() if run.status != "finished"
+        ],
         "standings": standings,
         "best_standings": best_standings,
         "mib_up": None if row["bytes_up"] is None else row["bytes_up"] / MIB,
@@ -145,7 +215,9 @@ def _place(figures: Figures) -> Callable[[Mapping[str, Any]], tuple[int, float]]
 
     def place(row: Mapping[str, Any]) -> tuple[int, float]:
         name, loss = row["method"], row["test_loss"]
-        first = figures.baselines.index(name) if name in figures.baselines else len(figures.baselines)
+        first = (
+            figures.baselines.index(name) if name in figures.baselines else len(figures.baselines)
+        )
         return first, math.inf if loss is None else loss
 
     return place
@@ -166,9 +238,21 @@ def _heat_map(figures: Figures, baseline: str) -> dict[str, Any]:
     rows = []
     for client, described in clients[::step]:
         found = [figures.pairings[name, baseline].clients.get(client) for name in methods]
-        rows.append(HeatRow(client, number_text(described.train_rows), [_heat_cell(difference) for difference in found]))
+        rows.append(
+            HeatRow(
+                client,
+                number_text(described.train_rows),
+                [_heat_cell(difference) for difference in found],
+            )
+        )
     label = f"Heat map: difference of each client's test loss to {baseline} in percent, under {', '.join(methods)}; also in the tables"
-    return {"baseline": baseline, "drawing": heat_map(methods, rows, label), "step": step, "drawn": len(rows), "clients": len(clients)}
+    return {
+        "baseline": baseline,
+        "drawing": heat_map(methods, rows, label),
+        "step": step,
+        "drawn": len(rows),
+        "clients": len(clients),
+    }
 
 
 def _heat_cell(found: ClientDifference | None) -> HeatCell | None:
@@ -181,15 +265,31 @@ def _heat_cell(found: ClientDifference | None) -> HeatCell | None:
 def _loss_table(figures: Figures) -> tuple[list[Column], list[list[Cell]]]:
     """Client by method; a cell is coloured by how far it lies above the best of its row."""
     choice = any(row["validation_choice"] for row in figures.client_rows)
-    columns = [Column("client", number=False), *map(Column, figures.methods), Column("train rows"), Column("category", number=False)]
+    columns = [
+        Column("client", number=False),
+        *map(Column, figures.methods),
+        Column("train rows"),
+        Column("category", number=False),
+    ]
     columns[1:1] = [Column("by its validation rows", number=False)] if choice else []
     cells = []
     for row in figures.client_rows:
         losses = [row[f"{name}_test_loss"] for name in figures.methods]
         best = min((loss for loss in losses if loss is not None), default=0.0)
-        measured = [number_cell(loss, loss_text, "" if loss is None else f"heat-{heat(loss, best)}") for loss in losses]
+        measured = [
+            number_cell(loss, loss_text, "" if loss is None else f"heat-{heat(loss, best)}")
+            for loss in losses
+        ]
         chosen = [text_cell(row["validation_choice"] or "")] if choice else []
-        cells.append([text_cell(row["client"]), *chosen, *measured, number_cell(row["train_rows"]), text_cell(row["category"])])
+        cells.append(
+            [
+                text_cell(row["client"]),
+                *chosen,
+                *measured,
+                number_cell(row["train_rows"]),
+                text_cell(row["category"]),
+            ]
+        )
     return columns, cells
 
 

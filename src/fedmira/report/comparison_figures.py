@@ -1,4 +1,7 @@
-"""All figures of a comparison, from run folders: methods over seeds, their budgets, and each client against the baselines."""
+"""All figures of a comparison, from run folders.
+
+Methods over seeds, their budgets, and each client against the baselines.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,21 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedmira.errors import ConfigError
-from fedmira.report.budgets import Budget, budget_of, dtype_of, inequalities
+from fedmira.report.budgets import (
+    Budget,
+    budget_of,
+    dtype_of,
+    inequalities,
+)
 from fedmira.report.findings import flat_settings
-from fedmira.report.paired import LEVEL, NOISE_RULE, RESAMPLES, Losses, Pairing, pair
+from fedmira.report.paired import (
+    LEVEL,
+    NOISE_RULE,
+    RESAMPLES,
+    Losses,
+    Pairing,
+    pair,
+)
 from fedmira.report.records import Client, Run
 from fedmira.report.tables import number_text
 from fedmira.report.targets import check_target, mean_reached, reached
@@ -31,13 +46,17 @@ class Figures:
 
     Attributes:
         methods: method -> seed -> run.
-        baselines: methods that the others are paired with: the one that trains alone, and the chosen reference.
-        problems: method -> sentences that say where it does not stand on equal terms; empty for an equal comparison.
+        baselines: methods that the others are paired with: the one that trains alone, and the
+            chosen reference.
+        problems: method -> sentences that say where it does not stand on equal terms; empty for an
+            equal comparison.
         pairings: (method, baseline) -> their paired differences.
-        best_pairings: the same, with each client at the round that its validation rows choose; empty where that is no other read-out.
+        best_pairings: the same, with each client at the round that its validation rows choose;
+            empty where that is no other read-out.
         pooled: whether several clients hold rows of one pool, see `pools_of`.
         failures: run -> why it failed; its method is not among `methods`.
-        target: a mean test loss; how soon each method reached it stands in the tables. None for no such columns.
+        target: a mean test loss; how soon each method reached it stands in the tables. None for no
+            such columns.
         other_seeds: of finished runs in the folder that are not among these.
     """
 
@@ -59,36 +78,51 @@ class Figures:
         own = {seed for runs in self.methods.values() for seed in runs}
         everything = ",".join(map(str, sorted(own | set(self.other_seeds))))
         known = ", ".join(map(str, self.other_seeds))
-        return (
-            f"Finished runs with other seeds ({known}) lie in this folder and are not in this comparison; --seeds {everything} adds them."
-        )
+        return f"Finished runs with other seeds ({known}) lie in this folder and are not in this comparison; --seeds {everything} adds them."
 
     @property
     def resampled(self) -> str:
         """What the bootstrap intervals resample."""
         several = any(pairing.seeds > 1 for pairing in self.pairings.values())
-        return ("categories with all their clients" if self.pooled else "clients") + (" and seeds" if several else "")
+        return ("categories with all their clients" if self.pooled else "clients") + (
+            " and seeds" if several else ""
+        )
 
     @property
     def read_out(self) -> str:
         """When the adapters that clients were given were made."""
-        chosen = {flat_settings(run.settings).get("evaluation.select") == "best" for runs in self.methods.values() for run in runs.values()}
+        chosen = {
+            flat_settings(run.settings).get("evaluation.select") == "best"
+            for runs in self.methods.values()
+            for run in runs.values()
+        }
         if len(chosen) > 1:
             return "after the last round or at each client's own best, by method"
         return "at each client's own best round" if chosen == {True} else "after the last round"
 
     @cached_property
     def notes(self) -> list[str]:
-        """Where methods have or train another number of parameters: no inequality, since that is what methods may differ in."""
+        """Where methods have or train another number of parameters.
+
+        No inequality, since that is what methods may differ in.
+        """
         told = []
-        for figure, does in (("parameters", "has {} parameters in"), ("trained", "trains {} parameters of")):
+        for figure, does in (
+            ("parameters", "has {} parameters in"),
+            ("trained", "trains {} parameters of"),
+        ):
             known = [row for row in self.method_rows if row[f"{figure}_most"] is not None]
-            first = next((row for row in known if row["method"] in self.baselines), known[0] if known else {})
+            first = next(
+                (row for row in known if row["method"] in self.baselines), known[0] if known else {}
+            )
             own = budget_text(first, figure) if first else ""
             told += [
-                f"{row['method']} {does.format(budget_text(row, figure))} a client's adapter, {first['method']} {own}"
+                f"{row['method']} {does.format(budget_text(row, figure))} a client's "
+                f"adapter, {first['method']} {own}"
                 for row in known
-                if any(row[f"{figure}_{end}"] != first[f"{figure}_{end}"] for end in ("least", "most"))
+                if any(
+                    row[f"{figure}_{end}"] != first[f"{figure}_{end}"] for end in ("least", "most")
+                )
             ]
         return told
 
@@ -129,19 +163,30 @@ class Figures:
 
     @cached_property
     def client_rows(self) -> list[dict[str, Any]]:
-        """A row per client, with few training rows first: its mean loss over the seeds under each method, and its differences."""
+        """A row per client, with few training rows first.
+
+        Its mean loss over the seeds under each method, and its differences.
+        """
         losses = {name: _losses(runs) for name, runs in self.methods.items()}
         rows = []
         for client, described in self.described.items():
-            row: dict[str, Any] = {"client": client, "category": described.category, "train_rows": _whole(described.train_rows)}
+            row: dict[str, Any] = {
+                "client": client,
+                "category": described.category,
+                "train_rows": _whole(described.train_rows),
+            }
             row["validation_choice"] = self._choices.get(client)
             for name, of_seed in losses.items():
-                row[f"{name}_test_loss"] = _mean([found[client] for found in of_seed.values() if client in found])
+                row[f"{name}_test_loss"] = _mean(
+                    [found[client] for found in of_seed.values() if client in found]
+                )
             for (name, baseline), pairing in self.pairings.items():
                 found = pairing.clients.get(client)
                 row[f"{name}_to_{baseline}"] = found.difference if found else None
                 row[f"{name}_to_{baseline}_relative"] = found.relative if found else None
-                row[f"{name}_to_{baseline}_error"] = found.error if found and pairing.seeds > 1 else None
+                row[f"{name}_to_{baseline}_error"] = (
+                    found.error if found and pairing.seeds > 1 else None
+                )
                 row[f"{name}_against_{baseline}"] = found.verdict if found else None
             rows.append(row)
         return rows
@@ -157,14 +202,22 @@ class Figures:
             "baselines": list(self.baselines),
             "rule": NOISE_RULE,
             **({} if self.target is None else {"target_loss": self.target}),
-            "interval": {"kind": f"percentile bootstrap over {self.resampled}", "level": LEVEL, "resamples": RESAMPLES},
+            "interval": {
+                "kind": f"percentile bootstrap over {self.resampled}",
+                "level": LEVEL,
+                "resamples": RESAMPLES,
+            },
             "algorithms": self.method_rows,
             "runs": self.run_rows,
             "clients": self.client_rows,
         }
 
     def _method_row(self, name: str, runs: Mapping[int, Run]) -> dict[str, Any]:
-        means = [mean for run in runs.values() if (mean := _mean(list(_losses_of(run).values()))) is not None]
+        means = [
+            mean
+            for run in runs.values()
+            if (mean := _mean(list(_losses_of(run).values()))) is not None
+        ]
         row: dict[str, Any] = {
             "method": name,
             "algorithm": next(iter(runs.values())).algorithm,
@@ -172,15 +225,25 @@ class Figures:
             "test_loss": _mean(means),
             "test_loss_spread": stdev(means) if len(means) > 1 else None,
             "worst_tenth": _over_seeds([_worst_tenth(run) for run in runs.values()]),
-            "weighted_mean": _over_seeds([run.summary.get("after_align_loss", {}).get("weighted_mean") for run in runs.values()]),
+            "weighted_mean": _over_seeds(
+                [
+                    run.summary.get("after_align_loss", {}).get("weighted_mean")
+                    for run in runs.values()
+                ]
+            ),
             "best_round": _over_seeds([_at_best_round(run) for run in runs.values()]),
-            **{text: _over_seeds([run.summary.get(text, {}).get("mean") for run in runs.values()]) for text in _TEXTS},
+            **{
+                text: _over_seeds([run.summary.get(text, {}).get("mean") for run in runs.values()])
+                for text in _TEXTS
+            },
         }
         for prefix, pairings in (("", self.pairings), ("best_", self.best_pairings)):
             for baseline in () if prefix and not pairings else self.baselines:
                 row |= _standing(pairings.get((name, baseline)), prefix, baseline)
         kinds = {dtype for run in runs.values() if (dtype := dtype_of(run))}
-        row |= _mean_budget([budget_of(run) for run in runs.values()]) | {"dtype": "; ".join(sorted(kinds)) or None}
+        row |= _mean_budget([budget_of(run) for run in runs.values()]) | {
+            "dtype": "; ".join(sorted(kinds)) or None
+        }
         row |= {} if self.target is None else mean_reached(list(runs.values()), self.target)
         return row | {"equal_budget": name not in self.problems}
 
@@ -192,20 +255,35 @@ class Figures:
             for run in runs.values():
                 for row in run.clients:
                     if row.best_validation_loss is not None:
-                        losses.setdefault(row.client, {}).setdefault(name, []).append(row.best_validation_loss)
-        means = {client: {name: fmean(found) for name, found in of.items()} for client, of in losses.items()}
-        return {client: min(of, key=lambda name, of=of: of[name]) for client, of in means.items() if len(of) == len(self.methods) > 1}  # type: ignore[misc]
+                        losses.setdefault(row.client, {}).setdefault(name, []).append(
+                            row.best_validation_loss
+                        )
+        means = {
+            client: {name: fmean(found) for name, found in of.items()}
+            for client, of in losses.items()
+        }
+        return {
+            client: min(of, key=of.__getitem__)
+            for client, of in means.items()
+            if len(of) == len(self.methods) > 1
+        }
 
     def _soon(self, run: Run) -> dict[str, Any]:
         """When a run reached the target; nothing where none is set."""
         if self.target is None:
             return {}
         found = reached(run, self.target)
-        return {"rounds_to_target": found.rounds if found else None, "seconds_to_target": found.seconds if found else None}
+        return {
+            "rounds_to_target": found.rounds if found else None,
+            "seconds_to_target": found.seconds if found else None,
+        }
 
 
 def compare_runs(
-    methods: Mapping[str, Mapping[int, Run]], reference: str = "", failures: Mapping[str, str] | None = None, target: float | None = None
+    methods: Mapping[str, Mapping[int, Run]],
+    reference: str = "",
+    failures: Mapping[str, str] | None = None,
+    target: float | None = None,
 ) -> Figures:
     """Pair and count.
 
@@ -216,20 +294,31 @@ def compare_runs(
         target: see `Figures`.
 
     Raises:
-        ConfigError: there is no method of the reference's name, and none failed; or the target is no loss.
+        ConfigError: there is no method of the reference's name, and none failed; or the target is
+            no loss.
     """
     if target is not None:
         check_target(target)
     if reference and reference not in methods and not failures:
-        raise ConfigError(f"reference {reference!r} is not among the compared methods; they are {', '.join(methods)}")
-    alone = [name for name, runs in methods.items() if next(iter(runs.values())).algorithm == BASELINE]
+        raise ConfigError(
+            f"reference {reference!r} is not among the compared methods; they are "
+            f"{', '.join(methods)}"
+        )
+    alone = [
+        name for name, runs in methods.items() if next(iter(runs.values())).algorithm == BASELINE
+    ]
     alone = [BASELINE] if BASELINE in alone else alone[:1]
     baselines = tuple(dict.fromkeys([*alone, *([reference] if reference in methods else [])]))
     every = [run for runs in methods.values() for run in runs.values()]
     pools = pools_of(every)
     pairings = _pairings({name: _losses(runs) for name, runs in methods.items()}, baselines, pools)
-    at_best = {name: {seed: _best_losses_of(run) for seed, run in runs.items()} for name, runs in methods.items()}
-    other_round = all(flat_settings(run.settings).get("evaluation.select") != "best" for run in every)
+    at_best = {
+        name: {seed: _best_losses_of(run) for seed, run in runs.items()}
+        for name, runs in methods.items()
+    }
+    other_round = all(
+        flat_settings(run.settings).get("evaluation.select") != "best" for run in every
+    )
     best_pairings = _pairings(at_best, baselines, pools) if other_round else {}
     order = [*baselines, *(name for name in methods if name not in baselines)]
     problems: dict[str, list[str]] = {}
@@ -237,14 +326,24 @@ def compare_runs(
         of_seed = {name: methods[name][seed] for name in order if seed in methods[name]}
         for name, sentences in inequalities(of_seed, seed).items():
             problems.setdefault(name, []).extend(sentences)
-    return Figures(methods, baselines, problems, pairings, best_pairings, dict(failures or {}), pools is not None, target)
+    return Figures(
+        methods,
+        baselines,
+        problems,
+        pairings,
+        best_pairings,
+        dict(failures or {}),
+        pools is not None,
+        target,
+    )
 
 
 def pools_of(runs: Sequence[Run]) -> dict[str, str] | None:
     """Client -> the pool that its rows were dealt from, where the partition deals one pool to several clients; else None.
 
-    With `data.partition = "category"` and several clients per category, the clients of a category resemble each other, and are no
-    independent draws of a population of clients. Under the other partitions each client has a task or a mixture of its own.
+    With `data.partition = "category"` and several clients per category, the clients of a category
+    resemble each other, and are no independent draws of a population of clients. Under the other
+    partitions each client has a task or a mixture of its own.
     """
     of_client = {row.client: row.category for run in runs for row in run.clients}
     dealt = all(flat_settings(run.settings).get("data.partition") == "category" for run in runs)
@@ -263,7 +362,9 @@ def budget_text(row: Mapping[str, Any], figure: str) -> str:
 
 def _losses_of(run: Run) -> dict[str, float]:
     """Client -> test loss at the end, of those that were measured."""
-    return {row.client: row.after_align_loss for row in run.clients if row.after_align_loss is not None}
+    return {
+        row.client: row.after_align_loss for row in run.clients if row.after_align_loss is not None
+    }
 
 
 def _best_losses_of(run: Run) -> dict[str, float]:
@@ -271,15 +372,22 @@ def _best_losses_of(run: Run) -> dict[str, float]:
     return {row.client: row.best_test_loss for row in run.clients if row.best_test_loss is not None}
 
 
-def _pairings(losses: Mapping[str, Losses], baselines: Sequence[str], pools: Mapping[str, str] | None) -> dict[tuple[str, str], Pairing]:
+def _pairings(
+    losses: Mapping[str, Losses], baselines: Sequence[str], pools: Mapping[str, str] | None
+) -> dict[tuple[str, str], Pairing]:
     """Every method against every baseline but itself, where they have clients in common."""
     pairs = [(name, baseline) for name in losses for baseline in baselines if name != baseline]
-    found = {(name, baseline): pair(losses[name], losses[baseline], pools) for name, baseline in pairs}
+    found = {
+        (name, baseline): pair(losses[name], losses[baseline], pools) for name, baseline in pairs
+    }
     return {key: pairing for key, pairing in found.items() if pairing is not None}
 
 
 def _standing(pairing: Pairing | None, prefix: str, baseline: str) -> dict[str, float | None]:
-    """A method's difference to a baseline and its counts of clients; None for the baseline itself."""
+    """A method's difference to a baseline and its counts of clients.
+
+    None for the baseline itself.
+    """
     figures: dict[str, float | None] = {
         f"difference_to_{baseline}": pairing.difference if pairing else None,
         f"difference_to_{baseline}_low": pairing.low if pairing else None,
@@ -313,7 +421,10 @@ def _worst_tenth(run: Run) -> float | None:
 
 
 def _at_best_round(run: Run) -> float | None:
-    """Mean over clients of the loss in the round that each one's validation rows choose; None unless all have it."""
+    """Mean over clients of the loss in the round that each one's validation rows choose.
+
+    None unless all have it.
+    """
     return _over_seeds([row.best_test_loss for row in run.clients]) if run.clients else None
 
 

@@ -13,7 +13,12 @@ from fedmira.report.charts import percent_text
 from fedmira.report.comparison_figures import Figures, budget_text
 from fedmira.report.findings import CHANGE_LIMIT, MIB
 from fedmira.report.paired import LEVEL, NOISE_RULE
-from fedmira.report.tables import MISSING, MOST_ROWS, loss_text, number_text
+from fedmira.report.tables import (
+    MISSING,
+    MOST_ROWS,
+    loss_text,
+    number_text,
+)
 from fedmira.report.targets import TARGET_RULE, reached_text
 
 __all__ = ["COUNTS", "interval_text", "markdown", "write_tables"]
@@ -45,31 +50,58 @@ def markdown(figures: Figures) -> str:
     """The tables for reading."""
     parts = ["# Comparison: " + ", ".join(figures.methods)]
     if figures.problems:
-        parts.append("**UNEQUAL: these methods were not run on equal terms, and their figures do not compare.**")
-        parts.append("\n".join(f"- {problem}" for problems in figures.problems.values() for problem in problems))
+        parts.append(
+            "**UNEQUAL: these methods were not run on equal terms, and their figures do "
+            "not compare.**"
+        )
+        parts.append(
+            "\n".join(
+                f"- {problem}" for problems in figures.problems.values() for problem in problems
+            )
+        )
     parts += [f"**{run} failed:** {error}" for run, error in figures.failures.items()]
     parts += [figures.left_out] if figures.left_out else []
-    parts += [f"## Test loss {figures.read_out}", _table(_loss_columns(figures), figures.method_rows)]
+    parts += [
+        f"## Test loss {figures.read_out}",
+        _table(_loss_columns(figures), figures.method_rows),
+    ]
     several = any(len(runs) > 1 for runs in figures.methods.values())
-    means = "mean over clients and seeds; ± is the standard deviation over seeds" if several else "mean over clients"
+    means = (
+        "mean over clients and seeds; ± is the standard deviation over seeds"
+        if several
+        else "mean over clients"
+    )
     parts.append(
         f"Test loss per response token, {means}. Differences are paired by "
-        f"client and seed, with the {100 * LEVEL:g} % bootstrap interval over {figures.resampled}. {NOISE_RULE}"
+        f"client and seed, with the {100 * LEVEL:g} % bootstrap interval over "
+        f"{figures.resampled}. {NOISE_RULE}"
     )
     if figures.best_pairings:
-        parts += ["## Test loss at each client's own best round", _table(_best_columns(figures), figures.method_rows)]
+        parts += [
+            "## Test loss at each client's own best round",
+            _table(_best_columns(figures), figures.method_rows),
+        ]
     parts += ["## Budget of a run", _table(_budget_columns(), figures.method_rows)]
     parts.append(
-        "Sums over clients and rounds, mean over seeds; tokens computed include prompts and padding; a client's MiB are what one client "
-        "sends (up) and is sent (down) in one round, on average, in the number type given; parameters of one client's adapter, and those "
+        "Sums over clients and rounds, mean over seeds; tokens computed include prompts "
+        "and padding; a client's MiB are what one client "
+        "sends (up) and is sent (down) in one round, on average, in the number type given; "
+        "parameters of one client's adapter, and those "
         "of them that local training moves."
     )
     parts += ["\n".join(f"- {note}" for note in figures.notes)] if figures.notes else []
     if figures.target is not None:
-        parts += [f"## To a test loss of {figures.target:g}", _table(_target_columns(), figures.method_rows), TARGET_RULE]
+        parts += [
+            f"## To a test loss of {figures.target:g}",
+            _table(_target_columns(), figures.method_rows),
+            TARGET_RULE,
+        ]
     parts += ["## Clients", _table(_client_columns(figures), figures.client_rows[:MOST_ROWS])]
     if len(figures.client_rows) > MOST_ROWS:
-        parts.append(f"The first {MOST_ROWS} of {len(figures.client_rows):,} clients; comparison-clients.csv holds all.")
+        parts.append(
+            f"The first {MOST_ROWS} of {len(figures.client_rows):,} clients; "
+            "comparison-clients.csv holds all."
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -89,7 +121,10 @@ def _loss_columns(figures: Figures) -> Columns:
 
 
 def _best_columns(figures: Figures) -> Columns:
-    columns: Columns = {"method": lambda row: row["method"], "test loss": lambda row: loss_text(row["best_round"])}
+    columns: Columns = {
+        "method": lambda row: row["method"],
+        "test loss": lambda row: loss_text(row["best_round"]),
+    }
     return columns | _standing_columns(figures, "best_")
 
 
@@ -97,40 +132,65 @@ def _standing_columns(figures: Figures, prefix: str = "") -> Columns:
     """Difference and counts against each baseline."""
     columns: Columns = {}
     for baseline in figures.baselines:
-        columns[f"to {baseline}"] = lambda row, baseline=baseline: interval_text(row, baseline, prefix)
+        columns[f"to {baseline}"] = lambda row, baseline=baseline: interval_text(
+            row, baseline, prefix
+        )
         for key, title in COUNTS.items():
-            columns[f"{title} {baseline}"] = lambda row, name=f"{prefix}{key}_{baseline}": number_text(row[name])
+            columns[f"{title} {baseline}"] = lambda row, name=f"{prefix}{key}_{baseline}": (
+                number_text(row[name])
+            )
     return columns
 
 
 def _budget_columns() -> Columns:
-    columns: Columns = {"method": lambda row: row["method"] + ("" if row["equal_budget"] else " (UNEQUAL)")}
+    columns: Columns = {
+        "method": lambda row: row["method"] + ("" if row["equal_budget"] else " (UNEQUAL)")
+    }
     for name in ("local_steps", "response_tokens", "tokens"):
-        columns[{"tokens": "tokens computed"}.get(name, name.replace("_", " "))] = lambda row, name=name: number_text(row[name])
+        columns[{"tokens": "tokens computed"}.get(name, name.replace("_", " "))] = (
+            lambda row, name=name: number_text(row[name])
+        )
     for name in ("bytes_up", "bytes_down", "bytes_up_each", "bytes_down_each"):
         title = name.replace("bytes_", "MiB ").replace("_each", " a client")
-        columns[title] = lambda row, name=name: number_text(None if row[name] is None else row[name] / MIB)
-    columns |= {"parameters": lambda row: budget_text(row, "parameters"), "trained": lambda row: budget_text(row, "trained")}
+        columns[title] = lambda row, name=name: number_text(
+            None if row[name] is None else row[name] / MIB
+        )
+    columns |= {
+        "parameters": lambda row: budget_text(row, "parameters"),
+        "trained": lambda row: budget_text(row, "trained"),
+    }
     return columns | {"number type": lambda row: row["dtype"] or MISSING}
 
 
 def _target_columns() -> Columns:
-    columns: Columns = {"method": lambda row: row["method"] + ("" if row["equal_budget"] else " (UNEQUAL)")}
-    return columns | {"rounds": reached_text, "seconds": lambda row: number_text(row["seconds_to_target"])}
+    columns: Columns = {
+        "method": lambda row: row["method"] + ("" if row["equal_budget"] else " (UNEQUAL)")
+    }
+    return columns | {
+        "rounds": reached_text,
+        "seconds": lambda row: number_text(row["seconds_to_target"]),
+    }
 
 
 def _client_columns(figures: Figures) -> Columns:
-    columns: Columns = {"client": lambda row: row["client"], "train rows": lambda row: number_text(row["train_rows"])}
+    columns: Columns = {
+        "client": lambda row: row["client"],
+        "train rows": lambda row: number_text(row["train_rows"]),
+    }
     for method in figures.methods:
         columns[method] = lambda row, name=f"{method}_test_loss": loss_text(row[name])
     for method, baseline in figures.pairings:
         name = f"{method}_to_{baseline}_relative"
-        columns[f"{method} to {baseline}"] = lambda row, name=name: MISSING if row[name] is None else percent_text(row[name], 1)
+        columns[f"{method} to {baseline}"] = lambda row, name=name: (
+            MISSING if row[name] is None else percent_text(row[name], 1)
+        )
     return columns
 
 
 def interval_text(row: Mapping[str, Any], baseline: str, prefix: str = "") -> str:
-    """The mean difference of a method to a baseline with its interval; a dash for the baseline itself.
+    """The mean difference of a method to a baseline with its interval.
+
+    A dash for the baseline itself.
 
     Args:
         prefix: "best_" for the clients' best rounds.
@@ -138,13 +198,22 @@ def interval_text(row: Mapping[str, Any], baseline: str, prefix: str = "") -> st
     name = f"{prefix}difference_to_{baseline}"
     if row[name] is None:
         return MISSING
-    signed = [f"{row[key]:+.3f}".replace("-", "\N{MINUS SIGN}") for key in (name, f"{name}_low", f"{name}_high")]
+    signed = [
+        f"{row[key]:+.3f}".replace("-", "\N{MINUS SIGN}")
+        for key in (name, f"{name}_low", f"{name}_high")
+    ]
     return f"{signed[0]} ({signed[1]} to {signed[2]})"
 
 
 def _table(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [list(columns), ["---"] * len(columns), *([text_of(row) for text_of in columns.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [
+        list(columns),
+        ["---"] * len(columns),
+        *([text_of(row) for text_of in columns.values()] for row in rows),
+    ]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,7 @@
-"""What a run found, as numbers: headline figures, who gained and who was harmed, settings that differ, traffic."""
+"""What a run found, as numbers.
+
+Headline figures, who gained and who was harmed, settings that differ, traffic.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedmira.config.schema import Config
+from fedmira.config import Config
 from fedmira.report.records import Run
 
 __all__ = [
@@ -85,12 +88,21 @@ class Change:
     @property
     def verdict(self) -> str:
         """Whether the client "gained", was "harmed", or is "unchanged" within CHANGE_LIMIT."""
-        return "harmed" if self.relative > CHANGE_LIMIT else "gained" if self.relative < -CHANGE_LIMIT else "unchanged"
+        return (
+            "harmed"
+            if self.relative > CHANGE_LIMIT
+            else "gained"
+            if self.relative < -CHANGE_LIMIT
+            else "unchanged"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Clients that chose by their own validation rows, when they were evaluated last: how much of the server's pull they kept."""
+    """Clients that chose by their own validation rows, when they were evaluated last.
+
+    How much of the server's pull they kept.
+    """
 
     nothing: int
     some: int
@@ -123,16 +135,29 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def summary_rows(run: Run) -> list[SummaryRow]:
-    """The headline figures of run.json, in reading order; figures that were not measured are left out."""
+    """The headline figures of run.json, in reading order.
+
+    Figures that were not measured are left out.
+    """
     return [
-        SummaryRow(name, title, figure.get("mean"), figure.get("weighted_mean"), figure.get("worst_tenth"), figure.get("spread"))
+        SummaryRow(
+            name,
+            title,
+            figure.get("mean"),
+            figure.get("weighted_mean"),
+            figure.get("worst_tenth"),
+            figure.get("spread"),
+        )
         for name, title in FIGURE_TITLES.items()
         if (figure := run.summary.get(name))
     ]
 
 
 def changes_by_alignment(run: Run) -> list[Change]:
-    """Every client's test loss before and after the server's last step, greatest gain first; empty where nothing changed at all."""
+    """Every client's test loss before and after the server's last step, greatest gain first.
+
+    Empty where nothing changed at all.
+    """
     changes = [
         Change(row.client, row.before_align_loss, row.after_align_loss)
         for row in run.clients
@@ -147,7 +172,11 @@ def pull_kept(run: Run) -> Kept | None:
     """What the clients chose when they were evaluated last; None where they had no choice."""
     evaluated = run.of_kind("evaluate")
     last = max((event.round for event in evaluated), default=0)
-    shares = [event.numbers["pull_kept"] for event in evaluated if event.round == last and "pull_kept" in event.numbers]
+    shares = [
+        event.numbers["pull_kept"]
+        for event in evaluated
+        if event.round == last and "pull_kept" in event.numbers
+    ]
     if not shares:
         return None
     nothing, everything = sum(share <= 0 for share in shares), sum(share >= 1 for share in shares)
@@ -155,7 +184,10 @@ def pull_kept(run: Run) -> Kept | None:
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys, {"local": {"steps": 5}} -> {"local.steps": 5}; an empty section is a value of its own."""
+    """Nested sections as dotted keys, {"local": {"steps": 5}} -> {"local.steps": 5}.
+
+    An empty section is a value of its own.
+    """
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
@@ -166,12 +198,19 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, An
 
 
 def changed_settings(run: Run) -> list[tuple[str, Any, Any]]:
-    """Settings that differ from the defaults, as (dotted key, value, default); the default is None for a key this version does not know."""
+    """Settings that differ from the defaults, as (dotted key, value, default).
+
+    The default is None for a key this version does not know.
+    """
     defaults: dict[str, Any] = Config().model_dump(mode="json")
     if run.algorithm != defaults["algorithm"]["name"]:
         try:
-            chosen = Config.model_validate({"algorithm": {"name": run.algorithm}}).model_dump(mode="json")["algorithm"]
-        except ValidationError:  # an algorithm of another version, or one whose settings have no defaults: show them all
+            chosen = Config.model_validate({"algorithm": {"name": run.algorithm}}).model_dump(
+                mode="json"
+            )["algorithm"]
+        except (
+            ValidationError
+        ):  # an algorithm of another version, or one whose settings have no defaults: show them all
             chosen = {}
         defaults["algorithm"] = chosen | {"name": defaults["algorithm"]["name"]}
     known = flat_settings(defaults)
@@ -188,15 +227,25 @@ def mean_series(run: Run, kind: str, number: str) -> list[tuple[int, float]]:
     for points in run.series(kind, number).values():
         for round_number, value in points:
             of_round.setdefault(round_number, []).append(value)
-    return [(round_number, sum(values) / len(values)) for round_number, values in sorted(of_round.items())]
+    return [
+        (round_number, sum(values) / len(values))
+        for round_number, values in sorted(of_round.items())
+    ]
 
 
 def curve_of_test_loss(run: Run) -> list[tuple[float, float]]:
-    """The mean test loss over the rounds that were evaluated, as (round, loss); round 0 is the base model."""
+    """The mean test loss over the rounds that were evaluated, as (round, loss).
+
+    Round 0 is the base model.
+    """
     curve = [(row.round, row.test_loss) for row in run.rounds if row.test_loss is not None]
     if curve and curve[0][0] == 0:
         return curve
-    return [(float(number), loss) for number, loss in mean_series(run, "evaluate", "test_loss") if number == 0] + curve
+    return [
+        (float(number), loss)
+        for number, loss in mean_series(run, "evaluate", "test_loss")
+        if number == 0
+    ] + curve
 
 
 def traffic(run: Run) -> Traffic | None:

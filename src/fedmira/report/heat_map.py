@@ -7,11 +7,23 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fedmira.report.charts import CHARACTER_WIDTH, FONT, element, percent_text
+from fedmira.report.charts import (
+    CHARACTER_WIDTH,
+    FONT,
+    element,
+    percent_text,
+)
 
 __all__ = ["SHIFT_BOUNDS", "HeatCell", "HeatRow", "heat_map", "shift", "shift_keys"]
 
-SHIFT_BOUNDS = (-0.2, -0.1, -0.02, 0.02, 0.1, 0.2)  # relative differences between one colour and the next
+SHIFT_BOUNDS = (
+    -0.2,
+    -0.1,
+    -0.02,
+    0.02,
+    0.1,
+    0.2,
+)  # relative differences between one colour and the next
 
 _CELL = (52, 19)
 _LONGEST_NAME = 30
@@ -45,7 +57,10 @@ class HeatRow:
 
 
 def shift(change: float) -> int:
-    """The colour of a relative difference: 0 for the greatest gain, 3 for about equal, 6 for the greatest loss."""
+    """The colour of a relative difference.
+
+    0 for the greatest gain, 3 for about equal, 6 for the greatest loss.
+    """
     return sum(change >= bound if bound > 0 else change > bound for bound in SHIFT_BOUNDS)
 
 
@@ -63,7 +78,8 @@ def heat_map(methods: Sequence[str], rows: Sequence[HeatRow], label: str) -> Mar
     Args:
         methods: the columns.
         rows: the clients from top to bottom, each with a cell per method.
-        label: what it shows, for screen readers, which are given no cells: a table holds the same numbers.
+        label: what it shows, for screen readers, which are given no cells: a table holds the same
+            numbers.
 
     Returns:
         An <svg> of its natural size, or nothing where there is no row or no method.
@@ -81,15 +97,36 @@ def heat_map(methods: Sequence[str], rows: Sequence[HeatRow], label: str) -> Mar
     for column, (title, method) in enumerate(zip(titles, methods, strict=True)):
         x, y = cells_left + (column + 0.4) * width, top - 6
         turned = f"translate({x:.1f} {y:.1f}) rotate({_TURN:g})"
-        parts.append(element("text", element("title", method), title, transform=turned, class_="strong"))
+        parts.append(
+            element("text", element("title", method), title, transform=turned, class_="strong")
+        )
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         y = top + number * height
-        parts.append(element("text", element("title", row.client), name, x=left, y=y + 0.72 * height, text_anchor="end"))
-        parts.append(element("text", row.train_rows, x=cells_left - 8, y=y + 0.72 * height, text_anchor="end"))
+        parts.append(
+            element(
+                "text",
+                element("title", row.client),
+                name,
+                x=left,
+                y=y + 0.72 * height,
+                text_anchor="end",
+            )
+        )
+        parts.append(
+            element(
+                "text", row.train_rows, x=cells_left - 8, y=y + 0.72 * height, text_anchor="end"
+            )
+        )
         for column, (method, cell) in enumerate(zip(methods, row.cells, strict=True)):
             if cell is not None:
-                parts.append(_cell(f"{row.client}, {method}: {cell.told}", cell, cells_left + column * width, y))
-    full_width = cells_left + len(methods) * width + 0.85 * longest  # the last name leans out to the right
+                parts.append(
+                    _cell(
+                        f"{row.client}, {method}: {cell.told}", cell, cells_left + column * width, y
+                    )
+                )
+    full_width = (
+        cells_left + len(methods) * width + 0.85 * longest
+    )  # the last name leans out to the right
     full_height = top + len(rows) * height + 2
     return element(
         "svg",
@@ -106,10 +143,23 @@ def heat_map(methods: Sequence[str], rows: Sequence[HeatRow], label: str) -> Mar
 
 def _cell(told: str, cell: HeatCell, x: float, y: float) -> Markup:
     width, height = _CELL
-    box = element("rect", x=x + 0.5, y=y + 0.5, width=width - 1, height=height - 1, class_=f"shift-{shift(cell.change)}")
+    box = element(
+        "rect",
+        x=x + 0.5,
+        y=y + 0.5,
+        width=width - 1,
+        height=height - 1,
+        class_=f"shift-{shift(cell.change)}",
+    )
     style = "value strong" if cell.beyond_noise else "value"
-    shown = percent_text(cell.change) if cell.change <= _LARGEST else f"\N{MULTIPLICATION SIGN}{1 + cell.change:.0f}"
-    text = element("text", shown, x=x + width / 2, y=y + 0.72 * height, text_anchor="middle", class_=style)
+    shown = (
+        percent_text(cell.change)
+        if cell.change <= _LARGEST
+        else f"\N{MULTIPLICATION SIGN}{1 + cell.change:.0f}"
+    )
+    text = element(
+        "text", shown, x=x + width / 2, y=y + 0.72 * height, text_anchor="middle", class_=style
+    )
     return element("g", element("title", told), box, text)
 
 

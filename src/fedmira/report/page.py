@@ -12,7 +12,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedmira.report.charts import Series, change_bars, legend, line_chart, percent_text
+from fedmira.report.charts import (
+    Series,
+    change_bars,
+    legend,
+    line_chart,
+    percent_text,
+)
 from fedmira.report.findings import (
     CHANGE_LIMIT,
     Change,
@@ -27,10 +33,23 @@ from fedmira.report.findings import (
     summary_rows,
     traffic,
 )
-from fedmira.report.graph_picture import MOST_DRAWN_EDGES, Node, category_styles, graph_picture
+from fedmira.report.graph_picture import (
+    MOST_DRAWN_EDGES,
+    Node,
+    category_styles,
+    graph_picture,
+)
 from fedmira.report.read import read_run
 from fedmira.report.records import Client, Run
-from fedmira.report.tables import MOST_ROWS, client_table, loss_text, number_text, round_table, setting_text, worst_clients
+from fedmira.report.tables import (
+    MOST_ROWS,
+    client_table,
+    loss_text,
+    number_text,
+    round_table,
+    setting_text,
+    worst_clients,
+)
 
 __all__ = ["environment", "render", "run_title", "write_report"]
 
@@ -72,9 +91,18 @@ def write_report(run_folder: Path) -> Path:
 def environment() -> Environment:
     """Templates that escape every value, in any file type, and stop at a name that is not given."""
     templates = Environment(
-        loader=PackageLoader("fedmira.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("fedmira.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    templates.filters |= {"loss": loss_text, "number": number_text, "percent": percent_text, "short": setting_text}
+    templates.filters |= {
+        "loss": loss_text,
+        "number": number_text,
+        "percent": percent_text,
+        "short": setting_text,
+    }
     return templates
 
 
@@ -83,7 +111,9 @@ def render(template: str, content: Mapping[str, Any]) -> str:
     templates = environment()
     style, script = (Markup(_source(templates, name)) for name in ("style.css", "sort.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return templates.get_template(template).render(style=style, script=script, script_hash=digest, **content)
+    return templates.get_template(template).render(
+        style=style, script=script, script_hash=digest, **content
+    )
 
 
 def _source(templates: Environment, name: str) -> str:
@@ -99,11 +129,16 @@ def run_title(run: Run) -> str:
 
 
 def _content(run: Run) -> dict[str, Any]:
-    """Everything the template shows; a part that was not measured is None or empty and its section is left out."""
+    """Everything the template shows.
+
+    A part that was not measured is None or empty and its section is left out.
+    """
     names = _client_names(run)
     rows = summary_rows(run)
     changes = changes_by_alignment(run)
-    columns, cells, alike = client_table(worst_clients(run.clients, MOST_ROWS), {change.client: change for change in changes})
+    columns, cells, alike = client_table(
+        worst_clients(run.clients, MOST_ROWS), {change.client: change for change in changes}
+    )
     round_columns, round_cells = round_table(run.rounds)
     messages = _messages(run)
     small_charts, small_legend = _small_charts(run, names)
@@ -133,15 +168,23 @@ def _content(run: Run) -> dict[str, Any]:
         "messages": messages[:MOST_LISTED],
         "messages_left": max(0, len(messages) - MOST_LISTED),
         "provenance": _provenance(run),
-        "hashes": [(client, entry.get("sha256", "")) for client, entry in sorted(run.adapters.items())][:MOST_ROWS],
+        "hashes": [
+            (client, entry.get("sha256", "")) for client, entry in sorted(run.adapters.items())
+        ][:MOST_ROWS],
     }
 
 
 def _client_names(run: Run) -> list[str]:
-    """Clients in the order of clients.csv; a run that failed before writing it has those of its events."""
+    """Clients in the order of clients.csv.
+
+    A run that failed before writing it has those of its events.
+    """
     if run.clients:
         return [row.client for row in run.clients]
-    return sorted({event.client for event in run.events if event.client} | set(run.graph.clients if run.graph else ()))
+    return sorted(
+        {event.client for event in run.events if event.client}
+        | set(run.graph.clients if run.graph else ())
+    )
 
 
 def _duration(seconds: object) -> str:
@@ -149,16 +192,28 @@ def _duration(seconds: object) -> str:
         return ""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{seconds:.1f} s"
+    )
 
 
 def _test_rows(run: Run) -> dict[str, object] | None:
-    """How many test rows clients have, and whether that is too few to look at single ones; None where nothing was measured."""
+    """How many test rows clients have, and whether that is too few to look at single ones.
+
+    None where nothing was measured.
+    """
     rows = sorted(row.test_rows for row in run.clients if row.test_rows)
     if not rows:
         return None
     least, most = number_text(rows[0]), number_text(rows[-1])
-    return {"rows": least if rows[0] == rows[-1] else f"{least} to {most}", "few": rows[len(rows) // 2] < FEW_TEST_ROWS}
+    return {
+        "rows": least if rows[0] == rows[-1] else f"{least} to {most}",
+        "few": rows[len(rows) // 2] < FEW_TEST_ROWS,
+    }
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -168,10 +223,22 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     for name, title in (("mean", "Mean test loss"), ("worst_tenth", "Worst tenth of the clients")):
         if name in after:
             change = f" ({percent_text(after[name] / base[name] - 1)})" if base.get(name) else ""
-            tiles.append((title, loss_text(after[name]), f"base model {loss_text(base[name])}{change}" if name in base else ""))
+            tiles.append(
+                (
+                    title,
+                    loss_text(after[name]),
+                    f"base model {loss_text(base[name])}{change}" if name in base else "",
+                )
+            )
     best = mean([row.best_test_loss for row in run.clients if row.best_test_loss is not None])
     if best is not None and all(row.best_test_loss is not None for row in run.clients):
-        tiles.append(("Mean at the best round", loss_text(best), "each client's round by its own validation rows"))
+        tiles.append(
+            (
+                "Mean at the best round",
+                loss_text(best),
+                "each client's round by its own validation rows",
+            )
+        )
     kept = pull_kept(run)
     if kept is not None:
         remark = f"by their own validation rows, at the last evaluation; {kept.some} more kept a part of it"
@@ -188,13 +255,19 @@ def _change_content(changes: Sequence[Change]) -> dict[str, Any] | None:
     verdicts = [change.verdict for change in changes]
     step = -(-len(changes) // MOST_BARS)
     bars = change_bars(
-        [(change.client, change.relative) for change in changes[::step]], "Relative change of each client's test loss", limit=CHANGE_LIMIT
+        [(change.client, change.relative) for change in changes[::step]],
+        "Relative change of each client's test loss",
+        limit=CHANGE_LIMIT,
     )
     return {
-        "counts": {verdict: verdicts.count(verdict) for verdict in ("gained", "unchanged", "harmed")},
+        "counts": {
+            verdict: verdicts.count(verdict) for verdict in ("gained", "unchanged", "harmed")
+        },
         "limit": f"{100 * CHANGE_LIMIT:g} %",
         "gained": [change for change in changes if change.verdict == "gained"][:MOST_NAMED],
-        "harmed": [change for change in reversed(changes) if change.verdict == "harmed"][:MOST_NAMED],
+        "harmed": [change for change in reversed(changes) if change.verdict == "harmed"][
+            :MOST_NAMED
+        ],
         "chart": bars,
         "step": step,
     }
@@ -212,9 +285,15 @@ def _round_charts(run: Run) -> list[tuple[str, Markup, Markup]]:
     drawn = [
         (
             "Mean loss per response token",
-            [Series("test", curve_of_test_loss(run), 1), Series("training", _column(run, "train_loss"), 2, dashed=True)],
+            [
+                Series("test", curve_of_test_loss(run), 1),
+                Series("training", _column(run, "train_loss"), 2, dashed=True),
+            ],
         ),
-        ("Pull: how far alignment moves an adapter, relative to its norm", pull if relative else [Series("pull", _column(run, "pull"), 3)]),
+        (
+            "Pull: how far alignment moves an adapter, relative to its norm",
+            pull if relative else [Series("pull", _column(run, "pull"), 3)],
+        ),
         (
             "Disagreement of neighbours",
             [
@@ -236,9 +315,12 @@ def _column(run: Run, name: str) -> list[tuple[float, float]]:
 
 
 def _small_charts(run: Run, names: Sequence[str]) -> tuple[list[_Small], Markup]:
-    """One chart a client, all with the same axes, and their legend; none before two rounds were trained.
+    """One chart a client, all with the same axes, and their legend.
 
-    Of many clients, those with the highest loss at the end; of a run that has no such losses, the first.
+    None before two rounds were trained.
+
+    Of many clients, those with the highest loss at the end; of a run that has no such losses, the
+    first.
     """
     kinds = [
         ("test", 1, False, run.series("evaluate", "test_loss")),
@@ -246,15 +328,22 @@ def _small_charts(run: Run, names: Sequence[str]) -> tuple[list[_Small], Markup]
         ("training", 2, True, run.series("train", "loss")),
     ]
     kinds = [kind for kind in kinds if kind[3]]
-    points = [point for _, _, _, series in kinds for client in names for point in series.get(client, [])]
+    points = [
+        point for _, _, _, series in kinds for client in names for point in series.get(client, [])
+    ]
     if len({number for number, _ in points}) < 3:
         return [], Markup("")
     rounds, losses = [number for number, _ in points], [value for _, value in points]
     bounds = {"x_bounds": (min(rounds), max(rounds)), "y_bounds": (min(losses), max(losses))}
-    chosen = {number: row.client for number, row in worst_clients(run.clients, MOST_CHARTED).items()}
+    chosen = {
+        number: row.client for number, row in worst_clients(run.clients, MOST_CHARTED).items()
+    }
     charts = []
     for number, client in (chosen or dict(enumerate(names[:MOST_CHARTED], start=1))).items():
-        lines = [Series(name, series.get(client, []), colour, dashed) for name, colour, dashed, series in kinds]
+        lines = [
+            Series(name, series.get(client, []), colour, dashed)
+            for name, colour, dashed, series in kinds
+        ]
         chart = line_chart(lines, f"Loss of {client}", **bounds, size=SMALL, font=11, x_title="")
         if chart:
             charts.append(_Small(number, client, chart))
@@ -274,7 +363,12 @@ def _graph_content(run: Run, names: Sequence[str]) -> dict[str, Any] | None:
     picture = graph_picture(graph, nodes)
     styles = category_styles(node.category for node in nodes.values()) if picture else {}
     groups = [
-        (category, colour, shape, [(node.number, client) for client, node in nodes.items() if node.category == category])
+        (
+            category,
+            colour,
+            shape,
+            [(node.number, client) for client, node in nodes.items() if node.category == category],
+        )
         for category, (colour, shape) in styles.items()
     ]
     return {
@@ -301,7 +395,9 @@ def _messages(run: Run) -> list[tuple[str, str, str]]:
 
 def _provenance(run: Run) -> list[tuple[str, str]]:
     """What was run, on what and from what, as (name, value); absent parts are left out."""
-    facts: dict[str, Any] = {"started": run.started.isoformat(sep=" ", timespec="seconds") if run.started else None}
+    facts: dict[str, Any] = {
+        "started": run.started.isoformat(sep=" ", timespec="seconds") if run.started else None
+    }
     facts |= {
         "seed": run.provenance.get("seed"),
         "rounds done": run.provenance.get("rounds_done"),

@@ -1,4 +1,7 @@
-"""Two methods on the same clients: the paired difference of each client, who is better off beyond noise, and a bootstrap interval."""
+"""Two methods on the same clients.
+
+The paired difference of each client, who is better off beyond noise, and a bootstrap interval.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,17 @@ from scipy.special import stdtrit
 
 from fedmira.report.findings import CHANGE_LIMIT
 
-__all__ = ["LEVEL", "NOISE_RULE", "RESAMPLES", "ClientDifference", "Losses", "Pairing", "bootstrap_interval", "errors_of_noise", "pair"]
+__all__ = [
+    "LEVEL",
+    "NOISE_RULE",
+    "RESAMPLES",
+    "ClientDifference",
+    "Losses",
+    "Pairing",
+    "bootstrap_interval",
+    "errors_of_noise",
+    "pair",
+]
 
 Losses = Mapping[int, Mapping[str, float]]
 """Seed -> client -> test loss."""
@@ -24,13 +37,18 @@ _DRAWS_AT_ONCE = 2_000_000  # counts held in memory
 
 
 def errors_of_noise(seeds: int) -> float:
-    """Standard errors over so many seeds that count as noise: the two-sided LEVEL quantile of Student's t; 0 with one seed."""
+    """Standard errors over so many seeds that count as noise.
+
+    The two-sided LEVEL quantile of Student's t; 0 with one seed.
+    """
     return float(stdtrit(seeds - 1, (1 + LEVEL) / 2)) if seeds > 1 else 0.0
 
 
 NOISE_RULE = (
-    f"A client is better (worse) off when its mean loss over the seeds is lower (higher) by more than {100 * CHANGE_LIMIT:g} % and, "
-    f"with several seeds, by more than t standard errors of its difference over the seeds, t being the two-sided {100 * LEVEL:g} % "
+    "A client is better (worse) off when its mean loss over the seeds is lower (higher) "
+    f"by more than {100 * CHANGE_LIMIT:g} % and, "
+    "with several seeds, by more than t standard errors of its difference over the seeds, "
+    f"t being the two-sided {100 * LEVEL:g} % "
     "quantile of Student's t with one degree of freedom less than there are seeds ("
     + ", ".join(f"{errors_of_noise(seeds):.3g} with {seeds} seeds" for seeds in (2, 3, 5))
     + "); otherwise it is equal, which may also mean that there are too few seeds to tell."
@@ -67,7 +85,13 @@ class ClientDifference:
     def verdict(self) -> str:
         """The standing of the client by NOISE_RULE: "better", "equal" or "worse"."""
         noise = max(errors_of_noise(self.seeds) * self.error, CHANGE_LIMIT * self.other)
-        return "better" if self.difference < -noise else "worse" if self.difference > noise else "equal"
+        return (
+            "better"
+            if self.difference < -noise
+            else "worse"
+            if self.difference > noise
+            else "equal"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +101,8 @@ class Pairing:
     Attributes:
         clients: by client id.
         seeds: how many seeds both have.
-        difference: mean over clients and seeds; below 0 is a gain. `low` and `high` bound its bootstrap interval.
+        difference: mean over clients and seeds; below 0 is a gain. `low` and `high` bound its
+            bootstrap interval.
     """
 
     clients: Mapping[str, ClientDifference]
@@ -93,26 +118,35 @@ class Pairing:
     @property
     def below(self) -> int:
         """Clients whose loss is lower by more than CHANGE_LIMIT, whatever their noise."""
-        return sum(client.difference < -CHANGE_LIMIT * client.other for client in self.clients.values())
+        return sum(
+            client.difference < -CHANGE_LIMIT * client.other for client in self.clients.values()
+        )
 
     @property
     def above(self) -> int:
         """Clients whose loss is higher by more than CHANGE_LIMIT, whatever their noise."""
-        return sum(client.difference > CHANGE_LIMIT * client.other for client in self.clients.values())
+        return sum(
+            client.difference > CHANGE_LIMIT * client.other for client in self.clients.values()
+        )
 
 
 def pair(own: Losses, other: Losses, pools: Mapping[str, str] | None = None) -> Pairing | None:
-    """Pair two methods by seed and client; a client counts when both measured it with every common seed. None where nothing is common.
+    """Pair two methods by seed and client.
+
+    A client counts when both measured it with every common seed. None where nothing is common.
 
     Args:
-        pools: client -> the pool that its rows were dealt from; None where each client has rows of its own.
+        pools: client -> the pool that its rows were dealt from; None where each client has rows of
+            its own.
     """
     seeds = sorted(set(own) & set(other))
     common = [set(own[seed]) & set(other[seed]) for seed in seeds]
     clients = sorted(set.intersection(*common)) if common else []
     if not clients:
         return None
-    differences = np.array([[own[seed][client] - other[seed][client] for seed in seeds] for client in clients])
+    differences = np.array(
+        [[own[seed][client] - other[seed][client] for seed in seeds] for client in clients]
+    )
     found = {
         client: ClientDifference(
             client,
@@ -124,17 +158,24 @@ def pair(own: Losses, other: Losses, pools: Mapping[str, str] | None = None) -> 
         for client, row in zip(clients, differences.tolist(), strict=True)
     }
     of_client = None if pools is None else [pools[client] for client in clients]
-    return Pairing(found, len(seeds), float(differences.mean()), *bootstrap_interval(differences, of_client))
+    return Pairing(
+        found, len(seeds), float(differences.mean()), *bootstrap_interval(differences, of_client)
+    )
 
 
 def bootstrap_interval(
-    differences: NDArray[np.float64], pools: Sequence[str] | None = None, resamples: int = RESAMPLES, level: float = LEVEL
+    differences: NDArray[np.float64],
+    pools: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
 ) -> tuple[float, float]:
     """The percentile interval of the mean over clients and seeds.
 
-    Each resample draws clients with replacement and, independently, seeds with replacement, and averages over the rectangle of both.
-    Clients of one pool resemble each other, so they are drawn together: as many pools as there are, with replacement, each with all its
-    clients (the cluster bootstrap, Davison & Hinkley 1997, section 3.8). The draws are keyed, so equal differences give an equal interval.
+    Each resample draws clients with replacement and, independently, seeds with replacement, and
+    averages over the rectangle of both. Clients of one pool resemble each other, so they are drawn
+    together: as many pools as there are, with replacement, each with all its clients (the cluster
+    bootstrap, Davison & Hinkley 1997, section 3.8). The draws are keyed, so equal differences give
+    an equal interval.
 
     Args:
         differences: [clients, seeds], paired.
@@ -157,7 +198,9 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _by_pool(differences: NDArray[np.float64], pools: Sequence[str] | None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _by_pool(
+    differences: NDArray[np.float64], pools: Sequence[str] | None
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Sums [pools, seeds] over the clients of each pool, and how many those are."""
     if pools is None:
         return differences, np.ones(len(differences), dtype=np.int64)

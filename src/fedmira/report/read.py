@@ -14,12 +14,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedmira.errors import RunFolderError
-from fedmira.report.records import Client, Event, Round, Run, TaskGraph
+from fedmira.report.records import (
+    Client,
+    Event,
+    Round,
+    Run,
+    TaskGraph,
+)
 
 __all__ = ["read_run"]
 
 STATUSES = ("finished", "failed", "running")
-REQUIRED_KEYS = {"train": "client", "align": "client", "evaluate": "client", "failure": "reason", "warning": "message"}
+REQUIRED_KEYS = {
+    "train": "client",
+    "align": "client",
+    "evaluate": "client",
+    "failure": "reason",
+    "warning": "message",
+}
 
 
 @dataclass(slots=True)
@@ -39,13 +51,16 @@ def read_run(run_folder: Path) -> Run:
     """Reads a run folder.
 
     Args:
-        run_folder: of a run that finished, failed or is still running; one that did not finish may lack metrics and events.
+        run_folder: of a run that finished, failed or is still running; one that did not finish may
+            lack metrics and events.
 
     Returns:
-        The run. A last line of events.jsonl that a crash cut off and numbers that are not finite are left out and named in `notes`.
+        The run. A last line of events.jsonl that a crash cut off and numbers that are not finite
+        are left out and named in `notes`.
 
     Raises:
-        RunFolderError: the folder or a needed file is missing, or a file is damaged; all problems together, each with file and line.
+        RunFolderError: the folder or a needed file is missing, or a file is damaged; all problems
+            together, each with file and line.
     """
     folder = Path(run_folder)
     if not folder.is_dir():
@@ -68,10 +83,19 @@ def read_run(run_folder: Path) -> Run:
         started=_started(reading, provenance),
         summary=_summary(reading, provenance),
         clients=tuple(_table(reading, "metrics/clients.csv", Client, needed=finished)),
-        rounds=tuple(sorted(_table(reading, "metrics/rounds.csv", Round, needed=finished), key=lambda row: row.round)),
+        rounds=tuple(
+            sorted(
+                _table(reading, "metrics/rounds.csv", Round, needed=finished),
+                key=lambda row: row.round,
+            )
+        ),
         events=_events(reading, needed=finished),
         graph=_graph(reading),
-        adapters={k: v for k, v in _json_object(reading, "adapters/index.json", needed=False).items() if isinstance(v, dict)},
+        adapters={
+            k: v
+            for k, v in _json_object(reading, "adapters/index.json", needed=False).items()
+            if isinstance(v, dict)
+        },
         notes=tuple(reading.notes),
     )
     if reading.problems:
@@ -83,12 +107,16 @@ def _text(reading: _Reading, name: str, needed: bool) -> str:
     path = reading.folder / name
     if not path.is_file():
         if needed:
-            reading.problem(name, "missing; is this a run folder, and did the run get as far as writing it?")
+            reading.problem(
+                name, "missing; is this a run folder, and did the run get as far as writing it?"
+            )
         return ""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        reading.problem(name, f"not UTF-8 text at byte {error.start}; restore the file or run again")
+        reading.problem(
+            name, f"not UTF-8 text at byte {error.start}; restore the file or run again"
+        )
         return ""
 
 
@@ -128,15 +156,24 @@ def _started(reading: _Reading, provenance: Mapping[str, Any]) -> datetime | Non
 def _summary(reading: _Reading, provenance: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Keeps the finite numbers of every figure; a figure without any is left out."""
     summary = provenance.get("summary") or {}
-    if not isinstance(summary, dict) or not all(isinstance(figure, dict) for figure in summary.values()):
+    if not isinstance(summary, dict) or not all(
+        isinstance(figure, dict) for figure in summary.values()
+    ):
         reading.problem("run.json", "summary must map each figure to its statistics")
         return {}
-    kept = {name: _finite(reading, f"run.json, summary.{name}", figure) for name, figure in summary.items()}
+    kept = {
+        name: _finite(reading, f"run.json, summary.{name}", figure)
+        for name, figure in summary.items()
+    }
     return {name: figure for name, figure in kept.items() if figure}
 
 
 def _finite(reading: _Reading, where: str, values: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    numbers = {
+        key: float(value)
+        for key, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
     for key, value in numbers.items():
         if not math.isfinite(value):
             reading.notes.append(f"{where}: {key} is {value}; left out")
@@ -147,12 +184,18 @@ RowType = TypeVar("RowType", Client, Round)
 
 
 def _table(reading: _Reading, name: str, row_type: type[RowType], needed: bool) -> list[RowType]:
-    """Reads a CSV file whose columns are the fields of `row_type`; the first field must be there, further columns are ignored."""
+    """Reads a CSV file whose columns are the fields of `row_type`.
+
+    The first field must be there, further columns are ignored.
+    """
     text = _text(reading, name, needed)
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval="")
     key = fields(row_type)[0].name
     if text and key not in (reader.fieldnames or ()):
-        reading.problem(f"{name} line 1", f"has no column {key!r}; the columns are {', '.join(reader.fieldnames or ())}")
+        reading.problem(
+            f"{name} line 1",
+            f"has no column {key!r}; the columns are {', '.join(reader.fieldnames or ())}",
+        )
         return []
     rows = []
     for cells in reader:
@@ -162,9 +205,13 @@ def _table(reading: _Reading, name: str, row_type: type[RowType], needed: bool) 
             if column.type == "str":
                 values[column.name] = cell
             elif cell:
-                values[column.name] = _number(reading, f"{name} line {reader.line_num}", column.name, cell)
+                values[column.name] = _number(
+                    reading, f"{name} line {reader.line_num}", column.name, cell
+                )
         if values.get(key) in (None, ""):
-            reading.problem(f"{name} line {reader.line_num}", f"{key} is empty; every row needs one")
+            reading.problem(
+                f"{name} line {reader.line_num}", f"{key} is empty; every row needs one"
+            )
             continue
         rows.append(row_type(**values))
     return rows
@@ -185,11 +232,15 @@ def _number(reading: _Reading, where: str, column: str, cell: str) -> float | No
 def _events(reading: _Reading, needed: bool) -> tuple[Event, ...]:
     text = _text(reading, "events.jsonl", needed)
     lines = text.split("\n")
-    torn = lines.pop()  # what follows the last newline: nothing, unless the run was stopped while it wrote
+    torn = (
+        lines.pop()
+    )  # what follows the last newline: nothing, unless the run was stopped while it wrote
     if torn and _is_json(torn):
         lines.append(torn)
     elif torn:
-        reading.notes.append(f"events.jsonl line {len(lines) + 1}: cut off while it was written; left out")
+        reading.notes.append(
+            f"events.jsonl line {len(lines) + 1}: cut off while it was written; left out"
+        )
     events = []
     for number, line in enumerate(lines, start=1):
         where = f"events.jsonl line {number}"
@@ -198,7 +249,11 @@ def _events(reading: _Reading, needed: bool) -> tuple[Event, ...]:
             continue
         kind, round_number = raw.get("event"), raw.get("round")
         if not isinstance(kind, str) or not isinstance(round_number, int):
-            reading.problem(where, f"event is {kind!r} and round is {round_number!r}; must be a text and a whole number")
+            reading.problem(
+                where,
+                f"event is {kind!r} and round is {round_number!r}; must be a text and a "
+                "whole number",
+            )
             continue
         required = REQUIRED_KEYS.get(kind)
         if required is not None and not isinstance(raw.get(required), str):
@@ -206,7 +261,9 @@ def _events(reading: _Reading, needed: bool) -> tuple[Event, ...]:
             continue
         texts = {key: value for key, value in raw.items() if isinstance(value, str)}
         owner = f"{where} ({kind}, {texts['client']})" if "client" in texts else f"{where} ({kind})"
-        events.append(Event(kind, round_number, texts.get("client", ""), _finite(reading, owner, raw), texts))
+        events.append(
+            Event(kind, round_number, texts.get("client", ""), _finite(reading, owner, raw), texts)
+        )
     return tuple(events)
 
 
@@ -232,10 +289,14 @@ def _graph(reading: _Reading) -> TaskGraph | None:
     for position, edge in enumerate(edges):
         weight = edge.get("weight") if isinstance(edge, dict) else None
         if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-            reading.problem("graph.json", f"edge {position} has weight {weight!r}; must be 0 or more")
+            reading.problem(
+                "graph.json", f"edge {position} has weight {weight!r}; must be 0 or more"
+            )
         elif not {str(edge.get("source")), str(edge.get("target"))} <= known:
             reading.problem(
-                "graph.json", f"edge {position} joins {edge.get('source')!r} and {edge.get('target')!r}; both must be in clients"
+                "graph.json",
+                f"edge {position} joins {edge.get('source')!r} and {edge.get('target')!r}; "
+                "both must be in clients",
             )
         elif weight > 0 and edge["source"] != edge["target"]:
             kept.append((str(edge["source"]), str(edge["target"]), float(weight)))

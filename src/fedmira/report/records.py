@@ -83,9 +83,11 @@ class Run:
         settings: config.toml parsed; `settings_text` is the file itself.
         provenance: run.json parsed.
         started: when the run began; None where run.json does not say.
-        summary: figure (such as "after_align_loss") -> statistic ("mean", "worst_tenth", ...) -> value; empty where a run failed early.
+        summary: figure (such as "after_align_loss") -> statistic ("mean", "worst_tenth", ...) ->
+            value; empty where a run failed early.
         adapters: client -> its entry of adapters/index.json.
-        notes: what was left out while reading, one sentence each: a line cut off by a crash, a number that is not finite.
+        notes: what was left out while reading, one sentence each: a line cut off by a crash, a
+            number that is not finite.
     """
 
     folder: Path
@@ -110,7 +112,10 @@ class Run:
         return str(section.get("name", "mira")) if isinstance(section, Mapping) else "mira"
 
     def series(self, kind: str, number: str) -> dict[str, list[tuple[int, float]]]:
-        """One number of one kind of event, as client -> (round, value) by rising round; of two events of a round the later one counts."""
+        """One number of one kind of event, as client -> (round, value) by rising round.
+
+        Of two events of a round the later one counts.
+        """
         values: dict[str, dict[int, float]] = {}
         for event in self.events:
             if event.kind == kind and number in event.numbers:

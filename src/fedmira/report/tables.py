@@ -54,7 +54,13 @@ def loss_text(value: float | None) -> str:
 
 def number_text(value: float | None) -> str:
     """A count with thousands separated, or a number in four significant digits."""
-    return MISSING if value is None else f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else nice_number(value)
+    return (
+        MISSING
+        if value is None
+        else f"{value:,.0f}"
+        if float(value).is_integer() or abs(value) >= 1000
+        else nice_number(value)
+    )
 
 
 def setting_text(value: object) -> str:
@@ -88,7 +94,8 @@ def client_table(
         changes: by client, for the column of changes.
 
     Returns:
-        The columns of which a client has a value; the rows; in place of a column, what is alike for all clients as (title, value).
+        The columns of which a client has a value; the rows; in place of a column, what is alike for
+        all clients as (title, value).
     """
     numbers: list[tuple[str, Callable[[Client], float | None], Callable[[float | None], str]]] = [
         ("rank", lambda row: row.rank, number_text),
@@ -98,7 +105,11 @@ def client_table(
         ("base loss", lambda row: row.base_loss, loss_text),
         ("before server step", lambda row: row.before_align_loss, loss_text),
         ("after server step", lambda row: row.after_align_loss, loss_text),
-        ("change", lambda row: changes[row.client].relative if row.client in changes else None, _change_text),
+        (
+            "change",
+            lambda row: changes[row.client].relative if row.client in changes else None,
+            _change_text,
+        ),
         ("best round", lambda row: row.best_round, number_text),
         ("loss at best round", lambda row: row.best_test_loss, loss_text),
         ("Rouge-L (rouge_score)", lambda row: row.rouge_l, loss_text),
@@ -111,18 +122,35 @@ def client_table(
     alike = []
     for title, value_of, shown in numbers:
         values = [value_of(row) for row in clients]
-        if len(values) > 1 and len(set(values)) == 1 and values[0] is not None and shown is number_text:
+        if (
+            len(values) > 1
+            and len(set(values)) == 1
+            and values[0] is not None
+            and shown is number_text
+        ):
             alike.append((title, shown(values[0])))
         elif any(value is not None for value in values):
             columns.append(Column(title))
             for line, row, value in zip(cells, clients, values, strict=True):
-                line.append(number_cell(value, shown, changes[row.client].verdict if title == "change" and row.client in changes else ""))
+                line.append(
+                    number_cell(
+                        value,
+                        shown,
+                        changes[row.client].verdict
+                        if title == "change" and row.client in changes
+                        else "",
+                    )
+                )
     _add_texts("category", [row.category for row in clients], columns, cells)
-    _add_texts("task", ["" if row.task == row.client else row.task for row in clients], columns, cells)
+    _add_texts(
+        "task", ["" if row.task == row.client else row.task for row in clients], columns, cells
+    )
     return columns, cells, alike
 
 
-def _add_texts(title: str, texts: Sequence[str], columns: list[Column], cells: list[list[Cell]]) -> None:
+def _add_texts(
+    title: str, texts: Sequence[str], columns: list[Column], cells: list[list[Cell]]
+) -> None:
     """Appends a column of texts unless all are empty."""
     if any(texts):
         columns.append(Column(title, number=False))
@@ -130,7 +158,9 @@ def _add_texts(title: str, texts: Sequence[str], columns: list[Column], cells: l
             line.append(text_cell(text))
 
 
-def number_cell(value: float | None, shown: Callable[[float | None], str] = number_text, style: str = "") -> Cell:
+def number_cell(
+    value: float | None, shown: Callable[[float | None], str] = number_text, style: str = ""
+) -> Cell:
     """A cell that sorts by its value, after all others where it has none."""
     return Cell(shown(value), "" if value is None else repr(float(value)), True, style)
 
@@ -146,7 +176,10 @@ def _change_text(value: float | None) -> str:
 
 def round_table(rounds: Sequence[Round]) -> tuple[list[Column], list[list[Cell]]]:
     """metrics/rounds.csv with bytes as MiB, without columns that no round has."""
-    shown = {name: loss_text for name in ("train_loss", "train_loss_weighted", "test_loss", "test_loss_weighted")}
+    shown = {
+        name: loss_text
+        for name in ("train_loss", "train_loss_weighted", "test_loss", "test_loss_weighted")
+    }
     columns: list[Column] = []
     cells: list[list[Cell]] = [[] for _ in rounds]
     for name in Round.__dataclass_fields__:
@@ -156,5 +189,10 @@ def round_table(rounds: Sequence[Round]) -> tuple[list[Column], list[list[Cell]]
         in_mib = name.startswith("bytes_")
         columns.append(Column(name.replace("bytes_", "MiB ").replace("_", " ")))
         for line, value in zip(cells, values, strict=True):
-            line.append(number_cell(value / MIB if in_mib and value is not None else value, shown.get(name, number_text)))
+            line.append(
+                number_cell(
+                    value / MIB if in_mib and value is not None else value,
+                    shown.get(name, number_text),
+                )
+            )
     return columns, cells

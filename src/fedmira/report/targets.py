@@ -14,8 +14,10 @@ from fedmira.report.records import Run
 __all__ = ["TARGET_RULE", "Reached", "check_target", "mean_reached", "reached", "reached_text"]
 
 TARGET_RULE = (
-    "The first evaluated round whose mean test loss over the clients is at the target or below it, mean over seeds; seconds of local "
-    "training and server steps up to then, without evaluation, which depend on the machine and on what else it did. A method has reached "
+    "The first evaluated round whose mean test loss over the clients is at the target or "
+    "below it, mean over seeds; seconds of local "
+    "training and server steps up to then, without evaluation, which depend on the machine "
+    "and on what else it did. A method has reached "
     "the target when all its seeds have."
 )
 """What rounds and seconds to a target are, for readers."""
@@ -26,8 +28,10 @@ class Reached:
     """When the mean test loss over the clients was first at the target or below it.
 
     Attributes:
-        rounds: the first such round that was evaluated; it may have been there earlier, between two evaluations.
-        seconds: local training and server steps of the rounds up to it, without evaluation; None where the folder lacks the time of one.
+        rounds: the first such round that was evaluated; it may have been there earlier, between two
+            evaluations.
+        seconds: local training and server steps of the rounds up to it, without evaluation; None
+            where the folder lacks the time of one.
     """
 
     rounds: int
@@ -41,27 +45,46 @@ def check_target(target: float) -> None:
         ConfigError: the target is not a finite number above 0.
     """
     if not math.isfinite(target) or target <= 0:
-        raise ConfigError(f"target loss {target:g}: must be a finite number above 0, a mean test loss per response token such as 2.5")
+        raise ConfigError(
+            f"target loss {target:g}: must be a finite number above 0, a mean test loss "
+            "per response token such as 2.5"
+        )
 
 
 def reached(run: Run, target: float) -> Reached | None:
-    """When the run reached the target, from metrics/rounds.csv and events.jsonl; None where no evaluated round did.
+    """When the run reached the target, from metrics/rounds.csv and events.jsonl.
+
+    None where no evaluated round did.
 
     Args:
         target: test loss per response token, mean over clients.
     """
-    number = next((int(row.round) for row in run.rounds if row.test_loss is not None and row.test_loss <= target), None)
+    number = next(
+        (
+            int(row.round)
+            for row in run.rounds
+            if row.test_loss is not None and row.test_loss <= target
+        ),
+        None,
+    )
     if number is None:
         return None
     training = [row.train_seconds for row in run.rounds if row.round <= number]
-    combining = [event.numbers.get("combine_seconds", 0.0) for event in run.of_kind("round") if event.round <= number]
+    combining = [
+        event.numbers.get("combine_seconds", 0.0)
+        for event in run.of_kind("round")
+        if event.round <= number
+    ]
     known = [seconds for seconds in training if seconds is not None]
     complete = len(known) == len(training) == number
     return Reached(number, sum(known) + sum(combining) if complete else None)
 
 
 def mean_reached(runs: Sequence[Run], target: float) -> dict[str, Any]:
-    """Columns for a method's row: seeds that reached the target; mean rounds and seconds to it, None unless all seeds reached it."""
+    """Columns for a method's row: seeds that reached the target.
+
+    Mean rounds and seconds to it, None unless all seeds reached it.
+    """
     found = [reached(run, target) for run in runs]
     there = [each for each in found if each is not None]
     seconds = [each.seconds for each in there if each.seconds is not None]
@@ -78,4 +101,8 @@ def reached_text(row: Mapping[str, Any]) -> str:
     """The rounds to the target of a method's row for people, or how many of its seeds reached it."""
     if row["rounds_to_target"] is not None:
         return f"{row['rounds_to_target']:.4g}"
-    return "not reached" if not row["seeds_to_target"] else f"reached by {row['seeds_to_target']} of {row['seeds']} seeds"
+    return (
+        "not reached"
+        if not row["seeds_to_target"]
+        else f"reached by {row['seeds_to_target']} of {row['seeds']} seeds"
+    )

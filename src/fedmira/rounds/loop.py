@@ -6,11 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedmira.algorithms import Algorithm, Combined, ServerState
+from fedmira.clients import Engine
 from fedmira.config import RoundsSettings
-from fedmira.engines import Engine
 from fedmira.errors import AlignmentError, RoundError
-from fedmira.messages import ClientId, Failure, Reply, Request
+from fedmira.messages import (
+    ClientId,
+    Failure,
+    Reply,
+    Request,
+)
+from fedmira.methods import Algorithm, Combined, ServerState
 from fedmira.rounds.randomness import seed_for
 from fedmira.rounds.sampling import sample_clients
 
@@ -42,44 +47,77 @@ def run_rounds(
 ) -> ServerState:
     """Run the rounds `first_round` to `settings.count` and return the last state.
 
-    Replies are sorted by client id before they are combined, so arrival order does not matter. `on_round` is called after every
-    round, before the next begins.
+    Replies are sorted by client id before they are combined, so arrival order does not matter.
+    `on_round` is called after every round, before the next begins.
 
     Raises:
-        RoundError: fewer clients of a round than `min_replies` sent a usable reply; failures of that round are passed to `on_round` first.
+        RoundError: fewer clients of a round than `min_replies` sent a usable reply; failures of
+            that round are passed to `on_round` first.
         AlignmentError: a client that must have moved did not.
     """
     for number in range(first_round, settings.count + 1):
         chosen = sample_clients(clients, settings, run_seed, number)
         requests = [
-            Request(client, number, seed_for(run_seed, "train", number, client), algorithm.instruct(state, client)) for client in chosen
+            Request(
+                client,
+                number,
+                seed_for(run_seed, "train", number, client),
+                algorithm.instruct(state, client),
+            )
+            for client in chosen
         ]
         begun = time.perf_counter()
         answers = engine.exchange(requests)
         trained = time.perf_counter()
-        replies = sorted((answer for answer in answers if isinstance(answer, Reply)), key=lambda reply: reply.client_id)
-        failures = sorted((answer for answer in answers if isinstance(answer, Failure)), key=lambda failure: failure.client_id)
+        replies = sorted(
+            (answer for answer in answers if isinstance(answer, Reply)),
+            key=lambda reply: reply.client_id,
+        )
+        failures = sorted(
+            (answer for answer in answers if isinstance(answer, Failure)),
+            key=lambda failure: failure.client_id,
+        )
         if len(replies) < settings.min_replies:
-            on_round(RoundOutcome(number, requests, (), failures, Combined(state), trained - begun, 0.0))
-            reasons = "; ".join(f"{failure.client_id}: {failure.reason}" for failure in failures[:3])
+            on_round(
+                RoundOutcome(number, requests, (), failures, Combined(state), trained - begun, 0.0)
+            )
+            reasons = "; ".join(
+                f"{failure.client_id}: {failure.reason}" for failure in failures[:3]
+            )
             needed = f"; rounds.min_replies is {settings.min_replies}" if replies else ""
             raise RoundError(
-                f"round {number}: {len(replies) or 'none'} of {len(chosen)} clients sent a usable reply ({reasons}){needed}; the adapters "
+                f"round {number}: {len(replies) or 'none'} of {len(chosen)} clients sent a "
+                f"usable reply ({reasons}){needed}; the adapters "
                 f"of round {number - 1} are kept"
             )
         combined = algorithm.combine(state, replies)
         _check_motion(number, combined)
         state = combined.state
-        on_round(RoundOutcome(number, requests, replies, failures, combined, trained - begun, time.perf_counter() - trained))
+        on_round(
+            RoundOutcome(
+                number,
+                requests,
+                replies,
+                failures,
+                combined,
+                trained - begun,
+                time.perf_counter() - trained,
+            )
+        )
     return state
 
 
 def _check_motion(number: int, combined: Combined) -> None:
     """Every client that a differing neighbour pulls on must have moved."""
     diagnostics = combined.diagnostics
-    stuck = [client for client in sorted(diagnostics.expects_motion) if diagnostics.clients[client].get("relative_pull", 0.0) == 0.0]
+    stuck = [
+        client
+        for client in sorted(diagnostics.expects_motion)
+        if diagnostics.clients[client].get("relative_pull", 0.0) == 0.0
+    ]
     if stuck:
         raise AlignmentError(
-            f"round {number}: alignment is on but did not move {', '.join(stuck[:5])}; the pull is below float32's resolution: "
+            f"round {number}: alignment is on but did not move {', '.join(stuck[:5])}; the "
+            "pull is below float32's resolution: "
             "raise algorithm.coupling or algorithm.server_step"
         )

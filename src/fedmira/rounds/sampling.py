@@ -20,17 +20,24 @@ def cohort_size(num_clients: int, settings: RoundsSettings) -> int:
     return max(1, int(share) if settings.sampling == "shepherd" else math.floor(share + 0.5))
 
 
-def sample_clients(clients: Sequence[ClientId], settings: RoundsSettings, run_seed: int, round_number: int) -> list[ClientId]:
+def sample_clients(
+    clients: Sequence[ClientId], settings: RoundsSettings, run_seed: int, round_number: int
+) -> list[ClientId]:
     """The sorted clients of a round, drawn without replacement, whatever happened before.
 
     Args:
-        round_number: counts from 1. With sampling = "shepherd" numpy's legacy generator is seeded with the round index from 0, as in
-            FedIT's public code (algorithm reference 2.1), so that every run has the same selection.
+        round_number: counts from 1. With sampling = "shepherd" numpy's legacy generator is seeded
+            with the round index from 0, as in FedIT's public code (algorithm reference 2.1), so
+            that every run has the same selection.
     """
     size = cohort_size(len(clients), settings)
     pool = sorted(clients)
     if settings.sampling == "shepherd":
-        chosen = np.random.RandomState(round_number - 1).choice(np.arange(len(pool)), size, replace=False)
+        chosen = np.random.RandomState(round_number - 1).choice(
+            np.arange(len(pool)), size, replace=False
+        )
     else:
-        chosen = np.random.default_rng(seed_for(run_seed, "sample", round_number)).choice(len(pool), size, replace=False)
+        chosen = np.random.default_rng(seed_for(run_seed, "sample", round_number)).choice(
+            len(pool), size, replace=False
+        )
     return sorted(pool[int(index)] for index in chosen)

@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 
-from fedmira.config.schema import DataSettings
+from fedmira.config import DataSettings
 from fedmira.data.sources.dolly import read
 from fedmira.errors import DataError
 
 
 def row(category: str, number: int, **changes: Any) -> dict[str, Any]:
-    return {"instruction": f"Do {number}.", "context": "c", "response": "r", "category": category, **changes}
+    return {
+        "instruction": f"Do {number}.",
+        "context": "c",
+        "response": "r",
+        "category": category,
+        **changes,
+    }
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -31,13 +37,29 @@ def test_a_task_per_category_sorted_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", [row("qa", 1), row("brain", 2), row("qa", 3, context="")])
     for place in (path, tmp_path):
         tasks = read(options(place), 0).tasks
-        assert [(task.name, task.category, len(task.examples)) for task in tasks] == [("brain", "brain", 1), ("qa", "qa", 2)]
+        assert [(task.name, task.category, len(task.examples)) for task in tasks] == [
+            ("brain", "brain", 1),
+            ("qa", "qa", 2),
+        ]
     example = tasks[1].examples[0]
-    assert (example.instruction, example.input, example.output, example.where) == ("Do 1.", "c", "r", f"{path}:1")
+    assert (example.instruction, example.input, example.output, example.where) == (
+        "Do 1.",
+        "c",
+        "r",
+        f"{path}:1",
+    )
 
 
 def test_problems_carry_file_and_line(tmp_path: Path) -> None:
-    path = write(tmp_path / "d.jsonl", [row("qa", 1), {"instruction": "x", "response": "y"}, row("qa", 3, response=" "), row("", 4)])
+    path = write(
+        tmp_path / "d.jsonl",
+        [
+            row("qa", 1),
+            {"instruction": "x", "response": "y"},
+            row("qa", 3, response=" "),
+            row("", 4),
+        ],
+    )
     with path.open("ab") as handle:
         handle.write(b'{"instruction": \n')
     with pytest.raises(DataError) as error:
@@ -65,7 +87,11 @@ def test_what_was_looked_for_is_said(tmp_path: Path) -> None:
 
 def test_the_real_file_gives_an_independent_count(dolly_folder: Path) -> None:
     (path,) = dolly_folder.glob("*.jsonl")
-    expected = Counter(json.loads(line)["category"] for line in path.read_text(encoding="utf-8").split("\n") if line)
+    expected = Counter(
+        json.loads(line)["category"]
+        for line in path.read_text(encoding="utf-8").split("\n")
+        if line
+    )
     tasks = read(options(dolly_folder), 0).tasks
     assert {task.name: len(task.examples) for task in tasks} == expected
     assert [task.name for task in tasks] == sorted(expected) and len(tasks) == 8

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedmira.config.schema import DataSettings
-from fedmira.data.examples import Example
+from fedmira.config import DataSettings
+from fedmira.data import Example
 from fedmira.data.sources.jsonl import read
 from fedmira.errors import DataError
 
@@ -52,19 +52,39 @@ def test_a_folder_per_client_with_its_own_test_and_validation_rows(tmp_path: Pat
 def test_a_file_per_client(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", ROW)
     write(tmp_path / "a.jsonl", {**ROW, "category": "k"}, ROW)
-    assert [(task.name, task.category, len(task.examples)) for task in read(options(tmp_path), 0).tasks] == [("a", "k", 2), ("b", "", 1)]
+    assert [
+        (task.name, task.category, len(task.examples)) for task in read(options(tmp_path), 0).tasks
+    ] == [("a", "k", 2), ("b", "", 1)]
 
 
 def test_one_file_with_a_client_column(tmp_path: Path) -> None:
-    path = write(tmp_path / "all.jsonl", {**ROW, "shop": 7}, {**ROW, "shop": "x", "category": "k"}, {**ROW, "shop": 7})
+    path = write(
+        tmp_path / "all.jsonl",
+        {**ROW, "shop": 7},
+        {**ROW, "shop": "x", "category": "k"},
+        {**ROW, "shop": 7},
+    )
     tasks = read(options(path, partition="column", column="shop"), 0).tasks
-    assert [(task.name, task.category, len(task.examples)) for task in tasks] == [("7", "", 2), ("x", "k", 1)]
+    assert [(task.name, task.category, len(task.examples)) for task in tasks] == [
+        ("7", "", 2),
+        ("x", "k", 1),
+    ]
 
 
-def test_one_file_is_grouped_by_category_where_clients_are_made_from_categories(tmp_path: Path) -> None:
-    path = write(tmp_path / "all.jsonl", {**ROW, "category": "k"}, {**ROW, "category": "l"}, {**ROW, "category": "k"})
+def test_one_file_is_grouped_by_category_where_clients_are_made_from_categories(
+    tmp_path: Path,
+) -> None:
+    path = write(
+        tmp_path / "all.jsonl",
+        {**ROW, "category": "k"},
+        {**ROW, "category": "l"},
+        {**ROW, "category": "k"},
+    )
     tasks = read(options(path, partition="category"), 0).tasks
-    assert [(task.name, task.category, len(task.examples)) for task in tasks] == [("k", "k", 2), ("l", "l", 1)]
+    assert [(task.name, task.category, len(task.examples)) for task in tasks] == [
+        ("k", "k", 2),
+        ("l", "l", 1),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +98,9 @@ def test_one_file_is_grouped_by_category_where_clients_are_made_from_categories(
         ({"prompt": "i", "completion": "o", "other": [1]}, "i", ""),
     ],
 )
-def test_instruction_shapes(tmp_path: Path, row: dict[str, Any], instruction: str, material: str) -> None:
+def test_instruction_shapes(
+    tmp_path: Path, row: dict[str, Any], instruction: str, material: str
+) -> None:
     assert example_in(tmp_path, row) == Example(instruction, material, "o")
 
 
@@ -87,21 +109,38 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 def test_messages_end_at_the_last_answer(tmp_path: Path) -> None:
-    turns = [turn("system", "s"), turn("user", "1"), turn("assistant", "a"), turn("user", "2"), turn("assistant", "o"), turn("user", "3")]
+    turns = [
+        turn("system", "s"),
+        turn("user", "1"),
+        turn("assistant", "a"),
+        turn("user", "2"),
+        turn("assistant", "o"),
+        turn("user", "3"),
+    ]
     example = example_in(tmp_path, {"messages": turns})
-    assert example == Example("", "", "o", messages=(("system", "s"), ("user", "1"), ("assistant", "a"), ("user", "2")))
+    assert example == Example(
+        "", "", "o", messages=(("system", "s"), ("user", "1"), ("assistant", "a"), ("user", "2"))
+    )
 
 
 def test_prompt_and_completion_as_messages(tmp_path: Path) -> None:
-    example = example_in(tmp_path, {"prompt": [turn("user", "q")], "completion": [turn("assistant", "o")]})
+    example = example_in(
+        tmp_path, {"prompt": [turn("user", "q")], "completion": [turn("assistant", "o")]}
+    )
     assert example == Example("", "", "o", messages=(("user", "q"),))
 
 
 def test_text_passes_unchanged_with_blank_lines_marks_and_line_separators(tmp_path: Path) -> None:
     row = {"instruction": " caf\u00e9\u2028two ", "output": "\u2028x\n"}
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf\r\n" + json.dumps(row, ensure_ascii=False).encode() + b"\r\n\n")
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\xef\xbb\xbf\r\n" + json.dumps(row, ensure_ascii=False).encode() + b"\r\n\n"
+    )
     (example,) = read(options(tmp_path), 0).tasks[0].examples
-    assert (example.instruction, example.output, example.where) == (" caf\u00e9\u2028two ", "\u2028x\n", f"{tmp_path}/a.jsonl:2")
+    assert (example.instruction, example.output, example.where) == (
+        " caf\u00e9\u2028two ",
+        "\u2028x\n",
+        f"{tmp_path}/a.jsonl:2",
+    )
 
 
 def test_all_row_problems_of_all_files_come_together(tmp_path: Path) -> None:
@@ -138,7 +177,8 @@ def test_all_row_problems_of_all_files_come_together(tmp_path: Path) -> None:
         f"{first}:6: missing key 'completion', found prompt",
         f"{first}:7: empty prompt; a row needs an instruction",
         f"{first}:8: holds a list; JSON Lines holds one object a line",
-        f"{first}:9: 'output' holds half of a surrogate pair at character 1; no tokenizer can encode it",
+        f"{first}:9: 'output' holds half of a surrogate pair at character 1; no tokenizer "
+        "can encode it",
         f"{first}:10: missing key 'output' or 'response', found instruction, output (null)",
         f"{second}:1: 'messages' must be a list of messages that is not empty",
         f"{second}:2: no assistant message answers another message, found roles user",
@@ -158,59 +198,90 @@ def test_broken_json_and_wrong_encoding_name_line_and_byte(tmp_path: Path) -> No
     assert problems_of(tmp_path) == (
         f"{tmp_path}/a.jsonl:2: broken JSON: Expecting ',' delimiter (column 20)",
         f"{tmp_path}/a.jsonl: not UTF-8 at byte {data.index(0xE9)}; save the file as UTF-8",
-        f"{tmp_path}/b.jsonl:1: broken JSON: Expecting value (column {len(good) + 2}); JSON Lines holds one object a line, not one list",
+        f"{tmp_path}/b.jsonl:1: broken JSON: Expecting value (column {len(good) + 2}); "
+        "JSON Lines holds one object a line, not one list",
         f"{tmp_path}/b.jsonl:2: broken JSON: Extra data (column {len(good)})",
     )
 
 
 def test_a_missing_or_empty_client_column(tmp_path: Path) -> None:
-    path = write(tmp_path / "all.jsonl", {**ROW, "client": "a"}, ROW, {**ROW, "client": " "}, {**ROW, "client": True})
+    path = write(
+        tmp_path / "all.jsonl",
+        {**ROW, "client": "a"},
+        ROW,
+        {**ROW, "client": " "},
+        {**ROW, "client": True},
+    )
     assert problems_of(path) == (
-        f"{path}:2: missing key 'client', found instruction, output; data.column names the client column",
+        f"{path}:2: missing key 'client', found instruction, output; data.column names the "
+        "client column",
         f"{path}:3: 'client' is empty; every row needs a client",
         f"{path}:4: 'client' is of type bool; must be text",
     )
     path = write(tmp_path / "all.jsonl", ROW)
     assert problems_of(path, partition="category") == (
-        f"{path}:1: missing key 'category', found instruction, output; the partition needs a category in every row",
+        f"{path}:1: missing key 'category', found instruction, output; the partition needs "
+        "a category in every row",
     )
 
 
 def test_a_column_that_no_row_has_is_one_problem_with_the_likely_one(tmp_path: Path) -> None:
     path = write(tmp_path / "all.jsonl", *({**ROW, "dept": "a"} for _ in range(60)))
     assert problems_of(path, column="department") == (
-        f"{path}, lines 1 to 60: missing key 'department', found instruction, output, dept; did you mean --set data.column=dept?",
+        f"{path}, lines 1 to 60: missing key 'department', found instruction, output, "
+        "dept; did you mean --set data.column=dept?",
     )
     path = write(tmp_path / "all.jsonl", {**ROW, "shop": "a", "branch_id": 3})
-    assert problems_of(path, column="branch")[0].endswith("; did you mean --set data.column=branch_id?")
-    assert problems_of(path, column="xyz")[0].endswith("; data.column names the client column; is it one of shop, branch_id?")
+    assert problems_of(path, column="branch")[0].endswith(
+        "; did you mean --set data.column=branch_id?"
+    )
+    assert problems_of(path, column="xyz")[0].endswith(
+        "; data.column names the client column; is it one of shop, branch_id?"
+    )
 
 
 def test_equal_problems_of_scattered_lines_are_one_with_their_numbers(tmp_path: Path) -> None:
     bad = [2, 4, 5, 6, 9, 11, 13, 15, 16]
-    path = write(tmp_path / "a.jsonl", *({**ROW, "output": "" if number in bad else "x"} for number in range(1, 18)))
+    path = write(
+        tmp_path / "a.jsonl",
+        *({**ROW, "output": "" if number in bad else "x"} for number in range(1, 18)),
+    )
     # Five runs of lines are named, and of the remaining one, 15 to 16, the lines are counted.
-    assert problems_of(tmp_path) == (f"{path}, lines 2, 4 to 6, 9, 11, 13 and 2 more: empty response; a row needs text to learn",)
+    assert problems_of(tmp_path) == (
+        f"{path}, lines 2, 4 to 6, 9, 11, 13 and 2 more: empty response; a row needs text to learn",
+    )
 
 
 def test_rows_of_questions_and_answers_say_which_keys_to_rename(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", {"question": "q", "answer": "a"}, {"question": "p", "answer": "b"})
     (problem,) = problems_of(tmp_path)
     assert problem.startswith(
-        f"{tmp_path}/a.jsonl, lines 1 to 2: unknown shape, found question, answer; a row needs instruction and output"
+        f"{tmp_path}/a.jsonl, lines 1 to 2: unknown shape, found question, answer; a row "
+        "needs instruction and output"
     )
     assert problem.endswith("; rename 'question' to 'instruction' and 'answer' to 'output'")
     write(tmp_path / "a.jsonl", {"instruction": "q", "answer": "a"})
-    assert problems_of(tmp_path)[0].endswith("found instruction, answer; rename 'answer' to 'output'")
+    assert problems_of(tmp_path)[0].endswith(
+        "found instruction, answer; rename 'answer' to 'output'"
+    )
 
 
-@pytest.mark.parametrize(("name", "text"), [("all.csv", "instruction,output\nDo.,done\n"), ("all.json", json.dumps([ROW], indent=1))])
-def test_a_table_of_another_format_is_one_problem_that_names_the_way(tmp_path: Path, name: str, text: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("all.csv", "instruction,output\nDo.,done\n"), ("all.json", json.dumps([ROW], indent=1))],
+)
+def test_a_table_of_another_format_is_one_problem_that_names_the_way(
+    tmp_path: Path, name: str, text: str
+) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     (problem,) = problems_of(tmp_path / name)
-    assert problem.startswith(f"{tmp_path / name}: source 'jsonl' reads JSON Lines (one object a line); set data.source to 'hub'")
+    assert problem.startswith(
+        f"{tmp_path / name}: source 'jsonl' reads JSON Lines (one object a line); set "
+        "data.source to 'hub'"
+    )
     assert problems_of(tmp_path)[0].endswith(
-        f"or one .jsonl file with a client column, found {name}; data.source = 'hub' reads one CSV, TSV, parquet or JSON file with the "
+        f"or one .jsonl file with a client column, found {name}; data.source = 'hub' reads "
+        "one CSV, TSV, parquet or JSON file with the "
         "rows of all clients, of which data.column names the client"
     )
 
@@ -226,15 +297,21 @@ def test_clients_of_another_format_are_one_problem(tmp_path: Path) -> None:
         (tmp_path / client / "train.csv").write_text("instruction,output\n", encoding="utf-8")
     (problem,) = problems_of(tmp_path)
     assert problem.startswith(
-        f"{tmp_path}: looked for <client>/train.jsonl, found train.csv in a, b, c and 1 more; write these files as JSON"
+        f"{tmp_path}: looked for <client>/train.jsonl, found train.csv in a, b, c and 1 "
+        "more; write these files as JSON"
     )
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "notes.txt").write_text("x", encoding="utf-8")
-    assert problems_of(tmp_path) == (problem, f"{tmp_path}/e: looked for train.jsonl, found notes.txt")
+    assert problems_of(tmp_path) == (
+        problem,
+        f"{tmp_path}/e: looked for train.jsonl, found notes.txt",
+    )
 
 
 def test_layout_problems_say_what_was_looked_for(tmp_path: Path) -> None:
-    assert "does not exist; jsonl needs PATH/<client>/train.jsonl" in problems_of(tmp_path / "no")[0]
+    assert (
+        "does not exist; jsonl needs PATH/<client>/train.jsonl" in problems_of(tmp_path / "no")[0]
+    )
     assert "holds no clients; looked for PATH/<client>/train.jsonl" in problems_of(tmp_path)[0]
     write(tmp_path / "law" / "eval.jsonl", ROW)
     write(tmp_path / "bank" / "train.jsonl")
@@ -242,7 +319,8 @@ def test_layout_problems_say_what_was_looked_for(tmp_path: Path) -> None:
     assert problems_of(tmp_path) == (
         f"{tmp_path}: client 'bank' stands there twice, as bank.jsonl and as bank/; keep one",
         f"{tmp_path}/bank/train.jsonl: holds no rows",
-        f"{tmp_path}/law/eval.jsonl: not a file of a client; a client's folder holds train.jsonl, test.jsonl, validation.jsonl",
+        f"{tmp_path}/law/eval.jsonl: not a file of a client; a client's folder holds "
+        "train.jsonl, test.jsonl, validation.jsonl",
         f"{tmp_path}/law: looked for train.jsonl, found eval.jsonl",
     )
     write(tmp_path / "train.jsonl", ROW)

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fedmira.config.schema import DataSettings
+from fedmira.config import DataSettings
 from fedmira.data.examples import Example, RawTask, Reading
 from fedmira.data.sources.grouping import sampled
 
@@ -23,23 +23,61 @@ DEMO_TEST_ROWS = 32
 NAMES = "Ada Bruno Clara David Elena Farid Grace Hugo Ines Jonas Karin Leo Mira Nadia Omar Paula Quinn Rosa Stefan Tara".split()
 CITIES = "Porto Lyon Oslo Graz Turin Ghent Malaga Bergen Leeds Krakow Riga Split Basel Cork Tampere Aarhus".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-GOODS = (
-    "apples|bricks|candles|carpets|chairs|coffee|cotton|flour|glass|honey|lamps|olives|paper|rice|shoes|soap|tiles|toys|wine|wool".split(
-        "|"
-    )
+MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
+GOODS = "apples|bricks|candles|carpets|chairs|coffee|cotton|flour|glass|honey|lamps|olives|paper|rice|shoes|soap|tiles|toys|wine|wool".split(
+    "|"
 )
 PACKS = "boxes crates bags pallets barrels".split()
-THINGS = "the report|the invoice|the contract|the photos|the keys|the samples|the tickets|the drawings|the price list|the letter".split("|")
+THINGS = "the report|the invoice|the contract|the photos|the keys|the samples|the tickets|the drawings|the price list|the letter".split(
+    "|"
+)
 DEEDS = "send|sign|check|print|translate|copy|return|collect".split("|")
 
 DEPARTMENTS = {
-    "cardiology": ["chest pain", "a racing heart", "an irregular pulse", "tightness in the chest", "swollen ankles"],
-    "dermatology": ["an itchy rash", "dry red skin", "a dark mole", "blisters on the hands", "hives"],
-    "orthopedics": ["a sore knee", "a twisted ankle", "a stiff shoulder", "lower back pain", "a swollen wrist"],
-    "neurology": ["a severe headache", "numb fingers", "dizziness", "trembling hands", "memory loss"],
-    "ophthalmology": ["blurred vision", "a red eye", "double vision", "watery eyes", "flashes of light"],
-    "pulmonology": ["a dry cough", "shortness of breath", "wheezing", "coughing at night", "noisy breathing"],
+    "cardiology": [
+        "chest pain",
+        "a racing heart",
+        "an irregular pulse",
+        "tightness in the chest",
+        "swollen ankles",
+    ],
+    "dermatology": [
+        "an itchy rash",
+        "dry red skin",
+        "a dark mole",
+        "blisters on the hands",
+        "hives",
+    ],
+    "orthopedics": [
+        "a sore knee",
+        "a twisted ankle",
+        "a stiff shoulder",
+        "lower back pain",
+        "a swollen wrist",
+    ],
+    "neurology": [
+        "a severe headache",
+        "numb fingers",
+        "dizziness",
+        "trembling hands",
+        "memory loss",
+    ],
+    "ophthalmology": [
+        "blurred vision",
+        "a red eye",
+        "double vision",
+        "watery eyes",
+        "flashes of light",
+    ],
+    "pulmonology": [
+        "a dry cough",
+        "shortness of breath",
+        "wheezing",
+        "coughing at night",
+        "noisy breathing",
+    ],
 }
 DESKS = {
     "cards": [
@@ -113,10 +151,17 @@ class Task:
     rows: int
 
 
-def _label(table: dict[str, list[str]], wordings: Sequence[str], answer: str = "{}") -> Callable[[random.Random], Row]:
+def _label(
+    table: dict[str, list[str]], wordings: Sequence[str], answer: str = "{}"
+) -> Callable[[random.Random], Row]:
     def draw(rng: random.Random) -> Row:
         label = rng.choice(list(table))
-        text = rng.choice(wordings).format(rng.choice(table[label]), name=rng.choice(NAMES), day=rng.choice(DAYS), city=rng.choice(CITIES))
+        text = rng.choice(wordings).format(
+            rng.choice(table[label]),
+            name=rng.choice(NAMES),
+            day=rng.choice(DAYS),
+            city=rng.choice(CITIES),
+        )
         return text, answer.format(label)
 
     return draw
@@ -155,7 +200,12 @@ def _person(answer: str, wording: str) -> Callable[[random.Random], Row]:
 
 def _reply(answer: str, wording: str) -> Callable[[random.Random], Row]:
     def draw(rng: random.Random) -> Row:
-        slots = {"deed": rng.choice(DEEDS), "thing": rng.choice(THINGS), "day": rng.choice(DAYS), "name": rng.choice(NAMES)}
+        slots = {
+            "deed": rng.choice(DEEDS),
+            "thing": rng.choice(THINGS),
+            "day": rng.choice(DAYS),
+            "name": rng.choice(NAMES),
+        }
         return wording.format(**slots), answer.format(**slots)
 
     return draw
@@ -171,7 +221,9 @@ FAMILIES: dict[str, list[Task]] = {
         Task(
             "clinic-north",
             "Read the patient note and name the department that should see the patient.",
-            _label(DEPARTMENTS, ["Since {day} the patient has {}.", "{name} reports {} since {day}."]),
+            _label(
+                DEPARTMENTS, ["Since {day} the patient has {}.", "{name} reports {} since {day}."]
+            ),
             16,
         ),
         Task(
@@ -195,10 +247,23 @@ FAMILIES: dict[str, list[Task]] = {
     ],
     "banking": [
         Task(
-            "bank-app", "Decide which desk of the bank answers the message.", _label(DESKS, ["Hi, {}.", "{}, please help."], "desk: {}"), 16
+            "bank-app",
+            "Decide which desk of the bank answers the message.",
+            _label(DESKS, ["Hi, {}.", "{}, please help."], "desk: {}"),
+            16,
         ),
-        Task("bank-mail", "Sort the e-mail to a desk.", _label(DESKS, ["Dear bank, {}. Regards, {name}"], "desk: {}"), 24),
-        Task("bank-phone", "Name the desk for this phone note.", _label(DESKS, ["Caller {name} from {city} says: {}."], "desk: {}"), 48),
+        Task(
+            "bank-mail",
+            "Sort the e-mail to a desk.",
+            _label(DESKS, ["Dear bank, {}. Regards, {name}"], "desk: {}"),
+            24,
+        ),
+        Task(
+            "bank-phone",
+            "Name the desk for this phone note.",
+            _label(DESKS, ["Caller {name} from {city} says: {}."], "desk: {}"),
+            48,
+        ),
         Task(
             "bank-branch",
             "The branch noted a request. Which desk is it for?",
@@ -210,13 +275,19 @@ FAMILIES: dict[str, list[Task]] = {
         Task(
             "depot-north",
             "Name the customs group of the goods and write how many pieces there are.",
-            _shipment("group={group}; pieces={number}", "Order {order}: {number} {pack} of {goods} for {city} on {day}."),
+            _shipment(
+                "group={group}; pieces={number}",
+                "Order {order}: {number} {pack} of {goods} for {city} on {day}.",
+            ),
             16,
         ),
         Task(
             "depot-south",
             "Which customs group is it, and where does it go?",
-            _shipment("group={group}; city={city}", "On {day} {number} {pack} of {goods} leave for {city}."),
+            _shipment(
+                "group={group}; city={city}",
+                "On {day} {number} {pack} of {goods} leave for {city}.",
+            ),
             24,
         ),
         Task(
@@ -228,7 +299,10 @@ FAMILIES: dict[str, list[Task]] = {
         Task(
             "depot-west",
             "Write the customs group and the day.",
-            _shipment("group={group}; day={day}", "Please deliver {number} {pack} of {goods} to {city} by {day}."),
+            _shipment(
+                "group={group}; day={day}",
+                "Please deliver {number} {pack} of {goods} to {city} by {day}.",
+            ),
             96,
         ),
     ],
@@ -236,19 +310,27 @@ FAMILIES: dict[str, list[Task]] = {
         Task(
             "registry-birth",
             "Turn the record into a sentence.",
-            _person("{name} was born in {month} and lives in {city}.", "name: {name} | born: {month} | city: {city}"),
+            _person(
+                "{name} was born in {month} and lives in {city}.",
+                "name: {name} | born: {month} | city: {city}",
+            ),
             16,
         ),
         Task(
             "registry-move",
             "Turn the record into a sentence.",
-            _person("{name} is {age} years old and lives in {city}.", "name: {name} | age: {age} | city: {city}"),
+            _person(
+                "{name} is {age} years old and lives in {city}.",
+                "name: {name} | age: {age} | city: {city}",
+            ),
             24,
         ),
         Task(
             "registry-visit",
             "Write the record as a sentence.",
-            _person("{name} from {city} visits on {day}.", "name: {name} | city: {city} | visit: {day}"),
+            _person(
+                "{name} from {city} visits on {day}.", "name: {name} | city: {city} | visit: {day}"
+            ),
             48,
         ),
         Task(
@@ -265,25 +347,40 @@ FAMILIES: dict[str, list[Task]] = {
         Task(
             "office-mail",
             "Which office of the company takes care of the request?",
-            _label(OFFICES, ["Could you look after {} by {day}?", "{name} asks about {}."], "office {}"),
+            _label(
+                OFFICES, ["Could you look after {} by {day}?", "{name} asks about {}."], "office {}"
+            ),
             16,
         ),
         Task(
             "office-desk",
             "Name the office that the visitor needs.",
-            _label(OFFICES, ["A visitor from {city} comes because of {}.", "{name} is here about {}."], "office {}"),
+            _label(
+                OFFICES,
+                ["A visitor from {city} comes because of {}.", "{name} is here about {}."],
+                "office {}",
+            ),
             24,
         ),
         Task(
             "office-phone",
             "Forward the call.",
-            _label(OFFICES, ["Caller {name} from {city} on {day}: a question about {}."], "office {}"),
+            _label(
+                OFFICES, ["Caller {name} from {city} on {day}: a question about {}."], "office {}"
+            ),
             48,
         ),
         Task(
             "office-chat",
             "Tag the chat message with the office.",
-            _label(OFFICES, ["hi, {name} here, who can help me with {}?", "is anybody working on {} this {day}?"], "office {}"),
+            _label(
+                OFFICES,
+                [
+                    "hi, {name} here, who can help me with {}?",
+                    "is anybody working on {} this {day}?",
+                ],
+                "office {}",
+            ),
             96,
         ),
     ],
@@ -301,31 +398,59 @@ PRETRAINING: list[Task] = [
     Task(
         "shop-note",
         "Sort the wish to a part of the shop.",
-        _label(SHELVES, ["Customer from {city}: do you have {}?", "On {day} we need {}."], "shelf: {}"),
+        _label(
+            SHELVES, ["Customer from {city}: do you have {}?", "On {day} we need {}."], "shelf: {}"
+        ),
         0,
     ),
-    Task("parcel-city", "Write the city of the parcel.", _shipment("{city}", "Parcel {order} with {goods} travels to {city}."), 0),
-    Task("parcel-count", "How many are there?", _shipment("{number} {pack}", "{name} has {number} {pack} of {goods} in {city}."), 0),
+    Task(
+        "parcel-city",
+        "Write the city of the parcel.",
+        _shipment("{city}", "Parcel {order} with {goods} travels to {city}."),
+        0,
+    ),
+    Task(
+        "parcel-count",
+        "How many are there?",
+        _shipment("{number} {pack}", "{name} has {number} {pack} of {goods} in {city}."),
+        0,
+    ),
     Task(
         "parcel-day",
         "Write the day and the order.",
         _shipment("order={order}; day={day}", "Order {order} must arrive in {city} on {day}."),
         0,
     ),
-    Task("form-short", "Shorten the form.", _person("{name}, {city}", "name: {name} | age: {age} | city: {city}"), 0),
+    Task(
+        "form-short",
+        "Shorten the form.",
+        _person("{name}, {city}", "name: {name} | age: {age} | city: {city}"),
+        0,
+    ),
     Task(
         "form-long",
         "Write the form for the person.",
-        _person("name: {name} | city: {city} | month: {month}", "{name} comes from {city} and arrives in {month}."),
+        _person(
+            "name: {name} | city: {city} | month: {month}",
+            "{name} comes from {city} and arrives in {month}.",
+        ),
         0,
     ),
     Task(
         "chat-thanks",
         "Thank the person.",
-        _reply("Thank you, {name}, for offering to {deed} {thing}.", "{name} offers to {deed} {thing} on {day}."),
+        _reply(
+            "Thank you, {name}, for offering to {deed} {thing}.",
+            "{name} offers to {deed} {thing} on {day}.",
+        ),
         0,
     ),
-    Task("chat-when", "Say when it happens.", _reply("On {day}.", "We will {deed} {thing} on {day}."), 0),
+    Task(
+        "chat-when",
+        "Say when it happens.",
+        _reply("On {day}.", "We will {deed} {thing} on {day}."),
+        0,
+    ),
 ]
 
 
@@ -346,7 +471,12 @@ def demo_tasks(seed: int = 0) -> list[RawTask]:
 def read(settings: DataSettings, seed: int) -> Reading:
     """The demo's tasks as a source; `settings.path` plays no part."""
     tasks = demo_tasks(seed)
-    return Reading(tuple(replace(task, examples=sampled(list(task.examples), task.name, settings, seed)) for task in tasks))
+    return Reading(
+        tuple(
+            replace(task, examples=sampled(list(task.examples), task.name, settings, seed))
+            for task in tasks
+        )
+    )
 
 
 def _distinct(task: Task, count: int, seed: int) -> Iterator[Example]:

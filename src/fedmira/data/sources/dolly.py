@@ -1,10 +1,13 @@
-"""databricks-dolly-15k in its original JSON Lines form: instruction, context, response, category; one task per category."""
+"""databricks-dolly-15k in its original JSON Lines form: instruction, context, response, category.
+
+One task per category.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fedmira.config.schema import DataSettings
+from fedmira.config import DataSettings
 from fedmira.data.examples import Reading
 from fedmira.data.files import read_json_lines
 from fedmira.data.problems import Problems
@@ -17,7 +20,9 @@ _KEYS = ("instruction", "context", "response", "category")
 
 
 def read(settings: DataSettings, seed: int) -> Reading:
-    """Reads the file `settings.path`, or the one *.jsonl file in that folder; tasks come sorted by category.
+    """Reads the file `settings.path`, or the one *.jsonl file in that folder.
+
+    Tasks come sorted by category.
 
     Raises:
         DataError: all problems of the file, together.
@@ -46,11 +51,16 @@ def _file(path: str, problems: Problems) -> Path | None:
     if path and place.is_file():
         return place
     if not path or not place.is_dir():
-        problems.add(f"data.path {path!r} does not exist; dolly needs its .jsonl file, or a folder that holds it")
+        problems.add(
+            f"data.path {path!r} does not exist; dolly needs its .jsonl file, or a folder "
+            "that holds it"
+        )
         return None
     found = sorted(place.glob("*.jsonl"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        problems.add(f"{place}: looked for one *.jsonl file, found {names}; set data.path to the file")
+        problems.add(
+            f"{place}: looked for one *.jsonl file, found {names}; set data.path to the file"
+        )
         return None
     return found[0]

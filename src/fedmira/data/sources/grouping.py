@@ -6,22 +6,35 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from fedmira.config.schema import DataSettings
+from fedmira.config import DataSettings
 from fedmira.data.examples import Example, RawTask
 from fedmira.data.problems import Problems
 from fedmira.data.randomness import generator, sample
-from fedmira.data.rows import KEYS, Row, example_of, key_problem, text_of
+from fedmira.data.rows import (
+    KEYS,
+    Row,
+    example_of,
+    key_problem,
+    text_of,
+)
 
 __all__ = ["group_key", "sampled", "tasks_by_key"]
 
 
 def group_key(settings: DataSettings) -> str:
-    """The key that one table is grouped by: the client column, or the category where clients are made from categories."""
+    """The key that one table is grouped by.
+
+    The client column, or the category where clients are made from categories.
+    """
     return "category" if settings.partition in ("category", "dirichlet") else settings.column
 
 
-def tasks_by_key(rows: Iterable[tuple[str, Row]], key: str, settings: DataSettings, seed: int, problems: Problems) -> list[RawTask]:
-    """One task per value of `key`, in order of first appearance; its category is that of its first row.
+def tasks_by_key(
+    rows: Iterable[tuple[str, Row]], key: str, settings: DataSettings, seed: int, problems: Problems
+) -> list[RawTask]:
+    """One task per value of `key`, in order of first appearance.
+
+    Its category is that of its first row.
 
     Args:
         rows: (file and line, row) pairs.
@@ -34,15 +47,30 @@ def tasks_by_key(rows: Iterable[tuple[str, Row]], key: str, settings: DataSettin
         example = example_of(row, where, problems)
         name = _name(row, key, where, problems)
         if name not in categories:
-            categories[name] = name if key == "category" else text_of(row, "category", where, problems, optional=True)
+            categories[name] = (
+                name
+                if key == "category"
+                else text_of(row, "category", where, problems, optional=True)
+            )
         if example is not None:
             groups.setdefault(name, []).append(example)
-    return [RawTask(name, categories[name], sampled(examples, name, settings, seed)) for name, examples in groups.items()]
+    return [
+        RawTask(name, categories[name], sampled(examples, name, settings, seed))
+        for name, examples in groups.items()
+    ]
 
 
 def sampled(examples: list[Example], name: str, settings: DataSettings, seed: int) -> list[Example]:
-    """The share `sample_fraction` of a task's rows, `sample_least` at least; the draw depends on the seed and the task's name only."""
-    return sample(examples, settings.sample_fraction, generator(seed, "sample", name), settings.sample_least or 0)
+    """The share `sample_fraction` of a task's rows, `sample_least` at least.
+
+    The draw depends on the seed and the task's name only.
+    """
+    return sample(
+        examples,
+        settings.sample_fraction,
+        generator(seed, "sample", name),
+        settings.sample_least or 0,
+    )
 
 
 def _column_hint(key: str, row: Row) -> str:
@@ -51,7 +79,9 @@ def _column_hint(key: str, row: Row) -> str:
     near = difflib.get_close_matches(key, others, n=1) or (others if len(others) == 1 else [])
     if near:
         return f"did you mean --set data.column={near[0]}?"
-    return "data.column names the client column" + (f"; is it one of {', '.join(others[:8])}?" if others else "")
+    return "data.column names the client column" + (
+        f"; is it one of {', '.join(others[:8])}?" if others else ""
+    )
 
 
 def _name(row: Row, key: str, where: str, problems: Problems) -> str:
@@ -59,7 +89,11 @@ def _name(row: Row, key: str, where: str, problems: Problems) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if value is None:
-        use = "the partition needs a category in every row" if key == "category" else _column_hint(key, row)
+        use = (
+            "the partition needs a category in every row"
+            if key == "category"
+            else _column_hint(key, row)
+        )
         problems.add(f"{key_problem(where, key, row)}; {use}")
         return ""
     name = text_of(row, key, where, problems)

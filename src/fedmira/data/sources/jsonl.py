@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedmira.config.schema import DataSettings
+from fedmira.config import DataSettings
 from fedmira.data.examples import Example, RawTask, Reading
 from fedmira.data.files import read_json_lines
 from fedmira.data.problems import Problems
@@ -22,14 +22,14 @@ __all__ = ["read"]
 _PARTS = ("train.jsonl", "test.jsonl", "validation.jsonl")
 _LONGEST_LOOK = 2**20
 _TABLES = (".csv", ".tsv", ".parquet", ".json")
-_USE_HUB = (
-    "data.source = 'hub' reads one CSV, TSV, parquet or JSON file with the rows of all clients, of which data.column names the client"
-)
+_USE_HUB = "data.source = 'hub' reads one CSV, TSV, parquet or JSON file with the rows of all clients, of which data.column names the client"
 _LAYOUTS = "PATH/<client>/train.jsonl, PATH/<client>.jsonl, or one .jsonl file with a client column"
 
 
 def read(settings: DataSettings, seed: int) -> Reading:
-    """Reads all clients under `settings.path`; clients come sorted by name, those of one file in order of appearance.
+    """Reads all clients under `settings.path`.
+
+    Clients come sorted by name, those of one file in order of appearance.
 
     Raises:
         DataError: all problems of all files, together.
@@ -49,8 +49,15 @@ def read(settings: DataSettings, seed: int) -> Reading:
 
 def _one_file(path: Path, settings: DataSettings, seed: int, problems: Problems) -> list[RawTask]:
     if path.suffix.lower() in _TABLES and not _holds_lines(path):
-        column = "" if settings.column != "client" else ", and data.column to the column that names each row's client"
-        problems.add(f"{path}: source 'jsonl' reads JSON Lines (one object a line); set data.source to 'hub' for this file{column}")
+        column = (
+            ""
+            if settings.column != "client"
+            else ", and data.column to the column that names each row's client"
+        )
+        problems.add(
+            f"{path}: source 'jsonl' reads JSON Lines (one object a line); set data.source "
+            f"to 'hub' for this file{column}"
+        )
         return []
     before = len(problems)
     rows = ((f"{path}:{number}", row) for number, row in read_json_lines(path, problems))
@@ -66,32 +73,46 @@ def _holds_lines(path: Path) -> bool:
         return False
     with path.open("rb") as handle:
         first = handle.readline(_LONGEST_LOOK)
-    return first.lstrip().startswith(b"{") and (len(first) == _LONGEST_LOOK or first.rstrip().endswith(b"}"))
+    return first.lstrip().startswith(b"{") and (
+        len(first) == _LONGEST_LOOK or first.rstrip().endswith(b"}")
+    )
 
 
-def _one_folder(folder: Path, settings: DataSettings, seed: int, problems: Problems) -> list[RawTask]:
+def _one_folder(
+    folder: Path, settings: DataSettings, seed: int, problems: Problems
+) -> list[RawTask]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.is_file() and entry.suffix == ".jsonl"]
     stray = [file.name for file in files if file.name in _PARTS]
     if stray:
-        problems.add(f"{folder}: {', '.join(stray)} belong into a folder per client; looked for {_LAYOUTS}")
+        problems.add(
+            f"{folder}: {', '.join(stray)} belong into a folder per client; looked for {_LAYOUTS}"
+        )
         return []
     folders = [entry for entry in entries if entry.is_dir()]
     if not files and not folders:
         tables = _tables_in(folder)
         found = f", found {_some(tables)}; {_USE_HUB}" if tables else ""
         problems.add(f"{folder}: holds no clients; looked for {_LAYOUTS}{found}")
-    of_tables = {entry.name: _tables_in(entry) for entry in folders if not any(entry.glob("*.jsonl")) and _tables_in(entry)}
+    of_tables = {
+        entry.name: _tables_in(entry)
+        for entry in folders
+        if not any(entry.glob("*.jsonl")) and _tables_in(entry)
+    }
     if of_tables:
         found = _some(sorted({name for names in of_tables.values() for name in names}))
         problems.add(
-            f"{folder}: looked for <client>/train.jsonl, found {found} in {_some(list(of_tables))}; write these files as JSON Lines (one "
+            f"{folder}: looked for <client>/train.jsonl, found {found} in "
+            f"{_some(list(of_tables))}; write these files as JSON Lines (one "
             f"object a line), or as one table: {_USE_HUB}"
         )
         folders = [entry for entry in folders if entry.name not in of_tables]
     for file in files:
         if file.stem in {entry.name for entry in folders}:
-            problems.add(f"{folder}: client {file.stem!r} stands there twice, as {file.name} and as {file.stem}/; keep one")
+            problems.add(
+                f"{folder}: client {file.stem!r} stands there twice, as {file.name} and as "
+                f"{file.stem}/; keep one"
+            )
     tasks = [_client_of_file(file, settings, seed, problems) for file in files]
     tasks += [_client_of_folder(entry, settings, seed, problems) for entry in folders]
     return sorted(tasks, key=lambda task: task.name)
@@ -99,7 +120,9 @@ def _one_folder(folder: Path, settings: DataSettings, seed: int, problems: Probl
 
 def _tables_in(folder: Path) -> list[str]:
     """Names of the files of other formats, sorted."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _TABLES and path.is_file())
+    return sorted(
+        path.name for path in folder.iterdir() if path.suffix.lower() in _TABLES and path.is_file()
+    )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -112,18 +135,29 @@ def _client_of_file(path: Path, settings: DataSettings, seed: int, problems: Pro
     return RawTask(path.stem, category, sampled(examples, path.stem, settings, seed))
 
 
-def _client_of_folder(folder: Path, settings: DataSettings, seed: int, problems: Problems) -> RawTask:
+def _client_of_folder(
+    folder: Path, settings: DataSettings, seed: int, problems: Problems
+) -> RawTask:
     present = [path.name for path in sorted(folder.glob("*.jsonl"))]
     for name in present:
         if name not in _PARTS:
-            problems.add(f"{folder / name}: not a file of a client; a client's folder holds {', '.join(_PARTS)}")
+            problems.add(
+                f"{folder / name}: not a file of a client; a client's folder holds "
+                f"{', '.join(_PARTS)}"
+            )
     if "train.jsonl" not in present:
-        found = ", ".join(present) or _some(sorted(path.name for path in folder.iterdir())) or "nothing"
+        found = (
+            ", ".join(present) or _some(sorted(path.name for path in folder.iterdir())) or "nothing"
+        )
         problems.add(f"{folder}: looked for train.jsonl, found {found}")
         return RawTask(folder.name, "", [])
     examples, category = _read_rows(folder / "train.jsonl", problems)
-    test, validation = (_read_rows(folder / name, problems)[0] if name in present else None for name in _PARTS[1:])
-    return RawTask(folder.name, category, sampled(examples, folder.name, settings, seed), test, validation)
+    test, validation = (
+        _read_rows(folder / name, problems)[0] if name in present else None for name in _PARTS[1:]
+    )
+    return RawTask(
+        folder.name, category, sampled(examples, folder.name, settings, seed), test, validation
+    )
 
 
 def _read_rows(path: Path, problems: Problems) -> tuple[list[Example], str]:

@@ -1,7 +1,8 @@
 """Natural Instructions v2 in its original task files, prepared by FedKSeed's rules (Qin et al., arXiv 2312.06353).
 
-A row stays when its input has fewer than `input_limit` characters; a task stays when at least 20 rows do; of these int(f * n) are
-drawn; the instruction is the first definition and the response the first output. Each task file is one task.
+A row stays when its input has fewer than `input_limit` characters; a task stays when at least 20
+rows do; of these int(f * n) are drawn; the instruction is the first definition and the response the
+first output. Each task file is one task.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmira.config.schema import DataSettings
+from fedmira.config import DataSettings
 from fedmira.data.examples import Example, RawTask, Reading
 from fedmira.data.files import read_json, read_text
 from fedmira.data.problems import Problems
@@ -27,7 +28,8 @@ _OFFICIAL_LIST = Path("splits") / "default" / "train_tasks.txt"
 def read(settings: DataSettings, seed: int) -> Reading:
     """Reads the task files under `settings.path` in the order of the task list, or of their numbers where there is no list.
 
-    With `partition = "task"` and a number of clients, reading ends when so many usable tasks are found.
+    With `partition = "task"` and a number of clients, reading ends when so many usable tasks are
+    found.
 
     Raises:
         DataError: all problems of the files that were read, together.
@@ -52,7 +54,8 @@ def _task_files(settings: DataSettings, skipped: list[str], problems: Problems) 
     root = Path(settings.path)
     if not settings.path or not root.is_dir():
         problems.add(
-            f"data.path {settings.path!r} is not a folder; natural-instructions needs one with task*.json files in it or in its tasks/"
+            f"data.path {settings.path!r} is not a folder; natural-instructions needs one "
+            "with task*.json files in it or in its tasks/"
         )
         return []
     folder = root / "tasks" if (root / "tasks").is_dir() else root
@@ -68,7 +71,9 @@ def _task_files(settings: DataSettings, skipped: list[str], problems: Problems) 
     names = _names(official, problems)
     missing = [name for name in names if name not in found]
     if missing:
-        skipped.append(f"{official}: {len(missing)} of its {len(names)} tasks have no file in {folder}")
+        skipped.append(
+            f"{official}: {len(missing)} of its {len(names)} tasks have no file in {folder}"
+        )
     return [found[name] for name in names if name in found]
 
 
@@ -84,7 +89,11 @@ def _listed(path: Path, found: Mapping[str, Path], problems: Problems) -> list[P
 
 def _names(path: Path, problems: Problems) -> list[str]:
     text = read_text(path, problems)
-    names = [line.strip().removesuffix(".json") for line in text.splitlines() if line.strip()] if text is not None else []
+    names = (
+        [line.strip().removesuffix(".json") for line in text.splitlines() if line.strip()]
+        if text is not None
+        else []
+    )
     if text is not None and not names:
         problems.add(f"{path}: lists no task; one task name a line is expected")
     return names
@@ -95,7 +104,9 @@ def _number(path: Path) -> tuple[int, str]:
     return (int(match.group(1)) if match else 10**9, path.stem)
 
 
-def _read_task(path: Path, settings: DataSettings, seed: int, problems: Problems) -> tuple[RawTask | None, str]:
+def _read_task(
+    path: Path, settings: DataSettings, seed: int, problems: Problems
+) -> tuple[RawTask | None, str]:
     content = read_json(path, problems)
     if content is None:
         return None, ""
@@ -104,11 +115,17 @@ def _read_task(path: Path, settings: DataSettings, seed: int, problems: Problems
     category = _first(content, "Categories", str(path), problems)
     instances = content.get("Instances")
     if not isinstance(instances, list):
-        problems.add(key_problem(str(path), "Instances", content) if instances is None else f"{path}: 'Instances' must be a list")
+        problems.add(
+            key_problem(str(path), "Instances", content)
+            if instances is None
+            else f"{path}: 'Instances' must be a list"
+        )
         return None, ""
     examples = []
     for number, instance in enumerate(instances, start=1):
-        example = _read_instance(instance, definition, f"{path}, instance {number}", settings.input_limit, problems)
+        example = _read_instance(
+            instance, definition, f"{path}, instance {number}", settings.input_limit, problems
+        )
         if example is not None:
             examples.append(example)
     if len(problems) > before:
@@ -119,13 +136,22 @@ def _read_task(path: Path, settings: DataSettings, seed: int, problems: Problems
         return None, f"{path.stem}: {left}; at least {fewest} are needed"
     drawn = sampled(examples, path.stem, settings, seed)
     if len(drawn) < settings.min_rows:
-        return None, f"{path.stem}: {len(drawn)} rows after data.sample_fraction; data.min_rows is {settings.min_rows}"
+        return (
+            None,
+            f"{path.stem}: {len(drawn)} rows after data.sample_fraction; data.min_rows is "
+            f"{settings.min_rows}",
+        )
     return RawTask(path.stem, category, drawn), ""
 
 
-def _read_instance(instance: Any, definition: str, where: str, input_limit: int, problems: Problems) -> Example | None:
+def _read_instance(
+    instance: Any, definition: str, where: str, input_limit: int, problems: Problems
+) -> Example | None:
     if not isinstance(instance, dict):
-        problems.add(f"{where}: is of type {type(instance).__name__}; must be an object with 'input' and 'output'")
+        problems.add(
+            f"{where}: is of type {type(instance).__name__}; must be an object with "
+            "'input' and 'output'"
+        )
         return None
     before = len(problems)
     material = text_of(instance, "input", where, problems)

@@ -1,0 +1,18 @@
+"""The composition root: from a config to everything built, and the run of it."""
+
+from fedmira.experiment.build import Experiment, build_experiment
+from fedmira.experiment.ranks import client_ranks
+from fedmira.experiment.run import resume_experiment, run_experiment
+from fedmira.experiment.scheme import Scheme, make_scheme, prepare_kind, token_budget
+
+__all__ = [
+    "Experiment",
+    "Scheme",
+    "build_experiment",
+    "client_ranks",
+    "make_scheme",
+    "prepare_kind",
+    "resume_experiment",
+    "run_experiment",
+    "token_budget",
+]

@@ -1,0 +1,122 @@
+"""The composition root: from a config to everything built, in the order the data flows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedmira.adapters import Adapter
+from fedmira.clients import Cohort, CohortSettings, Engine, Evaluation, Evaluator, InProcessEngine
+from fedmira.config import Config
+from fedmira.data import ClientSummary, Dataset, load_clients
+from fedmira.experiment.scheme import make_scheme, prepare_kind, token_budget
+from fedmira.graphs import GraphSource
+from fedmira.messages import ClientId
+from fedmira.methods import Algorithm
+from fedmira.model import (
+    AdapterKind,
+    BaseModel,
+    TargetModule,
+    most_side_by_side,
+)
+from fedmira.runs import Ground, RunFolder, hash_of_rows
+
+__all__ = ["Experiment", "build_experiment"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything a run needs, built and checked; nothing has been trained.
+
+    Attributes:
+        kind: the adapters, on their base.
+        parties: what each client says of itself, by client id.
+        data_sha256, token_budget, federation: as in `Ground`.
+        skipped: what was left out of the data, one "name: reason" each.
+    """
+
+    config: Config
+    kind: AdapterKind
+    parties: Mapping[ClientId, ClientSummary]
+    ranks: Mapping[ClientId, int]
+    starts: Mapping[ClientId, Adapter]
+    graph: GraphSource
+    algorithm: Algorithm
+    engine: Engine
+    evaluator: Evaluation
+    data_sha256: str
+    token_budget: int | None
+    skipped: tuple[str, ...] = ()
+    federation: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def base(self) -> BaseModel:
+        """The frozen base model."""
+        return self.kind.base
+
+    @property
+    def targets(self) -> Sequence[TargetModule]:
+        """The layers that carry a LoRA branch."""
+        return self.kind.targets
+
+    @property
+    def ground(self) -> Ground:
+        """What the run stands on."""
+        return Ground(self.kind, self.data_sha256, self.token_budget, self.federation)
+
+
+def build_experiment(
+    config: Config,
+    base: BaseModel | None = None,
+    resumed: Path | None = None,
+    dataset: Dataset | None = None,
+) -> Experiment:
+    """Load the base and the data and build the parts on them.
+
+    Args:
+        base: a base that is loaded already, to share it between runs.
+        resumed: the folder of a run that is to be continued: with its token budget, so that it goes
+            on bit for bit.
+        dataset: what `load_clients` gave for this config's [data] and seed, to share it between
+            runs.
+
+    Raises:
+        InputError: something in the config cannot work; nothing was trained.
+    """
+    kind = prepare_kind(config, base)
+    dataset = dataset or load_clients(config.data, config.seed, kind.base.tokenizer)
+    clients = {client.client_id: client for client in dataset.clients}
+    parties = {party.client_id: party for party in dataset.summaries()}
+    scheme = make_scheme(config, kind, parties)
+    scales = {client: kind.scale(rank) for client, rank in scheme.ranks.items()}
+    budget = _token_budget(config, kind, resumed)
+    largest = max(
+        sum(tensor.numel() for tensor in start.values()) for start in scheme.starts.values()
+    )
+    at_once = most_side_by_side(largest, kind.base.device)
+    cohort = Cohort(scheme.algorithm, kind, clients, CohortSettings(config.local, scales, budget))
+    return Experiment(
+        config,
+        kind,
+        parties,
+        scheme.ranks,
+        scheme.starts,
+        scheme.graph,
+        scheme.algorithm,
+        InProcessEngine(cohort, at_once, config.engine.wire),
+        Evaluator(kind, clients, scales, budget, at_once),
+        hash_of_rows(clients),
+        budget,
+        dataset.skipped,
+    )
+
+
+def _token_budget(config: Config, kind: AdapterKind, resumed: Path | None) -> int:
+    """As set, else that of the run that is continued, else what is fastest."""
+    recorded = RunFolder(resumed).read_json("run.json").get("token_budget") if resumed else None
+    return (
+        recorded
+        if isinstance(recorded, int) and config.engine.token_budget == "auto"
+        else token_budget(config, kind)
+    )

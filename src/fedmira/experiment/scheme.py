@@ -1,0 +1,122 @@
+"""What a run is made of, wherever its rows are.
+
+Adapters on their base, and what follows from what the clients say of themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedmira.adapters import Adapter
+from fedmira.config import Config
+from fedmira.data import ClientSummary
+from fedmira.errors import ConfigError
+from fedmira.experiment.ranks import client_ranks
+from fedmira.graphs import GraphSource, graph_source
+from fedmira.messages import ClientId
+from fedmira.methods import Algorithm, AlgorithmContext, build
+from fedmira.model import (
+    AdapterKind,
+    BaseModel,
+    adapter_kind,
+    load_base,
+)
+from fedmira.rounds import cohort_size, seed_for
+
+__all__ = ["Scheme", "make_scheme", "prepare_kind", "token_budget"]
+
+_log = logging.getLogger("fedmira")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is decided before round 1.
+
+    Each client's rank and start, who is related, and how adapters are combined.
+    """
+
+    ranks: Mapping[ClientId, int]
+    starts: Mapping[ClientId, Adapter]
+    graph: GraphSource
+    algorithm: Algorithm
+
+
+def prepare_kind(config: Config, base: BaseModel | None = None) -> AdapterKind:
+    """The adapters of this run on its base model, which has the options of [engine].
+
+    Args:
+        base: one that is loaded already, to share it between runs.
+
+    Raises:
+        InputError: the base cannot be loaded, or does not fit the config.
+    """
+    base = base or load_base(config.model)
+    taken = config.adapter.positions
+    if base.max_positions is not None and config.data.max_length + taken > base.max_positions:
+        beside = f" beside adapter.virtual_tokens = {taken}" if taken else ""
+        room = base.max_positions - taken
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}{beside}, but "
+            f"{config.model.base!r} reads at most {base.max_positions} tokens; "
+            + (
+                f"set data.max_length to {room} or less"
+                if room >= 8
+                else "lower adapter.virtual_tokens"
+            )
+        )
+    if base.mixing_positions is not None and config.data.max_length + taken > base.mixing_positions:
+        _log.warning(
+            "%s: a row of more than %d tokens changes the position frequencies of all rows "
+            "in its pass, whoever's they are, so results "
+            "depend on who trains together; set data.max_length to %d or less to keep "
+            "clients apart",
+            config.model.base,
+            base.mixing_positions,
+            base.mixing_positions - taken,
+        )
+    return adapter_kind(config.adapter, base, config.engine)
+
+
+def token_budget(config: Config, kind: AdapterKind) -> int:
+    """The most tokens in one forward pass: as set, else what is fastest on this machine."""
+    return (
+        kind.token_budget() if config.engine.token_budget == "auto" else config.engine.token_budget
+    )
+
+
+def make_scheme(
+    config: Config, kind: AdapterKind, parties: Mapping[ClientId, ClientSummary]
+) -> Scheme:
+    """Build the algorithm for these clients.
+
+    Args:
+        parties: sorted by id.
+
+    Raises:
+        ConfigError: the settings cannot work on this federation.
+    """
+    clients = tuple(parties)
+    ranks = client_ranks(config.adapter, list(clients), kind.targets, config.seed)
+    categories = {client: party.category for client, party in parties.items()}
+    rows = {client: party.train_rows for client, party in parties.items()}
+    graph = graph_source(config.graph, clients, categories, seed_for(config.seed, "graph"), rows)
+    at_once = cohort_size(len(clients), config.rounds)
+    if config.rounds.min_replies > at_once:
+        raise ConfigError(
+            f"rounds.min_replies is {config.rounds.min_replies}, but a round has {at_once} "
+            f"of {len(clients)} clients; lower it, or raise "
+            "rounds.participation"
+        )
+    context = AlgorithmContext(
+        clients, rows, ranks, config.adapter.alpha, graph, at_once, config.rounds.count
+    )
+    algorithm = build(config.algorithm, context)
+    if algorithm.aligns and not graph.acts(config.rounds.count):
+        raise ConfigError(
+            f"graph.warmup_rounds is {config.graph.warmup_rounds} and rounds.count "
+            f"{config.rounds.count}: the graph would never "
+            "act; set rounds.count above the warm-up, or graph.warmup_rounds to 0"
+        )
+    return Scheme(ranks, kind.starts(ranks, seed_for(config.seed, "start")), graph, algorithm)

@@ -1,0 +1,1 @@
+"""A run whose clients are on machines of their own, or simulated by Flower."""

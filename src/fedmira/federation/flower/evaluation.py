@@ -1,0 +1,165 @@
+"""Evaluation where the rows are.
+
+Each node measures the adapter that it is sent on its own rows and answers with numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from fedmira.adapters import Adapter
+from fedmira.clients import SplitName
+from fedmira.data import ClientSummary
+from fedmira.errors import WireError
+from fedmira.federation.flower.nodes import Nodes, Problem
+from fedmira.messages import ClientId, Failure, Payload
+from fedmira.metrics import TEXT_SCORES, TokenLoss
+from fedmira.wire import (
+    CHOICE,
+    LOSSES,
+    SCORES,
+    Encoded,
+    Header,
+    Line,
+    encode,
+    number,
+    whole_number,
+)
+
+__all__ = ["FlowerEvaluation"]
+
+Result = TypeVar("Result")
+_NODES_AT_ONCE = 64
+_ADAPTER = "adapter"
+
+
+class FlowerEvaluation:
+    """Asks the nodes; a client whose node does not answer is left out and told of by `unmeasured`.
+
+    Args:
+        nodes: of the federation.
+        parties: what each client says of itself.
+    """
+
+    def __init__(self, nodes: Nodes, parties: Mapping[ClientId, ClientSummary]) -> None:
+        self._nodes = nodes
+        self._parties = parties
+        self._unmeasured: list[Failure] = []
+
+    @property
+    def parties(self) -> Mapping[ClientId, ClientSummary]:
+        """What each client says of itself."""
+        return self._parties
+
+    def unmeasured(self) -> list[Failure]:
+        """Clients that could not be asked since this was called last, and why."""
+        told, self._unmeasured = self._unmeasured, []
+        return told
+
+    def losses(
+        self, adapters: Mapping[ClientId, Adapter], split: SplitName = "test"
+    ) -> dict[ClientId, TokenLoss]:
+        """The response loss of each given client's adapter on its rows of `split`.
+
+        Clients without such rows are left out.
+        """
+        asked = [client for client in adapters if getattr(self._parties[client], f"{split}_rows")]
+        messages = self._messages(
+            asked, lambda client: {_ADAPTER: adapters[client]}, {"split": split}
+        )
+        return self._ask(LOSSES, messages, lambda client, header: _read_loss(header))
+
+    def chosen(
+        self, clients: Sequence[ClientId], candidates: Callable[[ClientId], Mapping[float, Adapter]]
+    ) -> dict[ClientId, float]:
+        """The key of the candidate with the lowest loss on each client's validation rows.
+
+        Clients with one candidate are left out.
+        """
+        keys = {client: tuple(candidates(client)) for client in clients}
+        several = [client for client in clients if len(keys[client]) > 1]
+        messages = self._messages(
+            several, lambda client: {repr(key): of for key, of in candidates(client).items()}, {}
+        )
+        return self._ask(
+            CHOICE, messages, lambda client, header: _read_choice(header, keys[client])
+        )
+
+    def text_scores(
+        self, adapters: Mapping[ClientId, Adapter], max_new_tokens: int
+    ) -> dict[ClientId, dict[str, float]]:
+        """Rouge-L in both dialects and exact match of each given client's generations against its references."""
+        messages = self._messages(
+            list(adapters),
+            lambda client: {_ADAPTER: adapters[client]},
+            {"max_new_tokens": max_new_tokens},
+        )
+        return self._ask(
+            SCORES,
+            messages,
+            lambda client, header: {name: number(header, name) for name in TEXT_SCORES},
+        )
+
+    def _messages(
+        self,
+        clients: Sequence[ClientId],
+        parts: Callable[[ClientId], Mapping[str, Adapter]],
+        header: Header,
+    ) -> Iterator[dict[ClientId, Encoded]]:
+        """The clients' messages, a few at a time, so that the memory for their adapters stays bounded."""
+        for start in range(0, len(clients), _NODES_AT_ONCE):
+            names = clients[start : start + _NODES_AT_ONCE]
+            written = {
+                client: encode(Payload(parts(client)), "float32", Line())[0] for client in names
+            }
+            yield {
+                client: Encoded(message.arrays, {**message.header, **header})
+                for client, message in written.items()
+            }
+
+    def _ask(
+        self,
+        kind: str,
+        messages: Iterable[Mapping[ClientId, Encoded]],
+        read: Callable[[ClientId, Header], Result],
+    ) -> dict[ClientId, Result]:
+        """What `read` finds in each answer; clients without a readable one are noted."""
+        found: dict[ClientId, Result] = {}
+        for batch in messages:
+            answers = self._nodes.ask(kind, batch, "evaluation")
+            for client in batch:
+                answer = answers[client]
+                try:
+                    if isinstance(answer, Problem):
+                        raise WireError(answer.reason)
+                    found[client] = read(client, answer.header)
+                except WireError as error:
+                    self._unmeasured.append(Failure(client, 0, "evaluate", str(error)))
+        return found
+
+
+def _read_loss(header: Header) -> TokenLoss:
+    """A loss that a node measured.
+
+    Raises:
+        WireError: it is none.
+    """
+    tokens = whole_number(header, "tokens")
+    if tokens == 0:
+        raise WireError(
+            "the node measured no response tokens, though it said that it has such rows"
+        )
+    return TokenLoss(number(header, "total"), tokens)
+
+
+def _read_choice(header: Header, keys: Sequence[float]) -> float:
+    """The key that a node chose.
+
+    Raises:
+        WireError: it is none of those that it was offered.
+    """
+    chosen = number(header, "chosen")
+    if chosen not in keys:
+        raise WireError(f"the node chose {chosen!r}; it was offered {', '.join(map(repr, keys))}")
+    return chosen

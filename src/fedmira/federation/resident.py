@@ -1,0 +1,226 @@
+"""A node's resident process, which keeps the base in memory.
+
+Flower starts a process for each message, and that one hands it over here.
+
+The two talk over a Unix socket in a folder that only this user can enter. What travels between them
+are bytes; nothing is unpickled. The resident process ends when the process that started the
+messages does (Flower's SuperNode), after an hour without a message, or when it works longer than
+the server waits for the answer. This module is imported for each message, so it imports nothing
+that takes long.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmira.errors import FedmiraError, RunError
+
+if TYPE_CHECKING:
+    from fedmira.federation.node import Node
+
+__all__ = ["NodeError", "answer_here", "ask_resident"]
+
+_IDLE_SECONDS = 3600.0
+_START_SECONDS = 600.0
+_DONE, _REFUSED = b"done", b"refused"
+
+
+class NodeError(RunError):
+    """The node answers with an error; the message is its own text."""
+
+
+def answer_here(
+    node: Mapping[str, object], settings: Mapping[str, object], kind: str, content: bytes
+) -> bytes:
+    """Answer a message in this process, which loads the base for it.
+
+    Args:
+        node: the node's config.
+        settings: the run's settings by dotted key.
+        kind: of the message.
+        content: the message.
+
+    Raises:
+        FedmiraError: it cannot be done.
+    """
+    from fedmira.wire import pack, unpack
+
+    return pack(_make_node(node, settings).answer(kind, unpack(content)))
+
+
+def ask_resident(
+    node: Mapping[str, object], settings: Mapping[str, object], kind: str, content: bytes
+) -> bytes:
+    """Have the resident process of this node answer, and start it where there is none.
+
+    Raises:
+        NodeError: it cannot be done; the message is the resident process's own.
+    """
+    order = json.dumps({"node": dict(node), "settings": dict(settings), "kind": kind}).encode()
+    place = _place(os.getppid(), str(node.get("name", "")))
+    try:
+        with _connected(place) as line:
+            line.send_bytes(order)
+            line.send_bytes(content)
+            ending, answer = line.recv_bytes(), line.recv_bytes()
+    except (EOFError, ConnectionError) as error:
+        raise NodeError(
+            f"the node's resident process ended while it worked: {_last_words(place)}"
+        ) from error
+    except OSError as error:
+        raise NodeError(
+            f"{place}: the node's resident process cannot be reached ({error}); set TMPDIR "
+            "to a short path of a local disk"
+        ) from error
+    if ending == _REFUSED:
+        raise NodeError(answer.decode())
+    return answer
+
+
+def _place(guardian: int, name: str) -> Path:
+    """The socket of the resident process that belongs to one SuperNode, in a folder of this user's alone."""
+    folder = Path(tempfile.gettempdir()) / f"fedmira-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o077:
+        raise NodeError(
+            f"{folder}: must belong to this user and be closed to all others (chmod 700); "
+            "it holds the node's socket"
+        )
+    return folder / f"{guardian}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.socket"
+
+
+def _connected(place: Path) -> Connection:
+    """A line to the resident process, which is started where nobody listens.
+
+    Of several at once, one starts it.
+    """
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return Client(str(place), "AF_UNIX")
+        except (FileNotFoundError, ConnectionRefusedError):
+            place.unlink(missing_ok=True)
+        with place.with_suffix(".log").open("wb") as log:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "fedmira.federation.resident",
+                    str(place),
+                    str(os.getppid()),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        end = time.monotonic() + _START_SECONDS
+        while time.monotonic() < end and process.poll() is None:
+            try:
+                return Client(str(place), "AF_UNIX")
+            except (FileNotFoundError, ConnectionRefusedError):
+                time.sleep(0.05)
+        raise NodeError(f"the node's resident process did not start: {_last_words(place)}")
+
+
+def _last_words(place: Path) -> str:
+    """The last line that the resident process wrote, and where the rest stands."""
+    log = place.with_suffix(".log")
+    lines = (
+        log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if log.exists()
+        else []
+    )
+    return f"{lines[-1] if lines else 'it wrote nothing'} ({log})"
+
+
+def _make_node(node: Mapping[str, object], settings: Mapping[str, object]) -> Node:
+    from fedmira.config import unflattened
+    from fedmira.federation.node import own_node, read_node_settings
+
+    return own_node(unflattened(settings), read_node_settings(node))
+
+
+class _Host:
+    """The resident process: one node at a time, built anew where a message comes with other settings."""
+
+    def __init__(self, place: Path, guardian: int) -> None:
+        self._place = place
+        self._guardian = guardian
+        self._idle_since = time.monotonic()
+        self._deadline = math.inf
+        self._built: tuple[str, Node] | None = None
+
+    def run(self) -> None:
+        """Answer one message after another.
+
+        An error that is not fedmira's own ends the process and stands in its log.
+        """
+        listener = Listener(str(self._place), "AF_UNIX")
+        threading.Thread(target=self._watch, daemon=True).start()
+        while True:
+            with listener.accept() as line:
+                order, content = json.loads(line.recv_bytes()), line.recv_bytes()
+                self._idle_since = math.inf
+                self._deadline = time.monotonic() + _patience(order)
+                try:
+                    ending, answer = _DONE, self._answer(order, content)
+                except FedmiraError as error:
+                    ending, answer = _REFUSED, str(error).encode()
+                line.send_bytes(ending)
+                line.send_bytes(answer)
+                self._deadline, self._idle_since = math.inf, time.monotonic()
+
+    def _answer(self, order: Mapping[str, Any], content: bytes) -> bytes:
+        from fedmira.wire import pack, unpack
+
+        about = json.dumps([order["node"], order["settings"]], sort_keys=True)
+        if self._built is None or self._built[0] != about:
+            self._built = None  # the former node's base must not stay beside the next one's
+            self._built = about, _make_node(order["node"], order["settings"])
+        return pack(self._built[1].answer(order["kind"], unpack(content)))
+
+    def _watch(self) -> None:
+        """End the process when its SuperNode is gone, nobody has asked for long, or nobody waits for its answer any more."""
+        while _is_alive(self._guardian) and time.monotonic() - self._idle_since < _IDLE_SECONDS:
+            if time.monotonic() > self._deadline:
+                sys.stderr.write(
+                    "no answer within federation.reply_s; the work hangs, or the machine "
+                    "is too slow for it\n"
+                )
+                break
+            time.sleep(0.5)
+        self._place.unlink(missing_ok=True)
+        os._exit(0)
+
+
+def _patience(order: Mapping[str, Any]) -> float:
+    """How long the server waits for an answer, in seconds."""
+    return float(order["settings"].get("federation.reply_s", math.inf))
+
+
+def _is_alive(process: int) -> bool:
+    """Whether this user has such a process; one of somebody else has only taken over the number."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    _Host(Path(sys.argv[1]), int(sys.argv[2])).run()

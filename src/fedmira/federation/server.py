@@ -1,0 +1,238 @@
+"""A run whose clients are on machines of their own, or simulated by Flower.
+
+The parts are those of one process, training is elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmira.config import Config
+from fedmira.data import (
+    ClientSummary,
+    check_apart,
+    load_clients,
+    read_summary,
+)
+from fedmira.errors import ConfigError, RunFolderError
+from fedmira.experiment import (
+    Experiment,
+    make_scheme,
+    prepare_kind,
+    resume_experiment,
+    run_experiment,
+)
+from fedmira.federation.ends import ServerEnd
+from fedmira.federation.node import memory_beside
+from fedmira.messages import ClientId
+from fedmira.model import AdapterKind, tokenizer_hash
+from fedmira.runs import Progress, Result, RunFolder, hash_of_rows
+
+if TYPE_CHECKING:
+    from fedmira.federation.flower.nodes import Grid, Nodes
+
+__all__ = ["Members", "build_federation", "build_simulation", "run_federation"]
+
+_log = logging.getLogger("fedmira")
+
+
+def run_federation(
+    config: Config,
+    grid: Grid,
+    output: Path,
+    *,
+    resume: bool,
+    simulated: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Run a federation, or continue the one in `output`.
+
+    Args:
+        simulated: Flower simulates the nodes, and their rows are the run's own data.
+
+    Raises:
+        InputError: the settings cannot work, or too few nodes came that fit them; nothing was
+            trained.
+        RunError: the run failed; what was computed is in the folder.
+    """
+    before = _read_members(RunFolder.reopen(output)) if resume else None
+    experiment = (build_simulation if simulated else build_federation)(config, grid, output, before)
+    start = resume_experiment if resume else run_experiment
+    return start(experiment, output, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Who takes part in a run, and the name under which their nodes remember it.
+
+    Both stay the same when it is resumed.
+
+    Attributes:
+        run_id: drawn at random when the run begins.
+        parties: what each client says of itself.
+    """
+
+    run_id: str
+    parties: Mapping[ClientId, ClientSummary]
+
+    def as_json(self) -> dict[str, object]:
+        """For run.json."""
+        return {
+            "run_id": self.run_id,
+            "parties": [asdict(party) for party in self.parties.values()],
+        }
+
+
+def build_federation(
+    config: Config, grid: Grid, output: Path, before: Members | None = None
+) -> Experiment:
+    """Wait for the nodes, learn who they are, and build the run's parts.
+
+    Args:
+        before: who took part so far, where a run is resumed. All of them are waited for, but
+            `rounds.min_replies` suffice: the others may come back later.
+
+    Raises:
+        ConfigError: they did not come in time, or the settings cannot work on them.
+    """
+    settings = config.federation
+    check_apart(config.data)
+    kind = prepare_kind(config)
+    names = tuple(before.parties) if before else settings.clients
+    nodes = _nodes(config, grid, kind, names)
+    if before:
+        nodes.close(before.parties)
+    wanted = len(names) or settings.nodes
+    enough = min(config.rounds.min_replies, wanted) if before else wanted
+    _log.info("waiting for %d nodes, at most %g s", wanted, settings.wait_s)
+    parties = nodes.gather(names, wanted, settings.wait_s)
+    missing = sorted(set(names) - set(parties))
+    if len(parties) < enough:
+        absent = f"; missing: {', '.join(missing)}" if missing else ""
+        refusals = "".join(f"; {reason}" for reason in nodes.refusals)
+        way_out = "then resume again" if before else "or lower federation.nodes"
+        raise ConfigError(
+            f"{len(parties)} of {wanted} nodes came within {settings.wait_s:g} s "
+            f"(federation.wait_s){absent}{refusals}; start the others, "
+            f"{way_out}"
+        )
+    if before and missing:
+        _log.warning("going on without %s, who may come back later", ", ".join(missing))
+    members = before or Members(secrets.token_hex(8), parties)
+    return _experiment(config, kind, nodes, members, _hash_of_parties(members.parties))
+
+
+def build_simulation(
+    config: Config, grid: Grid, output: Path, before: Members | None = None
+) -> Experiment:
+    """Load the data, wait for the nodes that Flower simulates, and build the run's parts.
+
+    Args:
+        output: the run folder; the clients' private memories are kept beside it.
+        before: who took part so far, where a run is resumed.
+
+    Raises:
+        ConfigError: a node was refused or did not come in time, or the settings cannot work.
+        DataError: the clients cannot be made.
+    """
+    kind = prepare_kind(config)
+    dataset = load_clients(config.data, config.seed, kind.base.tokenizer)
+    clients = {client.client_id: client for client in dataset.clients}
+    memory_beside(output).mkdir(parents=True, exist_ok=True)
+    nodes = _nodes(config, grid, kind, tuple(clients))
+    parties = nodes.gather((), len(clients), config.federation.wait_s, until_refused=True)
+    if len(parties) < len(clients):
+        reasons = (
+            "; ".join(dict.fromkeys(nodes.refusals))
+            or "set it higher where the base takes long to load"
+        )
+        waited = f"{config.federation.wait_s:g} s (federation.wait_s)"
+        raise ConfigError(
+            f"{len(parties)} of {len(clients)} simulated clients are there, after {waited} "
+            f"at most: {reasons}"
+        )
+    members = before or Members(secrets.token_hex(8), parties)
+    return _experiment(config, kind, nodes, members, hash_of_rows(clients), dataset.skipped)
+
+
+def _nodes(config: Config, grid: Grid, kind: AdapterKind, names: tuple[ClientId, ...]) -> Nodes:
+    """The nodes of the grid, of which those may take part that have the server's base and tokenizer."""
+    from fedmira.federation.flower.nodes import Nodes
+
+    return Nodes(
+        grid,
+        kind.base.sha256,
+        tokenizer_hash(kind.base.tokenizer),
+        names,
+        config.federation.reply_s,
+    )
+
+
+def _experiment(
+    config: Config,
+    kind: AdapterKind,
+    nodes: Nodes,
+    members: Members,
+    data_sha256: str,
+    skipped: tuple[str, ...] = (),
+) -> Experiment:
+    """The run's parts for these clients; no others may take part from now on."""
+    from fedmira.federation.flower.engine import FlowerEngine
+    from fedmira.federation.flower.evaluation import FlowerEvaluation
+
+    parties = members.parties
+    nodes.close(parties)
+    scheme = make_scheme(config, kind, parties)
+    engine = FlowerEngine(
+        nodes,
+        ServerEnd(config.engine.wire, members.run_id),
+        config.rounds.min_replies,
+        config.federation.wait_s,
+    )
+    return Experiment(
+        config,
+        kind,
+        parties,
+        scheme.ranks,
+        scheme.starts,
+        scheme.graph,
+        scheme.algorithm,
+        engine,
+        FlowerEvaluation(nodes, parties),
+        data_sha256,
+        None,
+        skipped,
+        members.as_json(),
+    )
+
+
+def _hash_of_parties(parties: Mapping[ClientId, ClientSummary]) -> str:
+    """SHA-256 over names and counts of rows: the rows themselves are elsewhere."""
+    return hashlib.sha256(
+        json.dumps([asdict(party) for party in parties.values()]).encode()
+    ).hexdigest()
+
+
+def _read_members(folder: RunFolder) -> Members:
+    """Who takes part in a run that has begun.
+
+    Raises:
+        RunFolderError: the folder does not say.
+    """
+    try:
+        about: Any = folder.read_json("run.json")["federation"]
+        parties = [read_summary(values) for values in about["parties"]]
+        run_id = str(about["run_id"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(
+            f"{folder.path}: run.json does not say who takes part; the run is no "
+            "federation, or had not begun: start it anew elsewhere"
+        ) from error
+    return Members(run_id, {party.client_id: party for party in parties})

@@ -1,0 +1,57 @@
+"""What an algorithm is built for: the federation's clients and their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedmira.adapters import scale
+from fedmira.graphs import GraphSource
+from fedmira.messages import ClientId
+
+__all__ = ["AlgorithmContext"]
+
+
+@dataclass(frozen=True, slots=True)
+class AlgorithmContext:
+    """The federation, known before round 1.
+
+    Attributes:
+        clients: all ids, in the order of the graph's rows.
+        rows: training rows by client.
+        ranks: LoRA rank by client; 0 for adapters of another kind.
+        alpha: LoRA's alpha; a client's update is alpha / rank * B A.
+        graph: who is related.
+        cohort: clients that train in a round.
+        rounds: of the run.
+    """
+
+    clients: tuple[ClientId, ...]
+    rows: Mapping[ClientId, int]
+    ranks: Mapping[ClientId, int]
+    alpha: float
+    graph: GraphSource
+    cohort: int
+    rounds: int = 1
+
+    def scale(self, client: ClientId) -> float:
+        """alpha / rank of a client; 1 for adapters without a rank."""
+        return scale(self.alpha, self.ranks[client]) if self.ranks[client] else 1.0
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether adapters are LoRA's factors, so that products can be made of them."""
+        return self.largest_rank > 0
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of any client."""
+        return max(self.ranks[client] for client in self.clients)
+
+    def unequal_ranks(self) -> tuple[ClientId, ClientId] | None:
+        """The first client and the first one whose rank differs from its, or None when all are equal."""
+        first = self.clients[0]
+        return next(
+            ((first, other) for other in self.clients if self.ranks[other] != self.ranks[first]),
+            None,
+        )

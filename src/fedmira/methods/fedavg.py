@@ -1,0 +1,57 @@
+"""One shared adapter, averaged by training rows.
+
+Theta <- sum_k n_k / n theta_k over the clients of the round.
+
+McMahan et al. 2017; over LoRA factors, A and B apart, it is FedIT (Zhang et al. 2023, arXiv
+2305.05644).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedmira.adapters import Adapter, replaced
+from fedmira.config import FedAvgSettings
+from fedmira.messages import ClientId, Payload, Reply
+from fedmira.methods.base import Combined, PlainClient, ServerState
+from fedmira.methods.context import AlgorithmContext
+from fedmira.methods.parts.averaging import mean_by_rows, require_one_rank
+
+__all__ = ["FedAvg", "build_fedavg"]
+
+SHARED = "shared"
+
+
+class FedAvg(PlainClient):
+    """The state holds one adapter, "shared", which every client starts from and is evaluated with."""
+
+    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
+        """The start that all clients have in common."""
+        return ServerState(adapters={SHARED: next(iter(starts.values()))})
+
+    def instruct(self, state: ServerState, client: ClientId) -> Payload:
+        """The shared adapter."""
+        return Payload({"adapter": state.adapters[SHARED]})
+
+    def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
+        """Average the replies by their training rows."""
+        return Combined(
+            ServerState(
+                adapters=replaced(state.adapters, {SHARED: mean_by_rows(replies)}),
+                numbers=state.numbers,
+            )
+        )
+
+    def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
+        """The shared adapter."""
+        return state.adapters[SHARED]
+
+
+def build_fedavg(settings: FedAvgSettings, context: AlgorithmContext) -> FedAvg:
+    """Check that one adapter fits all clients.
+
+    Raises:
+        ConfigError: clients differ in rank.
+    """
+    require_one_rank(settings.name, context)
+    return FedAvg()

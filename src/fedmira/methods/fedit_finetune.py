@@ -1,0 +1,109 @@
+"""FedIT, then every client fine-tunes the shared adapter on its own rows.
+
+The simplest way to a personal adapter.
+
+With N the rounds of a run and F those for fine-tuning:
+
+    rounds 1 .. N - F:        w    <-  sum_k n_k / n  w_k          FedAvg over LoRA factors (FedIT, arXiv 2305.05644)
+    rounds N - F + 1 .. N:    v_k  <-  v_k as trained by client k, which begins with v_k = w; nothing is averaged
+
+The steps of a run are those of any other method: the fine-tuning takes rounds from FedIT instead of
+adding to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedmira.adapters import Adapter, replaced
+from fedmira.config.methods import FedItFinetuneSettings
+from fedmira.errors import ConfigError
+from fedmira.messages import ClientId, Payload, Reply
+from fedmira.methods.base import (
+    Combined,
+    PlainClient,
+    ServerState,
+    Trained,
+)
+from fedmira.methods.context import AlgorithmContext
+from fedmira.methods.parts.averaging import COMMON, mean_by_rows, require_one_rank
+from fedmira.methods.parts.partly_sent import PartlySent
+
+__all__ = ["FedItFinetune", "build_fedit_finetune"]
+
+ROUND, FINETUNE = "round", "finetune"
+
+
+@dataclass(frozen=True, slots=True)
+class FedItFinetune(PlainClient):
+    """The state holds the shared adapter, the copies of clients that have fine-tuned theirs, and as number "round" the last round.
+
+    The copies stay with their clients: they are no part of the bytes that are counted.
+
+    Attributes:
+        shared_rounds: N - F.
+    """
+
+    shared_rounds: int
+
+    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
+        """The start that all clients have in common."""
+        return ServerState(
+            {COMMON: next(iter(starts.values()))}, {ROUND: torch.zeros(1, dtype=torch.int64)}
+        )
+
+    def instruct(self, state: ServerState, client: ClientId) -> Payload:
+        """The shared adapter, or in fine-tuning the client's own copy, once it has one."""
+        adapter = {"adapter": self.adapter_for(state, client)}
+        if int(state.numbers[ROUND]) < self.shared_rounds:
+            return Payload(adapter)
+        return PartlySent(
+            adapter, {FINETUNE: 1.0}, sent={} if client in state.adapters else adapter
+        )
+
+    def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
+        """Average the replies by training rows, or in fine-tuning keep what each client trained."""
+        number = replies[0].round
+        if number > self.shared_rounds:
+            changes: dict[str, Adapter] = {
+                reply.client_id: reply.payload.tensors["adapter"] for reply in replies
+            }
+        else:
+            changes = {COMMON: mean_by_rows(replies)}
+        return Combined(
+            ServerState(
+                replaced(state.adapters, changes), {**state.numbers, ROUND: torch.tensor([number])}
+            )
+        )
+
+    def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
+        """The client's own copy, or the shared adapter where it has none."""
+        return state.adapters[client if client in state.adapters else COMMON]
+
+    def finish(
+        self, payload: Payload, memory: Payload | None, trained: Trained
+    ) -> tuple[Payload, Payload | None]:
+        """Send the shared adapter; of a copy in fine-tuning nothing travels."""
+        adapter = {"adapter": trained.adapter}
+        return PartlySent(adapter, sent={} if FINETUNE in payload.scalars else adapter), None
+
+
+def build_fedit_finetune(
+    settings: FedItFinetuneSettings, context: AlgorithmContext
+) -> FedItFinetune:
+    """Divide the rounds: the share for fine-tuning rounded down, at least one round for each part.
+
+    Raises:
+        ConfigError: clients differ in rank, or there are fewer than two rounds.
+    """
+    require_one_rank(settings.name, context)
+    if context.rounds < 2:
+        raise ConfigError(
+            f"{settings.name}: rounds.count is {context.rounds}; needs at least 2, one for "
+            "FedIT and one for fine-tuning (raise "
+            "rounds.count, or set algorithm.name to 'fedavg')"
+        )
+    return FedItFinetune(context.rounds - max(1, int(settings.finetune_share * context.rounds)))

@@ -1,0 +1,41 @@
+"""Every client alone: w_k <- its own trained adapter. The baseline that any federation must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedmira.adapters import Adapter, replaced
+from fedmira.config import LocalOnlySettings
+from fedmira.messages import ClientId, Payload, Reply
+from fedmira.methods.base import Combined, PlainClient, ServerState
+from fedmira.methods.context import AlgorithmContext
+
+__all__ = ["LocalOnly", "build_local"]
+
+
+class LocalOnly(PlainClient):
+    """The server only keeps each client's adapter between rounds."""
+
+    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
+        """Each client's start."""
+        return ServerState(adapters=dict(starts))
+
+    def instruct(self, state: ServerState, client: ClientId) -> Payload:
+        """The client's own adapter."""
+        return Payload({"adapter": state.adapters[client]})
+
+    def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
+        """Keep what each client trained."""
+        trained = {reply.client_id: reply.payload.tensors["adapter"] for reply in replies}
+        return Combined(
+            ServerState(adapters=replaced(state.adapters, trained), numbers=state.numbers)
+        )
+
+    def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
+        """The client's own adapter."""
+        return state.adapters[client]
+
+
+def build_local(settings: LocalOnlySettings, context: AlgorithmContext) -> LocalOnly:
+    """Nothing to set."""
+    return LocalOnly()

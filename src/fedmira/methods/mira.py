@@ -1,0 +1,372 @@
+"""MIRA: every client keeps its own adapter, and related clients are pulled together along the task graph.
+
+Elbakary et al., "MIRA: A Method of Federated Multi-Task Learning for Large Language Models", IEEE
+Networking Letters 2025, arXiv 2410.15524, equation 8, with gamma = eta * lambda:
+
+    w_k  <-  w_k - gamma * sum_l a_kl (w_k - w_l)          for the clients k of the round, all from one snapshot
+
+Ours beyond the paper: a learned graph, size-aware steps, neighbours that are not in the round,
+mixing the products B A exactly in place of the factors one by one, which also lets clients have
+different ranks, and a safeguard: each client may decline its pull.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fedmira.adapters import (
+    Adapter,
+    dot_products,
+    gram,
+    mix,
+    modules,
+    replaced,
+    subtract,
+    weighted_sum,
+)
+from fedmira.config import MiraSettings
+from fedmira.errors import ConfigError
+from fedmira.graphs import Graph
+from fedmira.messages import ClientId, Payload, Reply
+from fedmira.methods.base import (
+    Combined,
+    Diagnostics,
+    PlainClient,
+    ServerState,
+    Start,
+    Trained,
+)
+from fedmira.methods.context import AlgorithmContext
+from fedmira.methods.parts.kept_products import KeptProducts, Take, Taken
+from fedmira.methods.parts.mixing import Mixing, mixing_matrix
+
+__all__ = ["Mira", "build_mira"]
+
+LAST_ROUND, GRAPH = "last_round", "graph"
+START = "*start"
+"""In states of adapters that are no LoRA factors.
+
+What everybody started from. The star cannot be part of a client id.
+"""
+OWN = "own"
+"""What a client that may decline keeps for itself: the adapter it last sent."""
+
+
+def _mix_products(
+    taken: Taken, weights: list[float], rank: int, scale: float, own: Adapter
+) -> tuple[Adapter, float]:
+    """sum_l P_kl s_l B_l A_l at the receiver's rank and scale, and the norm that the rank could not hold."""
+    mixed = mix(taken[0], weights, taken[1], rank, scale, own)
+    return mixed.adapter, mixed.tail
+
+
+def _mix_factors(
+    taken: Taken, weights: list[float], rank: int, scale: float, own: Adapter
+) -> tuple[Adapter, float]:
+    """sum_l P_kl A_l and sum_l P_kl B_l, which keeps the rank."""
+    return weighted_sum(taken[0], weights), 0.0
+
+
+_MIX: Mapping[str, Callable[[Taken, list[float], int, float, Adapter], tuple[Adapter, float]]] = {
+    "product": _mix_products,
+    "factor": _mix_factors,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A client that is moved: what it trained, what it becomes, the norm that its rank could not hold, and whether it must differ."""
+
+    before: Adapter
+    after: Adapter
+    tail: float
+    neighbours_differ: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Mira(PlainClient):
+    """Both halves; with the safeguard a client also remembers the adapter it last sent.
+
+    The state holds an adapter a client, and as numbers "last_round" (int64 [K], 0 = never trained),
+    what `KeptProducts` keeps of the adapters that have trained so that a round reads few of them,
+    and "graph" (float64 [E, 3], the edges that a learned graph remembers). Updates s B A are zero
+    at the start; of adapters of other kinds the update is the way from the start, which the state
+    holds too.
+
+    Attributes:
+        settings: the [algorithm] section.
+        context: the federation.
+    """
+
+    settings: MiraSettings
+    context: AlgorithmContext
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the coupling is above 0."""
+        return _strength(self.settings) > 0
+
+    @property
+    def may_decline(self) -> bool:
+        """As `safeguard` says."""
+        return self.settings.safeguard
+
+    @property
+    def _kept(self) -> KeptProducts:
+        """Inner products of the space that is mixed, and of the one that a graph is learned in."""
+        spaces = (
+            {self.settings.space, self._compared}
+            if self.context.graph.learned
+            else {self.settings.space}
+        )
+        return KeptProducts(tuple(sorted(spaces)), self.context.graph.sketch)
+
+    @property
+    def _compared(self) -> str:
+        """The space that a graph is learned in."""
+        return self.context.graph.space if self.context.low_rank else "factor"
+
+    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
+        """Each client's start, nobody trained, no graph learned."""
+        clients, graph = self.context.clients, self.context.graph
+        numbers = {
+            LAST_ROUND: torch.zeros(len(clients), dtype=torch.int64),
+            **self._kept.initial(len(clients)),
+        }
+        if graph.learned:
+            numbers[GRAPH] = graph.initial(clients)
+        common = {} if self.context.low_rank else {START: next(iter(starts.values()))}
+        return ServerState({**starts, **common}, numbers)
+
+    def instruct(self, state: ServerState, client: ClientId) -> Payload:
+        """The client's own adapter."""
+        return Payload({"adapter": state.adapters[client]})
+
+    def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
+        """The client's own adapter."""
+        return state.adapters[client]
+
+    def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
+        """Half of the way that the server moved the adapter, in the space that is mixed, and none of it."""
+        if not self.settings.safeguard or all(
+            torch.equal(tensor, aligned[name]) for name, tensor in own.items()
+        ):
+            return {}
+        rank = (
+            next(iter(modules(own).values()))[0].shape[0] if self.settings.space == "product" else 0
+        )
+        # Both have the client's own scale, so that it does not matter here.
+        half, _ = _MIX[self.settings.space](
+            ([own, aligned], [1.0, 1.0]), [0.5, 0.5], rank, 1.0, own
+        )
+        return {0.5: half, 0.0: own}
+
+    def begin(self, payload: Payload, memory: Payload | None) -> Start:
+        """Start from the adapter in the payload.
+
+        With the safeguard, perhaps from one that is nearer to what the client last sent.
+        """
+        aligned = payload.tensors["adapter"]
+        own = memory.tensors.get(OWN) if memory is not None else None
+        return Start(aligned, alternatives={} if own is None else self.alternatives(own, aligned))
+
+    def finish(
+        self, payload: Payload, memory: Payload | None, trained: Trained
+    ) -> tuple[Payload, Payload | None]:
+        """Send the trained adapter; with the safeguard, remember it."""
+        sent = Payload({"adapter": trained.adapter})
+        return sent, Payload({OWN: trained.adapter}) if self.settings.safeguard else None
+
+    def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
+        """Write the replies in, learn the graph, and move the clients of the round towards their neighbours.
+
+        Only the adapters of these clients and their neighbours are read; with exact inner products,
+        also those of all that have trained. The logged disagreement is an estimate where inner
+        products are sketched; all else that is logged is exact.
+        """
+        clients, source, kept = self.context.clients, self.context.graph, self._kept
+        row = {client: k for k, client in enumerate(clients)}
+        cohort = sorted(row[reply.client_id] for reply in replies)
+        changes = {reply.client_id: reply.payload.tensors["adapter"] for reply in replies}
+        take = partial(self._taken, state.adapters, changes)
+        last_round = state.numbers[LAST_ROUND].clone()
+        last_round[cohort] = replies[0].round
+        trained = last_round > 0
+        numbers = {**state.numbers, LAST_ROUND: last_round, **kept.copied(state.numbers)}
+        kept.refresh(numbers, cohort, trained, partial(self._updates, state.adapters, changes))
+        memory = source.initial(clients)
+        if source.learned:
+            numbers[GRAPH] = memory = source.update(
+                numbers[GRAPH], kept.of(numbers, self._compared), trained
+            )
+        graph, acts = source.graph(memory, clients), source.acts(replies[0].round)
+        mixing = self._mixing(graph if acts else graph.without_edges(), cohort, trained, replies)
+
+        laplacian, products = graph.among(trained).laplacian, kept.of(numbers, self.settings.space)
+        before = products.trace(laplacian)
+        moving = [k for k in cohort if float(mixing.pulls[k]) > 0]
+        moves = {clients[k]: self._move(k, mixing, take, numbers) for k in moving}
+        after = {**changes, **{client: move.after for client, move in moves.items()}}
+        kept.refresh(numbers, moving, trained, partial(self._updates, state.adapters, after))
+        degrees = graph.degrees
+        round_log = {
+            "server_step": mixing.server_step,
+            "max_degree": float(degrees.max()),
+            "guarded": float(mixing.guarded),
+            "disagreement_before": max(0.0, before),
+            "disagreement_after": max(0.0, products.trace(laplacian)),
+        }
+        diagnostics = Diagnostics(
+            round=round_log,
+            clients={
+                clients[k]: {
+                    "pull": float(mixing.pulls[k]),
+                    "degree": float(degrees[k]),
+                    **self._motion(clients[k], moves.get(clients[k]), state.adapters),
+                }
+                for k in cohort
+            },
+            graph=graph if acts else None,
+            expects_motion=frozenset(
+                client for client, move in moves.items() if move.neighbours_differ
+            ),
+        )
+        return Combined(ServerState(replaced(state.adapters, after), numbers), diagnostics)
+
+    def _taken(
+        self,
+        stored: Mapping[ClientId, Adapter],
+        changes: Mapping[ClientId, Adapter],
+        positions: Sequence[int],
+    ) -> Taken:
+        """The adapters at these positions, changed or as stored, with their scales."""
+        clients = [self.context.clients[k] for k in positions]
+        adapters = [changes[client] if client in changes else stored[client] for client in clients]
+        return adapters, [self.context.scale(client) for client in clients]
+
+    def _updates(
+        self,
+        stored: Mapping[ClientId, Adapter],
+        changes: Mapping[ClientId, Adapter],
+        positions: Sequence[int],
+    ) -> Taken:
+        """What inner products are taken of.
+
+        LoRA's factors themselves, and of other adapters the way from the start.
+        """
+        adapters, scales = self._taken(stored, changes, positions)
+        if self.context.low_rank:
+            return adapters, scales
+        start = stored[START]
+        return [subtract(adapter, start) for adapter in adapters], scales
+
+    def _mixing(
+        self, graph: Graph, cohort: list[int], trained: Tensor, replies: Sequence[Reply]
+    ) -> Mixing:
+        """P of this round."""
+        examples = {reply.client_id: reply.num_examples for reply in replies}
+        rows = [examples.get(client, self.context.rows[client]) for client in self.context.clients]
+        in_cohort = torch.zeros(len(rows), dtype=torch.bool)
+        in_cohort[cohort] = True
+        return mixing_matrix(
+            self.settings, graph, in_cohort, trained, torch.tensor(rows, dtype=torch.float64)
+        )
+
+    def _move(self, k: int, mixing: Mixing, take: Take, numbers: Mapping[str, Tensor]) -> _Move:
+        """Client k's new adapter; `take` and `numbers` are as before anybody moves."""
+        client, space = self.context.clients[k], self.settings.space
+        positions, weights = mixing.row(k)
+        taken, own = take(positions), positions.index(k)
+        before = taken[0][own]
+        after, tail = _MIX[space](
+            taken, weights, self.context.ranks[client], self.context.scale(client), before
+        )
+
+        # Whether the weighted mean of k's neighbours is another point than k itself.
+        toward = torch.tensor(weights, dtype=torch.float64) / mixing.pulls[k]
+        toward[own] = -1
+        return _Move(
+            before, after, tail, self._kept.differ(numbers, space, positions, taken, toward)
+        )
+
+    def _motion(
+        self, client: ClientId, move: _Move | None, stored: Mapping[ClientId, Adapter]
+    ) -> dict[str, float]:
+        """How far a client moved; |moved| and |update| are norms of s B A in both spaces, so that they compare, else of all entries.
+
+        Where the update is zero and the client is moved all the same, relative_pull is 1.
+        """
+        if move is None:
+            return {"relative_pull": 0.0, "truncation": 0.0}
+        pair = self._gram([move.before, move.after], self.context.scale(client), stored)
+        moved = max(0.0, float(pair[0, 0] + pair[1, 1] - 2 * pair[0, 1]))
+        update = float(pair[0, 0]) or moved or 1.0
+        relative = math.sqrt(moved / update)
+        # Factoring a product anew costs float32 rounding; that is no motion.
+        return {
+            "relative_pull": relative if relative > torch.finfo(torch.float32).eps else 0.0,
+            "truncation": move.tail / math.sqrt(update),
+        }
+
+    def _gram(
+        self, adapters: Sequence[Adapter], scale: float, stored: Mapping[ClientId, Adapter]
+    ) -> Tensor:
+        """Inner products of a client's updates, float64."""
+        if self.context.low_rank:
+            return gram(adapters, [scale] * len(adapters))
+        updates = [subtract(adapter, stored[START]) for adapter in adapters]
+        return dot_products(updates, updates)
+
+
+def _strength(settings: MiraSettings) -> float:
+    """The coupling, or the server step that stands in its place."""
+    return settings.coupling if settings.server_step is None else settings.server_step
+
+
+def build_mira(settings: MiraSettings, context: AlgorithmContext) -> Mira:
+    """Check that the settings can act on this federation.
+
+    Raises:
+        ConfigError: alignment is on and could never move anything (a cohort of one without stale
+            neighbours, a graph without edges, a single client), or factors of different ranks would
+            be mixed; all of these together.
+    """
+    graph, count = context.graph, len(context.clients)
+    edges = graph.graph(graph.initial(context.clients), context.clients).edge_list
+    strength = _strength(settings)
+    problems = []
+    if strength > 0 and context.cohort == 1 and settings.neighbours != "stale":
+        problems.append(
+            "mira: 1 client a round has no neighbours when algorithm.neighbours = "
+            f"{settings.neighbours!r}; needs at least 2 "
+            "(set it to 'stale', or raise rounds.participation)"
+        )
+    if strength > 0 and graph.learned and count < 2:
+        problems.append(
+            f"mira: a graph of {count} client has no edge, so alignment cannot act; needs "
+            "at least 2 "
+            "(set algorithm.name to 'local', or algorithm.coupling to 0)"
+        )
+    if strength > 0 and not graph.learned and len(edges) == 0:
+        problems.append(
+            f"mira: the graph of {count} clients has no edge, so alignment cannot act; "
+            "needs at least 1 "
+            "(choose another graph.kind, or set algorithm.coupling to 0)"
+        )
+    unequal = context.unequal_ranks()
+    if settings.space == "factor" and unequal is not None:
+        one, other = unequal
+        problems.append(
+            f"mira: client {one!r} has rank {context.ranks[one]} and client {other!r} rank "
+            f"{context.ranks[other]}; factors of different "
+            "ranks cannot be mixed (set algorithm.space to 'product')"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return Mira(settings, context)

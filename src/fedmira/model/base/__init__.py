@@ -1,0 +1,1 @@
+"""The frozen base: its loading, its layers, its memory."""

@@ -1,0 +1,1 @@
+"""Greedy generation for many clients side by side."""

@@ -1,0 +1,1 @@
+"""Kinds of adapters, and the folders that plain PEFT loads."""

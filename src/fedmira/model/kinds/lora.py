@@ -1,0 +1,132 @@
+"""LoRA as a kind of adapter: everything packed, the clients of a cohort side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedmira.adapters import (
+    Adapter,
+    modules,
+    scale,
+    truncate_rank,
+)
+from fedmira.config import LocalSettings
+from fedmira.model.base.memory import PassLimits, within_memory
+from fedmira.model.base.rows import Row
+from fedmira.model.base.types import BaseModel, TargetModule
+from fedmira.model.generation.generate import generate, most_cache_bytes
+from fedmira.model.kinds.peft_files import read_adapter, write_adapter
+from fedmira.model.lora.branch import LoraBranch
+from fedmira.model.lora.stack import StackedAdapters, start_adapter
+from fedmira.model.packed.token_budget import choose_token_budget
+from fedmira.model.training.measure import (
+    Choice,
+    Contender,
+    choose_adapters,
+    summed_losses,
+)
+from fedmira.model.training.steps import LocalOutcome, LocalTask, train_cohort
+
+__all__ = ["LoraKind"]
+
+
+@dataclass(frozen=True)
+class LoraKind:
+    """LoRA (Hu et al. 2021) on some linear layers; clients of a cohort train side by side.
+
+    Attributes:
+        alpha, dropout: of the branches.
+        limits: how much memory was seen to hold.
+    """
+
+    base: BaseModel
+    targets: Sequence[TargetModule]
+    alpha: float
+    dropout: float = 0.0
+    virtual_tokens: int = 0
+    limits: PassLimits = field(default_factory=PassLimits, repr=False, compare=False)
+
+    @property
+    def packed(self) -> bool:
+        """Where the base's architecture allows it."""
+        return self.base.packed
+
+    @property
+    def summary(self) -> str:
+        """How many layers."""
+        return f"{len(self.targets)} layers"
+
+    def scale(self, rank: int) -> float:
+        """alpha / rank."""
+        return scale(self.alpha, rank)
+
+    def starts(self, ranks: Mapping[str, int], seed: int) -> dict[str, Adapter]:
+        """Cuts of one adapter of the largest rank."""
+        largest = max(ranks.values())
+        common = start_adapter(self.targets, largest, seed)
+        of_rank = {
+            rank: common if rank == largest else truncate_rank(common, rank)
+            for rank in set(ranks.values())
+        }
+        return {client: of_rank[rank] for client, rank in ranks.items()}
+
+    def train(
+        self, tasks: Sequence[LocalTask], settings: LocalSettings, budget: int
+    ) -> list[LocalOutcome]:
+        """Side by side, packed where the architecture allows it."""
+        return train_cohort(
+            self.base, self.targets, tasks, settings, self.dropout, budget, self.limits.train
+        )
+
+    def losses(
+        self,
+        adapters: Sequence[Adapter],
+        scales: Sequence[float],
+        rows: Sequence[Sequence[Row]],
+        budget: int,
+    ) -> list[float]:
+        """In the same passes."""
+        return summed_losses(
+            self.base, self.targets, adapters, scales, rows, budget, self.limits.measure
+        )[0]
+
+    def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
+        """In the same passes."""
+        return choose_adapters(self.base, self.targets, contenders, budget, self.limits.measure)
+
+    def generate(
+        self,
+        adapters: Sequence[Adapter],
+        scales: Sequence[float],
+        prompts: Sequence[tuple[int, Sequence[int]]],
+        max_new_tokens: int,
+        budget: int,
+    ) -> list[str]:
+        """Prompts of all clients in common batches.
+
+        Where memory runs out, fewer tokens are read and fewer answered at a time.
+        """
+        stacked = StackedAdapters(self.targets, adapters, scales, self.base.device, trainable=False)
+        with LoraBranch(self.base.model, stacked) as branch:
+
+            def answers(tokens: int) -> list[str]:
+                cache_bytes = most_cache_bytes(self.base.device) * tokens // budget
+                return generate(self.base, branch, prompts, max_new_tokens, tokens, cache_bytes)
+
+            found, _ = within_memory(answers, budget, self.limits.generate)
+        return found
+
+    def token_budget(self) -> int:
+        """By a trial."""
+        return choose_token_budget(self.base, self.targets)
+
+    def write(self, folder: Path, adapter: Adapter) -> None:
+        """As LoRA weights of the adapter's own rank."""
+        rank = next(iter(modules(adapter).values()))[0].shape[0]
+        write_adapter(folder, adapter, self.base, self.targets, rank, self.alpha, self.dropout)
+
+    def read(self, folder: Path) -> Adapter:
+        """The factors."""
+        return read_adapter(folder)

@@ -1,0 +1,107 @@
+"""Adapters as PEFT folders: written so that plain `PeftModel.from_pretrained` loads them, and read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedmira.adapters import Adapter
+from fedmira.errors import RunFolderError
+from fedmira.model.base.types import BaseModel, TargetModule
+
+__all__ = ["ADAPTER_WEIGHTS", "ENCODER_WEIGHTS", "read_adapter", "write_adapter", "write_encoder"]
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ENCODER_WEIGHTS = "encoder.safetensors"
+"""What was trained, where that is more than what PEFT loads."""
+
+
+def write_adapter(
+    folder: Path,
+    adapter: Adapter,
+    base: BaseModel,
+    targets: Sequence[TargetModule],
+    rank: int,
+    alpha: float,
+    dropout: float,
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into `folder`."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.location,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]  # PEFT takes a fraction as well
+        lora_dropout=dropout,
+        target_modules=sorted(target.name for target in targets),
+        fan_in_fan_out=any(target.stored_transposed for target in targets),
+        bias="none",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    _sort_targets(folder / "adapter_config.json")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in sorted(adapter.items())},
+        folder / ADAPTER_WEIGHTS,
+        metadata={"format": "pt"},
+    )
+
+
+def write_encoder(folder: Path, adapter: Adapter, config: Any, embeddings: Tensor) -> None:
+    """Write what PEFT loads for inference, adapter_config.json and adapter_model.safetensors, and the encoder beside it.
+
+    Args:
+        adapter: the encoder's own parameters.
+        config: PEFT's settings for inference.
+        embeddings: the encoder's output.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(
+        {"prompt_embeddings": embeddings}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"}
+    )
+    save_file(
+        {name: tensor.contiguous() for name, tensor in sorted(adapter.items())},
+        folder / ENCODER_WEIGHTS,
+        metadata={"format": "pt"},
+    )
+
+
+def _sort_targets(path: Path) -> None:
+    """PEFT writes the targets in the order of a set, which differs from process to process.
+
+    Equal runs shall have equal files.
+    """
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["target_modules"] = sorted(settings["target_modules"])
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def read_adapter(folder: Path, weights: str = ADAPTER_WEIGHTS) -> Adapter:
+    """The tensors of an adapter folder.
+
+    Args:
+        weights: the name of the file.
+
+    Raises:
+        RunFolderError: there is no such file, or it is damaged.
+    """
+    path = folder / weights
+    try:
+        adapter: Adapter = load_file(path)
+    except FileNotFoundError as error:
+        raise RunFolderError(
+            f"{path}: there is no adapter; the run may not have finished its first checkpoint"
+        ) from error
+    except SafetensorError as error:
+        raise RunFolderError(
+            f"{path}: the file is damaged ({error}); run again or take it from a copy"
+        ) from error
+    return adapter

@@ -1,0 +1,1 @@
+"""Passes without padding: layout, attention, losses, and the trial that admits them."""

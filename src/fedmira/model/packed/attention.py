@@ -1,0 +1,230 @@
+"""Attention over a packed row: prefix causal, every remainder against the prefix and itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from fedmira.model.packed.cpu import CpuPlan, attend_on_cpu, plan_for_cpu
+from fedmira.model.packed.packing import PackedBatch
+from fedmira.model.packed.varlen import (
+    Sequences,
+    attend_on_cuda,
+    sequences_of,
+    varlen_available,
+)
+
+__all__ = [
+    "PACKED_ATTENTION",
+    "Layout",
+    "packed_attention",
+    "packed_layout",
+    "refuse_what_is_not_told",
+]
+
+PACKED_ATTENTION = "fedmira_packed"
+
+
+Masks = dict[tuple[int, int, int, int, torch.dtype], Tensor]
+"""Made for one pass and forgotten with it: of long rows each takes many megabytes."""
+
+
+@dataclass
+class Layout:
+    """What the layers of one pass share, also where they run a second time.
+
+    Attributes:
+        last_layer: index of a layer whose result is read at `batch.predict_at` only; None reads
+            every place.
+        kernels: whether the device's own kernels are used, or the plain way that every device has.
+    """
+
+    batch: PackedBatch
+    last_layer: int | None = None
+    kernels: bool = True
+    plans: dict[bool, CpuPlan] = field(default_factory=dict)
+    masks: Masks = field(default_factory=dict)
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """What the kernel on CUDA is told."""
+        return sequences_of(self.batch)
+
+    def cpu_plan(self, predicting: bool) -> CpuPlan:
+        """What the kernels on a CPU are told, see `plan_for_cpu`."""
+        if predicting not in self.plans:
+            self.plans[predicting] = plan_for_cpu(self.batch, predicting)
+        return self.plans[predicting]
+
+
+_layout: ContextVar[Layout | None] = ContextVar("packed layout", default=None)
+
+
+@contextmanager
+def packed_layout(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
+    """Within the block the model reads one flat packed row.
+
+    Its own attention is put back afterwards.
+    """
+    usual = model.config._attn_implementation
+    token = _layout.set(layout)
+    model.set_attn_implementation(PACKED_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
+        _layout.reset(token)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention for transformers' AttentionInterface.
+
+    Args:
+        query: [1, heads, N, size]; key, value: [1, key heads, N, size], N tokens as `pack` lays
+            them out.
+        options: `sliding_window` is honoured.
+
+    Raises:
+        NotImplementedError: see `refuse_what_is_not_told`; the probe then chooses the padded path.
+
+    Returns:
+        [1, N, heads, size], and None for the weights.
+    """
+    layout = _layout.get()
+    assert layout is not None, "packed attention is only used inside packed_layout"
+    refuse_what_is_not_told(module, options)
+    batch = layout.batch
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = options.get("sliding_window")
+    if window and window >= max(
+        segment.prefix + max(segment.lengths) for segment in batch.segments
+    ):
+        window = None
+    same_size = layout.kernels and query.shape[-1] == value.shape[-1]
+    if same_size and varlen_available(query):
+        return attend_on_cuda(query, key, value, layout.sequences, scale, window), None
+    if same_size and query.device.type == "cpu" and not window:
+        if module.layer_idx != layout.last_layer:
+            return attend_on_cpu(query, key, value, layout.cpu_plan(False), scale), None
+        # Only what predicts is read of the last layer: there all other places give nothing but keys
+        # and values.
+        read = attend_on_cpu(
+            query[:, :, batch.predict_at], key, value, layout.cpu_plan(True), scale
+        )
+        return read.new_zeros(1, query.shape[2], *read.shape[2:]).index_copy(
+            1, batch.predict_at, read
+        ), None
+    return _attend_by_row(query, key, value, batch, scale, window, layout.masks), None
+
+
+def refuse_what_is_not_told(module: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuse architectures whose attention is more than its arguments say.
+
+    Raises:
+        NotImplementedError: the scores are capped, there are attention sinks, or a window stands in
+            the config and would come with a mask only, which packed passes do not ask for.
+    """
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise NotImplementedError("soft-capped scores and attention sinks are not packed")
+    config = getattr(module, "config", None)
+    if getattr(config, "attention_chunk_size", None) or (
+        getattr(config, "sliding_window", None) and "sliding_window" not in options
+    ):
+        raise NotImplementedError("a window that the attention itself is not told is not packed")
+
+
+def _attend_by_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    batch: PackedBatch,
+    scale: float,
+    window: int | None,
+    masks: Masks,
+) -> Tensor:
+    """The plain way, for every device: one call for a prefix and one for each remainder."""
+    outputs: list[Tensor] = []
+    for segment, start in zip(batch.segments, batch.starts, strict=True):
+        place = start + segment.prefix
+        prefix_key, prefix_value = key[:, :, start:place], value[:, :, start:place]
+        if segment.prefix:
+            outputs.append(
+                _attend(query[:, :, start:place], prefix_key, prefix_value, 0, window, scale, masks)
+            )
+        for length in segment.lengths:
+            own = slice(place, place + length)
+            own_key, own_value = (
+                torch.cat([head, tensor[:, :, own]], dim=2)
+                for head, tensor in ((prefix_key, key), (prefix_value, value))
+            )
+            outputs.append(
+                _attend(query[:, :, own], own_key, own_value, segment.prefix, window, scale, masks)
+            )
+            place = own.stop
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offset: int,
+    window: int | None,
+    scale: float,
+    masks: Masks,
+) -> Tensor:
+    """query [1, heads, S, size] at positions offset.., key and value [1, key heads, offset + S, size] -> [1, heads, S, size]."""
+    _, heads, length, size = query.shape
+    groups = key.shape[1]
+    share = heads // groups
+    # Query heads that share a key head are folded into its rows, so keys are not copied.
+    folded = query.reshape(1, groups, share * length, size)
+    kind = length, offset, share, window or 0, query.dtype
+    if kind not in masks:
+        masks[kind] = _mask(*kind, query.device)
+    result = functional.scaled_dot_product_attention(
+        folded, key, value, attn_mask=masks[kind], scale=scale
+    )
+    return result.reshape(1, heads, length, value.shape[-1])
+
+
+def _mask(
+    size: int, offset: int, share: int, window: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Additive mask [share * size, offset + size].
+
+    0 where a query sees a key, minus infinity elsewhere.
+    """
+    own = torch.arange(offset, offset + size, device=device)[:, None]
+    other = torch.arange(offset + size, device=device)[None, :]
+    seen = own >= other
+    if window:
+        seen &= own - other < window
+    return (
+        torch.zeros(seen.shape, dtype=dtype, device=device)
+        .masked_fill(~seen, float("-inf"))
+        .repeat(share, 1)
+    )
+
+
+# Without a mask function of its own, transformers makes no mask and does not look at the positions:
+# the layout alone decides who sees whom.
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

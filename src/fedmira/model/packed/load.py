@@ -1,0 +1,46 @@
+"""A base that is ready to train on: loaded, frozen, and probed for its fastest path."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedmira.config import ModelSettings
+from fedmira.model.base.loading import freeze, read_base
+from fedmira.model.base.types import BaseModel
+from fedmira.model.packed.probe import choose_path
+
+__all__ = ["from_model", "load_base"]
+
+
+def load_base(settings: ModelSettings) -> BaseModel:
+    """Load the base model, frozen and in eval mode, and probe whether packed steps agree with it.
+
+    Raises:
+        ModelError: it cannot be loaded, the device is not there, or its vocabulary is smaller than
+            the tokenizer's.
+    """
+    return choose_path(read_base(settings))
+
+
+def from_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    location: str = "",
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> BaseModel:
+    """Freeze a model that is already in memory, wrap it, and probe whether packed steps agree with it.
+
+    Args:
+        model: it is changed in place: eval mode, no gradients, greedy generation.
+        tokenizer: of the same vocabulary, with a padding token.
+        name: what messages and run.json call it.
+        location: the folder or hub id it came from; "" where there is none.
+        dtype, device: where it shall compute; None leaves it as it is.
+
+    Raises:
+        ModelError: the tokenizer has more tokens than the model has embeddings.
+    """
+    return choose_path(freeze(model, tokenizer, name, location, dtype, device))

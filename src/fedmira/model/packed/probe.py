@@ -1,0 +1,158 @@
+"""A trial at load time: does a packed step give this architecture's own result?"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedmira.errors import ModelError
+from fedmira.model.base.layers import find_last_layer
+from fedmira.model.base.memory import out_of_memory
+from fedmira.model.base.targets import find_targets
+from fedmira.model.base.types import BaseModel, TargetModule
+from fedmira.model.lora.branch import LoraBranch
+from fedmira.model.lora.stack import StackedAdapters, start_adapter
+
+__all__ = ["UNFIT", "choose_path", "losses_agree"]
+
+_OF_LOSSES = {torch.float32: 2e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
+_OF_GRADIENT = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""How far two ways may differ, as a share of the norm. In bfloat16 trained models were seen to differ from themselves, padded and packed,
+by 0.006 in losses and 0.04 in the gradient; what a wrong mask does to the gradient is far more.
+"""
+
+_log = logging.getLogger("fedmira")
+UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError)
+"""What architectures raise in passes that are not made for them."""
+_SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Settings of architectures that change the logits behind their head."""
+
+
+class _Row:
+    def __init__(self, prompt: list[int], response: list[int]) -> None:
+        self.prompt, self.response = prompt, response
+
+
+def choose_path(base: BaseModel) -> BaseModel:
+    """The base with the fastest path whose losses and gradients of three short rows agree with the padded path's.
+
+    Architectures with their own attention, positions, soft-capping or scaled logits do not agree
+    when packed, or raise; they take the padded path. What is lost on the way is logged.
+
+    Raises:
+        ModelError: memory runs out, which says nothing about any path.
+    """
+    config = base.model.config.get_text_config()
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _SCALED_LOGITS):
+        return base
+    try:
+        return _fastest(base)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise ModelError(
+            f"model.base {base.name!r}: out of memory on {base.device} beside its "
+            f"{base.num_parameters:,} parameters, before anything was "
+            "trained; free memory there, take a smaller model.base, or set model.dtype or "
+            "model.quantization"
+        ) from error
+
+
+def _fastest(base: BaseModel) -> BaseModel:
+    try:
+        losses, gradient = _trial(base)
+    except UNFIT as error:
+        if out_of_memory(error):
+            raise
+        raise ModelError(
+            f"model.base {base.name!r}: a trial step of {type(base.model).__name__} ends "
+            f"in {type(error).__name__}: {error}; this "
+            "architecture cannot be trained here, take another model.base"
+        ) from error
+    last = find_last_layer(base.model)
+    for kernels, last_layer in dict.fromkeys(
+        ((True, last), (True, None), (False, last), (False, None))
+    ):
+        packed = replace(base, packed=True, last_layer=last_layer, kernels=kernels)
+        lost = [
+            what
+            for what, there in (
+                ("attention kernels", kernels),
+                ("a shortened last layer", last_layer is last),
+            )
+            if not there
+        ]
+        try:
+            own_losses, own_gradient = _trial(packed)
+        except UNFIT as error:
+            if out_of_memory(error):
+                raise
+            without = f" without {' and '.join(lost)}" if lost else ""
+            _log.info(
+                "%s: packed steps%s raise %s: %s", base.name, without, type(error).__name__, error
+            )
+            continue
+        if losses_agree(own_losses, losses, base.dtype) and _near(
+            own_gradient, gradient, _OF_GRADIENT.get(base.dtype, 2e-3)
+        ):
+            if lost:
+                _log.warning(
+                    "%s: packed steps agree only without %s, which is slower",
+                    base.name,
+                    " and ".join(lost),
+                )
+            return packed
+    _log.warning(
+        "%s: packed steps do not agree with %s; it trains on padded batches, which is slower",
+        base.name,
+        type(base.model).__name__,
+    )
+    return base
+
+
+def losses_agree(own: Tensor, plain: Tensor, dtype: torch.dtype) -> bool:
+    """Whether losses of equal tokens, made in two ways with a base of this number type, are the same but for rounding."""
+    return _near(own, plain, _OF_LOSSES.get(dtype, 2e-4))
+
+
+def _near(own: Tensor, plain: Tensor, share: float) -> bool:
+    return bool((own - plain).norm() <= share * plain.norm())
+
+
+def _trial(base: BaseModel) -> tuple[Tensor, Tensor]:
+    """Losses of three rows, and the gradient of an adapter, whichever path the base takes."""
+    from fedmira.model.packed.passes import response_losses
+
+    limit = min(base.num_embeddings, len(base.tokenizer))
+    draw = torch.Generator().manual_seed(0)
+    head, *tails = (
+        torch.randint(0, limit, (size,), generator=draw).tolist() for size in (9, 8, 14, 5)
+    )
+    rows = [_Row(head + tail[:-3], tail[-3:]) for tail in tails]
+    targets = _any_target(base)
+    stacked = StackedAdapters(targets, [start_adapter(targets, 1, 0)], [1.0], base.device)
+    with LoraBranch(base.model, stacked) as branch:
+        (losses,) = response_losses(base, branch, [(0, rows)], 10_000)
+        losses.values.sum().backward()  # type: ignore[no-untyped-call]
+    return torch.cat(
+        [losses.values.detach()[losses.rows == i] for i in range(len(rows))]
+    ), stacked.gradients
+
+
+def _any_target(base: BaseModel) -> list[TargetModule]:
+    linear = sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in base.model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+    )
+    usual = [
+        name
+        for name in ("q_proj", "c_attn", "query_key_value")
+        if any(path.endswith(name) for path, _ in base.model.named_modules())
+    ]
+    return find_targets(base.model, [*usual, *linear][:1])

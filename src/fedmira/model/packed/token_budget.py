@@ -1,0 +1,210 @@
+"""How many tokens one forward pass may hold.
+
+Chosen by a short trial on the machine, bounded by its memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedmira.config import cache_folder
+from fedmira.model.base.memory import LEAST_TOKENS, free_bytes, out_of_memory
+from fedmira.model.base.types import BaseModel, TargetModule
+from fedmira.model.lora.branch import LoraBranch
+from fedmira.model.lora.stack import StackedAdapters, start_adapter
+from fedmira.model.packed.passes import response_losses
+
+__all__ = ["choose_token_budget", "usual_token_budget"]
+
+_CANDIDATES = {"cpu": (512, 1024, 2048, 4096), "other": (4096, 8192, 16384, 32768, 65536)}
+_USUAL = {"cpu": 2048, "other": 16384}
+_SHARE_OF_MEMORY = 0.4
+_TRIAL_SECONDS = 1.5
+_log = logging.getLogger("fedmira")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+
+def choose_token_budget(base: BaseModel, targets: Sequence[TargetModule]) -> int:
+    """The number of tokens that this base trains fastest with on this machine, bounded by its free memory.
+
+    The trial's outcome is kept in the cache folder, so that later runs group tokens alike and give
+    the same bits. Where nothing can be kept there, the usual number for the device is taken.
+    """
+    folder, key = cache_folder(), _key(base, targets)
+    if folder is None:
+        return usual_token_budget(base)
+    path = folder / "token_budget.json"
+    found = _read(path).get(key)
+    if found is None:
+        found = _try_out(base, targets, _CANDIDATES[_kind(base)])
+        if found is None:
+            return (
+                LEAST_TOKENS  # not even the first trial had memory enough; another time it may have
+            )
+        _keep(path, {**_read(path), key: found})
+    return _bounded(found[0], found[1], free_bytes(base.device))
+
+
+def usual_token_budget(base: BaseModel) -> int:
+    """The number of tokens that suits most machines with a device like the base's."""
+    return _USUAL[_kind(base)]
+
+
+def _kind(base: BaseModel) -> str:
+    return "cpu" if base.device.type == "cpu" else "other"
+
+
+def _try_out(
+    base: BaseModel, targets: Sequence[TargetModule], candidates: Sequence[int]
+) -> tuple[int, float] | None:
+    """The least candidate within 5 % of the fastest, and the bytes that training remembers of a token; None without memory for any."""
+    draw = torch.Generator().manual_seed(0)
+    limit = min(base.num_embeddings, len(base.tokenizer))
+    length = min(128, (base.max_positions or 128) - 1)
+    row = _Row(
+        tuple(torch.randint(0, limit, (length - length // 8,), generator=draw).tolist()),
+        (0,) * (length // 8 + 1),
+    )
+    stacked = StackedAdapters(targets, [start_adapter(targets, 8, 0)], [1.0], base.device)
+    seconds: dict[int, float] = {}
+    remembered = 0.0
+    with LoraBranch(base.model, stacked) as branch:
+        for candidate in candidates:
+            count = max(1, candidate // length)
+            rows = [
+                _Row((i % limit, i // limit % limit, *row.prompt[2:]), row.response)
+                for i in range(count)
+            ]  # little is shared
+            try:
+                if not seconds:
+                    remembered = _pass(base, branch, rows, candidate, count=True) / (
+                        len(rows) * length
+                    )
+                spent = []
+                for _ in range(3):
+                    begun = time.perf_counter()
+                    _pass(base, branch, rows, candidate)
+                    if base.device.type == "cuda":
+                        torch.cuda.synchronize(base.device)
+                    spent.append(time.perf_counter() - begun)
+                    if sum(spent) > _TRIAL_SECONDS:
+                        break
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                break
+            seconds[candidate] = min(spent) / (len(rows) * length)
+            if sum(spent) > _TRIAL_SECONDS:
+                break
+    fastest = min(seconds.values(), default=math.inf)
+    chosen = next(
+        (candidate for candidate, spent_on in seconds.items() if spent_on <= 1.05 * fastest), None
+    )
+    return None if chosen is None else (chosen, remembered)
+
+
+def _pass(
+    base: BaseModel, branch: LoraBranch, rows: Sequence[_Row], budget: int, count: bool = False
+) -> float:
+    """Forward and backward over the rows.
+
+    With `count` the bytes that were remembered in between.
+    """
+    sizes: dict[int, int] = {}
+    frozen = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in frozen:
+            sizes[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for losses in response_losses(
+        base, branch, [(0, rows)], budget + sum(len(row.prompt) + len(row.response) for row in rows)
+    ):
+        losses.values.sum().backward()  # type: ignore[no-untyped-call]
+    if count:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            for losses in response_losses(base, branch, [(0, rows)], 10**9):
+                losses.values.sum().backward()  # type: ignore[no-untyped-call]
+    return float(sum(sizes.values()))
+
+
+def _bounded(budget: int, bytes_per_token: float, free: float) -> int:
+    """The budget, halved until what training remembers takes no more than a share of the free memory."""
+    while budget > LEAST_TOKENS and budget * bytes_per_token > _SHARE_OF_MEMORY * free:
+        budget //= 2
+    return max(budget, LEAST_TOKENS)
+
+
+def _key(base: BaseModel, targets: Sequence[TargetModule]) -> str:
+    names = [target.name for target in targets]
+    compiled = any("forward" in vars(module) for module in base.model.modules())
+    parts = (
+        _machine(base.device),
+        torch.get_num_threads(),
+        torch.__version__,
+        str(base.dtype),
+        base.sha256,
+        bool(base.recomputed_layers),
+        compiled,
+        names,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _machine(device: torch.device) -> str:
+    """What computes: a cache folder may serve several machines, as a home on a network does."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return (
+        f"{device.type} {_processor(Path('/proc/cpuinfo'))} {os.cpu_count()}"
+        if device.type == "cpu"
+        else device.type
+    )
+
+
+def _processor(path: Path) -> str:
+    """The name of the processor as Linux gives it in this file, or what the platform says."""
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    )
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _read(path: Path) -> dict[str, tuple[int, float]]:
+    """What is known; what cannot be read is found out again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {key: (int(budget), float(size)) for key, (budget, size) in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _keep(path: Path, known: dict[str, tuple[int, float]]) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        _log.warning(
+            "%s cannot be written (%s); the token budget will be tried out again", path, error
+        )

@@ -1,0 +1,23 @@
+"""The folder of a run: its files, checkpoints, events, results and cards."""
+
+from fedmira.runs.cards import AdapterCards
+from fedmira.runs.checkpoint import Checkpoint, CheckpointFolder
+from fedmira.runs.folder import RunFolder
+from fedmira.runs.provenance import Ground, Provenance, hash_of_rows
+from fedmira.runs.recorder import Progress, Recorder
+from fedmira.runs.results import Result, trained_parameters, write_results
+
+__all__ = [
+    "AdapterCards",
+    "Checkpoint",
+    "CheckpointFolder",
+    "Ground",
+    "Progress",
+    "Provenance",
+    "Recorder",
+    "Result",
+    "RunFolder",
+    "hash_of_rows",
+    "trained_parameters",
+    "write_results",
+]

@@ -1,0 +1,230 @@
+"""The card in each saved adapter folder.
+
+What the adapter is, the exact prompt it was trained with, and how to load it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fedmira.config import Config
+from fedmira.data import PROMPTS, Encoder, Example
+from fedmira.messages import ClientId
+from fedmira.model import BaseModel
+
+__all__ = ["AdapterCards"]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+_FIGURES = {
+    "rank": "LoRA rank; 0 for adapters of other kinds",
+    "rounds_trained": "rounds in which the client's training was used",
+    "parameters": "numbers in the adapter that is federated",
+    "trained_parameters": "those of them that local training moves",
+    "base_loss": "test loss of the base with the untrained adapter",
+    "before_align_loss": "test loss of the adapter as the client last sent it",
+    "after_align_loss": "test loss of this adapter",
+    "rouge_l": "Rouge-L of greedy answers to the test rows (package rouge_score), 0 to 1",
+    "rouge_l_package": "the same by the package rouge 1.0.1",
+    "exact_match": "share of answers that equal the expected one but for case, ASCII punctuation and "
+    "white space",
+}
+"""Keys of index.json and what they mean, in the order of the card."""
+
+_CONVERSATIONS = {
+    "alpaca": "Of a conversation, the last user message is the instruction, and the other messages "
+    "are the input, each as `Role: text`, "
+    "separated by blank lines.",
+    "plain": "A conversation is its messages, each as `Role: text`, separated by blank lines, and a "
+    "last block `Assistant:`.",
+    "chat": "A conversation is given to the template as it is.",
+}
+
+
+class AdapterCards:
+    """Writes the cards of a run: equal runs get equal cards, so there is no time in them and no path.
+
+    Args:
+        config: of the run.
+        base: that the adapters belong to.
+    """
+
+    def __init__(self, config: Config, base: BaseModel) -> None:
+        self._config, self._base = config, base
+        self._form = config.data.prompt
+        self._front = _leading_tokens(config, base)
+        self._templates = (
+            {}
+            if self._form == "chat"
+            else {text: _template(config, base, text) for text in ("", "{input}")}
+        )
+
+    def text(self, client: ClientId, entry: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+        """The card of one client's adapter, as Markdown.
+
+        Args:
+            entry: what index.json says of it.
+            row: its line of metrics/clients.csv.
+        """
+        figures = {**entry, **entry["metrics"]}
+        lines = [
+            f"| `{key}` | {_number(figures[key])} | {meaning} |"
+            for key, meaning in _FIGURES.items()
+            if key in figures
+        ]
+        parts = [
+            self._head(),
+            f"# Adapter of {client}",
+            f"Made by fedmira with `{self._config.algorithm.name}`: {self._chosen()}. "
+            f"Trained on {row['train_rows']} rows, measured on "
+            f"{row['test_rows']} test rows of this client. An adapter can give away some "
+            "of the rows that it learned from; pass it on with "
+            "the care that the rows need.",
+            self._about_base(),
+            "## Prompt",
+            self._about_prompt(),
+            "## Load it",
+            "With plain PEFT, and no fedmira; what stands in braces or in capitals is for "
+            "you to fill in.",
+            f"```python\n{self._code()}\n```",
+            "## Figures",
+            "From index.json in the folder above. Losses are nats per response token on "
+            "the client's own test rows; lower is better.",
+            "\n".join(["| key | value | meaning |", "|---|---|---|", *lines]),
+            f"`sha256` of the adapter's tensors: {entry['sha256']}",
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def _head(self) -> str:
+        """What the hub reads: the base where it is a hub id."""
+        named = [f"base_model: {json.dumps(self._base.name)}"] if self._from_hub else []
+        return "\n".join(
+            ["---", *named, "library_name: peft", "pipeline_tag: text-generation", "---"]
+        )
+
+    @property
+    def _from_hub(self) -> bool:
+        return (
+            self._base.location == self._base.name
+            and _HUB_ID.fullmatch(self._base.name) is not None
+        )
+
+    def _chosen(self) -> str:
+        if self._config.evaluation.select == "best":
+            return (
+                "the adapter of the round with the lowest loss on the client's own validation rows"
+            )
+        return "the adapter after the last complete round"
+
+    def _about_base(self) -> str:
+        base = self._base
+        if base.name == "bundled":
+            name = "`bundled`, the small model in the package, in the folder `fedmira/bundled/base`"
+        else:
+            name = (
+                f"`{base.name}` of the hub"
+                if self._from_hub
+                else f"a local folder called `{_folder_name(base)}`"
+            )
+        stored = self._config.model.quantization
+        quantised = "" if stored == "none" else f", quantised to {stored}"
+        return (
+            f"Base: {name}; it computed in {_dtype(base)}{quantised}. sha256 over names, "
+            "shapes, number types and bytes of its weights: "
+            f"{base.sha256}\n\n"
+            "`base_model_name_or_path` in adapter_config.json is where the base lay on the "
+            "machine that made this folder. Elsewhere, "
+            "change it, or load the base yourself as below. On another base the adapter is "
+            "worthless: compare the sha256 "
+            "(docs/python.md of fedmira says how)."
+        )
+
+    def _about_prompt(self) -> str:
+        most = self._config.data.max_length
+        special = (
+            f"the token ids {self._front}, then the prompt's own"
+            if self._front
+            else "the prompt's own token ids alone"
+        )
+        if self._form == "chat":
+            form = (
+                "The form is `chat`: the tokenizer's own chat template, up to where the "
+                "assistant begins. Instruction and input are "
+                "one user message, with a blank line between them; without an input it is "
+                "the instruction alone."
+            )
+        else:
+            form = (
+                f"The form is `{self._form}`. As Python strings, so that every space and "
+                "line end can be seen; with an input:\n\n"
+                f"    {self._templates['{input}']}\n\nwithout one:\n\n    {self._templates['']}"
+            )
+        return (
+            f"{form}\n\n{_CONVERSATIONS[self._form]} Instructions other than those of the "
+            "client's rows are new to the adapter.\n\n"
+            f"The model reads {special}, with no token behind them, and writes the answer "
+            "and the end-of-sequence token. "
+            f"In training a row had at most {most} tokens, prompt and answer together "
+            "(`data.max_length`)."
+        )
+
+    def _code(self) -> str:
+        if self._form == "chat":
+            request = '[{"role": "user", "content": "{instruction}\\n\\n{input}"}]'
+            prompt = f"prompt = tokenizer.apply_chat_template({request}, tokenize=False, add_generation_prompt=True)"
+        else:
+            prompt = f'prompt = {self._templates["{input}"]}.format(instruction="{{instruction}}", input="{{input}}")'
+        lines = [
+            "import torch",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'folder, base = "THIS FOLDER", "FOLDER OR HUB ID OF THE BASE"',
+            "tokenizer = AutoTokenizer.from_pretrained(base)",
+            "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, "
+            f'dtype="{_dtype(self._base)}"), folder)',
+            prompt,
+            f"ids = torch.tensor([{self._front} + tokenizer(prompt, "
+            "add_special_tokens=False).input_ids])",
+            "answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), "
+            "max_new_tokens="
+            f"{self._config.evaluation.max_new_tokens}, do_sample=False, "
+            "eos_token_id=tokenizer.eos_token_id)",
+            "print(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))",
+        ]
+        return "\n".join(lines)
+
+
+def _template(config: Config, base: BaseModel, material: str) -> str:
+    """The prompt form as a Python string, with its fields in braces."""
+    return json.dumps(
+        PROMPTS[config.data.prompt](Example("{instruction}", material, ""), base.tokenizer),
+        ensure_ascii=False,
+    )
+
+
+def _leading_tokens(config: Config, base: BaseModel) -> list[int]:
+    """The special tokens that stand in front of every prompt of a run."""
+    encoder = Encoder(base.tokenizer, config.data.prompt, config.data.max_length)
+    probe = Example("a", "", "")
+    bare = base.tokenizer(
+        PROMPTS[config.data.prompt](probe, base.tokenizer), add_special_tokens=False
+    )["input_ids"]
+    whole = encoder.prompt(probe)
+    return list(whole[: len(whole) - len(bare)])
+
+
+def _folder_name(base: BaseModel) -> str:
+    """The last part of the path, which tells nothing of the machine."""
+    return re.split(r"[/\\]", base.location.rstrip("/\\"))[-1]
+
+
+def _dtype(base: BaseModel) -> str:
+    return str(base.dtype).removeprefix("torch.")
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,211 @@
+"""The folder of a run: created once, never overwritten, appended to by resume."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TextIO
+
+from fedmira.errors import RunFolderError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+__all__ = ["RunFolder"]
+
+_PARTIAL = ".partial"
+_HALF_MADE = "config.toml" + _PARTIAL
+
+
+class RunFolder:
+    """Paths and writers of a run folder; use `create` or `reopen`.
+
+    Files that grow (events.jsonl, metrics/rounds.csv) are appended line by line; the others are
+    replaced whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config_text: str) -> RunFolder:
+        """Make a new run folder; config.toml is the first thing in it, so that whatever is there can be resumed.
+
+        Raises:
+            RunFolderError: the path is taken.
+        """
+        cls.refuse_taken(path)
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        folder.write_text("config.toml", config_text)
+        for part in (folder.metrics, folder.adapters, folder.checkpoint):
+            part.mkdir()
+        return folder
+
+    @staticmethod
+    def refuse_taken(path: Path) -> None:
+        """Nothing may be where a run folder is to be made.
+
+        Raises:
+            RunFolderError: something is.
+        """
+        if path.exists() and (
+            not path.is_dir() or any(child.name != _HALF_MADE for child in path.iterdir())
+        ):
+            raise RunFolderError(
+                f"{path}: the run folder exists already and is never overwritten; choose "
+                "another --output, or continue it with --resume"
+            )
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            RunFolderError: there is none.
+        """
+        if not (path / "config.toml").is_file():
+            raise RunFolderError(
+                f"{path}: this is no run folder (config.toml is missing); give the folder "
+                "that an earlier run printed"
+            )
+        return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within the block no other process may run in this folder.
+
+        The lock goes with the process, however that ends.
+
+        Raises:
+            RunFolderError: another process does.
+        """
+        if fcntl is None:
+            yield
+            return
+        handle = os.open(
+            self.checkpoint, os.O_RDONLY
+        )  # the folder itself, so that no file is left behind
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise RunFolderError(
+                f"{self.path}: another process runs in this folder; wait for it, or end "
+                "it, before --resume"
+            ) from error
+        finally:
+            os.close(handle)
+
+    @property
+    def metrics(self) -> Path:
+        """Where the CSV files are."""
+        return self.path / "metrics"
+
+    @property
+    def adapters(self) -> Path:
+        """Where each client's PEFT folder is."""
+        return self.path / "adapters"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / "checkpoint"
+
+    @property
+    def events(self) -> Path:
+        """events.jsonl."""
+        return self.path / "events.jsonl"
+
+    @property
+    def rounds_csv(self) -> Path:
+        """metrics/rounds.csv."""
+        return self.metrics / "rounds.csv"
+
+    def append_events(self, events: Sequence[Mapping[str, object]]) -> None:
+        """Add lines to events.jsonl."""
+        with self.events.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(event, allow_nan=False) + "\n" for event in events)
+            _sync(file)
+
+    def append_round(self, row: Mapping[str, object]) -> None:
+        """Add a line to metrics/rounds.csv, with a header where the file is new."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
+        if not self.rounds_csv.exists() or self.rounds_csv.stat().st_size == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        self.metrics.mkdir(exist_ok=True)
+        with self.rounds_csv.open("a", encoding="utf-8") as file:
+            file.write(text.getvalue())
+            _sync(file)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the growing files, for the checkpoint."""
+        return {
+            path.name: path.stat().st_size if path.exists() else 0
+            for path in (self.events, self.rounds_csv)
+        }
+
+    def cut_back(self, sizes: Mapping[str, int]) -> None:
+        """Drop lines that were written after a checkpoint, by a round that will be run again."""
+        for path in (self.events, self.rounds_csv):
+            if path.exists():
+                os.truncate(path, sizes.get(path.name, 0))
+
+    def write_table(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Replace metrics/`name` with a CSV of `rows`, which share their keys."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        _replace(self.metrics / name, text.getvalue())
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace `name` (relative to the folder)."""
+        _replace(self.path / name, text)
+
+    def write_json(self, name: str, value: object) -> None:
+        """Replace `name` (relative to the folder) with a JSON document."""
+        _replace(self.path / name, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, object]:
+        """A JSON document of the folder, or an empty one where it was never written.
+
+        Raises:
+            RunFolderError: it is damaged.
+        """
+        path = self.path / name
+        if not path.exists():
+            return {}
+        try:
+            value: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunFolderError(
+                f"{path}: not valid JSON ({error}); restore the file or run again"
+            ) from error
+        return value
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(path.name + _PARTIAL)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        _sync(file)
+    partial.replace(path)
+
+
+def _sync(file: TextIO) -> None:
+    """Have the disk hold what was written; a checkpoint counts on it."""
+    file.flush()
+    os.fsync(file.fileno())

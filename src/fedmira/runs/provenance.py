@@ -1,0 +1,153 @@
+"""What a run stands on, and run.json, which says so."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fedmira.data import ClientData
+from fedmira.errors import RunFolderError
+from fedmira.messages import ClientId
+from fedmira.model import AdapterKind, BaseModel
+from fedmira.report import write_report
+from fedmira.runs.recorder import Recorder
+
+__all__ = ["Ground", "Provenance", "hash_of_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What a run stands on.
+
+    Attributes:
+        kind: the adapters, on their base.
+        data_sha256: tells whether the clients' rows are those that the run began with.
+        token_budget: most tokens in one forward pass, or None where each client's machine has its
+            own.
+        federation: of clients on machines of their own, what a resume must know.
+    """
+
+    kind: AdapterKind
+    data_sha256: str
+    token_budget: int | None
+    federation: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def base(self) -> BaseModel:
+        """The frozen base model."""
+        return self.kind.base
+
+
+class Provenance:
+    """run.json of one part of a run: a run that was resumed has several.
+
+    Args:
+        recorder: of the run.
+        ground: what it stands on.
+        before: what run.json said when this part began.
+    """
+
+    def __init__(self, recorder: Recorder, ground: Ground, before: Mapping[str, Any]) -> None:
+        self._recorder = recorder
+        self._ground = ground
+        self._before = before
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def check_same_ground(self) -> None:
+        """Refuse to continue on another base or on other rows than the run began with.
+
+        Raises:
+            RunFolderError: a hash differs.
+        """
+        hashes = {
+            "base model": ("base", self._ground.base.sha256),
+            "data": ("data", self._ground.data_sha256),
+        }
+        changed = [
+            what
+            for what, (key, present) in hashes.items()
+            if self._before.get(key, {}).get("sha256", present) != present
+        ]
+        if changed:
+            raise RunFolderError(
+                f"{self._recorder.folder.path}: the {' and the '.join(changed)} changed "
+                "since this run began; put back what it began "
+                "with, or start a new run"
+            )
+
+    def write(self, status: str, **more: object) -> None:
+        """Write run.json, and the report once the run has ended.
+
+        Args:
+            status: "running", "finished" or "failed".
+        """
+        folder, base, packed = self._recorder.folder, self._ground.base, self._ground.kind.packed
+        document = {
+            "status": status,
+            "error": None,
+            "versions": {
+                "python": platform.python_version(),
+                **{
+                    name: metadata.version(name)
+                    for name in ("fedmira", "torch", "transformers", "peft")
+                },
+            },
+            "seed": self._recorder.config.seed,
+            "base": {
+                "name": base.name,
+                "sha256": base.sha256,
+                "parameters": base.num_parameters,
+                "dtype": str(base.dtype).removeprefix("torch."),
+                "packed": packed,
+                "kernels": packed and base.kernels,
+                "shortened_last_layer": packed and base.last_layer is not None,
+            },
+            "data": {
+                "sha256": self._ground.data_sha256,
+                "clients": list(self._recorder.evaluator.parties),
+            },
+            "token_budget": self._ground.token_budget,
+            **({"federation": dict(self._ground.federation)} if self._ground.federation else {}),
+            "machine": {
+                "cpu": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
+                "platform": f"{platform.system()} {platform.machine()}",
+                "device": str(base.device),
+            },
+            "started": self._before.get("started", self._started),
+            "resumed": [*self._before.get("resumed", []), self._started] if self._before else [],
+            "wall_seconds": round(self._recorder.wall_seconds, 2),
+            "command": " ".join(
+                Path(part).name if i == 0 else part for i, part in enumerate(sys.argv)
+            ),
+            **more,
+        }
+        folder.write_json("run.json", document)
+        if status != "running":
+            write_report(folder.path)
+
+
+def hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:
+    """SHA-256 over ids and tokens of all clients' rows."""
+    hasher = hashlib.sha256()
+    for name, client in clients.items():
+        for part, rows in (
+            ("train", client.train),
+            ("validation", client.validation),
+            ("test", client.test),
+        ):
+            hasher.update(
+                repr((name, part, [(len(row.prompt), len(row.response)) for row in rows])).encode()
+            )
+            for row in rows:
+                hasher.update(array("q", (*row.prompt, *row.response)).tobytes())
+    return hasher.hexdigest()

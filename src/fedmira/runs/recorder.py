@@ -1,0 +1,307 @@
+"""What is written down after each round.
+
+Events, a line of rounds.csv, evaluations and the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from fedmira.adapters import Adapter, LazyAdapters, digest
+from fedmira.clients import Evaluation
+from fedmira.config import Config
+from fedmira.graphs import Graph, graph_of, graph_text
+from fedmira.messages import ClientId, Payload
+from fedmira.methods import Algorithm, ServerState
+from fedmira.metrics import TokenLoss
+from fedmira.rounds import RoundOutcome
+from fedmira.runs.checkpoint import Checkpoint, CheckpointFolder
+from fedmira.runs.events import (
+    EventLine,
+    align_events,
+    evaluate_event,
+    failure_event,
+    round_event,
+    round_row,
+    train_events,
+)
+from fedmira.runs.folder import RunFolder
+from fedmira.storage import AdapterTable
+
+__all__ = ["Best", "Progress", "Recorder"]
+
+Progress = Callable[[str, Mapping[str, Any]], None]
+"""(what happened, figures): "evaluate" or "round"."""
+
+_SMALL_PULL = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """A client's best round by its own validation rows, with its test loss in that round."""
+
+    round: int
+    validation_loss: float
+    test_loss: float
+
+
+@dataclass
+class Recorder:
+    """Observes the round loop and writes the run folder.
+
+    Everything it must remember is in the checkpoint.
+
+    No adapter stays in memory here: they lie in the checkpoint's store.
+
+    Attributes:
+        memories: the engine's memories as they are now.
+        spent_seconds: wall time of the parts of this run that came before.
+        uploaded: each client's last adapter before alignment.
+        best_adapters, best: each client's adapter at its lowest validation loss, and the figures of
+            that round.
+        rounds_trained: rounds in which each client's reply was used.
+        ever_moved: whether alignment has moved any adapter so far.
+        graph: the graph that acted last; `graph_json`: the content of graph.json.
+        base_losses: test losses before round 1; `latest`: those of round `latest_round`.
+    """
+
+    config: Config
+    folder: RunFolder
+    algorithm: Algorithm
+    evaluator: Evaluation
+    checkpoints: CheckpointFolder
+    memories: Callable[[], Mapping[ClientId, Payload]]
+    progress: Progress
+    spent_seconds: float = 0.0
+    uploaded: AdapterTable = field(init=False)
+    best_adapters: AdapterTable = field(init=False)
+    best: dict[ClientId, Best] = field(default_factory=dict)
+    rounds_trained: dict[ClientId, int] = field(default_factory=dict)
+    ever_moved: bool = False
+    warned: bool = False
+    graph: Graph | None = None
+    graph_json: str = ""
+    base_losses: dict[ClientId, TokenLoss] = field(default_factory=dict)
+    latest: dict[ClientId, TokenLoss] = field(default_factory=dict)
+    latest_round: int = -1
+
+    def __post_init__(self) -> None:
+        self.uploaded = self.best_adapters = AdapterTable(self.checkpoints.store, {})
+        self._begun = time.monotonic()
+        self._given: tuple[ServerState, LazyAdapters, Mapping[ClientId, float]] | None = None
+        self._losses: dict[str, object] = {}
+
+    @property
+    def wall_seconds(self) -> float:
+        """Wall time of the run so far, over all its parts."""
+        return self.spent_seconds + time.monotonic() - self._begun
+
+    def begin(self, state: ServerState) -> None:
+        """Evaluate the start adapters (the base model) and write the checkpoint of round 0."""
+        self.folder.append_events(self._evaluate(0, state))
+        self.base_losses = dict(self.latest)
+        self._note_losses()
+        self._checkpoint(0, state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up where a checkpoint stopped."""
+        values: Any = checkpoint.values
+        store = self.checkpoints.store
+        self.uploaded, self.best_adapters = (
+            AdapterTable.of(store, checkpoint.uploaded),
+            AdapterTable.of(store, checkpoint.best),
+        )
+        self.best = {client: Best(*entry) for client, entry in values["best"].items()}
+        self.rounds_trained = dict(values["rounds_trained"])
+        self.ever_moved, self.warned = values["ever_moved"], values["warned"]
+        self.latest = {client: TokenLoss(*loss) for client, loss in values["latest"].items()}
+        self.base_losses = {
+            client: TokenLoss(*loss) for client, loss in values["base_losses"].items()
+        }
+        self.latest_round = values["latest_round"]
+        self._note_losses()
+        # A part that was killed left no total in run.json; one that ended did, and went on for a
+        # while after its checkpoint.
+        self.spent_seconds = max(self.spent_seconds, values["wall_seconds"])
+        self.graph_json = checkpoint.graph_json
+        if self.graph_json:
+            self.folder.write_text("graph.json", self.graph_json)
+            self.graph = graph_of(self.graph_json)
+        self.folder.cut_back(values["sizes"])
+
+    def on_round(self, outcome: RoundOutcome) -> None:
+        """Write down a round; called by the loop."""
+        number, state = outcome.round, outcome.combined.state
+        self._given = None  # clients choose between what they sent last and what came of it
+        sent = {reply.client_id: reply.payload.tensors["adapter"] for reply in outcome.replies}
+        self.uploaded = self.uploaded.replaced(sent)
+        for client in sent:
+            self.rounds_trained[client] = self.rounds_trained.get(client, 0) + 1
+        events = [
+            *train_events(outcome, {client: self.uploaded.digest_of(client) for client in sent}),
+            *align_events(
+                outcome, lambda client: digest(self.algorithm.adapter_for(state, client))
+            ),
+            *self._note_pulls(outcome),
+            *(failure_event(failure) for failure in outcome.failures),
+        ]
+        begun = time.perf_counter()
+        every = self.config.evaluation.every
+        if outcome.replies and (
+            number == self.config.rounds.count or (every and number % every == 0)
+        ):
+            events += self._evaluate(number, state)
+            evaluated = time.perf_counter() - begun
+        else:
+            evaluated = 0.0
+        events.append(round_event(outcome))
+        self.folder.append_events(events)
+        if not outcome.replies:
+            return
+        row = round_row(outcome, list(self.latest.values()) if evaluated else [], evaluated)
+        self.folder.append_round(row)
+        self._note_graph(outcome)
+        self._checkpoint(number, state)
+        self.progress("round", row)
+
+    def _note_pulls(self, outcome: RoundOutcome) -> list[EventLine]:
+        """Remember whether anybody was moved.
+
+        A warning, once, where the pulls are close to nothing.
+        """
+        figures = outcome.combined.diagnostics.clients
+        pulls = [
+            of_client["relative_pull"]
+            for of_client in figures.values()
+            if of_client.get("relative_pull", 0.0) > 0
+        ]
+        self.ever_moved = self.ever_moved or bool(pulls)
+        if not pulls or max(pulls) >= _SMALL_PULL or self.warned:
+            return []
+        self.warned = True
+        message = f"alignment moves adapters by at most {max(pulls):.2%} of their update a round: this is close to local training"
+        return [{"event": "warning", "round": outcome.round, "message": message}]
+
+    def given(self, state: ServerState) -> tuple[LazyAdapters, Mapping[ClientId, float]]:
+        """The adapter that each client would be given now, and the share of the server's pull in it of clients that had a choice.
+
+        A choice takes passes over the validation rows; asked again for the same state, the answer
+        is the one before.
+        """
+        if self._given is None or self._given[0] is not state:
+            self._given = (state, *self._chosen(state))
+        return self._given[1:]
+
+    def _chosen(self, state: ServerState) -> tuple[LazyAdapters, Mapping[ClientId, float]]:
+        """The same, measured."""
+        clients = list(self.evaluator.parties)
+        if not self.algorithm.may_decline:
+            return LazyAdapters(clients, partial(self.algorithm.adapter_for, state)), {}
+
+        def candidates(client: ClientId) -> Mapping[float, Adapter]:
+            aligned = self.algorithm.adapter_for(state, client)
+            return {
+                1.0: aligned,
+                **(
+                    self.algorithm.alternatives(self.uploaded[client], aligned)
+                    if client in self.uploaded
+                    else {}
+                ),
+            }
+
+        kept = self.evaluator.chosen(clients, candidates)
+
+        def read(client: ClientId) -> Adapter:
+            share = kept.get(client, 1.0)
+            return (
+                self.algorithm.adapter_for(state, client)
+                if share == 1
+                else candidates(client)[share]
+            )
+
+        return LazyAdapters(clients, read), kept
+
+    def unmeasured(self, number: int) -> list[EventLine]:
+        """A line for each client that could not be evaluated since this was asked last."""
+        return [
+            failure_event(replace(failure, round=number)) for failure in self.evaluator.unmeasured()
+        ]
+
+    def _evaluate(self, number: int, state: ServerState) -> list[EventLine]:
+        """Test and validation loss of every client with the adapter it would be given now."""
+        adapters, kept = self.given(state)
+        test = self.evaluator.losses(adapters, "test")
+        validation = self.evaluator.losses(adapters, "validation")
+        self.latest, self.latest_round = test, number
+        events: list[EventLine] = []
+        improved: list[ClientId] = []
+        for client, loss in test.items():
+            own = validation[client].per_token if client in validation else None
+            if (
+                own is not None
+                and math.isfinite(own)
+                and (client not in self.best or own < self.best[client].validation_loss)
+            ):
+                self.best[client] = Best(number, own, loss.per_token)
+                improved.append(client)
+            events.append(evaluate_event(number, client, loss, own, kept.get(client)))
+        self.best_adapters = self.best_adapters.replaced(
+            LazyAdapters(improved, adapters.__getitem__)
+        )
+        self._note_losses()
+        mean = sum(loss.per_token for loss in test.values()) / len(test) if test else math.nan
+        self.progress("evaluate", {"round": number, "test_loss": mean})
+        events += self.unmeasured(number)
+        return events
+
+    def _note_graph(self, outcome: RoundOutcome) -> None:
+        diagnostics = outcome.combined.diagnostics
+        if diagnostics.graph is None:
+            return
+        self.graph = diagnostics.graph
+        figures = {name: value for name, value in diagnostics.round.items() if math.isfinite(value)}
+        self.graph_json = graph_text(self.graph, outcome.round, figures)
+        self.folder.write_text("graph.json", self.graph_json)
+
+    def _note_losses(self) -> None:
+        """What the checkpoint says of losses.
+
+        They change when everybody is evaluated, and not every round.
+        """
+        self._losses = {
+            "best": {
+                client: [best.round, best.validation_loss, best.test_loss]
+                for client, best in self.best.items()
+            },
+            "latest": {client: [loss.total, loss.tokens] for client, loss in self.latest.items()},
+            "base_losses": {
+                client: [loss.total, loss.tokens] for client, loss in self.base_losses.items()
+            },
+        }
+
+    def _checkpoint(self, number: int, state: ServerState) -> None:
+        values = {
+            **self._losses,
+            "latest_round": self.latest_round,
+            "rounds_trained": self.rounds_trained,
+            "ever_moved": self.ever_moved,
+            "warned": self.warned,
+            "wall_seconds": self.wall_seconds,
+            "sizes": self.folder.sizes(),
+        }
+        self.checkpoints.save(
+            Checkpoint(
+                number,
+                state,
+                self.memories(),
+                self.uploaded,
+                self.best_adapters,
+                values,
+                self.graph_json,
+            )
+        )

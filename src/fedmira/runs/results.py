@@ -1,0 +1,207 @@
+"""What a run leaves behind: adapters, tables, provenance, and the same at hand in Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmira.adapters import Adapter, LazyAdapters, content_hash
+from fedmira.graphs import Graph
+from fedmira.messages import ClientId
+from fedmira.methods import ServerState, Start
+from fedmira.metrics import TokenLoss, summarise
+from fedmira.runs.cards import AdapterCards
+from fedmira.runs.provenance import Ground
+from fedmira.runs.recorder import Recorder
+
+__all__ = ["Result", "trained_parameters", "write_results"]
+
+_LOSSES = ("base_loss", "before_align_loss", "after_align_loss")
+_TEXTS = ("rouge_l", "rouge_l_package", "exact_match")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder; `report` is its page.
+        adapters: each client's adapter as saved, read from its folder when it is asked for.
+        clients: the rows of metrics/clients.csv.
+        graph: the graph of the last round, or None where the algorithm has none.
+        summary: figure -> mean, weighted_mean, worst_tenth, spread.
+        diverged: clients whose adapter gives no finite test loss.
+    """
+
+    folder: Path
+    report: Path
+    adapters: Mapping[ClientId, Adapter]
+    clients: list[dict[str, Any]]
+    graph: Graph | None
+    summary: Mapping[str, Mapping[str, float]]
+    diverged: tuple[ClientId, ...] = ()
+
+
+def write_results(
+    recorder: Recorder,
+    ground: Ground,
+    ranks: Mapping[ClientId, int],
+    state: ServerState,
+    *,
+    generate: bool,
+) -> Result:
+    """Evaluate each client's own adapter, save it as a PEFT folder, and write the tables.
+
+    Adapters are read one after another.
+    """
+    config, folder, evaluator = recorder.config, recorder.folder, recorder.evaluator
+    last, _ = recorder.given(state)
+    best = config.evaluation.select == "best"
+    kept = recorder.best_adapters
+    chosen = LazyAdapters(
+        ranks, lambda client: kept[client] if best and client in kept else last[client]
+    )
+    measured = not best and recorder.latest_round == config.rounds.count
+    after = recorder.latest if measured else evaluator.losses(chosen)
+    # The best round's upload is not kept, so with "best" there is no "before" that would compare.
+    before = {} if best else _before(recorder, last, after)
+    losses = {
+        "base_loss": recorder.base_losses,
+        "before_align_loss": before,
+        "after_align_loss": after,
+    }
+    texts = evaluator.text_scores(chosen, config.evaluation.max_new_tokens) if generate else {}
+    rows = [
+        _client_row(recorder, client, ranks[client], losses, texts.get(client, {}))
+        for client in ranks
+    ]
+    summary = _summary(rows)
+    trained = _trained_by_rank(recorder, ranks, state)
+    cards = AdapterCards(config, ground.base)
+    index: dict[str, object] = {}
+    for client, row in zip(ranks, rows, strict=True):
+        rank, adapter = ranks[client], chosen[client]
+        ground.kind.write(folder.adapters / client, adapter)
+        figures = {
+            name: row[name]
+            for name in (*_LOSSES, *_TEXTS)
+            if row[name] != "" and math.isfinite(row[name])
+        }
+        entry = {
+            "task": row["task"],
+            "category": row["category"],
+            "rank": rank,
+            "rounds_trained": row["rounds_trained"],
+        }
+        entry |= {
+            "parameters": sum(tensor.numel() for tensor in adapter.values()),
+            "trained_parameters": trained[rank],
+        }
+        entry |= {
+            "sha256": content_hash(adapter),
+            "base_sha256": ground.base.sha256,
+            "metrics": figures,
+        }
+        (folder.adapters / client / "README.md").write_text(
+            cards.text(client, entry, row), encoding="utf-8"
+        )
+        index[client] = entry
+    folder.write_json("adapters/index.json", index)
+    folder.append_events(recorder.unmeasured(config.rounds.count))
+    folder.write_table("clients.csv", rows)
+    diverged = tuple(client for client, loss in after.items() if not math.isfinite(loss.total))
+    saved = LazyAdapters(ranks, lambda client: ground.kind.read(folder.adapters / client))
+    return Result(
+        folder.path, folder.path / "report.html", saved, rows, recorder.graph, summary, diverged
+    )
+
+
+def trained_parameters(start: Start) -> int:
+    """Entries of the adapter that local training moves.
+
+    Those whose gradient the method lets through.
+    """
+    if start.hook is None:
+        return sum(tensor.numel() for tensor in start.adapter.values())
+    ones, zeros = (
+        {name: torch.full_like(tensor, value) for name, tensor in start.adapter.items()}
+        for value in (1.0, 0.0)
+    )
+    passed, kept = start.hook(ones, start.adapter), start.hook(zeros, start.adapter)
+    return sum(int((passed[name] != kept[name]).sum()) for name in passed)
+
+
+def _trained_by_rank(
+    recorder: Recorder, ranks: Mapping[ClientId, int], state: ServerState
+) -> dict[int, int]:
+    """Rank -> trained parameters of an adapter of this rank.
+
+    What a method freezes depends on the adapter's form only.
+    """
+    algorithm, one_of = recorder.algorithm, {rank: client for client, rank in ranks.items()}
+    return {
+        rank: trained_parameters(algorithm.begin(algorithm.instruct(state, client), None))
+        for rank, client in one_of.items()
+    }
+
+
+def _before(
+    recorder: Recorder, last: Mapping[ClientId, Adapter], after: Mapping[ClientId, TokenLoss]
+) -> dict[ClientId, TokenLoss]:
+    """Losses of each client's last upload.
+
+    A client that alignment did not move since then has the loss it ended with.
+    """
+    uploaded = recorder.uploaded
+    moved = [client for client in uploaded if uploaded.hashes[client] != content_hash(last[client])]
+    own = recorder.evaluator.losses(LazyAdapters(moved, uploaded.__getitem__))
+    measured = {**after, **own}
+    return {client: measured[client] for client in uploaded if client in measured}
+
+
+def _client_row(
+    recorder: Recorder,
+    client: ClientId,
+    rank: int,
+    losses: Mapping[str, Mapping[ClientId, TokenLoss]],
+    texts: Mapping[str, float],
+) -> dict[str, Any]:
+    party = recorder.evaluator.parties[client]
+    best = recorder.best.get(client)
+    return {
+        "client": client,
+        "task": party.task,
+        "category": party.category,
+        "rank": rank,
+        "train_rows": party.train_rows,
+        "test_rows": party.test_rows,
+        "test_tokens": party.test_response_tokens,
+        "rounds_trained": recorder.rounds_trained.get(client, 0),
+        **{
+            name: losses[name][client].per_token if client in losses[name] else ""
+            for name in _LOSSES
+        },
+        "best_round": best.round if best else "",
+        "best_validation_loss": best.validation_loss if best else "",
+        "best_test_loss": best.test_loss if best else "",
+        **{name: texts.get(name, "") for name in _TEXTS},
+    }
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    summary = {}
+    for name in (*_LOSSES, *_TEXTS):
+        measured = [row for row in rows if row[name] != "" and math.isfinite(row[name])]
+        if measured:
+            weights = [
+                row["test_tokens"] if name in _LOSSES else row["test_rows"] for row in measured
+            ]
+            summary[name] = summarise(
+                [row[name] for row in measured], weights, higher_is_worse=name in _LOSSES
+            )
+    return summary

@@ -1,0 +1,98 @@
+"""The private memories of thousands of clients on disk, beside their adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor
+
+from fedmira.adapters import Adapter
+from fedmira.messages import ClientId, Payload
+from fedmira.storage.table import AdapterStore
+
+__all__ = ["MemoryTable", "StoredMemory", "remembered"]
+
+_BETWEEN = "|"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMemory:
+    """Where a memory lies: the key of its tensors in the store, the names of its parts, and its numbers."""
+
+    key: str
+    parts: tuple[str, ...]
+    scalars: Mapping[str, float]
+
+
+class MemoryTable(Mapping[ClientId, Payload]):
+    """Client -> its memory, read from a store when it is asked for; a value that never changes.
+
+    The tensors of a memory are stored as one adapter whose names are "part|name".
+
+    Args:
+        store: where the tensors are.
+        entries: client -> where its memory lies.
+    """
+
+    __slots__ = ("_entries", "store")
+
+    def __init__(self, store: AdapterStore, entries: Mapping[ClientId, StoredMemory]) -> None:
+        self.store = store
+        self._entries = dict(entries)
+
+    @classmethod
+    def of(cls, store: AdapterStore, memories: Mapping[ClientId, Payload]) -> MemoryTable:
+        """The same memories with their tensors in the store."""
+        if isinstance(memories, MemoryTable) and memories.store is store:
+            return memories
+        return cls(store, {}).replaced(memories)
+
+    def replaced(self, changes: Mapping[ClientId, Payload]) -> MemoryTable:
+        """A table with these memories changed or added; all others are shared with this one."""
+        stored = {client: _put(self.store, memory) for client, memory in changes.items()}
+        return MemoryTable(self.store, {**self._entries, **stored})
+
+    @property
+    def entries(self) -> Mapping[ClientId, StoredMemory]:
+        """client -> where its memory lies; reads nothing."""
+        return MappingProxyType(self._entries)
+
+    def __getitem__(self, client: ClientId) -> Payload:
+        entry = self._entries[client]
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in entry.parts}
+        for flat_name, tensor in self.store.get(entry.key).items():
+            part, _, name = flat_name.partition(_BETWEEN)
+            parts[part][name] = tensor
+        return Payload(parts, entry.scalars)
+
+    def __contains__(self, client: object) -> bool:
+        return client in self._entries
+
+    def __iter__(self) -> Iterator[ClientId]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def remembered(
+    memories: Mapping[ClientId, Payload], changes: Mapping[ClientId, Payload]
+) -> Mapping[ClientId, Payload]:
+    """`memories` with some changed or added, as a new mapping.
+
+    A table on disk stays one, any other becomes a dict.
+    """
+    return (
+        memories.replaced(changes) if isinstance(memories, MemoryTable) else {**memories, **changes}
+    )
+
+
+def _put(store: AdapterStore, memory: Payload) -> StoredMemory:
+    flat: Adapter = {
+        f"{part}{_BETWEEN}{name}": tensor
+        for part, adapter in memory.tensors.items()
+        for name, tensor in adapter.items()
+    }
+    return StoredMemory(store.put(flat), tuple(memory.tensors), dict(memory.scalars))

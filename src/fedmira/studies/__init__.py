@@ -1,0 +1,15 @@
+"""What is done with whole runs: compared, planned, and used again."""
+
+from fedmira.studies.comparison import Comparison, compare_algorithms, plan_methods
+from fedmira.studies.plan import Plan, make_plan
+from fedmira.studies.saved import SavedAdapters, answer
+
+__all__ = [
+    "Comparison",
+    "Plan",
+    "SavedAdapters",
+    "answer",
+    "compare_algorithms",
+    "make_plan",
+    "plan_methods",
+]

@@ -1,0 +1,372 @@
+"""The same data, seeds and budget for several methods.
+
+Finished runs are not repeated, interrupted ones continue.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from fedmira.config import (
+    Config,
+    dump_config,
+    with_algorithm,
+    with_overrides,
+)
+from fedmira.data import Dataset, load_clients
+from fedmira.errors import (
+    ConfigError,
+    InputError,
+    RunError,
+    RunFolderError,
+)
+from fedmira.experiment import (
+    build_experiment,
+    make_scheme,
+    prepare_kind,
+    resume_experiment,
+    run_experiment,
+)
+from fedmira.methods import ALGORITHMS
+from fedmira.model import BaseModel, load_base
+from fedmira.report import Figures, check_target, write_comparison
+from fedmira.runs import Progress, RunFolder, hash_of_rows
+
+__all__ = ["Comparison", "compare_algorithms", "plan_methods"]
+
+Watch = Callable[[str, int], AbstractContextManager[Progress]]
+"""(name of the run, its rounds) -> a progress callback for its duration."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison with its figures.
+
+    Attributes:
+        page: comparison.html.
+        figures: everything that was found; `figures.document()` is comparison.json.
+        runs: name of the run -> its folder.
+    """
+
+    page: Path
+    figures: Figures
+    runs: Mapping[str, Path]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per method: losses over clients and seeds, standing of the clients against the baselines, budget."""
+        return self.figures.method_rows
+
+
+def plan_methods(
+    config: Config, algorithms: Sequence[str], variants: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Config]:
+    """Name of a method -> its settings, in the order in which they run.
+
+    Args:
+        algorithms: names; each keeps those settings of the config's algorithm that it has too.
+        variants: further methods by name, each with `key=value` overrides of the config.
+
+    Raises:
+        ConfigError: a name or a setting is wrong, or a variant changes what must be equal for all.
+    """
+    plans: dict[str, Config] = {}
+    problems: list[str] = []
+    for name in algorithms:
+        try:
+            plans[name] = with_algorithm(config, name)
+        except ConfigError as error:
+            alone = f'or, for this method alone, leave it out of --algorithms and give --variant "{name}=algorithm.name={name};KEY=VALUE"'
+            problems += [
+                f"{name}: {problem}; {alone}" if name in ALGORITHMS else problem
+                for problem in error.problems
+            ]
+    for name, overrides in (variants or {}).items():
+        if name in plans or not _NAME.fullmatch(name):
+            problems.append(
+                f"variant {name!r}: must be a new name of letters, digits, '.', '_' and "
+                "'-'; it names the run folders"
+            )
+            continue
+        try:
+            plans[name] = with_overrides(config, overrides)
+        except ConfigError as error:
+            problems += [f"variant {name!r}: {problem}" for problem in error.problems]
+            continue
+        terms, equal = _terms(plans[name]), _terms(config)
+        changed = [term for term in terms if terms[term] != equal[term]]
+        if changed:
+            problems.append(
+                f"variant {name!r} changes {', '.join(changed)}: methods are compared on "
+                "equal rows, base, rounds and local steps, "
+                "evaluated alike; set these for all methods"
+            )
+    if problems:
+        raise ConfigError(problems)
+    return plans
+
+
+def compare_algorithms(
+    config: Config,
+    algorithms: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    watch: Watch,
+    *,
+    variants: Mapping[str, Sequence[str]] | None = None,
+    reference: str = "",
+    target_loss: float | None = None,
+) -> Comparison:
+    """Run every method with every seed into `output`/<method>-seed<seed>, put the results side by side and write them into `output`.
+
+    Args:
+        variants: methods besides the algorithms, see `plan_methods`.
+        reference: a method that the others are paired with besides local training.
+        target_loss: a mean test loss; the tables then say after how many rounds and seconds each
+            method reached it.
+
+    Raises:
+        InputError: a setting is wrong, a folder of another comparison is in the way, or rows or
+            base changed since a run of it; all methods and seeds are checked before the first of
+            them trains.
+        RunError: a run failed; the tables hold the methods whose runs all finished. Call again to
+            continue.
+    """
+    methods = plan_methods(config, algorithms, variants)
+    if reference and reference not in methods:
+        raise ConfigError(
+            f"reference {reference!r} is not among the compared methods; they are "
+            f"{', '.join(methods)}"
+        )
+    if target_loss is not None:
+        check_target(target_loss)
+    folders = {name: {seed: output / f"{name}-seed{seed}" for seed in seeds} for name in methods}
+    plans = [
+        _Planned(name, folders[name][seed], method.model_copy(update={"seed": seed}))
+        for seed in dict.fromkeys(seeds)
+        for name, method in methods.items()
+    ]
+    unfinished = [run for run in plans if not run.is_finished()]
+    failures = (
+        _run(unfinished, _CommonGround(load_base(config.model), folders), watch)
+        if unfinished
+        else {}
+    )
+    return _compared(folders, output, reference, failures, target_loss)
+
+
+def _run(runs: Sequence[_Planned], ground: _CommonGround, watch: Watch) -> dict[str, RunError]:
+    """Check all runs, then run them; name of a run -> why it failed."""
+    ground.check(runs)
+    failures = {}
+    for run in runs:
+        experiment = build_experiment(
+            run.config, ground.base, run.folder, ground.dataset(run.config)
+        )
+        start = resume_experiment if run.is_begun else run_experiment
+        try:
+            with watch(run.folder.name, run.config.rounds.count) as progress:
+                start(experiment, run.folder, progress)
+        except RunError as error:  # the other methods are still worth comparing
+            failures[run.folder.name] = error
+    return failures
+
+
+def _compared(
+    folders: Mapping[str, Mapping[int, Path]],
+    output: Path,
+    reference: str,
+    failures: Mapping[str, RunError],
+    target: float | None,
+) -> Comparison:
+    """Read and write; then raise where runs failed."""
+    complete = {
+        name: runs
+        for name, runs in folders.items()
+        if not any(run.name in failures for run in runs.values())
+    }
+    page, comparison = output / "comparison.html", None
+    if complete:
+        seeds = next(iter(complete.values()))
+        failed = {name: str(error) for name, error in failures.items()}
+        figures = write_comparison(
+            complete, output, reference, failed, target, _other_seeds(complete, output)
+        )
+        comparison = Comparison(
+            page,
+            figures,
+            {runs[seed].name: runs[seed] for seed in seeds for runs in complete.values()},
+        )
+    if failures or comparison is None:
+        reasons = "; ".join(f"{name}: {error}" for name, error in failures.items())
+        rest = (
+            f"the others are compared in {page}"
+            if complete
+            else "no method has all its runs, so nothing is compared"
+        )
+        raise RunError(
+            f"{len(failures)} of {sum(map(len, folders.values()))} runs failed ({reasons}); {rest}"
+        )
+    return comparison
+
+
+def _other_seeds(folders: Mapping[str, Mapping[int, Path]], output: Path) -> list[int]:
+    """Seeds with finished runs of these methods in the folder that are not among those compared."""
+    found: set[int] = set()
+    for name, runs in folders.items():
+        for path in output.glob(f"{name}-seed*/run.json"):
+            seed = path.parent.name.removeprefix(f"{name}-seed")
+            if (
+                seed.isdecimal()
+                and int(seed) not in runs
+                and RunFolder(path.parent).read_json("run.json").get("status") == "finished"
+            ):
+                found.add(int(seed))
+    return sorted(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A run of a method with a seed."""
+
+    method: str
+    folder: Path
+    config: Config
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is something to continue."""
+        return (self.folder / "config.toml").is_file()
+
+    def is_finished(self) -> bool:
+        """Whether the run is there and done.
+
+        Raises:
+            RunFolderError: it was made with other settings, or its folder holds something else.
+        """
+        if not self.is_begun:
+            RunFolder.refuse_taken(self.folder)
+            return False
+        if (self.folder / "config.toml").read_text(encoding="utf-8") != dump_config(self.config):
+            raise RunFolderError(
+                f"{self.folder}: this run was made with other settings; choose another --output"
+            )
+        return RunFolder(self.folder).read_json("run.json").get("status") == "finished"
+
+
+class _CommonGround:
+    """What all methods stand on: the base, and the rows of a seed.
+
+    Those that were asked for last are in memory.
+
+    Args:
+        folders: method -> seed -> folder, of all runs, finished or not.
+    """
+
+    def __init__(self, base: BaseModel, folders: Mapping[str, Mapping[int, Path]]) -> None:
+        self.base = base
+        self._folders = folders
+        self._rows: tuple[int, Dataset] | None = None
+
+    def dataset(self, config: Config) -> Dataset:
+        """The rows with this config's seed.
+
+        Raises:
+            DataError: they cannot be read.
+            RunFolderError: a run with this seed stands on other rows, or on another base.
+        """
+        if self._rows is None or self._rows[0] != config.seed:
+            self._rows = None  # the other seed's go before these are read
+            dataset = load_clients(config.data, config.seed, self.base.tokenizer)
+            present = {
+                "data": hash_of_rows({client.client_id: client for client in dataset.clients}),
+                "base": self.base.sha256,
+            }
+            _refuse_other_ground(present, [runs[config.seed] for runs in self._folders.values()])
+            self._rows = config.seed, dataset
+        return self._rows[1]
+
+    def check(self, runs: Sequence[_Planned]) -> None:
+        """Build those parts of each run that its settings can spoil; nothing is trained.
+
+        Args:
+            runs: those with one seed side by side.
+
+        Raises:
+            InputError: as `dataset`.
+            ConfigError: the problems of all methods together.
+        """
+        found: dict[str, list[str]] = {}
+        for _, of_seed in groupby(runs, key=lambda run: run.config.seed):
+            several = list(of_seed)
+            parties = {
+                party.client_id: party for party in self.dataset(several[0].config).summaries()
+            }
+            for run in several:
+                try:
+                    make_scheme(run.config, prepare_kind(run.config, self.base), parties)
+                except InputError as error:
+                    for problem in error.problems:
+                        found.setdefault(problem, []).append(run.method)
+        if found:
+            raise ConfigError(
+                [
+                    f"{', '.join(dict.fromkeys(methods))}: {problem}"
+                    for problem, methods in found.items()
+                ]
+            )
+
+
+def _refuse_other_ground(present: Mapping[str, str], folders: Sequence[Path]) -> None:
+    """The runs of a seed that exist must stand on the rows and the base of those that follow.
+
+    Args:
+        present: SHA-256 of "data" and "base".
+
+    Raises:
+        RunFolderError: one does not.
+    """
+    for folder in folders:
+        document: Mapping[str, Any] = RunFolder(folder).read_json("run.json")
+        changed = [
+            part
+            for part, sha256 in present.items()
+            if document.get(part, {}).get("sha256", sha256) != sha256
+        ]
+        if changed:
+            raise RunFolderError(
+                f"{folder}: the {' and the '.join(changed)} changed since this run, so "
+                "that others would not be comparable with it; "
+                "put back what it was made with, or choose another --output"
+            )
+
+
+def _terms(config: Config) -> dict[str, object]:
+    """What must be equal for all methods of a comparison, by the keys that set it.
+
+    Evaluated rounds are those among which a client's best one is chosen, and in which a target loss
+    can be seen to be reached. Text scores depend on how long answers may be.
+    """
+    local = {
+        f"local.{key}": getattr(config.local, key) for key in ("steps", "epochs", "batch_size")
+    }
+    evaluated = {
+        f"evaluation.{key}": getattr(config.evaluation, key)
+        for key in ("select", "every", "rouge", "max_new_tokens")
+    }
+    return {
+        "seed": config.seed,
+        "model": config.model,
+        "data": config.data,
+        "rounds": config.rounds,
+        **local,
+        **evaluated,
+    }

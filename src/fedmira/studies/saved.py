@@ -1,0 +1,164 @@
+"""A finished run taken up again.
+
+Its base, its saved adapters and, where they are on this machine, its rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmira.adapters import Adapter, LazyAdapters
+from fedmira.clients import Evaluator
+from fedmira.config import Config, load_config
+from fedmira.data import Encoder, Example, load_clients
+from fedmira.errors import ConfigError, DataError, RunFolderError
+from fedmira.experiment import build_experiment, prepare_kind
+from fedmira.messages import ClientId
+from fedmira.model import AdapterKind, usual_token_budget
+from fedmira.runs import RunFolder, hash_of_rows
+
+__all__ = ["SavedAdapters", "answer", "evaluator_of", "reload_adapters"]
+
+_log = logging.getLogger("fedmira")
+
+
+@dataclass(frozen=True)
+class SavedAdapters:
+    """What a run has saved, on its base; no rows are needed.
+
+    Attributes:
+        path: the run folder.
+        config: of the run.
+        adapters: each client's, read when it is asked for.
+        ranks: of each adapter, 0 where it has none.
+        data_sha256: of the rows that the run was made with.
+    """
+
+    path: Path
+    config: Config
+    kind: AdapterKind
+    adapters: Mapping[ClientId, Adapter]
+    ranks: Mapping[ClientId, int]
+    data_sha256: str
+
+
+def reload_adapters(path: Path) -> SavedAdapters:
+    """Load the base of a run, and find its adapters.
+
+    Raises:
+        RunFolderError: it is no run folder, has no adapters, or the base model has changed since.
+    """
+    folder = RunFolder.reopen(path)
+    index = folder.read_json("adapters/index.json")
+    if not index:
+        raise RunFolderError(
+            f"{path}: the run has saved no adapters yet; finish it with: fedmira run "
+            f"--resume --output {path}"
+        )
+    config = load_config(path / "config.toml")
+    kind = prepare_kind(config)
+    ranks = {}
+    for client, entry in index.items():
+        about = entry if isinstance(entry, dict) else {}
+        trained_on, ranks[client] = about.get("base_sha256", ""), int(about.get("rank", 0))
+        if trained_on != kind.base.sha256:
+            raise RunFolderError(
+                f"{path}: the adapter of {client!r} was trained on another base (sha256 "
+                f"{trained_on[:12]}, {config.model.base!r} "
+                f"has {kind.base.sha256[:12]}); give the base it was trained on"
+            )
+    rows: Any = folder.read_json("run.json").get("data", {})
+    adapters = LazyAdapters(index, lambda client: kind.read(folder.adapters / client))
+    return SavedAdapters(path, config, kind, adapters, ranks, rows.get("sha256", ""))
+
+
+def evaluator_of(saved: SavedAdapters) -> Evaluator:
+    """What measures the adapters on the run's rows.
+
+    Raises:
+        RunFolderError: the rows of its clients are not on this machine.
+    """
+    experiment = build_experiment(saved.config, saved.kind.base)
+    evaluator = experiment.evaluator
+    assert isinstance(evaluator, Evaluator), (
+        "what build_experiment makes has all rows in this process"
+    )
+    if absent := [client for client in saved.adapters if client not in evaluator.clients]:
+        raise RunFolderError(
+            f"{saved.path}: the rows of {_listed(absent)} are not on this machine, as "
+            "[data] in its config.toml reads them; the run's own "
+            "figures are in metrics/clients.csv"
+        )
+    if hash_of_rows(evaluator.clients) != saved.data_sha256:
+        _log.warning(
+            "%s: these are not known to be the rows of the run: they have changed, are "
+            "split in another way, or were elsewhere",
+            saved.path,
+        )
+    return evaluator
+
+
+def answer(
+    saved: SavedAdapters,
+    client: ClientId,
+    text: str,
+    instruction: str | None = None,
+    max_new_tokens: int | None = None,
+) -> str:
+    """What a client's adapter says to an input, under the client's own instruction unless another is given.
+
+    Raises:
+        ConfigError: there is no such client, or no instruction is given and its rows are not on
+            this machine.
+    """
+    if client not in saved.adapters:
+        raise ConfigError(
+            f"there is no client {client!r} in this run; its clients are "
+            f"{_listed(list(saved.adapters))}"
+        )
+    kind, config = saved.kind, saved.config
+    own = _usual_instruction(saved, client) if instruction is None else instruction
+    example = Example(own, text, "") if own else Example(text, "", "")
+    prompt = Encoder(kind.base.tokenizer, config.data.prompt, config.data.max_length).prompt(
+        example
+    )
+    limit = max_new_tokens or config.evaluation.max_new_tokens
+    scales = [kind.scale(saved.ranks[client])]
+    budget = (
+        usual_token_budget(kind.base)
+        if config.engine.token_budget == "auto"
+        else config.engine.token_budget
+    )
+    return kind.generate([saved.adapters[client]], scales, [(0, prompt)], limit, budget)[0]
+
+
+def _usual_instruction(saved: SavedAdapters, client: ClientId) -> str:
+    """That which all the client's training rows share, or none."""
+    way_out = "give --instruction (an empty one where the task has none)"
+    try:
+        clients = load_clients(
+            saved.config.data, saved.config.seed, saved.kind.base.tokenizer
+        ).clients
+    except DataError as error:
+        raise ConfigError(
+            [
+                f"the instruction of {client!r} is not known here, as its rows cannot be "
+                f"read; {way_out}",
+                *error.problems,
+            ]
+        ) from error
+    found = next((each.instruction for each in clients if each.client_id == client), None)
+    if found is None:
+        raise ConfigError(
+            f"the instruction of {client!r} is not known here, as its rows are on another "
+            f"machine; {way_out}"
+        )
+    return found
+
+
+def _listed(clients: Sequence[ClientId]) -> str:
+    return f"{', '.join(clients[:12])}{' ...' if len(clients) > 12 else ''}"

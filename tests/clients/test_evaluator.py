@@ -1,0 +1,93 @@
+"""Evaluation of many clients reads few adapters at a time and gives each client what it gets alone."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedmira.adapters import Adapter
+from fedmira.clients import Evaluator
+from fedmira.data import ClientData, EncodedExample
+from fedmira.model import (
+    LoraKind,
+    TargetModule,
+    find_targets,
+    start_adapter,
+)
+from tiny import draw_rows, tiny_base
+
+CLIENTS = 130
+AT_ONCE = 64
+
+
+class OnDisk(Mapping[str, Adapter]):
+    """Makes an adapter when it is asked for, and counts how many of those it made are still held."""
+
+    def __init__(self, targets: list[TargetModule], clients: list[str]) -> None:
+        self._targets, self._clients, self._made = targets, clients, weakref.WeakSet[Tensor]()
+        self.most_held = self.reads = 0
+
+    def __getitem__(self, client: str) -> Adapter:
+        draw = torch.Generator().manual_seed(int(client))
+        adapter = {
+            name: tensor + 0.3 * torch.randn(tensor.shape, generator=draw)
+            for name, tensor in start_adapter(self._targets, 2, 0).items()
+        }
+        self._made.add(next(iter(adapter.values())))
+        self.most_held, self.reads = max(self.most_held, len(self._made)), self.reads + 1
+        return adapter
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._clients)
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    base = tiny_base()
+    clients = {}
+    for number in range(CLIENTS):
+        rows = tuple(
+            EncodedExample(row.prompt, row.response) for row in draw_rows(number % 3, 4, number, 6)
+        )
+        clients[str(number)] = ClientData(
+            str(number), "task", "category", (), (), rows, ("",) * len(rows)
+        )
+    return Evaluator(
+        LoraKind(base, find_targets(base.model, ()), alpha=4.0),
+        clients,
+        dict.fromkeys(clients, 2.0),
+        512,
+    )
+
+
+def test_losses_read_each_needed_adapter_once_and_hold_few(evaluator: Evaluator) -> None:
+    adapters = OnDisk(list(evaluator.kind.targets), list(evaluator.clients))
+    losses = evaluator.losses(adapters)
+    asked = [client for client, data in evaluator.clients.items() if data.test]
+    assert list(losses) == asked and adapters.reads == len(asked) and adapters.most_held <= AT_ONCE
+    for client in asked[::20]:
+        assert losses[client].total == pytest.approx(
+            evaluator.losses({client: adapters[client]})[client].total, rel=1e-5
+        )
+
+
+def test_generations_read_each_adapter_once_and_hold_few(evaluator: Evaluator) -> None:
+    adapters = OnDisk(list(evaluator.kind.targets), list(evaluator.clients))
+    texts = evaluator.generations(adapters, 4)
+    assert (
+        list(texts) == list(evaluator.clients)
+        and adapters.reads == CLIENTS
+        and adapters.most_held <= AT_ONCE
+    )
+    assert [len(found) for found in texts.values()] == [
+        len(data.test) for data in evaluator.clients.values()
+    ]
+    for client in list(texts)[1::20]:
+        assert texts[client] == evaluator.generations({client: adapters[client]}, 4)[client]

@@ -1,0 +1,282 @@
+"""Small federations: a tiny base on disk, made-up clients as JSON Lines, settings for runs of seconds, and readers of run folders."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from fedmira.clients import Cohort, CohortSettings, Engine, InProcessEngine
+from fedmira.config import Config
+from fedmira.experiment import Experiment, build_experiment
+from fedmira.methods import Algorithm, ServerState
+from fedmira.model import BaseModel
+from fedmira.rounds import RoundOutcome, run_rounds
+from tiny import tiny_model, tiny_tokenizer
+
+__all__ = [
+    "CLIENTS",
+    "Ended",
+    "PROGRAM",
+    "adapter_bytes",
+    "adapters_of",
+    "call_main",
+    "cohort_of",
+    "command",
+    "environment",
+    "events_of",
+    "laplacian_of",
+    "make_config",
+    "run_loop",
+    "table_of",
+    "with_algorithm_object",
+    "with_engine",
+    "write_base",
+    "write_clients",
+]
+
+CLIENTS = {"apple-1": 14, "apple-2": 22, "apple-3": 10, "birch-1": 18, "birch-2": 12}
+"""Client id -> its rows; the word before the dash is its category. 3 + 2 clients, so that degrees of the category graph differ."""
+
+SETTINGS: dict[str, Any] = {
+    "data.source": "jsonl",
+    "data.prompt": "plain",
+    "data.max_length": 64,
+    "data.train_fraction": 0.6,
+    "data.validation_fraction": 0.2,
+    "adapter.rank": 4,
+    "adapter.alpha": 8.0,
+    "local.steps": 2,
+    "local.batch_size": 4,
+    "local.learning_rate": 0.02,
+    "rounds.count": 3,
+    "evaluation.every": 0,
+    "evaluation.rouge": False,
+    "evaluation.max_new_tokens": 4,
+    "engine.token_budget": 400,
+    "model.device": "cpu",
+}
+
+PROGRAM = str(Path(sys.executable).with_name("fedmira"))
+"""The command as it was installed beside this Python."""
+
+TIMING = ("train_seconds", "combine_seconds", "evaluate_seconds", "tokens_per_second")
+
+
+def write_base(folder: Path) -> Path:
+    """The tiny Llama and its tokenizer in Hugging Face format."""
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_clients(folder: Path, clients: Mapping[str, int] | None = None) -> Path:
+    """FOLDER/<client>/train.jsonl.
+
+    Clients of a category share an instruction and two of the three words that they answer.
+    """
+    for name, count in (CLIENTS if clients is None else clients).items():
+        category = name.partition("-")[0]
+        family = sorted({other.partition("-")[0] for other in CLIENTS} | {category}).index(category)
+        draw = random.Random(name)
+        lines = []
+        for _ in range(count):
+            words = [draw.randrange(80) for _ in range(draw.randint(2, 5))]
+            row = {
+                "instruction": " ".join(f"w{10 * family + i}" for i in range(6)),
+                "input": " ".join(f"w{word}" for word in words),
+                "output": f"w{60 + 8 * family} w{61 + 8 * family} w{(words[0] + 7 * family + 1) % 90}",
+                "category": category,
+            }
+            lines.append(json.dumps(row) + "\n")
+        (folder / name).mkdir(parents=True)
+        (folder / name / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def make_config(
+    base: Path | str, data: Path | str, settings: Mapping[str, Any] | None = None
+) -> Config:
+    """`SETTINGS` with dotted keys on top; data.path and model.base are filled in."""
+    nested: dict[str, Any] = {}
+    for key, value in {
+        **SETTINGS,
+        "model.base": str(base),
+        "data.path": str(data),
+        **(settings or {}),
+    }.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    nested.setdefault("algorithm", {}).setdefault("name", "mira")
+    return Config.model_validate(nested)
+
+
+def with_engine(experiment: Experiment, engine: Engine) -> Experiment:
+    """The same experiment on another engine."""
+    return replace(experiment, engine=engine)
+
+
+def with_algorithm_object(
+    experiment: Experiment, algorithm: Algorithm, cohort_size: int = 64
+) -> Experiment:
+    """The same experiment with an algorithm that is not in the table, on server and clients."""
+    return replace(
+        experiment,
+        algorithm=algorithm,
+        engine=InProcessEngine(cohort_of(experiment, algorithm), cohort_size),
+    )
+
+
+def cohort_of(experiment: Experiment, algorithm: Algorithm) -> Cohort:
+    """The clients of an experiment, as `build_experiment` makes them."""
+    config, evaluator = experiment.config, experiment.evaluator
+    settings = CohortSettings(config.local, evaluator.scales, evaluator.token_budget)
+    return Cohort(algorithm, experiment.kind, evaluator.clients, settings)
+
+
+def run_loop(
+    config: Config, base: BaseModel
+) -> tuple[Experiment, list[ServerState], list[RoundOutcome]]:
+    """The round loop alone, without a run folder.
+
+    The states before round 1 and after each round, and what each round produced.
+    """
+    experiment = build_experiment(config, base)
+    states, outcomes = [experiment.algorithm.initial_state(experiment.starts)], []
+
+    def note(outcome: RoundOutcome) -> None:
+        outcomes.append(outcome)
+        states.append(outcome.combined.state)
+
+    run_rounds(
+        experiment.algorithm,
+        experiment.engine,
+        states[0],
+        list(experiment.ranks),
+        config.rounds,
+        config.seed,
+        note,
+    )
+    return experiment, states, outcomes
+
+
+def adapter_bytes(folder: Path, cards: bool = True) -> dict[str, bytes]:
+    """Every file under adapters/ as bytes.
+
+    Without the cards, which name the method, where runs of two methods are held together.
+    """
+    paths = [
+        path
+        for path in sorted((folder / "adapters").rglob("*"))
+        if path.is_file() and (cards or path.name != "README.md")
+    ]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def adapters_of(folder: Path) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+    """client -> parameter name -> float64 array, from the saved PEFT folders."""
+    paths = sorted((folder / "adapters").glob("*/adapter_model.safetensors"))
+    return {
+        path.parent.name: {
+            name: array.astype(np.float64) for name, array in load_file(path).items()
+        }
+        for path in paths
+    }
+
+
+def laplacian_of(folder: Path, clients: Sequence[str]) -> tuple[np.ndarray[Any, Any], float]:
+    """L = D - M of graph.json, in the order of the clients, and the largest degree."""
+    document = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
+    weights = np.zeros((len(clients), len(clients)))
+    for edge in document["edges"]:
+        k, other = clients.index(edge["source"]), clients.index(edge["target"])
+        assert weights[k, other] == 0, "a symmetric pair stands in graph.json once"
+        weights[k, other] = weights[other, k] = edge["weight"]
+    degrees = weights.sum(axis=1)
+    return np.diag(degrees) - weights, float(degrees.max())
+
+
+def events_of(folder: Path, kind: str | None = None, timing: bool = True) -> list[dict[str, Any]]:
+    """The lines of events.jsonl, of one kind where given."""
+    lines = [
+        json.loads(line)
+        for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    chosen = [line for line in lines if kind in (None, line["event"])]
+    return (
+        chosen
+        if timing
+        else [{key: value for key, value in line.items() if key not in TIMING} for line in chosen]
+    )
+
+
+def table_of(folder: Path, name: str, timing: bool = True) -> list[dict[str, str]]:
+    """The rows of metrics/NAME.csv, as text."""
+    with (folder / "metrics" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return [
+            {key: value for key, value in row.items() if timing or key not in TIMING}
+            for row in csv.DictReader(file)
+        ]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a command.
+
+    One thread, so that two processes add numbers in the same order, and no downloads.
+    """
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "160",
+        "NO_COLOR": "1",
+    }
+
+
+def command(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`fedmira` in a process of its own."""
+    return subprocess.run(
+        [PROGRAM, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=timeout,
+        check=False,
+    )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call_main(*arguments: str | Path) -> Ended:
+    """The command line's own `main` inside this process, which needs no start of a process."""
+    from fedmira.cli import main
+
+    before, out, err, code = sys.argv, io.StringIO(), io.StringIO(), 0
+    sys.argv = ["fedmira", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as ending:
+        code = int(ending.code or 0)
+    finally:
+        sys.argv = before
+    return Ended(code, out.getvalue(), err.getvalue())
