@@ -28,7 +28,7 @@ test: $(STAMP) ## all tests
 	$(BIN)/pytest
 
 federation: $(FLOWER_STAMP) ## tests of runs over Flower, as real processes too (minutes); FLOWER=1.40.0: with that release
-	$(FLOWER_BIN)/pytest tests/federation/flower tests/federation/processes tests/clients/test_engine_contract.py
+	$(FLOWER_BIN)/pytest tests/federation/flower tests/federation/processes tests/clients/test_clients_contract.py
 
 check: $(STAMP) ## format, lint, types, layers, public names; changes nothing
 	$(BIN)/ruff format --check .

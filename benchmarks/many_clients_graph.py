@@ -19,16 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedmira.config import GraphSettings, MiraSettings
+from fedmira.config import GraphSettings
 from fedmira.graphs import ExactProducts, SketchedProducts, graph_source
 from fedmira.messages import Payload, Reply
-from fedmira.methods import (
-    Algorithm,
-    AlgorithmContext,
-    Combined,
-    ServerState,
-    build,
-)
+from fedmira.methods import Combined, Method, MethodContext, Mira, ServerState
 from fedmira.storage import AdapterStore, AdapterTable
 
 RANK, ALPHA, LAYERS, INTO = 8, 16.0, 6, 192
@@ -70,7 +64,7 @@ def memory_mib(field: str) -> float:
 
 
 def measured(
-    algorithm: Algorithm, state: ServerState, sent: list[Reply]
+    algorithm: Method, state: ServerState, sent: list[Reply]
 ) -> tuple[Combined, float, float]:
     """One step, its processor seconds and the MiB that it adds at its peak."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
@@ -98,9 +92,8 @@ def main() -> None:
     clients = tuple(f"client-{k}" for k in range(chosen.clients))
     source = graph_source(GraphSettings(sketch=chosen.sketch), clients, {}, 0)
     ranks = dict.fromkeys(clients, RANK)
-    algorithm = build(
-        MiraSettings(),
-        AlgorithmContext(clients, dict.fromkeys(clients, 64), ranks, ALPHA, source, chosen.cohort),
+    algorithm = Mira().for_federation(
+        MethodContext(clients, dict.fromkeys(clients, 64), ranks, ALPHA, source, chosen.cohort)
     )
     groups = max(1, chosen.clients // 20)
     with tempfile.TemporaryDirectory() as folder:

@@ -19,13 +19,7 @@ from fedmira.adapters import (
 )
 from fedmira.graphs import FixedGraph, GraphSource, uniform_graph
 from fedmira.messages import Payload, Reply
-from fedmira.methods import (
-    Algorithm,
-    AlgorithmContext,
-    ServerState,
-    Start,
-    Trained,
-)
+from fedmira.methods import Method, MethodContext, ServerState, Start, Trained
 
 __all__ = [
     "SMALL",
@@ -73,9 +67,9 @@ def context(
     rows: Sequence[int] | None = None,
     graph: GraphSource | None = None,
     rounds: int = 4,
-) -> AlgorithmContext:
+) -> MethodContext:
     clients = names(len(ranks))
-    return AlgorithmContext(
+    return MethodContext(
         clients=clients,
         rows=dict(zip(clients, rows or [20] * len(ranks), strict=True)),
         ranks=dict(zip(clients, ranks, strict=True)),
@@ -87,8 +81,8 @@ def context(
 
 
 def started(
-    algorithm: Algorithm,
-    federation: AlgorithmContext,
+    algorithm: Method,
+    federation: MethodContext,
     shapes: Mapping[str, tuple[int, int]] = SMALL,
 ) -> ServerState:
     common = start(max(federation.ranks.values()), shapes)
@@ -98,7 +92,7 @@ def started(
 
 
 def replies(
-    federation: AlgorithmContext, adapters: Mapping[str, Adapter], round_number: int = 1
+    federation: MethodContext, adapters: Mapping[str, Adapter], round_number: int = 1
 ) -> list[Reply]:
     return [
         Reply(client, round_number, federation.rows[client], Payload({"adapter": adapter}))
@@ -131,8 +125,8 @@ def descend(begun: Start, centre: Adapter, steps: int, rate: float) -> Adapter:
 
 
 def play(
-    algorithm: Algorithm,
-    federation: AlgorithmContext,
+    algorithm: Method,
+    federation: MethodContext,
     state: ServerState,
     centres: Mapping[str, Adapter],
     round_number: int,

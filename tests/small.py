@@ -18,22 +18,26 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from fedmira.clients import Cohort, CohortSettings, Engine, InProcessEngine
-from fedmira.config import Config
+from fedmira.clients import Clients, Cohort, LocalClients, OverWire
+from fedmira.config import Config, with_method
 from fedmira.experiment import Experiment, build_experiment
-from fedmira.methods import Algorithm, ServerState
+from fedmira.messages import Payload
+from fedmira.methods import Method, ServerState, Start
 from fedmira.model import BaseModel
 from fedmira.rounds import RoundOutcome, run_rounds
 from tiny import tiny_model, tiny_tokenizer
 
 __all__ = [
     "CLIENTS",
+    "Wrapping",
+    "cohort_of",
     "Ended",
     "PROGRAM",
     "adapter_bytes",
     "adapters_of",
     "call_main",
-    "cohort_of",
+    "local_of",
+    "over_wire",
     "command",
     "environment",
     "events_of",
@@ -41,8 +45,8 @@ __all__ = [
     "make_config",
     "run_loop",
     "table_of",
-    "with_algorithm_object",
-    "with_engine",
+    "with_clients",
+    "with_method_object",
     "write_base",
     "write_clients",
 ]
@@ -123,27 +127,53 @@ def make_config(
     return Config.model_validate(nested)
 
 
-def with_engine(experiment: Experiment, engine: Engine) -> Experiment:
-    """The same experiment on another engine."""
-    return replace(experiment, engine=engine)
+def with_clients(experiment: Experiment, clients: Clients) -> Experiment:
+    """The same experiment with others at work."""
+    return replace(experiment, clients=clients)
 
 
-def with_algorithm_object(
-    experiment: Experiment, algorithm: Algorithm, cohort_size: int = 64
-) -> Experiment:
-    """The same experiment with an algorithm that is not in the table, on server and clients."""
-    return replace(
-        experiment,
-        algorithm=algorithm,
-        engine=InProcessEngine(cohort_of(experiment, algorithm), cohort_size),
-    )
+def with_method_object(experiment: Experiment, method: Method, at_once: int = 64) -> Experiment:
+    """The experiment built anew with a method that is not in the table, on server and clients."""
+    anew = build_experiment(with_method(experiment.config, method), experiment.base)
+    return with_clients(anew, local_of(anew, at_once))
 
 
-def cohort_of(experiment: Experiment, algorithm: Algorithm) -> Cohort:
-    """The clients of an experiment, as `build_experiment` makes them."""
-    config, evaluator = experiment.config, experiment.evaluator
-    settings = CohortSettings(config.local, evaluator.scales, evaluator.token_budget)
-    return Cohort(algorithm, experiment.kind, evaluator.clients, settings)
+def local_of(experiment: Experiment, at_once: int = 64, **changes: Any) -> LocalClients:
+    """The clients of an experiment that lies in this process, with other memories."""
+    found = experiment.clients
+    inner = found.inner if isinstance(found, OverWire) else found
+    assert isinstance(inner, LocalClients)
+    parts = {
+        "method": inner.method,
+        "kind": inner.kind,
+        "data": inner.data,
+        "settings": inner.settings,
+    }
+    return LocalClients(**{**parts, "at_once": at_once, **changes})
+
+
+def cohort_of(experiment: Experiment, method: Any) -> Cohort:
+    """The clients of an experiment at local training alone, by any method."""
+    local = local_of(experiment)
+    return Cohort(method, local.kind, local.data, local.settings)
+
+
+class Wrapping:
+    """A method seen through: what a subclass does not change is the inner method's."""
+
+    inner: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def started(self, payload: Payload, memory: Payload | None) -> Start:
+        return self.begin(payload, memory)  # type: ignore[no-any-return]
+
+
+def over_wire(experiment: Experiment, at_once: int = 64) -> Clients:
+    """The same behind the wire that the config asks for."""
+    local, wire = local_of(experiment, at_once), experiment.config.engine.wire
+    return local if wire == "float32" else OverWire(local, wire, at_once)
 
 
 def run_loop(
@@ -162,7 +192,7 @@ def run_loop(
 
     run_rounds(
         experiment.algorithm,
-        experiment.engine,
+        experiment.clients,
         states[0],
         list(experiment.ranks),
         config.rounds,

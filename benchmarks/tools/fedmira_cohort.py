@@ -1,4 +1,4 @@
-"""fedmira: the in-process engine trains the whole cohort side by side on one resident base."""
+"""fedmira: one process trains the whole cohort side by side on one resident base."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from workbench import Adapter, ClientRound, TrainRound, Work, run
 
 
 def load(work: Work, arguments: argparse.Namespace) -> TrainRound:
-    from fedmira.clients import Cohort, CohortSettings, InProcessEngine
+    from fedmira.clients import CohortSettings, LocalClients
     from fedmira.config import LocalSettings, ModelSettings
     from fedmira.data import ClientData, EncodedExample
     from fedmira.messages import Reply, Request
@@ -36,7 +36,7 @@ def load(work: Work, arguments: argparse.Namespace) -> TrainRound:
     algorithm = FedAvg()
     kind = LoraKind(base, find_targets(base.model, settings["targets"]), settings["alpha"])
     cohort_settings = CohortSettings(local, scales, token_budget=kind.token_budget())
-    engine = InProcessEngine(Cohort(algorithm, kind, clients, cohort_settings))
+    workers = LocalClients(algorithm, kind, clients, cohort_settings)
 
     def train_round(adapter: Adapter, parts: list[ClientRound]) -> tuple[Adapter, float]:
         state = ServerState(adapters={"shared": adapter})
@@ -49,7 +49,7 @@ def load(work: Work, arguments: argparse.Namespace) -> TrainRound:
             )
             for part in parts
         ]
-        replies = engine.exchange(requests)
+        replies = workers.train(requests)
         failures = [reply for reply in replies if not isinstance(reply, Reply)]
         if failures:
             raise SystemExit(f"clients failed: {failures}")

@@ -12,8 +12,8 @@ from workbench import Adapter, Work
 def load(
     work: Work, adapters: list[Adapter], arguments: argparse.Namespace
 ) -> Callable[[], list[list[str]]]:
-    from fedmira.clients import Evaluator
-    from fedmira.config import ModelSettings
+    from fedmira.clients import CohortSettings, LocalClients
+    from fedmira.config import LocalSettings, ModelSettings
     from fedmira.data import ClientData, EncodedExample
     from fedmira.model import LoraKind, find_targets, load_base
 
@@ -28,11 +28,12 @@ def load(
         base, find_targets(base.model, work.settings["targets"]), work.settings["alpha"]
     )
     scales = dict.fromkeys(clients, work.settings["alpha"] / work.settings["rank"])
-    evaluator = Evaluator(kind, clients, scales, kind.token_budget())
+    settings = CohortSettings(LocalSettings(), scales, kind.token_budget())
+    workers = LocalClients(None, kind, clients, settings)
     by_name = dict(zip(work.names, adapters, strict=True))
 
     def generate() -> list[list[str]]:
-        texts = evaluator.generations(by_name, NEW_TOKENS)
+        texts = workers.generations(by_name, NEW_TOKENS)
         return [texts[name] for name in work.names]
 
     return generate

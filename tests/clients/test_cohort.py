@@ -23,15 +23,14 @@ from fedmira.messages import (
     Request,
 )
 from fedmira.methods import (
-    Algorithm,
     Combined,
-    PlainClient,
+    Method,
     ServerState,
     Start,
     Trained,
 )
 from fedmira.model import BaseModel
-from small import cohort_of, make_config
+from small import Wrapping, cohort_of, make_config
 
 
 def built(
@@ -58,10 +57,10 @@ def noisy(start: Adapter, seed: int) -> Adapter:
 
 
 @dataclass(frozen=True)
-class Scribbling(PlainClient):
+class Scribbling(Wrapping):
     """Local training with a client half that starts elsewhere, hooks gradients, and keeps a memory: all that the contract allows."""
 
-    inner: Algorithm
+    inner: Method
     factor: float
 
     @property
@@ -106,7 +105,7 @@ def test_the_first_loss_is_that_of_the_adapter_that_was_sent(
     requests = [
         Request(client, 1, 11, Payload({"adapter": adapter})) for client, adapter in sent.items()
     ]
-    expected = experiment.evaluator.losses(sent, "train")
+    expected = experiment.clients.losses(sent, "train")
     for answer, _ in cohort_of(experiment, experiment.algorithm).work(requests, {}):
         assert isinstance(answer, Reply)
         assert answer.metrics["first_loss"] == pytest.approx(
@@ -134,7 +133,7 @@ def test_every_client_trains_at_its_own_rank(
             if ".lora_A." in name
         }
     assert ranks == {"apple-1": {2}, "apple-2": {4}, "apple-3": {4}, "birch-1": {4}, "birch-2": {8}}
-    assert experiment.evaluator.scales == {
+    assert experiment.clients.settings.scales == {
         "apple-1": 4.0,
         "apple-2": 2.0,
         "apple-3": 2.0,

@@ -13,20 +13,18 @@ from fedmira.config import (
     AdapterSettings,
     Config,
     DataSettings,
-    FedAvgSettings,
     GraphSettings,
-    LocalOnlySettings,
     LocalSettings,
-    MiraSettings,
     dump_config,
     load_config,
     preset_path,
     with_algorithm,
     with_overrides,
 )
-from fedmira.config.layers import algorithm_sections
+from fedmira.config.methods import method_class, method_names
 from fedmira.config.other_names import OTHER_NAMES
 from fedmira.errors import ConfigError
+from fedmira.methods import FedAvg, Local, Mira
 
 
 def write(folder: Path, text: str) -> Path:
@@ -105,14 +103,12 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
 
 def test_naming_another_algorithm_drops_the_settings_that_it_does_not_have(tmp_path: Path) -> None:
     path = write(tmp_path, '[algorithm]\nname = "mira"\ncoupling = 0.5\n')
-    assert load_config(path, overrides=["algorithm.name=fedavg"]).algorithm == FedAvgSettings(
-        name="fedavg"
-    )
+    assert load_config(path, overrides=["algorithm.name=fedavg"]).algorithm == FedAvg()
 
 
 def test_a_file_that_names_another_algorithm_than_the_preset_drops_them_too(tmp_path: Path) -> None:
     path = write(tmp_path, '[algorithm]\nname = "local"\n')
-    assert load_config(path, "mira-paper-ni").algorithm == LocalOnlySettings(name="local")
+    assert load_config(path, "mira-paper-ni").algorithm == Local()
 
 
 def test_naming_the_same_algorithm_keeps_its_settings() -> None:
@@ -135,15 +131,15 @@ def test_settings_that_were_set_together_with_a_foreign_algorithm_are_an_error(
 
 def test_settings_without_a_name_belong_to_the_default_algorithm(tmp_path: Path) -> None:
     path = write(tmp_path, "[algorithm]\ncoupling = 0.5\n")
-    assert load_config(path).algorithm == MiraSettings(coupling=0.5)
+    assert load_config(path).algorithm == Mira(coupling=0.5)
 
 
 def test_coupling_replaces_a_server_step_below_and_the_other_way_round() -> None:
     config = load_config(preset="mira-paper-ni", overrides=["algorithm.coupling=0.5"])
-    assert isinstance(config.algorithm, MiraSettings)
+    assert isinstance(config.algorithm, Mira)
     assert (config.algorithm.coupling, config.algorithm.server_step) == (0.5, None)
     config = load_config(preset="mira-ni", overrides=["algorithm.server_step=0.01"])
-    assert isinstance(config.algorithm, MiraSettings)
+    assert isinstance(config.algorithm, Mira)
     assert config.algorithm.server_step == 0.01
 
 
@@ -261,7 +257,7 @@ def test_a_shuffled_uniform_graph_controls_nothing() -> None:
 def test_with_algorithm_changes_the_algorithm_and_nothing_else() -> None:
     config = load_config(preset="mira-paper-ni")
     changed = with_algorithm(config, "fedavg")
-    assert changed.algorithm == FedAvgSettings(name="fedavg")
+    assert changed.algorithm == FedAvg()
     assert changed.model_copy(update={"algorithm": config.algorithm}) == config
     assert with_algorithm(config, "mira") == config
     with pytest.raises(ConfigError, match="did you mean 'mira'"):
@@ -296,7 +292,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         (
             "algorithm.name=miraa",
             'algorithm.name = "miraa": unknown algorithm; must be one of '
-            f"{', '.join(algorithm_sections())}; did you mean 'mira'?",
+            f"{', '.join(method_names())}; did you mean 'mira'?",
         ),
         ("algorithm.coupling=2", "algorithm.coupling = 2: must be 1 or less"),
         (
@@ -395,7 +391,8 @@ def test_what_other_tools_call_a_setting_leads_to_ours(other: str, ours: str) ->
 def test_other_names_lead_to_keys_that_exist_and_are_none_themselves() -> None:
     settings = {
         "algorithm": [
-            field for section in algorithm_sections().values() for field in section.model_fields
+            "name",
+            *(field for name in method_names() for field in method_class(name).model_fields),
         ]
     }
     settings |= {
@@ -530,16 +527,14 @@ configs = st.builds(
         | st.lists(st.integers(0, 99), min_size=1, max_size=4).map(tuple),
     ),
     algorithm=st.one_of(
-        st.just(LocalOnlySettings(name="local")),
-        st.just(FedAvgSettings(name="fedavg")),
+        st.just(Local()),
+        st.just(FedAvg()),
         st.builds(
-            MiraSettings,
+            Mira,
             coupling=st.floats(0, 1),
             neighbours=st.sampled_from(["fresh", "rescaled", "stale"]),
         ),
-        st.builds(
-            MiraSettings, server_step=st.floats(0, 10), space=st.sampled_from(["product", "factor"])
-        ),
+        st.builds(Mira, server_step=st.floats(0, 10), space=st.sampled_from(["product", "factor"])),
     ),
     local=st.builds(LocalSettings, learning_rate=st.floats(1e-12, 1e3), epochs=st.integers(0, 9)),
 )
@@ -562,9 +557,7 @@ def test_a_dump_writes_every_default_out() -> None:
 
 def test_a_dumped_config_still_takes_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, dump_config(load_config(preset="mira-paper-ni")))
-    assert load_config(path, overrides=["algorithm.name=local"]).algorithm == LocalOnlySettings(
-        name="local"
-    )
+    assert load_config(path, overrides=["algorithm.name=local"]).algorithm == Local()
     assert load_config(path, overrides=["local.steps=2"]).local.epochs == 0
 
 

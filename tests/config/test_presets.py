@@ -10,7 +10,6 @@ import pytest
 
 from fedmira.config import (
     Config,
-    MiraSettings,
     dump_config,
     load_config,
     preset_description,
@@ -19,6 +18,7 @@ from fedmira.config import (
 )
 from fedmira.data.sources.natural_instructions import FEWEST_ROWS
 from fedmira.errors import ConfigError
+from fedmira.methods import Mira
 from fedmira.studies import plan_methods
 
 BUNDLED_CONTEXT = 512
@@ -113,7 +113,7 @@ def test_the_published_server_step_is_learning_rate_times_epochs_times_lambda(
     name: str, coefficient: float
 ) -> None:
     config = load_config(preset=name)
-    assert isinstance(config.algorithm, MiraSettings)
+    assert isinstance(config.algorithm, Mira)
     assert config.algorithm.server_step == pytest.approx(
         config.local.learning_rate * config.local.epochs * coefficient
     )

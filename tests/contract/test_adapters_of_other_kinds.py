@@ -22,7 +22,8 @@ from fedmira.adapters import (
     weighted_sum,
 )
 from fedmira.adapters.directions import movement
-from fedmira.config import AlgorithmSettings, Config, load_config
+from fedmira.config import Config, load_config
+from fedmira.config.methods import METHODS, ChosenMethod, Need
 from fedmira.errors import ConfigError
 from fedmira.graphs import (
     FixedGraph,
@@ -31,14 +32,7 @@ from fedmira.graphs import (
     uniform_graph,
 )
 from fedmira.messages import Reply
-from fedmira.methods import (
-    ALGORITHMS,
-    Algorithm,
-    AlgorithmContext,
-    ServerState,
-    Trained,
-    build,
-)
+from fedmira.methods import Method, MethodContext, ServerState, Trained
 
 CLIENTS = tuple(f"client-{k}" for k in range(6))
 FIXED = FixedGraph(uniform_graph(CLIENTS))
@@ -59,7 +53,7 @@ ENTRYWISE: dict[str, tuple[dict[str, Any], GraphSource]] = {
         LearnedGraph(nearest=2, warmup_rounds=0, sketch=64),
     ),
 }
-REFUSED = sorted(set(ALGORITHMS) - {settings["name"] for settings, _ in ENTRYWISE.values()})
+REFUSED = sorted(set(METHODS) - {settings["name"] for settings, _ in ENTRYWISE.values()})
 
 
 def encoder(seed: int) -> dict[str, Tensor]:
@@ -75,8 +69,8 @@ def encoder(seed: int) -> dict[str, Tensor]:
 START = encoder(0)
 
 
-def built(settings: dict[str, Any], graph: GraphSource) -> Algorithm:
-    context = AlgorithmContext(
+def built(settings: dict[str, Any], graph: GraphSource) -> Method:
+    context = MethodContext(
         CLIENTS,
         dict.fromkeys(CLIENTS, 20),
         dict.fromkeys(CLIENTS, 0),
@@ -85,20 +79,20 @@ def built(settings: dict[str, Any], graph: GraphSource) -> Algorithm:
         cohort=4,
         rounds=3,
     )
-    return build(TypeAdapter(AlgorithmSettings).validate_python(settings), context)
+    return TypeAdapter(ChosenMethod).validate_python(settings).for_federation(context)
 
 
 @pytest.fixture(params=ENTRYWISE)
-def algorithm(request: pytest.FixtureRequest) -> Algorithm:
+def algorithm(request: pytest.FixtureRequest) -> Method:
     return built(*ENTRYWISE[request.param])
 
 
-def begin_state(algorithm: Algorithm) -> ServerState:
+def begin_state(algorithm: Method) -> ServerState:
     return algorithm.initial_state(dict.fromkeys(CLIENTS, START))
 
 
 def replies(
-    algorithm: Algorithm,
+    algorithm: Method,
     state: ServerState,
     clients: Sequence[str],
     round_number: int,
@@ -128,7 +122,7 @@ def fingerprint(state: ServerState) -> dict[str, object]:
     }
 
 
-def test_states_are_pure_ordered_and_of_the_start_shape(algorithm: Algorithm) -> None:
+def test_states_are_pure_ordered_and_of_the_start_shape(algorithm: Method) -> None:
     state = begin_state(algorithm)
     for client in CLIENTS:
         assert digest(algorithm.begin(algorithm.instruct(state, client), None).adapter) == digest(
@@ -247,9 +241,9 @@ def test_settings_of_lora_alone_are_refused_with_the_other_kinds(setting: str, w
 
 
 def test_every_method_is_on_one_of_the_two_lists() -> None:
-    for name in ALGORITHMS:
-        settings = TypeAdapter(AlgorithmSettings).validate_python({"name": name})
-        assert bool(settings.factors_problem) == (name in REFUSED or name == "mira")
+    for name in METHODS:
+        settings = TypeAdapter(ChosenMethod).validate_python({"name": name})
+        assert (Need.FACTORS in settings.needs) == (name in REFUSED or name == "mira")
     assert isinstance(
         load_config(overrides=["adapter.kind=prefix", "algorithm.space=factor"]), Config
     )

@@ -14,25 +14,8 @@ from torch import Tensor
 
 from fedmira.adapters import Adapter, digest, same_shapes
 from fedmira.adapters.directions import movement
-from fedmira.config import (
-    AlgorithmSettings,
-    FedAvgSettings,
-    LocalOnlySettings,
-    LocalSettings,
-    MiraSettings,
-)
-from fedmira.config.methods import (
-    DittoSettings,
-    FedAltSettings,
-    FedExSettings,
-    FedFomoSettings,
-    FedItFinetuneSettings,
-    FedKSeedSettings,
-    FedProxSettings,
-    FlexLoraSettings,
-    HetLoraSettings,
-    ShareFactorSettings,
-)
+from fedmira.config import LocalSettings
+from fedmira.config.methods import METHODS, MethodSection
 from fedmira.graphs import (
     CollaborationGraph,
     FixedGraph,
@@ -42,12 +25,23 @@ from fedmira.graphs import (
 )
 from fedmira.messages import Payload, Reply
 from fedmira.methods import (
-    ALGORITHMS,
-    Algorithm,
-    AlgorithmContext,
+    Ditto,
+    FedAlt,
+    FedAvg,
+    FedEx,
+    FedFomo,
+    FedItFinetune,
+    FedKSeed,
+    FedProx,
+    FlexLora,
+    HetLora,
+    Local,
+    Method,
+    MethodContext,
+    Mira,
     ServerState,
+    ShareFactor,
     Trained,
-    build,
 )
 from fedmira.model import (
     BaseModel,
@@ -61,62 +55,62 @@ from tiny import draw_rows
 CLIENTS = tuple(f"client-{k}" for k in range(6))
 FIXED = FixedGraph(random_graph(CLIENTS, 0))
 LEARNED = LearnedGraph(nearest=2, warmup_rounds=0)
-SETTINGS: dict[str, tuple[AlgorithmSettings, GraphSource]] = {
-    "local": (LocalOnlySettings(name="local"), FIXED),
-    "fedavg": (FedAvgSettings(name="fedavg"), FIXED),
-    "fedit-finetune": (FedItFinetuneSettings(name="fedit-finetune"), FIXED),
+SETTINGS: dict[str, tuple[MethodSection, GraphSource]] = {
+    "local": (Local(), FIXED),
+    "fedavg": (FedAvg(), FIXED),
+    "fedit-finetune": (FedItFinetune(), FIXED),
     "fedit-finetune from round 2": (
-        FedItFinetuneSettings(name="fedit-finetune", finetune_share=0.9),
+        FedItFinetune(finetune_share=0.9),
         FIXED,
     ),
-    "fedprox": (FedProxSettings(name="fedprox"), FIXED),
-    "ditto": (DittoSettings(name="ditto"), FIXED),
-    "share-factor, A": (ShareFactorSettings(name="share-factor"), FIXED),
-    "share-factor, B": (ShareFactorSettings(name="share-factor", shared_factor="B"), FIXED),
+    "fedprox": (FedProx(), FIXED),
+    "ditto": (Ditto(), FIXED),
+    "share-factor, A": (ShareFactor(), FIXED),
+    "share-factor, B": (ShareFactor(shared_factor="B"), FIXED),
     "share-factor, A frozen": (
-        ShareFactorSettings(name="share-factor", shared_factor="B", private_factor="frozen"),
+        ShareFactor(shared_factor="B", private_factor="frozen"),
         FIXED,
     ),
-    "flexlora": (FlexLoraSettings(name="flexlora"), FIXED),
-    "hetlora": (HetLoraSettings(name="hetlora"), FIXED),
-    "fedex": (FedExSettings(name="fedex"), FIXED),
-    "fedalt": (FedAltSettings(name="fedalt"), FIXED),
-    "fedalt, learned graph": (FedAltSettings(name="fedalt", trained_rank=3), LEARNED),
+    "flexlora": (FlexLora(), FIXED),
+    "hetlora": (HetLora(), FIXED),
+    "fedex": (FedEx(), FIXED),
+    "fedalt": (FedAlt(), FIXED),
+    "fedalt, learned graph": (FedAlt(trained_rank=3), LEARNED),
     "fedalt, sketched": (
-        FedAltSettings(name="fedalt"),
+        FedAlt(),
         LearnedGraph(nearest=2, warmup_rounds=0, sketch=32),
     ),
-    "fedfomo": (FedFomoSettings(name="fedfomo", candidates=2), FIXED),
-    "fedkseed": (FedKSeedSettings(name="fedkseed"), FIXED),
-    "mira": (MiraSettings(), LEARNED),
-    "mira, fixed graph": (MiraSettings(), FIXED),
-    "mira, factor space": (MiraSettings(space="factor", neighbours="rescaled"), LEARNED),
+    "fedfomo": (FedFomo(candidates=2), FIXED),
+    "fedkseed": (FedKSeed(), FIXED),
+    "mira": (Mira(), LEARNED),
+    "mira, fixed graph": (Mira(), FIXED),
+    "mira, factor space": (Mira(space="factor", neighbours="rescaled"), LEARNED),
     "mira, as published": (
-        MiraSettings(space="factor", neighbours="fresh", server_step=0.01, size_scale=0),
+        Mira(space="factor", neighbours="fresh", server_step=0.01, size_scale=0),
         FIXED,
     ),
-    "mira, safeguarded": (MiraSettings(safeguard=True), FIXED),
-    "mira, safeguarded factors": (MiraSettings(safeguard=True, space="factor"), LEARNED),
-    "mira, shuffled": (MiraSettings(), LearnedGraph(warmup_rounds=0, shuffle_seed=3)),
-    "mira, sketched": (MiraSettings(), LearnedGraph(nearest=2, warmup_rounds=0, sketch=32)),
+    "mira, safeguarded": (Mira(safeguard=True), FIXED),
+    "mira, safeguarded factors": (Mira(safeguard=True, space="factor"), LEARNED),
+    "mira, shuffled": (Mira(), LearnedGraph(warmup_rounds=0, shuffle_seed=3)),
+    "mira, sketched": (Mira(), LearnedGraph(nearest=2, warmup_rounds=0, sketch=32)),
     "mira, principal angles": (
-        MiraSettings(),
+        Mira(),
         LearnedGraph(nearest=2, warmup_rounds=0, space="subspace"),
     ),
     "mira, sketched principal angles": (
-        MiraSettings(),
+        Mira(),
         LearnedGraph(nearest=2, warmup_rounds=0, space="subspace", sketch=32),
     ),
     "mira, pfedgraph": (
-        MiraSettings(server_step=1, size_scale=0),
+        Mira(server_step=1, size_scale=0),
         CollaborationGraph(warmup_rounds=0),
     ),
     "fedalt, pfedgraph": (
-        FedAltSettings(name="fedalt"),
+        FedAlt(),
         CollaborationGraph(warmup_rounds=0, space="subspace", shuffle_seed=1),
     ),
     "mira, sketched factors": (
-        MiraSettings(space="factor"),
+        Mira(space="factor"),
         LearnedGraph(nearest=2, warmup_rounds=0, sketch=32),
     ),
 }
@@ -152,13 +146,13 @@ FREEZING = (
 
 
 @pytest.fixture(params=SETTINGS)
-def algorithm(request: pytest.FixtureRequest) -> Algorithm:
+def algorithm(request: pytest.FixtureRequest) -> Method:
     return built(request.param)
 
 
-def built(name: str) -> Algorithm:
+def built(name: str) -> Method:
     settings, graph = SETTINGS[name]
-    context = AlgorithmContext(
+    context = MethodContext(
         CLIENTS,
         dict.fromkeys(CLIENTS, 20),
         dict.fromkeys(CLIENTS, 4),
@@ -167,15 +161,15 @@ def built(name: str) -> Algorithm:
         cohort=4,
         rounds=3,
     )
-    return build(settings, context)
+    return settings.for_federation(context)
 
 
-def begin_state(algorithm: Algorithm) -> ServerState:
+def begin_state(algorithm: Method) -> ServerState:
     return algorithm.initial_state({client: start_adapter() for client in CLIENTS})
 
 
 def replies(
-    algorithm: Algorithm, state: ServerState, clients: Sequence[str], round_number: int
+    algorithm: Method, state: ServerState, clients: Sequence[str], round_number: int
 ) -> list[Reply]:
     """Both client halves around a local training that adds fixed numbers of its own for each client and round."""
     result = []
@@ -193,7 +187,7 @@ def replies(
     return result
 
 
-def after_one_round(algorithm: Algorithm, clients: Sequence[str] = CLIENTS[:4]) -> ServerState:
+def after_one_round(algorithm: Method, clients: Sequence[str] = CLIENTS[:4]) -> ServerState:
     state = begin_state(algorithm)
     return algorithm.combine(state, replies(algorithm, state, clients, 1)).state
 
@@ -208,11 +202,11 @@ def fingerprint(state: ServerState) -> dict[str, object]:
 
 
 def test_every_algorithm_of_the_table_is_under_contract() -> None:
-    assert {settings.name for settings, _ in SETTINGS.values()} == set(ALGORITHMS)
+    assert {settings.name for settings, _ in SETTINGS.values()} == set(METHODS)
 
 
 def test_every_client_has_an_adapter_of_the_start_shape_before_and_after(
-    algorithm: Algorithm,
+    algorithm: Method,
 ) -> None:
     for state in (begin_state(algorithm), after_one_round(algorithm)):
         for client in CLIENTS:
@@ -222,7 +216,7 @@ def test_every_client_has_an_adapter_of_the_start_shape_before_and_after(
             }
 
 
-def test_the_first_round_starts_from_the_common_start(algorithm: Algorithm) -> None:
+def test_the_first_round_starts_from_the_common_start(algorithm: Method) -> None:
     state = begin_state(algorithm)
     for client in CLIENTS:
         assert digest(algorithm.begin(algorithm.instruct(state, client), None).adapter) == digest(
@@ -230,7 +224,7 @@ def test_the_first_round_starts_from_the_common_start(algorithm: Algorithm) -> N
         )
 
 
-def test_combine_changes_neither_the_state_nor_the_replies(algorithm: Algorithm) -> None:
+def test_combine_changes_neither_the_state_nor_the_replies(algorithm: Method) -> None:
     state = after_one_round(algorithm)
     sent = replies(algorithm, state, CLIENTS[1:5], 2)
     before = fingerprint(state), [digest(reply.payload.tensors["adapter"]) for reply in sent]
@@ -241,7 +235,7 @@ def test_combine_changes_neither_the_state_nor_the_replies(algorithm: Algorithm)
     ) == before
 
 
-def test_combine_twice_gives_the_same_bits(algorithm: Algorithm) -> None:
+def test_combine_twice_gives_the_same_bits(algorithm: Method) -> None:
     state = after_one_round(algorithm)
     sent = replies(algorithm, state, CLIENTS[1:5], 2)
     first, second = (algorithm.combine(state, sent) for _ in range(2))
@@ -249,7 +243,7 @@ def test_combine_twice_gives_the_same_bits(algorithm: Algorithm) -> None:
     assert first.diagnostics.clients == second.diagnostics.clients
 
 
-def test_order_of_replies_is_irrelevant(algorithm: Algorithm) -> None:
+def test_order_of_replies_is_irrelevant(algorithm: Method) -> None:
     state = after_one_round(algorithm)
     sent = replies(algorithm, state, CLIENTS[1:5], 2)
     assert fingerprint(algorithm.combine(state, sent).state) == fingerprint(
@@ -258,7 +252,7 @@ def test_order_of_replies_is_irrelevant(algorithm: Algorithm) -> None:
 
 
 def test_a_personal_adapter_of_a_client_outside_the_round_is_the_same_object(
-    algorithm: Algorithm,
+    algorithm: Method,
 ) -> None:
     state = after_one_round(algorithm)
     after = algorithm.combine(state, replies(algorithm, state, CLIENTS[1:3], 2)).state
@@ -266,7 +260,7 @@ def test_a_personal_adapter_of_a_client_outside_the_round_is_the_same_object(
         assert after.adapters[client] is state.adapters[client]
 
 
-def put_back(algorithm: Algorithm, payload: Payload) -> dict[str, Tensor]:
+def put_back(algorithm: Method, payload: Payload) -> dict[str, Tensor]:
     """Which entries are sent as they were at the beginning, although every one of them has changed by the end: those that are frozen."""
     begun = algorithm.begin(payload, None).adapter
     changed = {name: tensor + 1 for name, tensor in begun.items()}
@@ -296,7 +290,7 @@ def test_what_is_frozen_gets_no_step_in_local_training_and_everything_else_does(
         assert bool(part.all()) or not bool(still[~part].all()), f"{parameter}: nothing was trained"
 
 
-def test_one_client_in_a_round_is_enough(algorithm: Algorithm) -> None:
+def test_one_client_in_a_round_is_enough(algorithm: Method) -> None:
     state = after_one_round(algorithm)
     after = algorithm.combine(state, replies(algorithm, state, CLIENTS[:1], 2)).state
     assert digest(algorithm.adapter_for(after, CLIENTS[0])) != digest(
@@ -304,7 +298,7 @@ def test_one_client_in_a_round_is_enough(algorithm: Algorithm) -> None:
     )
 
 
-def test_clients_expected_to_move_do_not_keep_what_they_trained(algorithm: Algorithm) -> None:
+def test_clients_expected_to_move_do_not_keep_what_they_trained(algorithm: Method) -> None:
     state = after_one_round(algorithm)
     sent = replies(algorithm, state, CLIENTS[1:5], 2)
     combined = algorithm.combine(state, sent)
@@ -318,7 +312,7 @@ def test_clients_expected_to_move_do_not_keep_what_they_trained(algorithm: Algor
 
 
 def test_alternatives_to_what_the_server_made_are_whole_adapters_by_falling_share_down_to_none(
-    algorithm: Algorithm,
+    algorithm: Method,
 ) -> None:
     own, aligned = lora(5), lora(6)
     before = digest(own), digest(aligned)
@@ -353,7 +347,7 @@ def saved_and_loaded(state: ServerState) -> ServerState:
     return ServerState(adapters, numbers)
 
 
-def test_a_run_continues_bit_for_bit_from_a_saved_state(algorithm: Algorithm) -> None:
+def test_a_run_continues_bit_for_bit_from_a_saved_state(algorithm: Method) -> None:
     state = after_one_round(algorithm)
     loaded = saved_and_loaded(state)
     assert fingerprint(loaded) == fingerprint(state)

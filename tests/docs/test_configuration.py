@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedmira.config import Config
-from fedmira.config.layers import algorithm_sections
+from fedmira.config.methods import DEFAULT, method_class, method_names
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 ROW = re.compile(
@@ -49,13 +49,10 @@ def schema_keys() -> dict[str, Mapping[str, Any]]:
     for name, part in schema["properties"].items():
         section = Config.model_fields[name].default
         if name == "algorithm":
-            for settings in algorithm_sections().values():
-                keys |= {
-                    f"{name}.{key}": field
-                    for key, field in definitions[settings.__name__]["properties"].items()
-                    if key != "name"
-                }
-            keys[f"{name}.name"] = {"default": section.name, "enum": list(algorithm_sections())}
+            for method in method_names():
+                fields = method_class(method).model_json_schema()["properties"]
+                keys |= {f"{name}.{key}": field for key, field in fields.items()}
+            keys[f"{name}.name"] = {"default": DEFAULT, "enum": list(method_names())}
         elif "$ref" in part:
             keys |= {
                 f"{name}.{key}": field

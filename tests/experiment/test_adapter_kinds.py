@@ -25,7 +25,7 @@ from fedmira.errors import ConfigError, ModelError, RunFolderError
 from fedmira.experiment import build_experiment, run_experiment
 from fedmira.model import BaseModel
 from fedmira.studies import answer, make_plan
-from fedmira.studies.saved import evaluator_of, reload_adapters
+from fedmira.studies.saved import clients_of, reload_adapters
 from small import call_main, make_config
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -67,7 +67,7 @@ def test_a_run_saves_what_it_measured(
     assert result.summary["after_align_loss"]["mean"] < result.summary["base_loss"]["mean"]
 
     saved = reload_adapters(tmp_path / "run")
-    evaluator = evaluator_of(saved)
+    evaluator = clients_of(saved)
     again = evaluator.losses(saved.adapters)
     index = json.loads((tmp_path / "run" / "adapters" / "index.json").read_text(encoding="utf-8"))
     for row in result.clients:
@@ -82,7 +82,7 @@ def test_a_run_saves_what_it_measured(
     model = peft.PeftModel.from_pretrained(
         tiny_model("llama"), str(tmp_path / "run" / "adapters" / client)
     ).eval()
-    rows = evaluator.clients[client].test
+    rows = evaluator.data[client].test
     total = 0.0
     for row in rows:
         ids = torch.tensor([[*row.prompt, *row.response]])

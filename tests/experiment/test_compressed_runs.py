@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from fedmira.adapters import Adapter, distance
-from fedmira.clients import InProcessEngine
 from fedmira.experiment import (
     Experiment,
     build_experiment,
@@ -24,7 +23,13 @@ from fedmira.experiment import (
 from fedmira.messages import Payload, Reply, Request
 from fedmira.model import BaseModel
 from fedmira.rounds import run_rounds
-from small import CLIENTS, adapter_bytes, cohort_of, events_of, make_config, table_of, with_engine
+from small import (
+    CLIENTS,
+    adapter_bytes,
+    events_of,
+    make_config,
+    table_of,
+)
 
 SETTINGS: dict[str, Any] = {
     "rounds.count": 4,
@@ -88,10 +93,8 @@ def test_compressed_runs_learn_as_much_with_adam(
 def built(
     base: BaseModel, base_folder: Path, clients_folder: Path, settings: Mapping[str, Any]
 ) -> Experiment:
-    """The experiment on the engine that its settings ask for."""
-    experiment = build_experiment(make_config(base_folder, clients_folder, settings), base)
-    cohort = cohort_of(experiment, experiment.algorithm)
-    return with_engine(experiment, InProcessEngine(cohort, wire=experiment.config.engine.wire))
+    """The experiment behind the wire that its settings ask for."""
+    return build_experiment(make_config(base_folder, clients_folder, settings), base)
 
 
 def end_of(
@@ -103,7 +106,7 @@ def end_of(
     start = algorithm.initial_state(experiment.starts)
     last = run_rounds(
         algorithm,
-        experiment.engine,
+        experiment.clients,
         start,
         list(experiment.ranks),
         config.rounds,
@@ -116,7 +119,7 @@ def end_of(
 def improvement(experiment: Experiment, adapters: Mapping[str, Adapter]) -> float:
     """By how much the mean test loss fell, in nats per token."""
     before, after = (
-        experiment.evaluator.losses(each, "test").values() for each in (experiment.starts, adapters)
+        experiment.clients.losses(each, "test").values() for each in (experiment.starts, adapters)
     )
     return statistics.fmean(loss.per_token for loss in before) - statistics.fmean(
         loss.per_token for loss in after
@@ -138,7 +141,7 @@ def test_what_the_server_gets_is_what_its_clients_trained_but_for_rounding(
             Request(client, 1, 7, experiment.algorithm.instruct(state, client))
             for client in experiment.ranks
         ]
-        answers = experiment.engine.exchange(requests)
+        answers = experiment.clients.train(requests)
         replies[wire] = {
             answer.client_id: answer for answer in answers if isinstance(answer, Reply)
         }
@@ -230,20 +233,20 @@ def test_a_client_that_fails_leaves_its_line_as_it_was(
     base: BaseModel, base_folder: Path, clients_folder: Path
 ) -> None:
     experiment = built(base, base_folder, clients_folder, {**SETTINGS, "engine.wire": "int8"})
-    state, engine = experiment.algorithm.initial_state(experiment.starts), experiment.engine
+    state, engine = experiment.algorithm.initial_state(experiment.starts), experiment.clients
     first = Request("apple-1", 1, 7, experiment.algorithm.instruct(state, "apple-1"))
-    (reply,) = engine.exchange([first])
+    (reply,) = engine.train([first])
     assert isinstance(reply, Reply)
     before = engine.memories["apple-1"]
     huge = {name: tensor * 0 + 1e30 for name, tensor in first.payload.tensors["adapter"].items()}
-    (failure,) = engine.exchange([replace(first, round=2, payload=Payload({"adapter": huge}))])
+    (failure,) = engine.train([replace(first, round=2, payload=Payload({"adapter": huge}))])
     assert not isinstance(failure, Reply) and failure.stage == "train"
     assert (
         failure.traffic is not None
         and failure.traffic.down.num_bytes > 0 == failure.traffic.up.num_bytes
     )
     assert engine.memories["apple-1"] is before
-    (again,) = engine.exchange([replace(first, round=3, payload=reply.payload)])
+    (again,) = engine.train([replace(first, round=3, payload=reply.payload)])
     assert isinstance(again, Reply)
 
 

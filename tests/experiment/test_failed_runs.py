@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedmira.adapters import Adapter, content_hash, digest
+from fedmira.adapters import content_hash, digest
 from fedmira.errors import (
     AlignmentError,
     ConfigError,
@@ -28,14 +27,10 @@ from fedmira.experiment import (
     resume_experiment,
     run_experiment,
 )
-from fedmira.messages import ClientId, Payload, Reply
+from fedmira.messages import ClientId, Payload
 from fedmira.methods import (
-    Algorithm,
-    Combined,
-    PlainClient,
     ServerState,
     Start,
-    Trained,
 )
 from fedmira.model import BaseModel
 from fedmira.rounds import sample_clients
@@ -46,57 +41,8 @@ from small import (
     events_of,
     make_config,
     table_of,
-    with_algorithm_object,
+    with_method_object,
 )
-
-
-@dataclass(frozen=True)
-class Diverging(PlainClient):
-    """An algorithm whose chosen clients get gradients that are no numbers, so that their training really diverges.
-
-    Attributes:
-        clients: who diverges; `rounds`: when, counted in replies that the server has combined.
-    """
-
-    inner: Algorithm
-    clients: frozenset[str]
-    rounds: frozenset[int]
-
-    @property
-    def aligns(self) -> bool:
-        return self.inner.aligns
-
-    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
-        return self.inner.initial_state(starts)
-
-    def instruct(self, state: ServerState, client: ClientId) -> Payload:
-        round_number = (
-            1 + int(state.numbers["last_round"].max()) if "last_round" in state.numbers else 1
-        )
-        spoiled = client in self.clients and round_number in self.rounds
-        return Payload(
-            self.inner.instruct(state, client).tensors, {"spoiled": 1.0} if spoiled else {}
-        )
-
-    def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
-        return self.inner.combine(state, replies)
-
-    def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
-        return self.inner.adapter_for(state, client)
-
-    def begin(self, payload: Payload, memory: Payload | None) -> Start:
-        start = self.inner.begin(payload, memory)
-        if not payload.scalars:
-            return start
-        return Start(
-            start.adapter,
-            lambda gradient, _: {name: tensor * math.nan for name, tensor in gradient.items()},
-        )
-
-    def finish(
-        self, payload: Payload, memory: Payload | None, trained: Trained
-    ) -> tuple[Payload, Payload | None]:
-        return self.inner.finish(payload, memory, trained)
 
 
 def built(
@@ -106,9 +52,34 @@ def built(
 
 
 def diverging(experiment: Experiment, clients: Sequence[str], rounds: Sequence[int]) -> Experiment:
-    return with_algorithm_object(
-        experiment, Diverging(experiment.algorithm, frozenset(clients), frozenset(rounds))
-    )
+    """The experiment with a method whose chosen clients get gradients that are no numbers, so that training really diverges.
+
+    Args:
+        clients: who diverges.
+        rounds: when, counted in replies that the server has combined.
+    """
+    of: Any = type(experiment.config.algorithm)
+
+    class Diverging(of):  # type: ignore[misc]
+        def instruct(self, state: ServerState, client: ClientId) -> Payload:
+            last = state.numbers.get("last_round")
+            round_number = 1 + int(last.max()) if last is not None else 1
+            spoiled = client in clients and round_number in rounds
+            tensors = super().instruct(state, client).tensors
+            return Payload(tensors, {"spoiled": 1.0} if spoiled else {})
+
+        def begin(self, payload: Payload, memory: Payload | None) -> Start:
+            start = super().begin(payload, memory)
+            if not payload.scalars:
+                return start
+            return Start(
+                start.adapter,
+                lambda gradient, _: {name: tensor * math.nan for name, tensor in gradient.items()},
+            )
+
+    chosen = experiment.config.algorithm
+    given = {key: getattr(chosen, key) for key in chosen.model_fields_set}
+    return with_method_object(experiment, Diverging(**given))
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:
@@ -201,8 +172,9 @@ def test_a_failed_run_continues_once_the_cause_is_gone(
     experiment = built(base, base_folder, clients_folder, settings)
     with pytest.raises(RoundError):
         run_experiment(diverging(experiment, list(CLIENTS), [2]), tmp_path / "run")
-    resumed = resume_experiment(experiment, tmp_path / "run")
-    straight = run_experiment(experiment, tmp_path / "straight")
+    mended = diverging(experiment, [], [])  # the same method, whose clients are well again
+    resumed = resume_experiment(mended, tmp_path / "run")
+    straight = run_experiment(mended, tmp_path / "straight")
     assert adapter_bytes(resumed.folder) == adapter_bytes(straight.folder)
     assert events_of(resumed.folder, timing=False) == events_of(straight.folder, timing=False)
     provenance = provenance_of(resumed.folder)

@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from pydantic import PrivateAttr
 from torch import Tensor
 
 from fedmira.adapters import Adapter, LazyAdapters, content_hash
-from fedmira.clients import Evaluator
 from fedmira.experiment import Experiment, build_experiment, run_experiment
-from fedmira.messages import ClientId, Payload, Reply
+from fedmira.messages import ClientId
 from fedmira.methods import (
-    Algorithm,
-    Combined,
-    PlainClient,
+    Mira,
     ServerState,
-    Start,
-    Trained,
 )
 from fedmira.model import BaseModel
 from fedmira.runs import Recorder
@@ -32,9 +27,11 @@ from fedmira.storage import AdapterTable, MemoryTable
 from small import (
     adapters_of,
     events_of,
+    local_of,
     make_config,
     table_of,
-    with_algorithm_object,
+    with_clients,
+    with_method_object,
     write_clients,
 )
 
@@ -69,36 +66,13 @@ class Watch:
         return held
 
 
-@dataclass(frozen=True)
-class Watched(PlainClient):
-    """An algorithm that shows a watch what is read to be evaluated or saved."""
+class Watched(Mira):
+    """MIRA that shows a watch what is read to be evaluated or saved."""
 
-    inner: Algorithm
-    watch: Watch
-
-    @property
-    def aligns(self) -> bool:
-        return self.inner.aligns
-
-    def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
-        return self.inner.initial_state(starts)
-
-    def instruct(self, state: ServerState, client: ClientId) -> Payload:
-        return self.inner.instruct(state, client)
-
-    def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
-        return self.inner.combine(state, replies)
+    _watch: Watch = PrivateAttr(default_factory=Watch)
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
-        return self.watch(self.inner.adapter_for(state, client))
-
-    def begin(self, payload: Payload, memory: Payload | None) -> Start:
-        return self.inner.begin(payload, memory)
-
-    def finish(
-        self, payload: Payload, memory: Payload | None, trained: Trained
-    ) -> tuple[Payload, Payload | None]:
-        return self.inner.finish(payload, memory, trained)
+        return self._watch(super().adapter_for(state, client))
 
 
 @pytest.fixture(scope="module")
@@ -111,17 +85,15 @@ def experiment(
 
 
 def few_at_a_time(experiment: Experiment) -> Experiment:
-    assert isinstance(experiment.evaluator, Evaluator)
-    return replace(experiment, evaluator=replace(experiment.evaluator, at_once=AT_ONCE))
+    return with_clients(experiment, local_of(experiment, AT_ONCE))
 
 
 def test_everybody_is_evaluated_and_saved_a_few_at_a_time(
     experiment: Experiment, tmp_path: Path
 ) -> None:
-    watch, experiment = Watch(), few_at_a_time(experiment)
-    result = run_experiment(
-        with_algorithm_object(experiment, Watched(experiment.algorithm, watch)), tmp_path / "run"
-    )
+    watched = Watched()
+    watch = watched._watch
+    result = run_experiment(with_method_object(experiment, watched, AT_ONCE), tmp_path / "run")
     assert watch.reads > 4 * 24, (
         "the base, round 2, round 3 with test and validation rows, and the saving"
     )
@@ -139,7 +111,7 @@ def test_everybody_is_evaluated_and_saved_a_few_at_a_time(
 
 def test_generation_reads_a_few_at_a_time(experiment: Experiment) -> None:
     watch, clients = Watch(), list(experiment.ranks)[:9]
-    texts = few_at_a_time(experiment).evaluator.generations(
+    texts = local_of(experiment, AT_ONCE).generations(
         LazyAdapters(clients, lambda client: watch(experiment.starts[client])), 2
     )
     assert list(texts) == clients and watch.reads == 9 and watch.most <= AT_ONCE + 1
@@ -155,7 +127,7 @@ def test_the_state_of_a_run_lies_in_its_folder(
     def note(self: Recorder, number: int, state: ServerState) -> None:
         inner(self, number, state)
         stored.append(len(self.checkpoints.store))
-        kinds.add((type(state.adapters), type(self.memories())))
+        kinds.add((type(state.adapters), type(self.clients.memories)))
 
     monkeypatch.setattr(Recorder, "_checkpoint", note)
     result = run_experiment(experiment, tmp_path / "run")

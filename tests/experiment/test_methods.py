@@ -76,7 +76,7 @@ def test_a_run_ends_below_the_base_with_adapters_that_plain_peft_loads_to_the_re
             result.folder / "adapters" / client,
         ).eval()
         total, tokens = 0.0, 0
-        for row in experiment.evaluator.clients[client].test:
+        for row in experiment.clients.data[client].test:
             ids = torch.tensor([[*row.prompt, *row.response]])
             labels = ids.clone()
             labels[:, : len(row.prompt)] = -100

@@ -25,7 +25,7 @@ from fedmira.experiment import Experiment, build_experiment, run_experiment
 from fedmira.model import BaseModel
 from fedmira.runs import Result
 from fedmira.studies import answer
-from fedmira.studies.saved import evaluator_of, reload_adapters
+from fedmira.studies.saved import clients_of, reload_adapters
 from small import CLIENTS, adapters_of, events_of, make_config, table_of
 
 Finished = tuple[Experiment, Result]
@@ -321,7 +321,7 @@ def test_saved_adapters_give_the_reported_loss_with_plain_peft_and_padded_batche
             AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32),
             folder / "adapters" / client,
         ).eval()
-        rows = finished[0].evaluator.clients[client].test
+        rows = finished[0].clients.data[client].test
         size = max(len(row.prompt) + len(row.response) for row in rows)
         ids, labels, seen = (torch.full((len(rows), size), fill) for fill in (0, -100, 0))
         for j, row in enumerate(rows):
@@ -342,7 +342,7 @@ def test_test_rows_are_those_of_the_files(
     Prompt and response of lines that stand in the client's own file, in nobody's training rows.
     """
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    for client, data in finished[0].evaluator.clients.items():
+    for client, data in finished[0].clients.data.items():
         lines = [
             json.loads(line)
             for line in (clients_folder / client / "train.jsonl")
@@ -367,9 +367,9 @@ def saved(folder: Path) -> Any:
 
 
 def test_a_finished_run_is_measured_again_with_the_same_figures(saved: Any, folder: Path) -> None:
-    evaluator = evaluator_of(saved)
+    evaluator = clients_of(saved)
     losses = evaluator.losses(saved.adapters)
-    texts = evaluator.text_scores(saved.adapters, saved.config.evaluation.max_new_tokens)
+    texts = evaluator.score(saved.adapters, saved.config.evaluation.max_new_tokens)
     for row in table_of(folder, "clients"):
         assert losses[row["client"]].per_token == pytest.approx(
             float(row["after_align_loss"]), rel=1e-6
@@ -382,7 +382,7 @@ def test_a_client_answers_as_its_adapter_does_with_plain_peft(
     saved: Any, folder: Path, base_folder: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    instruction = evaluator_of(saved).clients["apple-2"].instruction
+    instruction = clients_of(saved).data["apple-2"].instruction
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32),
         folder / "adapters" / "apple-2",

@@ -164,14 +164,14 @@ def test_the_evaluated_loss_does_not_depend_on_the_token_budget(
     for budget in (1, 100, 100_000):
         evaluator = build_experiment(
             make_config(base_folder, clients_folder, {"engine.token_budget": budget}), base
-        ).evaluator
+        ).clients
         found.append(evaluator.losses(adapters))
     for losses in found[1:]:
         for client, loss in losses.items():
             assert (
                 loss.tokens
                 == found[0][client].tokens
-                == sum(len(row.response) for row in evaluator.clients[client].test)
+                == sum(len(row.response) for row in evaluator.data[client].test)
             )
             assert loss.per_token == pytest.approx(found[0][client].per_token, rel=1e-5)
 
@@ -202,7 +202,7 @@ def test_the_best_validation_round_is_what_is_saved(
     assert set(best.values()) != {4}, "the case must be one in which the choice matters"
     experiment, states, _ = run_loop(make_config(base_folder, clients_folder, settings), base)
     for number, state in enumerate(states):
-        for client, loss in experiment.evaluator.losses(state.adapters, "validation").items():
+        for client, loss in experiment.clients.losses(state.adapters, "validation").items():
             assert loss.per_token == validation[client][number]
     for row in table_of(result.folder, "clients"):
         client = row["client"]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fedmira.adapters import Adapter, content_hash, digest
-from fedmira.clients import Evaluator, InProcessEngine
+from fedmira.adapters import content_hash, digest
+from fedmira.clients import Candidates, LocalClients
 from fedmira.config import load_config
 from fedmira.errors import ConfigError
 from fedmira.experiment import Experiment, build_experiment, run_experiment
@@ -21,7 +21,7 @@ from fedmira.model import BaseModel
 from fedmira.report import read_run
 from fedmira.report.findings import pull_kept
 from fedmira.runs import Result
-from small import adapter_bytes, cohort_of, events_of, make_config, run_loop, table_of, with_engine
+from small import adapter_bytes, events_of, local_of, make_config, run_loop, table_of, with_clients
 
 ALIKE = ("alike-1", "alike-2", "alike-3", "alike-4")
 SETTINGS: dict[str, Any] = {
@@ -209,11 +209,11 @@ def test_the_choice_has_the_lowest_validation_loss_of_own_half_way_and_aligned(
         }
         candidates = {1.0: state.adapters, 0.5: half, 0.0: own}
         losses = {
-            share: experiment.evaluator.losses(adapters, "validation")
+            share: experiment.clients.losses(adapters, "validation")
             for share, adapters in candidates.items()
         }
         tests = {
-            share: experiment.evaluator.losses(adapters, "test")
+            share: experiment.clients.losses(adapters, "test")
             for share, adapters in candidates.items()
         }
         for client in own:
@@ -231,14 +231,13 @@ def test_the_choice_never_reads_test_rows(
 ) -> None:
     """With the test rows of another client, everything but the test losses is the same."""
     experiment = built(base, base_folder, one_apart, {"algorithm.safeguard": True})
-    own = experiment.evaluator.clients
+    own = experiment.clients.data
     others = dict(zip(own, [*list(own.values())[1:], next(iter(own.values()))], strict=True))
     clients = {
         name: replace(client, test=others[name].test, references=others[name].references)
         for name, client in own.items()
     }
-    exchanged = replace(experiment, evaluator=replace(experiment.evaluator, clients=clients))
-    exchanged = with_engine(exchanged, InProcessEngine(cohort_of(exchanged, exchanged.algorithm)))
+    exchanged = with_clients(experiment, local_of(experiment, data=clients))
     result, expected = (
         run_experiment(exchanged, tmp_path / "run"),
         run(one_apart, algorithm__safeguard=True),
@@ -254,17 +253,15 @@ def test_the_choice_never_reads_test_rows(
     )
 
 
-@dataclass(frozen=True)
-class CountingEvaluator(Evaluator):
+@dataclass(eq=False)
+class Counting(LocalClients):
     """Notes when choices are measured."""
 
     asked: list[int] = field(default_factory=list)
 
-    def chosen(
-        self, clients: Sequence[str], candidates: Callable[[str], Mapping[float, Adapter]]
-    ) -> dict[str, float]:
+    def choose(self, clients: Sequence[str], candidates: Candidates) -> dict[str, float]:
         self.asked.append(len(clients))
-        return super().chosen(clients, candidates)
+        return super().choose(clients, candidates)
 
 
 def test_the_last_choice_is_measured_once(
@@ -272,10 +269,9 @@ def test_the_last_choice_is_measured_once(
 ) -> None:
     """At the start and after each of three rounds; what is saved is what the last of them chose."""
     experiment = built(base, base_folder, one_apart, {"algorithm.safeguard": True})
-    plain = experiment.evaluator
-    assert isinstance(plain, Evaluator)
-    counting = CountingEvaluator(plain.kind, plain.clients, plain.scales, plain.token_budget)
-    result = run_experiment(replace(experiment, evaluator=counting), tmp_path / "run")
+    plain = local_of(experiment)
+    counting = Counting(plain.method, plain.kind, plain.data, plain.settings)
+    result = run_experiment(with_clients(experiment, counting), tmp_path / "run")
     assert counting.asked == [5] * 4
     assert adapter_bytes(result.folder) == adapter_bytes(
         run(one_apart, algorithm__safeguard=True).folder
@@ -299,7 +295,7 @@ def test_a_client_remembers_what_it_sent_beside_kept_moments_and_nothing_more_tr
             reply.payload.num_bytes for reply in after.replies
         ]
     last: dict[str, Reply] = {reply.client_id: reply for reply in guarded[2][-1].replies}
-    for client, memory in guarded[0].engine.memories.items():
+    for client, memory in guarded[0].clients.memories.items():
         assert set(memory.tensors) == {"own", "optimizer.first", "optimizer.second"}
         assert digest(memory.tensors["own"]) == digest(last[client].payload.tensors["adapter"])
         assert memory.scalars["optimizer.steps"] == 12
@@ -336,7 +332,7 @@ def test_clients_out_of_the_round_keep_their_choice_between_what_they_sent_and_w
         client: entry["sha256"] for client, entry in index.items()
     }
     experiment = built(base, base_folder, one_apart, settings)
-    losses = experiment.evaluator.losses(result.adapters, "validation")
+    losses = experiment.clients.losses(result.adapters, "validation")
     assert {client: loss.per_token for client, loss in losses.items()} == pytest.approx(
         best, rel=1e-6
     )

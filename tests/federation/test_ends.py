@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmira.adapters import digest, norm
-from fedmira.clients import InProcessEngine
 from fedmira.errors import RunError, WireError
 from fedmira.experiment import build_experiment
 from fedmira.federation.ends import ServerEnd, serve
@@ -38,7 +37,7 @@ from fedmira.wire import (
     separated,
     unpack,
 )
-from small import cohort_of, make_config
+from small import cohort_of, local_of, make_config
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 CLIENT, RUN = "clinic/north", "run-1"
@@ -269,14 +268,14 @@ def test_real_training_through_messages_equals_training_in_one_process(
     settings = {"algorithm.name": "fedavg", "local.optimizer_state": "kept"}
     experiment = build_experiment(make_config(base_folder, clients_folder, settings), base)
     cohort, algorithm = cohort_of(experiment, experiment.algorithm), experiment.algorithm
-    alone, server = InProcessEngine(cohort, cohort_size=1), ServerEnd("float32", RUN)
+    alone, server = local_of(experiment, 1), ServerEnd("float32", RUN)
     state = algorithm.initial_state(experiment.starts)
     for number in (1, 2):
         requests = [
             Request(client, number, 50 + number, algorithm.instruct(state, client))
             for client in experiment.ranks
         ]
-        expected = alone.exchange(requests)
+        expected = alone.train(requests)
         for request, reply in zip(requests, expected, strict=True):
 
             def work(

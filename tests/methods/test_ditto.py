@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedmira.adapters import digest, map_tensors, weighted_sum
-from fedmira.config.methods import DittoSettings
-from fedmira.methods import build
+from fedmira.methods import Ditto
 from lora_federation import context, descend, lora, names, play, start, started
 
 FEDERATION = context([3, 3], [10, 30])
@@ -17,7 +16,7 @@ STEPS, RATE = 3, 0.25
 def test_the_first_round_trains_the_shared_adapter_and_the_second_the_personal_ones() -> None:
     """Personal: v_n = v* + (1 - rate (1 + lambda))^n (v0 - v*) with v* = (c + lambda w) / (1 + lambda) and v0 the common start."""
     pull = 0.5
-    algorithm = build(DittoSettings(name="ditto", personal_pull=pull), FEDERATION)
+    algorithm = Ditto(personal_pull=pull).for_federation(FEDERATION)
     first, _ = play(algorithm, FEDERATION, started(algorithm, FEDERATION), CENTRES, 1, STEPS, RATE)
     common = start(3)
     alone = [
@@ -39,7 +38,7 @@ def test_the_first_round_trains_the_shared_adapter_and_the_second_the_personal_o
 
 
 def test_without_a_pull_the_personal_adapters_are_local_training_with_half_of_the_steps() -> None:
-    algorithm = build(DittoSettings(name="ditto", personal_pull=0), FEDERATION)
+    algorithm = Ditto(personal_pull=0).for_federation(FEDERATION)
     state = started(algorithm, FEDERATION)
     for number in range(1, 5):
         state, _ = play(algorithm, FEDERATION, state, CENTRES, number, STEPS, RATE)
@@ -53,7 +52,7 @@ def test_without_a_pull_the_personal_adapters_are_local_training_with_half_of_th
 
 def test_turns_are_counted_for_each_client() -> None:
     """client-1 joins in round 2: its first turn is for the shared adapter, of which it alone then makes the mean."""
-    algorithm = build(DittoSettings(name="ditto"), FEDERATION)
+    algorithm = Ditto().for_federation(FEDERATION)
     state, _ = play(
         algorithm,
         FEDERATION,
@@ -74,7 +73,7 @@ def test_turns_are_counted_for_each_client() -> None:
 
 
 def test_of_personal_adapters_nothing_travels() -> None:
-    algorithm = build(DittoSettings(name="ditto"), FEDERATION)
+    algorithm = Ditto().for_federation(FEDERATION)
     state = started(algorithm, FEDERATION)
     whole = 4 * sum(tensor.numel() for tensor in start(3).values())
     for number, up in ((1, whole), (2, 0), (3, whole), (4, 0)):

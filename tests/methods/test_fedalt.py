@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fedmira.adapters import Adapter, digest, scale
-from fedmira.config.methods import FedAltSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import (
     FixedGraph,
@@ -14,13 +13,13 @@ from fedmira.graphs import (
     LearnedGraph,
     category_graph,
 )
-from fedmira.methods import build
+from fedmira.methods import FedAlt
 from fedmira.methods.parts.rank_split import RankSplit
 from lora_federation import best_of_rank, context, dense, lora, names, play, started
 
 SPLIT = RankSplit(2)
 CENTRES = {client: lora(8, 70 + k) for k, client in enumerate(names(4))}
-SETTINGS = FedAltSettings(name="fedalt", trained_rank=2, rest_share=0.5)
+SETTINGS = FedAlt(trained_rank=2, rest_share=0.5)
 
 
 def own(adapter: Adapter) -> Adapter:
@@ -30,7 +29,7 @@ def own(adapter: Adapter) -> Adapter:
 def test_the_rest_is_half_the_mean_of_the_other_clients_own_parts() -> None:
     """Three others of rank 2 fit into the 6 directions of the frozen part."""
     federation = context([8] * 4)
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     state, sent = play(algorithm, federation, started(algorithm, federation), CENTRES, 1)
     parts = {reply.client_id: own(reply.payload.tensors["adapter"]) for reply in sent}
     for client in names(4):
@@ -56,7 +55,7 @@ def test_truncation_is_the_norm_of_what_the_frozen_parts_of_the_round_leave_out(
     A client of rank 4 has 2 of them, one of rank 8 all 6. A dense reference in float64.
     """
     federation = context([rank] * 4)
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     centres = {client: lora(rank, 70 + k) for k, client in enumerate(names(4))}
     state, sent = play(algorithm, federation, started(algorithm, federation), centres, 1)
     first = algorithm.combine(started(algorithm, federation), sent).diagnostics.round["truncation"]
@@ -85,7 +84,7 @@ def test_truncation_is_the_norm_of_what_the_frozen_parts_of_the_round_leave_out(
 
 def test_ranks_may_differ_and_every_client_has_its_own_scale() -> None:
     federation = context([4, 8, 12])
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     centres = {client: lora(rank, rank) for client, rank in federation.ranks.items()}
     state, sent = play(algorithm, federation, started(algorithm, federation), centres, 1)
     given = algorithm.instruct(state, "client-2").tensors["adapter"]
@@ -106,7 +105,7 @@ def test_weights_follow_the_graph_and_leave_out_clients_that_never_trained() -> 
         ],
     )
     federation = context([8] * 4, graph=FixedGraph(graph))
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     some = {client: CENTRES[client] for client in names(3)}
     state, sent = play(algorithm, federation, started(algorithm, federation), some, 1)
     parts = [dense(own(reply.payload.tensors["adapter"])) for reply in sent]
@@ -124,7 +123,7 @@ def test_weights_follow_the_graph_and_leave_out_clients_that_never_trained() -> 
 
 def test_training_moves_the_own_part_only_and_what_is_kept_is_what_was_trained() -> None:
     federation = context([8] * 4)
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     state, _ = play(algorithm, federation, started(algorithm, federation), CENTRES, 1)
     given = {client: algorithm.instruct(state, client).tensors["adapter"] for client in names(4)}
     after, sent = play(algorithm, federation, state, CENTRES, 2)
@@ -137,7 +136,7 @@ def test_training_moves_the_own_part_only_and_what_is_kept_is_what_was_trained()
 
 def test_up_travels_the_own_part_and_down_the_rest() -> None:
     federation = context([8] * 4)
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     state = started(algorithm, federation)
     per_direction = 4 * sum(tensor.numel() for tensor in lora(1, 0).values())
     assert algorithm.instruct(state, "client-0").num_bytes == 6 * per_direction
@@ -149,7 +148,7 @@ def test_up_travels_the_own_part_and_down_the_rest() -> None:
 def test_a_learned_graph_acts_after_its_warm_up_and_joins_clients_of_a_kind() -> None:
     """Even and odd clients are drawn to two different updates."""
     federation = context([8] * 6, graph=LearnedGraph(nearest=2, warmup_rounds=1), rounds=4)
-    algorithm = build(FedAltSettings(name="fedalt", trained_rank=4), federation)
+    algorithm = FedAlt(trained_rank=4).for_federation(federation)
     kinds = [lora(8, 1), lora(8, 2)]
     noise = {client: lora(8, 90 + k) for k, client in enumerate(names(6))}
     centres = {
@@ -176,4 +175,4 @@ def test_nobody_to_learn_from_is_refused(count: int) -> None:
     clients = names(count)
     alone = FixedGraph(category_graph(clients, dict(zip(clients, "xyz", strict=False))))
     with pytest.raises(ConfigError, match="has no edge, so nobody has a rest of the world"):
-        build(SETTINGS, context([8] * count, graph=alone))
+        SETTINGS.for_federation(context([8] * count, graph=alone))

@@ -5,17 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedmira.config import FedAvgSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import FixedGraph, uniform_graph
 from fedmira.messages import Payload, Reply
-from fedmira.methods import AlgorithmContext, build
+from fedmira.methods import FedAvg, MethodContext
 
 CLIENTS = ("a", "b", "c")
 
 
-def context(ranks: tuple[int, int, int]) -> AlgorithmContext:
-    return AlgorithmContext(
+def context(ranks: tuple[int, int, int]) -> MethodContext:
+    return MethodContext(
         CLIENTS,
         dict.fromkeys(CLIENTS, 10),
         dict(zip(CLIENTS, ranks, strict=True)),
@@ -27,7 +26,7 @@ def context(ranks: tuple[int, int, int]) -> AlgorithmContext:
 
 def test_mean_is_weighted_by_rows() -> None:
     """(1 * 10 + 4 * 20 + 8 * 10) / 40 = 4.25, and (-2 * 10 + 0 * 20 + 6 * 10) / 40 = 1."""
-    algorithm = build(FedAvgSettings(name="fedavg"), context((1, 1, 1)))
+    algorithm = FedAvg().for_federation(context((1, 1, 1)))
     begin = {"m.lora_A.weight": torch.zeros(1, 2), "m.lora_B.weight": torch.zeros(2, 1)}
     state = algorithm.initial_state(dict.fromkeys(CLIENTS, begin))
     replies = [
@@ -60,4 +59,4 @@ def test_mean_is_weighted_by_rows() -> None:
 
 def test_different_ranks_are_refused_with_two_clients_named() -> None:
     with pytest.raises(ConfigError, match=r"client 'a' has rank 4 and client 'c' rank 8"):
-        build(FedAvgSettings(name="fedavg"), context((4, 4, 8)))
+        FedAvg().for_federation(context((4, 4, 8)))

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from fedmira.adapters import digest
-from fedmira.config.methods import FedExSettings
 from fedmira.errors import ConfigError
-from fedmira.methods import build
+from fedmira.methods import FedEx
 from fedmira.methods.parts.rank_split import RankSplit
 from lora_federation import context, dense, lora, names, play, start, started
 
@@ -18,7 +17,7 @@ ROWS = [10, 30, 20]
 def test_the_shared_product_is_the_mean_of_the_clients_products_round_after_round() -> None:
     """The residual of a round has at most 4 directions, 3 clients and their mean, so 11 hold those of two rounds."""
     federation = context([12] * 3, ROWS)
-    algorithm = build(FedExSettings(name="fedex", trained_rank=1), federation)
+    algorithm = FedEx(trained_rank=1).for_federation(federation)
     state = started(algorithm, federation)
     for number in (1, 2):
         state, sent = play(
@@ -38,7 +37,7 @@ def test_the_shared_product_is_the_mean_of_the_clients_products_round_after_roun
 
 def test_the_trained_part_is_the_mean_of_factors_and_truncation_says_what_did_not_fit() -> None:
     federation = context([4] * 3, ROWS)
-    algorithm = build(FedExSettings(name="fedex", trained_rank=3), federation)
+    algorithm = FedEx(trained_rank=3).for_federation(federation)
     split = RankSplit(3)
     state = started(algorithm, federation)
     sent = play(
@@ -65,7 +64,7 @@ def test_the_trained_part_is_the_mean_of_factors_and_truncation_says_what_did_no
 
 def test_the_residual_is_frozen_and_does_not_travel_up() -> None:
     federation = context([6] * 3, ROWS)
-    algorithm = build(FedExSettings(name="fedex"), federation)
+    algorithm = FedEx().for_federation(federation)
     split, state = RankSplit(3), started(algorithm, federation)
     for number in (1, 2):
         before = state
@@ -89,4 +88,4 @@ def test_a_rank_without_room_for_both_parts_is_refused(rank: int, trained_rank: 
     with pytest.raises(
         ConfigError, match=rf"client 'client-0' has rank {rank}.*both parts need at least 1"
     ):
-        build(FedExSettings(name="fedex", trained_rank=trained_rank), context([rank] * 2))
+        FedEx(trained_rank=trained_rank).for_federation(context([rank] * 2))

@@ -13,17 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmira.adapters import Adapter, digest
-from fedmira.config import LocalOnlySettings
-from fedmira.config.methods import FedFomoSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import FixedGraph, uniform_graph
 from fedmira.messages import Payload, Reply, Request
 from fedmira.methods import (
-    Algorithm,
-    AlgorithmContext,
+    FedFomo,
+    Local,
+    Method,
+    MethodContext,
     ServerState,
     Trained,
-    build,
 )
 from fedmira.methods.fedfomo import first_order_weights
 from fedmira.model import BaseModel
@@ -38,13 +37,13 @@ def no_graph() -> FixedGraph:
     return FixedGraph(uniform_graph(["a", "b"]))
 
 
-def begun(count: int, candidates: int = 2) -> tuple[AlgorithmContext, Algorithm, ServerState]:
+def begun(count: int, candidates: int = 2) -> tuple[MethodContext, Method, ServerState]:
     federation = context([RANK] * count)
-    algorithm = build(FedFomoSettings(name="fedfomo", candidates=candidates), federation)
+    algorithm = FedFomo(candidates=candidates).for_federation(federation)
     return federation, algorithm, started(algorithm, federation)
 
 
-def sent_to(algorithm: Algorithm, state: ServerState, client: str) -> list[str]:
+def sent_to(algorithm: Method, state: ServerState, client: str) -> list[str]:
     """Whose adapters a client is sent, in order."""
     owners = {digest(adapter): name for name, adapter in state.adapters.items()}
     tensors = algorithm.instruct(state, client).tensors
@@ -96,12 +95,12 @@ def test_nobody_is_sent_anything_before_it_has_trained_and_then_new_ones_come_in
 
 def test_more_clients_than_the_kept_pairs_allow_are_refused_before_anything_is_held() -> None:
     """2,000 clients have 1,999,000 pairs, 2,001 have 2,001,000."""
-    build(FedFomoSettings(name="fedfomo"), context([RANK] * 2000, graph=no_graph()))
+    FedFomo().for_federation(context([RANK] * 2000, graph=no_graph()))
     with pytest.raises(
         ConfigError,
         match=r"fedfomo: .*2,001,000 pairs of 2,001 clients; at most 2,000,000 .*data\.clients",
     ):
-        build(FedFomoSettings(name="fedfomo"), context([RANK] * 2001, graph=no_graph()))
+        FedFomo().for_federation(context([RANK] * 2001, graph=no_graph()))
 
 
 def test_half_of_the_places_go_to_those_who_helped_most() -> None:
@@ -255,7 +254,7 @@ def test_a_client_without_validation_rows_trains_on_from_its_own_adapter(
     answers = [each.work([Request(client, 2, 7, payload)], memory)[0] for each in (blind, cohort)]
     replies = [reply for reply, _ in answers if isinstance(reply, Reply)]
     assert [dict(reply.payload.scalars) == {} for reply in replies] == [True, False]
-    own = replace(blind, algorithm=build(LocalOnlySettings(name="local"), context([4])))
+    own = replace(blind, algorithm=Local().for_federation(context([4])))
     alone, _ = own.work(
         [Request(client, 2, 7, Payload({"adapter": payload.tensors["adapter"]}))], {}
     )[0]
@@ -282,4 +281,4 @@ def test_settings_that_cannot_work_are_refused(
 )
 def test_federations_that_cannot_work_are_refused(ranks: list[int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(FedFomoSettings(name="fedfomo"), context(ranks))
+        FedFomo().for_federation(context(ranks))

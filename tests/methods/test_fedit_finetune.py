@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from fedmira.adapters import digest, map_tensors
-from fedmira.config import FedAvgSettings
-from fedmira.config.methods import FedItFinetuneSettings
 from fedmira.errors import ConfigError
-from fedmira.methods import FedItFinetune, build
+from fedmira.methods import FedAvg, FedItFinetune
 from lora_federation import context, lora, names, play, start, started
 
 CENTRES = {client: lora(3, 7 + k) for k, client in enumerate(names(3))}
@@ -22,10 +20,7 @@ CENTRES = {client: lora(3, 7 + k) for k, client in enumerate(names(3))}
 def test_the_share_is_rounded_down_and_leaves_a_round_for_each_part(
     share: float, rounds: int, shared: int
 ) -> None:
-    algorithm = build(
-        FedItFinetuneSettings(name="fedit-finetune", finetune_share=share),
-        context([3, 3], rounds=rounds),
-    )
+    algorithm = FedItFinetune(finetune_share=share).for_federation(context([3, 3], rounds=rounds))
     assert isinstance(algorithm, FedItFinetune)
     assert algorithm.shared_rounds == shared
 
@@ -33,8 +28,8 @@ def test_the_share_is_rounded_down_and_leaves_a_round_for_each_part(
 def test_first_rounds_are_fedit_and_the_last_ones_local_training_from_its_result() -> None:
     federation = context([3, 3, 3], [10, 30, 20], rounds=4)
     fedit, tuned = (
-        build(FedAvgSettings(name="fedavg"), federation),
-        build(FedItFinetuneSettings(name="fedit-finetune"), federation),
+        FedAvg().for_federation(federation),
+        FedItFinetune().for_federation(federation),
     )
     reference, state = started(fedit, federation), started(tuned, federation)
     for number in (1, 2):
@@ -55,7 +50,7 @@ def test_first_rounds_are_fedit_and_the_last_ones_local_training_from_its_result
 
 def test_of_fine_tuning_the_shared_adapter_travels_once() -> None:
     federation = context([3, 3, 3], rounds=5)
-    algorithm = build(FedItFinetuneSettings(name="fedit-finetune"), federation)
+    algorithm = FedItFinetune().for_federation(federation)
     state = started(algorithm, federation)
     whole, flag = 4 * sum(tensor.numel() for tensor in start(3).values()), 8
     down, up = [], []
@@ -69,4 +64,4 @@ def test_of_fine_tuning_the_shared_adapter_travels_once() -> None:
 
 def test_one_round_cannot_be_divided() -> None:
     with pytest.raises(ConfigError, match=r"rounds\.count is 1; needs at least 2"):
-        build(FedItFinetuneSettings(name="fedit-finetune"), context([3, 3], rounds=1))
+        FedItFinetune().for_federation(context([3, 3], rounds=1))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedmira.config import FedAvgSettings
-from fedmira.config.methods import FedProxSettings
 from fedmira.errors import ConfigError
-from fedmira.methods import build
+from fedmira.methods import FedAvg, FedProx
 from lora_federation import context, descend, lora, names, play, started
 
 
@@ -19,7 +17,7 @@ def test_local_steps_approach_the_middle_between_own_minimum_and_shared_adapter(
     """
     mu, rate, steps = 0.8, 0.25, 5
     federation = context([3, 3])
-    algorithm = build(FedProxSettings(name="fedprox", proximal=mu), federation)
+    algorithm = FedProx(proximal=mu).for_federation(federation)
     state, _ = play(
         algorithm,
         federation,
@@ -42,8 +40,8 @@ def test_local_steps_approach_the_middle_between_own_minimum_and_shared_adapter(
 def test_without_a_pull_it_is_fedavg_bit_for_bit() -> None:
     federation = context([3, 3, 3], [10, 30, 20])
     states = []
-    for settings in (FedProxSettings(name="fedprox", proximal=0), FedAvgSettings(name="fedavg")):
-        algorithm = build(settings, federation)
+    for settings in (FedProx(proximal=0), FedAvg()):
+        algorithm = settings.for_federation(federation)
         assert (
             algorithm.begin(
                 algorithm.instruct(started(algorithm, federation), "client-0"), None
@@ -68,4 +66,4 @@ def test_different_ranks_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"fedprox: client 'client-0' has rank 2 and client 'client-1' rank 3"
     ):
-        build(FedProxSettings(name="fedprox"), context([2, 3]))
+        FedProx().for_federation(context([2, 3]))

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fedmira.adapters import digest, modules, scale
-from fedmira.config.methods import FlexLoraSettings
-from fedmira.methods import build
+from fedmira.methods import FlexLora
 from lora_federation import (
     ALPHA,
     SMALL,
@@ -22,7 +21,7 @@ from lora_federation import (
     started,
 )
 
-SETTINGS = FlexLoraSettings(name="flexlora")
+SETTINGS = FlexLora()
 RANKS, ROWS = [4, 8, 16, 32], [10, 40, 30, 20]
 SHAPES: dict[str, Mapping[str, tuple[int, int]]] = {
     "factors thinner than the matrix": {"q_proj": (80, 72), "v_proj": (96, 64)},
@@ -34,7 +33,7 @@ SHAPES: dict[str, Mapping[str, tuple[int, int]]] = {
 def test_ranks_4_8_16_32_equal_the_dense_mean_cut_to_each_rank(case: str) -> None:
     shapes = SHAPES[case]
     federation = context(RANKS, ROWS)
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     adapters = {client: lora(rank, 10 + rank, shapes) for client, rank in federation.ranks.items()}
     state = algorithm.combine(
         started(algorithm, federation, shapes), replies(federation, adapters)
@@ -59,7 +58,7 @@ def test_ranks_4_8_16_32_equal_the_dense_mean_cut_to_each_rank(case: str) -> Non
 
 def test_all_singular_values_are_in_b_and_rows_of_a_are_orthonormal() -> None:
     federation = context([4, 8])
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     adapters = {client: lora(rank, rank) for client, rank in federation.ranks.items()}
     state = algorithm.combine(started(algorithm, federation), replies(federation, adapters)).state
     for client, rank in federation.ranks.items():
@@ -77,7 +76,7 @@ def test_clients_of_ranks_4_and_16_with_the_same_update_average_to_that_update()
     Forgetting a scale would move it by a factor of 4.
     """
     federation = context([4, 16])
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     few = lora(4, 3)
     many = {
         name: torch.cat([tensor, torch.randn(12, tensor.shape[1])])
@@ -97,7 +96,7 @@ def test_clients_of_ranks_4_and_16_with_the_same_update_average_to_that_update()
 
 def test_truncation_is_the_norm_of_what_the_largest_rank_cannot_hold() -> None:
     federation = context([4, 4, 4])
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     adapters = {client: lora(4, seed) for seed, client in enumerate(names(3), start=1)}
     combined = algorithm.combine(started(algorithm, federation), replies(federation, adapters))
     squares = 0.0
@@ -109,7 +108,7 @@ def test_truncation_is_the_norm_of_what_the_largest_rank_cannot_hold() -> None:
 
 def test_when_nobody_moved_everybody_keeps_the_start() -> None:
     federation = context([2, 6])
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     state = started(algorithm, federation)
     idle = {client: algorithm.adapter_for(state, client) for client in federation.clients}
     after = algorithm.combine(state, replies(federation, idle)).state
@@ -119,7 +118,7 @@ def test_when_nobody_moved_everybody_keeps_the_start() -> None:
 
 def test_clients_outside_the_round_are_given_the_new_update_too() -> None:
     federation = context([2, 4, 3])
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     state = algorithm.combine(
         started(algorithm, federation), replies(federation, {"client-0": lora(2, 5)})
     ).state
@@ -132,7 +131,7 @@ def test_clients_outside_the_round_are_given_the_new_update_too() -> None:
 
 def test_a_round_sends_each_client_its_own_rank() -> None:
     federation = context([2, 8])
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     state = started(algorithm, federation)
     per_direction = 4 * sum(out + into for out, into in SMALL.values())
     assert [algorithm.instruct(state, client).num_bytes for client in federation.clients] == [

@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmira.adapters import digest, modules, truncate_rank
-from fedmira.config.methods import HetLoraSettings
-from fedmira.methods import build
+from fedmira.methods import HetLora
 from fedmira.methods.hetlora import padded
 from lora_federation import context, dense, lora, names, play, replies, start, started
 
-SETTINGS = HetLoraSettings(name="hetlora")
+SETTINGS = HetLora()
 
 
 def test_padding_changes_no_update_and_cutting_takes_it_back() -> None:
@@ -27,7 +26,7 @@ def test_padding_changes_no_update_and_cutting_takes_it_back() -> None:
 def test_factors_are_averaged_by_norm_and_cut_to_each_rank() -> None:
     """|B A| is 3 * 1 = 3 for the first client and |diag(4, 0) + diag(0, 4)| = sqrt(32) for the second; rows of data do not count."""
     federation = context([1, 2], [1000, 1])
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     one = {
         "m.lora_A.weight": torch.tensor([[1.0, 0.0]]),
         "m.lora_B.weight": torch.tensor([[3.0], [0.0]]),
@@ -60,7 +59,7 @@ def test_directions_that_nobody_of_a_round_has_stay_as_they_are(
 ) -> None:
     """Those that some have are the mean of the padded factors with the weights of the norms, in float64."""
     federation = context(ranks)
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     largest, state = max(ranks), started(algorithm, federation)
     strongest = federation.clients[ranks.index(largest)]
     for number, members in enumerate(rounds, start=1):
@@ -98,7 +97,7 @@ def test_directions_that_nobody_of_a_round_has_stay_as_they_are(
 def test_a_client_of_a_high_rank_finds_all_its_directions_alive_after_rounds_without_it() -> None:
     """Its own update of round 1 is still there beside what the others of rank 2 made of the first two directions."""
     federation = context([2, 2, 6])
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     state, _ = play(
         algorithm, federation, started(algorithm, federation), {"client-2": lora(6, 1)}, 1
     )
@@ -124,7 +123,7 @@ def test_a_client_of_a_high_rank_finds_all_its_directions_alive_after_rounds_wit
 def test_directions_reached_by_updates_of_zero_alone_stay_as_they_are() -> None:
     """Such a reply has weight 0, so what it has more than the others is as good as absent."""
     federation = context([2, 4])
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     state = started(algorithm, federation)
     after = algorithm.combine(
         state, replies(federation, {"client-0": lora(2, 1), "client-1": start(4)})
@@ -141,7 +140,7 @@ def test_directions_reached_by_updates_of_zero_alone_stay_as_they_are() -> None:
 
 def test_when_nobody_moved_the_weights_are_equal_and_finite() -> None:
     federation = context([3, 3, 3])
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     idle = dict.fromkeys(federation.clients, start(3))
     after = algorithm.combine(started(algorithm, federation), replies(federation, idle)).state
     for name, found in algorithm.adapter_for(after, "client-0").items():
@@ -150,7 +149,7 @@ def test_when_nobody_moved_the_weights_are_equal_and_finite() -> None:
 
 def test_a_client_sends_and_gets_its_own_rank() -> None:
     federation = context([2, 5])
-    algorithm = build(SETTINGS, federation)
+    algorithm = SETTINGS.for_federation(federation)
     state = started(algorithm, federation)
     few, many = (algorithm.instruct(state, client).num_bytes for client in federation.clients)
     assert few / many == pytest.approx(2 / 5)

@@ -22,7 +22,6 @@ from fedmira.adapters import (
     subtract,
     weighted_sum,
 )
-from fedmira.config import MiraSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import (
     FixedGraph,
@@ -35,13 +34,7 @@ from fedmira.graphs import (
     uniform_graph,
 )
 from fedmira.messages import Payload, Reply
-from fedmira.methods import (
-    Algorithm,
-    AlgorithmContext,
-    Combined,
-    ServerState,
-    build,
-)
+from fedmira.methods import Combined, Method, MethodContext, Mira, ServerState
 
 MODULES = {"q_proj": (14, 12), "v_proj": (10, 12)}
 ALPHA = 16.0
@@ -64,9 +57,9 @@ def lora(rank: int, seed: int, fresh: bool = False) -> dict[str, Tensor]:
 
 def context(
     graph: GraphSource, count: int, ranks: Sequence[int] | None = None, cohort: int | None = None
-) -> AlgorithmContext:
+) -> MethodContext:
     clients = names(count)
-    return AlgorithmContext(
+    return MethodContext(
         clients=clients,
         rows=dict.fromkeys(clients, 64),
         ranks=dict(zip(clients, ranks or [4] * count, strict=True)),
@@ -80,11 +73,11 @@ def laplacian(graph: Graph) -> Tensor:
     return torch.from_numpy(graph.laplacian.toarray())
 
 
-def mira(federation: AlgorithmContext, **chosen: Any) -> Algorithm:
-    return build(MiraSettings(**{"size_scale": 0.0, **chosen}), federation)
+def mira(federation: MethodContext, **chosen: Any) -> Method:
+    return Mira(**{"size_scale": 0.0, **chosen}).for_federation(federation)
 
 
-def start(algorithm: Algorithm, federation: AlgorithmContext) -> ServerState:
+def start(algorithm: Method, federation: MethodContext) -> ServerState:
     return algorithm.initial_state(
         {client: lora(federation.ranks[client], 0, fresh=True) for client in federation.clients}
     )
@@ -100,7 +93,7 @@ def replies_of(
 
 
 def trained(
-    federation: AlgorithmContext, seed: int = 10, clients: Sequence[str] | None = None
+    federation: MethodContext, seed: int = 10, clients: Sequence[str] | None = None
 ) -> dict[str, dict[str, Tensor]]:
     everyone = federation.clients
     return {
@@ -110,7 +103,7 @@ def trained(
 
 
 def one_round(
-    federation: AlgorithmContext, adapters: Mapping[str, Adapter], **chosen: Any
+    federation: MethodContext, adapters: Mapping[str, Adapter], **chosen: Any
 ) -> Combined:
     algorithm = mira(federation, **chosen)
     return algorithm.combine(start(algorithm, federation), replies_of(adapters))
@@ -457,7 +450,7 @@ def test_clients_that_agree_are_not_expected_to_move() -> None:
     assert combined.diagnostics.round["disagreement_before"] == pytest.approx(0, abs=1e-6)
 
 
-def grouped(federation: AlgorithmContext) -> dict[str, dict[str, Tensor]]:
+def grouped(federation: MethodContext) -> dict[str, dict[str, Tensor]]:
     """Even and odd clients learn two different updates, each with a little noise of its own.
 
     A is the common start.

@@ -15,19 +15,14 @@ from fedmira.adapters import (
     cross_gram,
     scale,
 )
-from fedmira.config import Config, MiraSettings
+from fedmira.config import Config
 from fedmira.graphs import (
     CollaborationGraph,
     GraphSource,
     LearnedGraph,
     collaboration_weights,
 )
-from fedmira.methods import (
-    Algorithm,
-    AlgorithmContext,
-    ServerState,
-    build,
-)
+from fedmira.methods import Method, MethodContext, Mira, ServerState
 from lora_federation import ALPHA, SMALL, context, dense, lora, replies, started
 
 WIDE = {"q_proj": (64, 12), "v_proj": (48, 12)}
@@ -36,9 +31,9 @@ MODULES = tuple(f"m.{name}" for name in SMALL)
 
 def begun(
     graph: GraphSource, ranks: list[int], **chosen: object
-) -> tuple[AlgorithmContext, Algorithm, ServerState]:
+) -> tuple[MethodContext, Method, ServerState]:
     federation = context(ranks, rows=[16 + 8 * k for k in range(len(ranks))], graph=graph)
-    algorithm = build(MiraSettings(**chosen), federation)  # type: ignore[arg-type]
+    algorithm = Mira(**chosen).for_federation(federation)  # type: ignore[arg-type]
     return federation, algorithm, started(algorithm, federation)
 
 
@@ -61,7 +56,7 @@ def test_principal_angles_relate_clients_whose_updates_share_nothing_but_their_c
 ) -> None:
     graph = LearnedGraph(nearest=2, warmup_rounds=0, space="subspace", sketch=sketch)
     federation = context([3] * 8, graph=graph)
-    algorithm = build(MiraSettings(), federation)
+    algorithm = Mira().for_federation(federation)
     adapters = {client: pointing(k % 2, k) for k, client in enumerate(federation.clients)}
     combined = algorithm.combine(
         started(algorithm, federation, WIDE), replies(federation, adapters)
@@ -78,7 +73,7 @@ def test_a_client_that_points_where_nobody_else_does_has_no_edges() -> None:
     Once a share of the mean is out, the one's cosines are negative.
     """
     federation = context([3] * 9, graph=LearnedGraph(warmup_rounds=0, space="subspace"))
-    algorithm = build(MiraSettings(), federation)
+    algorithm = Mira().for_federation(federation)
     adapters: dict[str, Adapter] = {
         client: lora(3, 50 + k, WIDE) for k, client in enumerate(federation.clients)
     }
@@ -120,7 +115,7 @@ def test_kept_inner_products_of_subspaces_equal_those_computed_at_once() -> None
     torch.testing.assert_close(state.numbers["product_gram"], products, rtol=1e-5, atol=1e-5)
 
 
-def flat(adapters: dict[str, Adapter], federation: AlgorithmContext) -> Tensor:
+def flat(adapters: dict[str, Adapter], federation: MethodContext) -> Tensor:
     return torch.stack(
         [
             torch.cat(

@@ -11,17 +11,15 @@ import pytest
 import torch
 
 from fedmira.adapters import Adapter, content_hash
-from fedmira.config import MiraSettings
 from fedmira.messages import Payload
-from fedmira.methods import Algorithm, Trained, build
+from fedmira.methods import Method, Mira, Trained
 from lora_federation import best_of_rank, context, dense, lora, replies, started
 
 RANK = 4
 FEDERATION = context([RANK, RANK, 2])
-SAFE, PLAIN = (build(MiraSettings(safeguard=chosen), FEDERATION) for chosen in (True, False))
-FACTORS = build(
-    MiraSettings(safeguard=True, space="factor"),
-    replace(FEDERATION, ranks=dict.fromkeys(FEDERATION.clients, RANK)),
+SAFE, PLAIN = (Mira(safeguard=chosen).for_federation(FEDERATION) for chosen in (True, False))
+FACTORS = Mira(safeguard=True, space="factor").for_federation(
+    replace(FEDERATION, ranks=dict.fromkeys(FEDERATION.clients, RANK))
 )
 
 
@@ -59,7 +57,7 @@ def test_half_way_between_factors_is_the_mean_of_each() -> None:
 
 @pytest.mark.parametrize("algorithm", [SAFE, FACTORS], ids=["product", "factor"])
 def test_none_of_the_way_is_what_the_client_sent_and_the_choice_begins_there(
-    algorithm: Algorithm,
+    algorithm: Method,
 ) -> None:
     own, aligned = lora(RANK, 1), lora(RANK, 2)
     begun = algorithm.begin(Payload({"adapter": aligned}), Payload({"own": own}))

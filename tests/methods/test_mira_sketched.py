@@ -21,7 +21,7 @@ from fedmira.adapters import (
     product_sketches,
     scale,
 )
-from fedmira.config import GraphSettings, MiraSettings
+from fedmira.config import GraphSettings
 from fedmira.graphs import (
     FixedGraph,
     GraphSource,
@@ -32,12 +32,7 @@ from fedmira.graphs import (
     uniform_graph,
 )
 from fedmira.messages import Payload, Reply
-from fedmira.methods import (
-    Algorithm,
-    AlgorithmContext,
-    ServerState,
-    build,
-)
+from fedmira.methods import Method, MethodContext, Mira, ServerState
 from fedmira.storage import AdapterStore, AdapterTable
 
 ALPHA, RANK = 16.0, 4
@@ -69,9 +64,9 @@ def clustered(k: int, groups: int, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def federation(graph: GraphSource, count: int, cohort: int | None = None) -> AlgorithmContext:
+def federation(graph: GraphSource, count: int, cohort: int | None = None) -> MethodContext:
     clients = names(count)
-    return AlgorithmContext(
+    return MethodContext(
         clients,
         dict.fromkeys(clients, 64),
         dict.fromkeys(clients, RANK),
@@ -81,11 +76,11 @@ def federation(graph: GraphSource, count: int, cohort: int | None = None) -> Alg
     )
 
 
-def mira(graph: GraphSource, count: int, **chosen: Any) -> Algorithm:
-    return build(MiraSettings(**{"size_scale": 0.0, **chosen}), federation(graph, count))
+def mira(graph: GraphSource, count: int, **chosen: Any) -> Method:
+    return Mira(**{"size_scale": 0.0, **chosen}).for_federation(federation(graph, count))
 
 
-def start(algorithm: Algorithm, count: int) -> ServerState:
+def start(algorithm: Method, count: int) -> ServerState:
     idle = {
         name: torch.zeros_like(tensor) if ".lora_B." in name else tensor
         for name, tensor in lora(0).items()

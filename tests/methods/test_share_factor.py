@@ -9,9 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from fedmira.adapters import digest
-from fedmira.config.methods import ShareFactorSettings
 from fedmira.errors import ConfigError
-from fedmira.methods import ALGORITHMS, Trained, build
+from fedmira.methods import ShareFactor, Trained
 from lora_federation import context, dense, lora, names, play, replies, start, started
 
 FEDERATION = context([3, 3, 3], [10, 30, 20])
@@ -21,15 +20,15 @@ MARK = {"A": ".lora_A.", "B": ".lora_B."}
 
 def settings(
     shared: Literal["A", "B"], private: Literal["trained", "frozen"] = "trained"
-) -> ShareFactorSettings:
-    return ShareFactorSettings(name="share-factor", shared_factor=shared, private_factor=private)
+) -> ShareFactor:
+    return ShareFactor(shared_factor=shared, private_factor=private)
 
 
 @pytest.mark.parametrize("shared", ["A", "B"])
 def test_the_shared_factor_is_the_mean_by_rows_and_the_other_one_is_each_clients_own(
     shared: Literal["A", "B"],
 ) -> None:
-    algorithm = build(settings(shared), FEDERATION)
+    algorithm = settings(shared).for_federation(FEDERATION)
     state = algorithm.combine(started(algorithm, FEDERATION), replies(FEDERATION, TRAINED)).state
     for client in names(3):
         for name, found in algorithm.adapter_for(state, client).items():
@@ -48,7 +47,7 @@ def test_the_shared_factor_is_the_mean_by_rows_and_the_other_one_is_each_clients
 def test_a_client_outside_the_round_gets_the_new_shared_factor_beside_its_old_private_one(
     shared: Literal["A", "B"],
 ) -> None:
-    algorithm = build(settings(shared), FEDERATION)
+    algorithm = settings(shared).for_federation(FEDERATION)
     state = algorithm.combine(
         started(algorithm, FEDERATION), replies(FEDERATION, {"client-0": TRAINED["client-0"]})
     ).state
@@ -61,7 +60,7 @@ def test_a_client_outside_the_round_gets_the_new_shared_factor_beside_its_old_pr
 def test_with_frozen_a_every_client_ends_with_one_adapter_whose_product_is_the_mean_of_products() -> (
     None
 ):
-    algorithm = build(settings("B", "frozen"), FEDERATION)
+    algorithm = settings("B", "frozen").for_federation(FEDERATION)
     state, sent = play(algorithm, FEDERATION, started(algorithm, FEDERATION), TRAINED, 1)
     for client in names(3):
         given = algorithm.adapter_for(state, client)
@@ -80,7 +79,7 @@ def test_with_frozen_a_every_client_ends_with_one_adapter_whose_product_is_the_m
 
 def test_a_frozen_factor_is_put_back_whatever_happened_to_it() -> None:
     """Decoupled weight decay moves parameters that have no gradient."""
-    algorithm = build(settings("B", "frozen"), FEDERATION)
+    algorithm = settings("B", "frozen").for_federation(FEDERATION)
     payload = algorithm.instruct(started(algorithm, FEDERATION), "client-0")
     decayed = {name: 0.99 * tensor for name, tensor in TRAINED["client-0"].items()}
     answer, _ = algorithm.finish(payload, None, Trained(decayed, 10, 5, 1e-3))
@@ -94,7 +93,7 @@ def test_a_frozen_factor_is_put_back_whatever_happened_to_it() -> None:
 def test_only_the_shared_factor_travels(
     shared: Literal["A", "B"], private: Literal["trained", "frozen"]
 ) -> None:
-    algorithm = build(settings(shared, private), FEDERATION)
+    algorithm = settings(shared, private).for_federation(FEDERATION)
     state = started(algorithm, FEDERATION)
     expected = 4 * sum(tensor.numel() for name, tensor in start(3).items() if MARK[shared] in name)
     assert algorithm.instruct(state, "client-0").num_bytes == expected
@@ -103,7 +102,7 @@ def test_only_the_shared_factor_travels(
 
 
 def test_trained_private_factors_have_no_hook_and_differ_after_a_round() -> None:
-    algorithm = build(settings("A"), FEDERATION)
+    algorithm = settings("A").for_federation(FEDERATION)
     state = started(algorithm, FEDERATION)
     assert algorithm.begin(algorithm.instruct(state, "client-0"), None).hook is None
     state, _ = play(algorithm, FEDERATION, state, TRAINED, 1)
@@ -114,4 +113,4 @@ def test_a_frozen_b_and_different_ranks_are_refused() -> None:
     with pytest.raises(ValidationError, match="a frozen B learns nothing"):
         settings("A", "frozen")
     with pytest.raises(ConfigError, match=r"share-factor: client 'client-0' has rank 2"):
-        ALGORITHMS["share-factor"](settings("A"), context([2, 3]))
+        settings("A").for_federation(context([2, 3]))

@@ -1,4 +1,4 @@
-"""The loop alone: what it hands to algorithm and engine, absent clients, failed rounds and stuck adapters."""
+"""The loop alone: what it hands to method and clients, absent clients, failed rounds and stuck adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedmira.adapters import digest
-from fedmira.clients import Engine
+from fedmira.clients import Clients
 from fedmira.config import RoundsSettings
 from fedmira.errors import AlignmentError, RoundError
 from fedmira.experiment import build_experiment
@@ -26,7 +26,7 @@ from fedmira.model import BaseModel
 from fedmira.rounds import RoundOutcome, run_rounds, seed_for
 from small import make_config, run_loop
 
-ALGORITHMS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "local": {"algorithm.name": "local"},
     "fedavg": {"algorithm.name": "fedavg"},
     "mira, product space": {"graph.kind": "category"},
@@ -42,19 +42,19 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     },
 }
 
-every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+every_algorithm = pytest.mark.parametrize("name", METHODS)
 
 
 @dataclass
 class Watched:
-    """An engine around an engine: notes what passes, and answers with failures where it is told to.
+    """Clients around clients: notes what passes, and answers with failures where it is told to.
 
     Attributes:
         fails: (round, client) pairs that fail after their training.
         reverse: whether answers come back in the reverse order of the requests.
     """
 
-    inner: Engine
+    inner: Clients
     fails: frozenset[tuple[int, str]] = frozenset()
     reverse: bool = False
     seen: list[Request] = field(default_factory=list)
@@ -66,13 +66,13 @@ class Watched:
     def restore(self, memories: Mapping[ClientId, Payload]) -> None:
         self.inner.restore(memories)
 
-    def exchange(self, requests: Sequence[Request]) -> list[Reply | Failure]:
+    def train(self, requests: Sequence[Request]) -> list[Reply | Failure]:
         self.seen += requests
         answers = [
             Failure(answer.client_id, answer.round, "train", "the power went out")
             if (answer.round, answer.client_id) in self.fails
             else answer
-            for answer in self.inner.exchange(requests)
+            for answer in self.inner.train(requests)
         ]
         return answers[::-1] if self.reverse else answers
 
@@ -81,18 +81,18 @@ def run_watched(
     base: BaseModel, base_folder: Path, clients_folder: Path, settings: dict[str, Any], **watch: Any
 ) -> tuple[Watched, list[RoundOutcome]]:
     experiment = build_experiment(make_config(base_folder, clients_folder, settings), base)
-    engine, outcomes = Watched(experiment.engine, **watch), []
+    workers, outcomes = Watched(experiment.clients, **watch), []
     state = experiment.algorithm.initial_state(experiment.starts)
     run_rounds(
         experiment.algorithm,
-        engine,
+        workers,
         state,
         list(experiment.ranks),
         experiment.config.rounds,
         experiment.config.seed,
         outcomes.append,
     )
-    return engine, outcomes
+    return workers, outcomes
 
 
 def moved_in(outcome: RoundOutcome) -> set[str]:
@@ -111,7 +111,7 @@ def test_a_client_that_was_not_sampled_keeps_its_own_adapter_bit_for_bit(
     config = make_config(
         base_folder,
         clients_folder,
-        {**ALGORITHMS[name], "rounds.participation": 0.4, "rounds.count": 4},
+        {**METHODS[name], "rounds.participation": 0.4, "rounds.count": 4},
     )
     experiment, states, outcomes = run_loop(config, base)
     absences = 0
@@ -139,16 +139,16 @@ def test_what_was_combined_is_what_the_client_trains_from_next(
 
     Aggregates are written to disk and never loaded again (algorithm reference 1.7).
     """
-    settings = {**ALGORITHMS[name], "rounds.participation": participation, "rounds.count": 4}
+    settings = {**METHODS[name], "rounds.participation": participation, "rounds.count": 4}
     experiment, states, _ = run_loop(
         config := make_config(base_folder, clients_folder, settings), base
     )
-    engine, outcomes = run_watched(base, base_folder, clients_folder, settings)
+    workers, outcomes = run_watched(base, base_folder, clients_folder, settings)
     by_round = {
         outcome.round: {reply.client_id: reply for reply in outcome.replies} for outcome in outcomes
     }
     loaded_again = 0
-    for request in engine.seen:
+    for request in workers.seen:
         expected = experiment.algorithm.adapter_for(states[request.round - 1], request.client_id)
         begun = experiment.algorithm.begin(request.payload, None).adapter
         assert digest(begun) == digest(request.payload.tensors["adapter"]) == digest(expected)
@@ -183,9 +183,9 @@ def test_the_adapter_trained_from_in_round_2_differs_between_coupling_0_and_1(
     loaded = [
         {
             (request.round, request.client_id): digest(request.payload.tensors["adapter"])
-            for request in engine.seen
+            for request in workers.seen
         }
-        for engine, _ in runs
+        for workers, _ in runs
     ]
     sent = [
         {reply.client_id: digest(reply.payload.tensors["adapter"]) for reply in outcomes[0].replies}
@@ -217,7 +217,7 @@ def test_a_client_that_fails_keeps_its_adapter_and_the_round_goes_on_as_if_it_we
     name: str, base: BaseModel, base_folder: Path, clients_folder: Path
 ) -> None:
     fails = frozenset({(2, "apple-2")})
-    engine, outcomes = run_watched(base, base_folder, clients_folder, ALGORITHMS[name], fails=fails)
+    workers, outcomes = run_watched(base, base_folder, clients_folder, METHODS[name], fails=fails)
     assert [(failure.client_id, failure.reason) for failure in outcomes[1].failures] == [
         ("apple-2", "the power went out")
     ]
@@ -226,7 +226,7 @@ def test_a_client_that_fails_keeps_its_adapter_and_the_round_goes_on_as_if_it_we
         assert digest(outcomes[1].combined.state.adapters["apple-2"]) == digest(
             outcomes[0].combined.state.adapters["apple-2"]
         )
-    assert any(request.round == 3 and request.client_id == "apple-2" for request in engine.seen), (
+    assert any(request.round == 3 and request.client_id == "apple-2" for request in workers.seen), (
         "it is asked again"
     )
 
@@ -237,7 +237,7 @@ def test_a_round_without_any_reply_ends_the_run_after_it_was_written_down(
     experiment = build_experiment(
         make_config(base_folder, clients_folder, {"algorithm.name": "local"}), base
     )
-    engine = Watched(experiment.engine, frozenset((2, client) for client in experiment.ranks))
+    workers = Watched(experiment.clients, frozenset((2, client) for client in experiment.ranks))
     outcomes: list[RoundOutcome] = []
     state = experiment.algorithm.initial_state(experiment.starts)
     with pytest.raises(
@@ -247,7 +247,7 @@ def test_a_round_without_any_reply_ends_the_run_after_it_was_written_down(
     ):
         run_rounds(
             experiment.algorithm,
-            engine,
+            workers,
             state,
             list(experiment.ranks),
             experiment.config.rounds,
@@ -285,7 +285,7 @@ def test_the_loop_continues_at_a_given_round_with_equal_results(
     rounds: list[int] = []
     last = run_rounds(
         experiment.algorithm,
-        experiment.engine,
+        experiment.clients,
         states[2],
         list(experiment.ranks),
         config.rounds,
@@ -307,11 +307,11 @@ def test_rounds_that_lie_behind_are_not_run(
 ) -> None:
     experiment = build_experiment(make_config(base_folder, clients_folder), base)
     state = experiment.algorithm.initial_state(experiment.starts)
-    engine = Watched(experiment.engine)
+    workers = Watched(experiment.clients)
     assert (
         run_rounds(
             experiment.algorithm,
-            engine,
+            workers,
             state,
             list(experiment.ranks),
             RoundsSettings(count=3),
@@ -321,4 +321,4 @@ def test_rounds_that_lie_behind_are_not_run(
         )
         is state
     )
-    assert engine.seen == []
+    assert workers.seen == []

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import HashedAdapter, digest
-from fedmira.clients import InProcessEngine
 from fedmira.experiment import build_experiment
 from fedmira.messages import Payload, Request
 from fedmira.model import BaseModel
 from fedmira.storage import AdapterStore, MemoryTable, remembered
-from small import cohort_of, make_config
+from small import local_of, make_config
 
 
 def adapter(seed: int) -> dict[str, Tensor]:
@@ -104,18 +103,18 @@ def test_the_memories_of_a_round_are_read_once_and_no_others(
         for client in experiment.ranks
     ]
     engine, store = (
-        InProcessEngine(cohort_of(experiment, experiment.algorithm), cohort_size=2),
+        local_of(experiment, 2),
         Counting(tmp_path),
     )
     engine.restore(MemoryTable(store, {}))
-    engine.exchange(requests)
+    engine.train(requests)
     before = engine.memories
     assert (
         isinstance(before, MemoryTable)
         and set(before) == set(experiment.ranks)
         and store.read == []
     )
-    engine.exchange(requests[1:4])
+    engine.train(requests[1:4])
     assert store.read == [before.entries[request.client_id].key for request in requests[1:4]]
     after = engine.memories
     assert isinstance(after, MemoryTable)

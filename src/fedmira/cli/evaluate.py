@@ -13,13 +13,13 @@ def evaluate(run: RunPath, format: FormatOption = Format.text) -> None:
 
     Example: fedmira evaluate runs/first
     """
-    from fedmira.studies.saved import evaluator_of, reload_adapters
+    from fedmira.studies.saved import clients_of, reload_adapters
 
     saved = reload_adapters(run)
-    evaluator = evaluator_of(saved)
-    losses = evaluator.losses(saved.adapters)
+    clients = clients_of(saved)
+    losses = clients.losses(saved.adapters)
     texts = (
-        evaluator.text_scores(saved.adapters, saved.config.evaluation.max_new_tokens)
+        clients.score(saved.adapters, saved.config.evaluation.max_new_tokens)
         if saved.config.evaluation.rouge
         else {}
     )

@@ -1,17 +1,16 @@
-"""Clients' work: local training, losses, choices and scores."""
+"""Clients' work behind one seam: train, losses, choose, score."""
 
+from fedmira.clients.base import Candidates, Clients, SplitName
 from fedmira.clients.cohort import Cohort, CohortSettings
-from fedmira.clients.engine import Engine
-from fedmira.clients.evaluation import Evaluation, SplitName
-from fedmira.clients.evaluator import Evaluator
-from fedmira.clients.in_process import InProcessEngine
+from fedmira.clients.local import LocalClients
+from fedmira.clients.over_wire import OverWire
 
 __all__ = [
+    "Candidates",
+    "Clients",
     "Cohort",
     "CohortSettings",
-    "Engine",
-    "Evaluation",
-    "Evaluator",
-    "InProcessEngine",
+    "LocalClients",
+    "OverWire",
     "SplitName",
 ]

@@ -18,7 +18,7 @@ from fedmira.messages import (
     Reply,
     Request,
 )
-from fedmira.methods import Algorithm, Start, Trained
+from fedmira.methods import Method, Start, Trained
 from fedmira.model import (
     AdapterKind,
     Contender,
@@ -60,7 +60,7 @@ class _Measured:
 class Cohort:
     """Clients that share one resident base model."""
 
-    algorithm: Algorithm
+    algorithm: Method
     kind: AdapterKind
     clients: Mapping[ClientId, ClientData]
     settings: CohortSettings
@@ -78,7 +78,7 @@ class Cohort:
             failure).
         """
         begun = [
-            self.algorithm.begin(request.payload, memories.get(request.client_id))
+            self.algorithm.started(request.payload, memories.get(request.client_id))
             for request in requests
         ]
         starts, choices = self._chosen(requests, begun)

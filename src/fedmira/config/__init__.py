@@ -2,12 +2,20 @@
 
 from fedmira.config.cache import cache_folder
 from fedmira.config.flat import FlatValue, flattened, unflattened
-from fedmira.config.load import dump_config, load_config, with_algorithm, with_overrides
+from fedmira.config.load import (
+    dump_config,
+    load_config,
+    with_algorithm,
+    with_method,
+    with_overrides,
+)
 from fedmira.config.methods import (
-    AlgorithmSettings,
-    FedAvgSettings,
-    LocalOnlySettings,
-    MiraSettings,
+    METHODS,
+    AbsentMethod,
+    MethodSection,
+    Need,
+    method_class,
+    method_names,
 )
 from fedmira.config.presets import preset_description, preset_names, preset_path
 from fedmira.config.schema import (
@@ -24,21 +32,27 @@ from fedmira.config.schema import (
     ResourceType,
     RoundsSettings,
 )
+from fedmira.config.section import Section, setting
 
 __all__ = [
+    "METHODS",
+    "AbsentMethod",
+    "MethodSection",
+    "Need",
+    "Section",
+    "method_class",
+    "method_names",
+    "setting",
+    "with_method",
     "AdapterSettings",
-    "AlgorithmSettings",
     "Config",
     "DataSettings",
     "EngineSettings",
     "EvaluationSettings",
-    "FedAvgSettings",
     "FederationSettings",
     "FlatValue",
     "GraphSettings",
-    "LocalOnlySettings",
     "LocalSettings",
-    "MiraSettings",
     "ModelSettings",
     "RankDistribution",
     "ResourceType",

@@ -7,11 +7,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel
-
-from fedmira.config.schema import Config
+from fedmira.config.methods import method_class, method_names
 from fedmira.config.unread import drop_unread, written_out
 from fedmira.errors import ConfigError
 
@@ -19,7 +17,6 @@ __all__ = [
     "OVERRIDES",
     "Layer",
     "Settings",
-    "algorithm_sections",
     "cover",
     "read_overrides",
     "read_toml",
@@ -65,14 +62,6 @@ class Layer:
         return {
             name: value for name, value in self.settings.items() if not written_out(name, value)
         }
-
-
-def algorithm_sections() -> dict[str, type[BaseModel]]:
-    """Algorithm name -> the class of its settings, in the order of the schema."""
-    section_classes = get_args(Config.model_fields["algorithm"].annotation)
-    return {
-        get_args(section.model_fields["name"].annotation)[0]: section for section in section_classes
-    }
 
 
 def read_toml(path: Path, source: str) -> Layer:
@@ -152,9 +141,9 @@ def cover(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:
 
 
 def _drop_outdated(section: str, below: Settings, above: Mapping[str, Any]) -> None:
-    known = algorithm_sections()
-    if section == "algorithm" and isinstance(above.get("name"), str) and above["name"] in known:
-        for key in [key for key in below if key not in known[above["name"]].model_fields]:
+    if section == "algorithm" and above.get("name") in method_names():
+        fields = method_class(above["name"]).model_fields
+        for key in [key for key in below if key not in fields]:
             del below[key]
     if section == "graph" and above.get("kind", "file") != "file":
         below.pop("path", None)

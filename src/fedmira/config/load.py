@@ -15,12 +15,13 @@ from fedmira.config.layers import (
     read_overrides,
     read_toml,
 )
+from fedmira.config.methods import DEFAULT, OBJECT, AbsentMethod, MethodSection
 from fedmira.config.presets import preset_path
-from fedmira.config.problems import describe_ignored, describe_problems
+from fedmira.config.problems import describe_ignored, describe_problems, method_of
 from fedmira.config.schema import Config
 from fedmira.errors import ConfigError
 
-__all__ = ["dump_config", "load_config", "with_algorithm", "with_overrides"]
+__all__ = ["dump_config", "load_config", "with_algorithm", "with_method", "with_overrides"]
 
 
 def load_config(
@@ -79,6 +80,25 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return _check([Layer("", present), layer], problems)
 
 
+def with_method(config: Config, method: MethodSection) -> Config:
+    """The same run with another method, given as an object.
+
+    Args:
+        config: any, also that of a run folder which names an object.
+        method: its settings are checked against the rest of the config.
+
+    Raises:
+        ConfigError: the method and the rest of the config do not go together, or the config names another
+            object than this one.
+    """
+    present = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    if isinstance(config.algorithm, AbsentMethod):
+        problem = config.algorithm.differs(method)
+        if problem:
+            raise ConfigError(problem)
+    return _check([Layer("", {**present, "algorithm": method})], [])
+
+
 def dump_config(config: Config) -> str:
     """The config as TOML with every default written out.
 
@@ -96,15 +116,24 @@ def _check(layers: Sequence[Layer], problems: Sequence[str]) -> Config:
     settings: Settings = {}
     for layer in layers:
         settings = cover(settings, layer.settings)
-    if isinstance(settings.get("algorithm"), dict):
-        settings["algorithm"].setdefault("name", Config.model_fields["algorithm"].default.name)
+    section = settings.get("algorithm")
+    if isinstance(section, dict) and section.get("method") != OBJECT:
+        section.setdefault("name", DEFAULT)
     written: Settings = {}
     for layer in layers:
         written = cover(written, layer.written)
+    method, details = method_of(settings)
+    checked = {name: value for name, value in settings.items() if name != "algorithm"}
+    if method is not None:
+        checked["algorithm"] = method
+    config: Config | None = None
     try:
-        config, details = Config.model_validate(settings), []
+        config = Config.model_validate(checked)
     except ValidationError as error:
-        config, details = None, error.errors(include_url=False)
+        # Without its method, what holds for the config as a whole cannot be told.
+        details += [
+            detail for detail in error.errors(include_url=False) if detail["loc"] or not details
+        ]
     problems = [
         *problems,
         *describe_problems(details, settings, layers),

@@ -1,361 +1,308 @@
-"""[algorithm]: one class of settings per method, told apart by its name."""
+"""[algorithm]: the table of methods, and what a method must tell the rest of the config.
+
+A method is a class in a file of its own (`fedmira.methods`), whose fields are its settings. Its module is
+imported when the method is named, so that reading names and defaults costs nothing.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import hashlib
+import inspect
+import re
+from collections.abc import Mapping
+from enum import Enum
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from types import CodeType
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, PlainSerializer, SerializationInfo, WithJsonSchema
 
-from fedmira.config.section import (
-    Count,
-    Fraction,
-    Positive,
-    Section,
-)
+from fedmira.config.section import Section
+from fedmira.errors import ConfigError
 
 __all__ = [
-    "AlgorithmSettings",
-    "DittoSettings",
-    "FactorMethodSettings",
-    "FedAltSettings",
-    "FedAvgSettings",
-    "FedExSettings",
-    "FedFomoSettings",
-    "FedItFinetuneSettings",
-    "FedKSeedSettings",
-    "FedProxSettings",
-    "FlexLoraSettings",
-    "HetLoraSettings",
-    "LocalOnlySettings",
-    "MethodSettings",
-    "MiraSettings",
-    "ShareFactorSettings",
+    "DEFAULT",
+    "METHODS",
+    "OBJECT",
+    "AbsentMethod",
+    "ChosenMethod",
+    "MethodSection",
+    "Need",
+    "default_method",
+    "is_object",
+    "method_class",
+    "method_names",
+    "source_hash",
+    "written_form",
 ]
 
+METHODS: Mapping[str, str] = {
+    "local": "fedmira.methods.local:Local",
+    "fedavg": "fedmira.methods.fedavg:FedAvg",
+    "fedit-finetune": "fedmira.methods.fedit_finetune:FedItFinetune",
+    "fedprox": "fedmira.methods.fedprox:FedProx",
+    "ditto": "fedmira.methods.ditto:Ditto",
+    "share-factor": "fedmira.methods.share_factor:ShareFactor",
+    "flexlora": "fedmira.methods.flexlora:FlexLora",
+    "hetlora": "fedmira.methods.hetlora:HetLora",
+    "fedex": "fedmira.methods.fedex:FedEx",
+    "fedalt": "fedmira.methods.fedalt:FedAlt",
+    "fedfomo": "fedmira.methods.fedfomo:FedFomo",
+    "fedkseed": "fedmira.methods.fedkseed:FedKSeed",
+    "mira": "fedmira.methods.mira:Mira",
+}
+"""algorithm.name -> where the class is. A new method is a file and a line here."""
 
-class MethodSettings(Section):
-    """What the classes of [algorithm] have in common.
+DEFAULT = "mira"
+"""The method of a run that names none."""
+
+ENTRY_POINTS = "fedmira.methods"
+"""The group of entry points by which other packages bring methods of their own."""
+
+OBJECT = "object"
+"""The value of `method` in the config of a run whose method was given as an object."""
+
+
+class Need(Enum):
+    """What a method needs of the rest of a run."""
+
+    ONE_RANK = "all clients have adapters of one rank"
+    FACTORS = "adapters are LoRA's factors A and B"
+    FRESH_MOMENTS = "moments of the optimizer are not kept from one round to the next"
+    VALIDATION = "clients have validation rows"
+    MOVEMENTS = "clients train along random directions"
+
+
+class MethodSection(Section):
+    """The settings of a method, and what it needs.
 
     Attributes:
-        partly_sent: whether the receiver has a part of what it is handed, or may not see it, so
-            that less travels than is handed over.
+        name: what [algorithm] calls it. A class that sets none is called after itself, never after the
+            class that it extends.
+        title: its name in tables and on pages.
+        always_needs: what it needs whatever its settings are -> the reason, as an error gives it; ""
+            takes the usual reason.
+        partly_sent: whether the receiver has a part of what it is handed, or may not see it, so that
+            less travels than is handed over.
     """
 
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    always_needs: ClassVar[Mapping[Need, str]] = {}
     partly_sent: ClassVar[bool] = False
 
-    @property
-    def kept_moments_problem(self) -> str:
-        """Why moments that a client kept from its last round would belong to something else in the next one; "" where they do not."""
-        return ""
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Names a class that does not name itself."""
+        super().__pydantic_init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = re.sub(
+                r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__
+            ).lower()
+        if "title" not in vars(cls):
+            cls.title = cls.__name__
 
     @property
-    def factors_problem(self) -> str:
-        """What it does with LoRA's factors, so that no other kind of adapter will do.
+    def needs(self) -> Mapping[Need, str]:
+        """What it needs with these settings -> the reason."""
+        return self.always_needs
 
-        "" where any will.
+    def reason(self, need: Need) -> str:
+        """Why it needs that, in words that can follow "does not go with"; "" where it does not."""
+        if need not in self.needs:
+            return ""
+        return self.needs[need] or _USUAL_REASONS[need].format(name=self.name)
+
+
+_USUAL_REASONS = {
+    Need.ONE_RANK: "algorithm.name = {name!r}, which averages factor by factor",
+    Need.FACTORS: (
+        "algorithm.name = {name!r}, which works on LoRA's factors A and B; set adapter.kind = 'lora', or "
+        "algorithm.name to 'fedavg', 'fedprox', 'ditto', 'fedit-finetune' or 'local'"
+    ),
+    Need.FRESH_MOMENTS: (
+        "algorithm.name = {name!r}, whose adapters are not the ones that the kept moments belong to; set "
+        "local.optimizer_state = 'fresh'"
+    ),
+    Need.VALIDATION: "algorithm.name = {name!r}",
+    Need.MOVEMENTS: "algorithm.name = {name!r}",
+}
+
+
+class AbsentMethod(MethodSection):
+    """What a run folder says of a method that was given as an object, which a file cannot hold.
+
+    Attributes:
+        written: the section as it was read.
+    """
+
+    written: dict[str, Any]
+
+    @property
+    def called(self) -> str:
+        """The method's name."""
+        return str(self.written.get("name", ""))
+
+    def differs(self, method: MethodSection) -> str:
+        """How a method is another one than this; "" where it is the same.
+
+        Args:
+            method: an object.
         """
-        return ""
-
-    @property
-    def sends_movements(self) -> bool:
-        """Whether clients send their steps as seeds and coefficients, and so must step along random directions."""
-        return False
-
-    @property
-    def needs_validation(self) -> str:
-        """The setting by which clients choose by their validation rows; "" where they do not."""
-        return ""
-
-
-class FactorMethodSettings(MethodSettings):
-    """Methods that work on the factors A and B of LoRA."""
-
-    name: str
-
-    @property
-    def factors_problem(self) -> str:
-        """They have nothing to work on otherwise."""
-        return (
-            f"algorithm.name = {self.name!r}, which works on LoRA's factors A and B; set "
-            "adapter.kind = 'lora', or algorithm.name to "
-            "'fedavg', 'fedprox', 'ditto', 'fedit-finetune' or 'local'"
-        )
-
-
-class LocalOnlySettings(MethodSettings):
-    """[algorithm] name = "local": every client alone."""
-
-    name: Literal["local"]
-
-
-class FedAvgSettings(MethodSettings):
-    """[algorithm] name = "fedavg": one shared adapter, averaged by training rows.
-
-    FedIT when the adapter is LoRA.
-    """
-
-    name: Literal["fedavg"]
-
-
-class MiraSettings(MethodSettings):
-    """[algorithm] name = "mira".
-
-    Attributes:
-        coupling: kappa = gamma * max degree, 0..1; 0 is local training.
-        server_step: gamma = eta * lambda itself (paper eq. 8) in place of `coupling`.
-        size_scale: kappa_k = kappa * size_scale / (size_scale + rows_k); 0 switches it off.
-        neighbours: who pulls: clients of this round ("fresh"), those with an unbiased factor
-            ("rescaled"), all that ever trained ("stale").
-        space: mix the products B A exactly ("product") or the factors A and B one by one as in the
-            paper ("factor").
-        safeguard: each client chooses by its own validation rows how much of the server's pull it
-            keeps: all, half or nothing.
-    """
-
-    name: Literal["mira"] = "mira"
-    coupling: Fraction = 1.0
-    server_step: float | None = Field(None, ge=0)
-    size_scale: float = Field(64.0, ge=0)
-    neighbours: Literal["fresh", "rescaled", "stale"] = "stale"
-    space: Literal["product", "factor"] = "product"
-    safeguard: bool = False
-
-    @model_validator(mode="after")
-    def _one_strength(self) -> MiraSettings:
-        if self.server_step is not None and "coupling" in self.model_fields_set:
-            raise ValueError(
-                "coupling and server_step say the same thing in two ways; set one of them"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_decline(self) -> MiraSettings:
-        if (
-            self.safeguard
-            and (self.coupling if self.server_step is None else self.server_step) == 0
-        ):
-            raise ValueError(
-                "safeguard = true, but with coupling or server_step 0 nobody is pulled; "
-                "set safeguard = false, or a strength above 0"
-            )
-        return self
-
-    @property
-    def kept_moments_problem(self) -> str:
-        """Products that are mixed are factored anew."""
-        if self.space == "factor":
+        present = written_form(method)
+        keys = [
+            key for key in {**self.written, **present} if self.written.get(key) != present.get(key)
+        ]
+        if not keys:
             return ""
+        told = "; ".join(
+            f"{key} was {self.written.get(key)!r} and is {present.get(key)!r}" for key in keys
+        )
         return (
-            "algorithm.space = 'product': mixed products get new factors, to whose entries "
-            "the old moments do not belong; set "
-            "algorithm.space = 'factor' or local.optimizer_state = 'fresh'"
+            f"algorithm: this run was made with the object {self.called!r}, and the one that is given is "
+            f"another: {told}; give the object that it was made with, or begin a new run"
         )
 
-    @property
-    def factors_problem(self) -> str:
-        """Products are of two factors."""
-        if self.space == "factor":
-            return ""
+    def problem(self) -> str:
+        """What to do about it."""
         return (
-            "algorithm.space = 'product', which mixes products of LoRA's factors; set "
-            "algorithm.space = 'factor', which mixes the adapters "
-            "entry by entry, or adapter.kind = 'lora'"
-        )
-
-    @property
-    def needs_validation(self) -> str:
-        """The safeguard does."""
-        return "algorithm.safeguard = true" if self.safeguard else ""
-
-
-class FedProxSettings(MethodSettings):
-    """[algorithm] name = "fedprox": FedAvg whose clients are held near the shared adapter.
-
-    Attributes:
-        proximal: mu; 0 is FedAvg.
-    """
-
-    name: Literal["fedprox"]
-    proximal: float = Field(0.01, ge=0)
-
-
-class FedItFinetuneSettings(MethodSettings):
-    """[algorithm] name = "fedit-finetune".
-
-    FedIT, then every client on its own from the shared adapter.
-
-    Attributes:
-        finetune_share: share of the rounds for fine-tuning, rounded down; each part has at least
-            one round.
-    """
-
-    partly_sent: ClassVar[bool] = True
-    name: Literal["fedit-finetune"]
-    finetune_share: float = Field(0.5, gt=0, lt=1)
-
-
-class DittoSettings(MethodSettings):
-    """[algorithm] name = "ditto": a shared adapter and personal ones that are pulled towards it.
-
-    A client's rounds take turns.
-
-    Attributes:
-        personal_pull: lambda; 0 trains the personal adapters alone.
-    """
-
-    partly_sent: ClassVar[bool] = True
-    name: Literal["ditto"]
-    personal_pull: float = Field(0.1, ge=0)
-
-    @property
-    def kept_moments_problem(self) -> str:
-        """Two adapters take turns."""
-        return (
-            "algorithm.name = 'ditto': the rounds of a client take turns between two "
-            "adapters, and the moments of one do not belong to "
-            "the other; set local.optimizer_state = 'fresh'"
+            f"algorithm: this run was made with the object {self.called!r} ({self.written.get('class')}) as "
+            "its method, which no file holds; give the object: fedmira.run(method=..., resume=True)"
         )
 
 
-class ShareFactorSettings(FactorMethodSettings):
-    """[algorithm] name = "share-factor": one LoRA factor is common to all clients.
-
-    Attributes:
-        shared_factor: "A" is FedSA-LoRA.
-        private_factor: the other one is trained by its client, or frozen at the common start ("B"
-            shared and A frozen is FFA-LoRA).
-    """
-
-    partly_sent: ClassVar[bool] = True
-    name: Literal["share-factor"]
-    shared_factor: Literal["A", "B"] = "A"
-    private_factor: Literal["trained", "frozen"] = "trained"
-
-    @model_validator(mode="after")
-    def _something_learns(self) -> ShareFactorSettings:
-        if self.shared_factor == "A" and self.private_factor == "frozen":
-            raise ValueError(
-                "B is zero at the start, so a frozen B learns nothing; set shared_factor = "
-                "'B' or private_factor = 'trained'"
+@cache
+def _offered() -> dict[str, EntryPoint]:
+    """Name -> the method that another package offers."""
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name in METHODS or entry.name in found:
+            by = f"of {entry.dist.name}" if entry.dist else ""
+            raise ConfigError(
+                f"method {entry.name!r} {by} ({entry.value}): the name is taken by "
+                f"{METHODS.get(entry.name) or found[entry.name].value}; the package must choose another one"
             )
-        return self
+        found[entry.name] = entry
+    return found
 
 
-class FedKSeedSettings(MethodSettings):
-    """[algorithm] name = "fedkseed": one shared adapter.
+def method_names() -> tuple[str, ...]:
+    """All names that [algorithm] knows: ours in the order of the table, then those of other packages."""
+    return (*METHODS, *_offered())
 
-    Clients send seeds and a number for each.
+
+def method_class(name: str) -> type[MethodSection]:
+    """The class of a method.
+
+    Args:
+        name: one of `method_names`.
+
+    Raises:
+        ConfigError: another package offers something that is no method, or goes by another name.
     """
-
-    partly_sent: ClassVar[bool] = True
-    name: Literal["fedkseed"]
-
-    @property
-    def sends_movements(self) -> bool:
-        """They do."""
-        return True
-
-
-class FlexLoraSettings(FactorMethodSettings):
-    """[algorithm] name = "flexlora".
-
-    One shared update, averaged as a product and cut to each client's rank.
-    """
-
-    name: Literal["flexlora"]
-
-    @property
-    def kept_moments_problem(self) -> str:
-        """The averaged product is factored anew."""
-        return (
-            "algorithm.name = 'flexlora': the averaged product gets new factors, to whose "
-            "entries the old moments do not belong; set "
-            "local.optimizer_state = 'fresh'"
+    if name in METHODS:
+        module, _, attribute = METHODS[name].partition(":")
+        found: Any = getattr(import_module(module), attribute)
+    else:
+        entry = _offered()[name]
+        found = entry.load()
+    if not (isinstance(found, type) and issubclass(found, MethodSection) and found.name == name):
+        raise ConfigError(
+            f"method {name!r}: {found!r} is no class of fedmira.methods.Method with name = {name!r}"
         )
+    return found
 
 
-class HetLoraSettings(FactorMethodSettings):
-    """[algorithm] name = "hetlora".
-
-    Shared factors, padded with zeros to the largest rank and cut to each client's.
-    """
-
-    name: Literal["hetlora"]
+def default_method() -> MethodSection:
+    """The method of a run that names none."""
+    return method_class(DEFAULT)()
 
 
-class FedExSettings(FactorMethodSettings):
-    """[algorithm] name = "fedex": FedAvg over factors.
-
-    What their mean misses is kept in a frozen part of the adapter.
-
-    Attributes:
-        trained_rank: directions of an adapter that are trained, the others are frozen; 0 takes
-            half.
-    """
-
-    partly_sent: ClassVar[bool] = True
-    name: Literal["fedex"]
-    trained_rank: Count = 0
+def is_object(method: MethodSection) -> bool:
+    """Whether a method is known by itself alone, and not by its name."""
+    return method.name not in method_names() or method_class(method.name) is not type(method)
 
 
-class FedAltSettings(FactorMethodSettings):
-    """[algorithm] name = "fedalt".
-
-    An own part that is trained beside a frozen one of the rest of the world.
-
-    Attributes:
-        trained_rank: directions of an adapter that are trained, the others are frozen; 0 takes
-            half.
-        rest_share: rho, the weight of the rest of the world.
-    """
-
-    partly_sent: ClassVar[bool] = True
-    name: Literal["fedalt"]
-    trained_rank: Count = 0
-    rest_share: float = Field(0.5, ge=0)
-
-
-class FedFomoSettings(FactorMethodSettings):
-    """[algorithm] name = "fedfomo".
-
-    Own adapters, blended with those of others that are better on the client's validation rows.
-
-    Attributes:
-        candidates: most adapters of others that a client is sent in a round.
-    """
-
-    partly_sent: ClassVar[bool] = True
-    name: Literal["fedfomo"]
-    candidates: Positive = 5
-
-    @property
-    def kept_moments_problem(self) -> str:
-        """Blended updates are factored anew."""
-        return (
-            "algorithm.name = 'fedfomo': blended updates get new factors, to whose entries "
-            "the old moments do not belong; set "
-            "local.optimizer_state = 'fresh'"
+def source_hash(of: type) -> str:
+    """SHA-256 of a class's source text, or of its functions' code where the text is not at hand."""
+    try:
+        text = inspect.getsource(of)
+    except (OSError, TypeError):
+        functions = sorted(
+            (name, _code_of(value.__code__))
+            for name, value in vars(of).items()
+            if inspect.isfunction(value)
         )
-
-    @property
-    def needs_validation(self) -> str:
-        """Weights are measured on them."""
-        return "algorithm.name = 'fedfomo'"
+        text = repr(functions)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-AlgorithmSettings = Annotated[
-    LocalOnlySettings
-    | FedAvgSettings
-    | FedItFinetuneSettings
-    | FedProxSettings
-    | DittoSettings
-    | ShareFactorSettings
-    | FlexLoraSettings
-    | HetLoraSettings
-    | FedExSettings
-    | FedAltSettings
-    | FedFomoSettings
-    | FedKSeedSettings
-    | MiraSettings,
-    Field(discriminator="name"),
+def _code_of(code: CodeType) -> str:
+    constants = [
+        _code_of(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts
+    ]
+    return repr((code.co_code.hex(), constants, code.co_names, code.co_varnames))
+
+
+def _read(value: Any) -> Any:
+    """A method, from an object or from a section that names one.
+
+    Raises:
+        ValueError: the section names none, or an unknown one.
+    """
+    if isinstance(value, MethodSection) or not isinstance(value, Mapping):
+        return value
+    if value.get("method") == OBJECT:
+        return AbsentMethod(written=dict(value))
+    name = value.get("name", DEFAULT)
+    if name not in method_names():
+        raise ValueError(f"unknown algorithm {name!r}")
+    return method_class(name).model_validate(
+        {key: inner for key, inner in value.items() if key != "name"}
+    )
+
+
+def _write(method: MethodSection, info: SerializationInfo) -> dict[str, Any]:
+    """The section as config.toml has it."""
+    return written_form(
+        method,
+        mode="json" if info.mode == "json" else "python",
+        exclude_unset=info.exclude_unset,
+        exclude_none=info.exclude_none,
+    )
+
+
+def written_form(
+    method: MethodSection,
+    *,
+    mode: Literal["json", "python"] = "json",
+    exclude_unset: bool = False,
+    exclude_none: bool = True,
+) -> dict[str, Any]:
+    """The section of a method as config.toml has it.
+
+    Args:
+        method: of an object the class and a hash of its source stand beside the settings.
+        mode: pydantic's.
+        exclude_unset: leaves out settings that nobody set.
+        exclude_none: leaves out settings that are None.
+    """
+    if isinstance(method, AbsentMethod):
+        return dict(method.written)
+    settings = method.model_dump(mode=mode, exclude_unset=exclude_unset, exclude_none=exclude_none)
+    if not is_object(method):
+        return {"name": method.name, **settings}
+    of = type(method)
+    about = {"class": f"{of.__module__}.{of.__qualname__}", "source_sha256": source_hash(of)}
+    return {"method": OBJECT, "name": method.name, **about, **settings}
+
+
+ChosenMethod = Annotated[
+    MethodSection,
+    BeforeValidator(_read),
+    PlainSerializer(_write, return_type=dict),
+    WithJsonSchema({"type": "object"}),
 ]
+"""The type of `Config.algorithm`."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -18,13 +19,16 @@ from fedmira.config.layers import (
     OVERRIDES,
     Layer,
     Settings,
-    algorithm_sections,
 )
+from fedmira.config.methods import DEFAULT, OBJECT, method_class, method_names
 from fedmira.config.other_names import OTHER_NAMES
 from fedmira.config.schema import Config
 from fedmira.config.unread import two_ways, unread_keys
 
-__all__ = ["describe_ignored", "describe_problems"]
+__all__ = ["describe_ignored", "describe_problems", "method_of"]
+
+UNKNOWN_METHOD = "unknown_method"
+"""The type of our own detail beside pydantic's."""
 
 _Path = tuple[str | int, ...]
 
@@ -107,19 +111,55 @@ def describe_ignored(settings: Settings, written: Settings, layers: Sequence[Lay
 
 def _mistyped(settings: Settings, layers: Sequence[Layer]) -> dict[_Path, list[ErrorDetails]]:
     """Numbers and switches that a file writes as another type, which pydantic would read over."""
+    details: dict[_Path, list[ErrorDetails]] = {}
+    # As JSON, because a list stands for a tuple there even where types are strict.
+    for section, checked in _strictly(settings):
+        try:
+            checked()
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                location = (*section, *detail["loc"])
+                details.setdefault(_locate(location, settings), []).append(detail)
+    return {
+        path: each
+        for path, each in details.items()
+        if any(map(_is_other_type, each)) and _source(path, layers) not in ("", OVERRIDES)
+    }
+
+
+def _strictly(settings: Settings) -> Iterator[tuple[_Path, Callable[[], object]]]:
+    """Where a part of the settings stands, and a strict check of it: the method's section apart."""
+    rest = {name: value for name, value in settings.items() if name != "algorithm"}
+    yield (), partial(Config.model_validate_json, json.dumps(rest, default=str), strict=True)
+    section = settings.get("algorithm")
+    if isinstance(section, Mapping) and section.get("name") in method_names():
+        keys = {key: value for key, value in section.items() if key != "name"}
+        of = method_class(section["name"])
+        yield (
+            ("algorithm",),
+            partial(of.model_validate_json, json.dumps(keys, default=str), strict=True),
+        )
+
+
+def method_of(settings: Settings) -> tuple[Any, list[ErrorDetails]]:
+    """The method that the settings choose, and what is wrong with its section.
+
+    Returns:
+        The method, None where something is wrong, or the section as it is where it is none; and pydantic's
+        details, located in the settings.
+    """
+    section = settings.get("algorithm")
+    if not isinstance(section, Mapping) or section.get("method") == OBJECT:
+        return section, []
+    if section["name"] not in method_names():
+        at = ("algorithm", "name")
+        return None, [ErrorDetails(type=UNKNOWN_METHOD, loc=at, msg="", input=section["name"])]
+    keys = {key: value for key, value in section.items() if key != "name"}
     try:
-        # As JSON, because a list stands for a tuple there even where types are strict.
-        Config.model_validate_json(json.dumps(settings, default=str), strict=True)
+        return method_class(section["name"]).model_validate(keys), []
     except ValidationError as error:
-        details: dict[_Path, list[ErrorDetails]] = {}
-        for detail in error.errors(include_url=False):
-            details.setdefault(_locate(detail["loc"], settings), []).append(detail)
-        return {
-            path: each
-            for path, each in details.items()
-            if any(map(_is_other_type, each)) and _source(path, layers) not in ("", OVERRIDES)
-        }
-    return {}
+        found = error.errors(include_url=False)
+        return None, [{**detail, "loc": ("algorithm", *detail["loc"])} for detail in found]
 
 
 def _is_other_type(detail: ErrorDetails) -> bool:
@@ -150,15 +190,17 @@ def _describe(
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{_dotted(path)}: {reason}" if path else reason
-    if first["type"].startswith("union_tag"):
+    if first["type"] == UNKNOWN_METHOD:
         name = settings["algorithm"]["name"]
-        choices = _choose(str(name), list(algorithm_sections()))
-        return f"algorithm.name = {_show(name)}: unknown algorithm; {choices}{_origin((*path, 'name'), layers)}"
+        choices = _choose(str(name), method_names())
+        return (
+            f"algorithm.name = {_show(name)}: unknown algorithm; {choices}{_origin(path, layers)}"
+        )
     value = first["input"]
     if first["type"] == "extra_forbidden":
         return f"{_dotted(path)} = {_show(value)}: unknown key; {_suggest_key(path, settings)}{_origin(path, layers)}"
     if first["type"].startswith("model_"):
-        keys = ", ".join(_section_class(path, settings).model_fields)
+        keys = ", ".join(_keys(path, settings))
         return f"{_dotted(path)} = {_show(value)}: must be a section; write [{_dotted(path)}] with any of: {keys}{_origin(path, layers)}"
     allowed = " or ".join(dict.fromkeys(_allowed(detail) for detail in details))
     return f"{_dotted(path)} = {_show(value)}: must be {allowed}{_origin(path, layers)}"
@@ -186,7 +228,7 @@ def _choose(name: str, choices: Sequence[str]) -> str:
 def _suggest_key(path: _Path, settings: Settings) -> str:
     """The nearest key of the same section, else of any section; and all keys of the section."""
     *section, key = (str(name) for name in path)
-    siblings = list(_section_class(tuple(section), settings).model_fields)
+    siblings = _keys(tuple(section), settings)
     elsewhere = OTHER_NAMES.get(".".join([*section, key]).lower()) or OTHER_NAMES.get(key.lower())
     near = (
         [elsewhere]
@@ -200,7 +242,7 @@ def _suggest_key(path: _Path, settings: Settings) -> str:
         near = [names[match] for match in difflib.get_close_matches(key, names, n=1, cutoff=0.75)]
     owners = [
         name
-        for name, fields in algorithm_sections().items()
+        for name, fields in ((name, method_class(name)) for name in method_names())
         if section == ["algorithm"] and key in fields.model_fields
     ]
     hint = (
@@ -228,6 +270,12 @@ def _all_keys(settings: Settings) -> Iterator[tuple[str, str]]:
         )
 
 
+def _keys(path: _Path, settings: Settings) -> list[str]:
+    """The keys of the section at `path`; of the method's section, its name too."""
+    fields = list(_section_class(path, settings).model_fields)
+    return ["name", *fields] if path == ("algorithm",) else fields
+
+
 def _section_class(path: _Path, settings: Settings) -> type[BaseModel]:
     """The class of the section at `path`; the whole config where there is none."""
     if not path:
@@ -235,8 +283,7 @@ def _section_class(path: _Path, settings: Settings) -> type[BaseModel]:
     if path[0] == "algorithm":
         chosen = settings.get("algorithm")
         name = chosen.get("name") if isinstance(chosen, Mapping) else None
-        default: type[BaseModel] = type(Config.model_fields["algorithm"].default)
-        return algorithm_sections().get(str(name), default)
+        return method_class(str(name) if name in method_names() else DEFAULT)
     annotation = Config.model_fields[str(path[0])].annotation
     return (
         annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Config

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from fedmira.config.methods import AlgorithmSettings, MiraSettings
+from fedmira.config.methods import ChosenMethod, Need, default_method
 from fedmira.config.section import Count, Positive, Section
 
 __all__ = [
@@ -375,7 +375,7 @@ class Config(Section):
     model: ModelSettings = ModelSettings()
     adapter: AdapterSettings = AdapterSettings()
     data: DataSettings = DataSettings()
-    algorithm: AlgorithmSettings = MiraSettings()
+    algorithm: ChosenMethod = Field(default_factory=default_method)
     graph: GraphSettings = GraphSettings()
     local: LocalSettings = LocalSettings()
     rounds: RoundsSettings = RoundsSettings()
@@ -416,7 +416,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _choices_need_validation(self) -> Config:
-        setting = self.algorithm.needs_validation
+        setting = self.algorithm.reason(Need.VALIDATION)
         if setting and self.data.validation_fraction == 0:
             raise ValueError(
                 f"{setting} needs validation rows; set data.validation_fraction above 0"
@@ -425,7 +425,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _method_and_kind_go_together(self) -> Config:
-        problem = self.algorithm.factors_problem
+        problem = self.algorithm.reason(Need.FACTORS)
         if problem and not self.adapter.low_rank:
             raise ValueError(f"adapter.kind = {self.adapter.kind!r} does not go with {problem}")
         wanted = [f"engine.{key}" for key in ("recompute", "compile") if getattr(self.engine, key)]
@@ -454,17 +454,17 @@ class Config(Section):
                 f"but algorithm.name = {self.algorithm.name!r} "
                 "sends a part of them; set engine.wire = 'float32'"
             )
-        if self.engine.wire != "float32" and self.algorithm.needs_validation:
+        if self.engine.wire != "float32" and self.algorithm.reason(Need.VALIDATION):
             raise ValueError(
                 f"engine.wire = {self.engine.wire!r} rounds what travels, but with "
-                f"{self.algorithm.needs_validation} a client holds what "
+                f"{self.algorithm.reason(Need.VALIDATION)} a client holds what "
                 "it sent against what comes back; set engine.wire = 'float32'"
             )
         return self
 
     @model_validator(mode="after")
     def _kept_moments_fit_their_entries(self) -> Config:
-        problem = self.algorithm.kept_moments_problem
+        problem = self.algorithm.reason(Need.FRESH_MOMENTS)
         if problem and self.local.optimizer_state == "kept":
             raise ValueError(f"local.optimizer_state = 'kept' does not go with {problem}")
         return self
@@ -472,7 +472,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _movements_are_sums_of_steps(self) -> Config:
         local = self.local
-        if self.algorithm.sends_movements and (
+        if Need.MOVEMENTS in self.algorithm.needs and (
             local.optimizer != "zeroth-order" or local.weight_decay
         ):
             raise ValueError(

@@ -1,12 +1,12 @@
-"""What all sections of a config have in common."""
+"""What all sections of a config have in common, and how a setting is declared."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Count", "Fraction", "Positive", "Section"]
+__all__ = ["Count", "Fraction", "Positive", "Section", "setting"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -17,3 +17,28 @@ class Section(BaseModel):
     """A section of the config: unknown keys are errors, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def setting(
+    default: Any,
+    *,
+    help: str,  # noqa: A002 (what users of argparse and typer call it)
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """Declares a setting of a section or a method.
+
+        class Half(fedmira.methods.Local):
+            pull: float = fedmira.setting(0.5, ge=0, le=1, help="share of the way to the mean")
+
+    Args:
+        default: the value where nobody sets one.
+        help: what it means, in a few words, with its unit; the documentation is made of it.
+        ge: the smallest value that is allowed.
+        gt: a value that must be exceeded.
+        le: the largest value that is allowed.
+        lt: a value that must not be reached.
+    """
+    return Field(default, ge=ge, gt=gt, le=le, lt=lt, description=help)

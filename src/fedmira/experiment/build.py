@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedmira.adapters import Adapter
-from fedmira.clients import Cohort, CohortSettings, Engine, Evaluation, Evaluator, InProcessEngine
+from fedmira.clients import Clients, CohortSettings, LocalClients, OverWire
 from fedmira.config import Config
+from fedmira.config.methods import written_form
 from fedmira.data import ClientSummary, Dataset, load_clients
 from fedmira.experiment.scheme import make_scheme, prepare_kind, token_budget
 from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
-from fedmira.methods import Algorithm
+from fedmira.methods import Method
 from fedmira.model import (
     AdapterKind,
     BaseModel,
@@ -31,6 +32,7 @@ class Experiment:
 
     Attributes:
         kind: the adapters, on their base.
+        clients: who trains and measures, with the client half of the algorithm.
         parties: what each client says of itself, by client id.
         data_sha256, token_budget, federation: as in `Ground`.
         skipped: what was left out of the data, one "name: reason" each.
@@ -42,13 +44,29 @@ class Experiment:
     ranks: Mapping[ClientId, int]
     starts: Mapping[ClientId, Adapter]
     graph: GraphSource
-    algorithm: Algorithm
-    engine: Engine
-    evaluator: Evaluation
+    algorithm: Method
+    clients: Clients
     data_sha256: str
     token_budget: int | None
     skipped: tuple[str, ...] = ()
     federation: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses a method that its papers or its clients do not know.
+
+        Raises:
+            ValueError: the algorithm is not that of the config, or not that of the clients.
+        """
+        if self.clients.method not in (None, self.algorithm):
+            raise ValueError(
+                f"algorithm {self.algorithm.name!r}: these clients run the client half of another method; "
+                "build the experiment anew on fedmira.config.with_method(config, method)"
+            )
+        if written_form(self.algorithm) != written_form(self.config.algorithm):
+            raise ValueError(
+                f"algorithm {self.algorithm.name!r}: the config names {self.config.algorithm.name!r}; build "
+                "the experiment anew on fedmira.config.with_method(config, method)"
+            )
 
     @property
     def base(self) -> BaseModel:
@@ -86,7 +104,7 @@ def build_experiment(
     """
     kind = prepare_kind(config, base)
     dataset = dataset or load_clients(config.data, config.seed, kind.base.tokenizer)
-    clients = {client.client_id: client for client in dataset.clients}
+    rows = {client.client_id: client for client in dataset.clients}
     parties = {party.client_id: party for party in dataset.summaries()}
     scheme = make_scheme(config, kind, parties)
     scales = {client: kind.scale(rank) for client, rank in scheme.ranks.items()}
@@ -95,20 +113,22 @@ def build_experiment(
         sum(tensor.numel() for tensor in start.values()) for start in scheme.starts.values()
     )
     at_once = most_side_by_side(largest, kind.base.device)
-    cohort = Cohort(scheme.algorithm, kind, clients, CohortSettings(config.local, scales, budget))
+    settings = CohortSettings(config.local, scales, budget)
+    clients: Clients = LocalClients(scheme.algorithm, kind, rows, settings, at_once)
+    if config.engine.wire != "float32":
+        clients = OverWire(clients, config.engine.wire, at_once)
     return Experiment(
-        config,
-        kind,
-        parties,
-        scheme.ranks,
-        scheme.starts,
-        scheme.graph,
-        scheme.algorithm,
-        InProcessEngine(cohort, at_once, config.engine.wire),
-        Evaluator(kind, clients, scales, budget, at_once),
-        hash_of_rows(clients),
-        budget,
-        dataset.skipped,
+        config=config,
+        kind=kind,
+        parties=parties,
+        ranks=scheme.ranks,
+        starts=scheme.starts,
+        graph=scheme.graph,
+        algorithm=scheme.algorithm,
+        clients=clients,
+        data_sha256=hash_of_rows(rows),
+        token_budget=budget,
+        skipped=dataset.skipped,
     )
 
 

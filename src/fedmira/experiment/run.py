@@ -64,15 +64,14 @@ def resume_experiment(
 
 def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None) -> Result:
     """Go on from the folder's checkpoint, or from the start in one that has none."""
-    config, algorithm, engine = experiment.config, experiment.algorithm, experiment.engine
+    config, algorithm, workers = experiment.config, experiment.algorithm, experiment.clients
     checkpoints, before = CheckpointFolder(folder.checkpoint), folder.read_json("run.json")
     recorder = Recorder(
         config,
         folder,
         algorithm,
-        experiment.evaluator,
+        workers,
         checkpoints,
-        lambda: engine.memories,
         progress or _quiet,
         float(before.get("wall_seconds", 0.0)),  # type: ignore[arg-type]
     )
@@ -82,7 +81,7 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None) -
     if checkpoint is not None:
         recorder.restore(checkpoint)
     provenance.write("running")
-    engine.restore(checkpoint.memories if checkpoint else MemoryTable(checkpoints.store, {}))
+    workers.restore(checkpoint.memories if checkpoint else MemoryTable(checkpoints.store, {}))
     if checkpoint is None:
         start = algorithm.initial_state(experiment.starts)
         state = replace(start, adapters=AdapterTable.of(checkpoints.store, start.adapters))
@@ -93,7 +92,7 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None) -
     clients, first = list(experiment.ranks), checkpoint.round + 1 if checkpoint else 1
     try:
         state = run_rounds(
-            algorithm, engine, state, clients, config.rounds, config.seed, recorder.on_round, first
+            algorithm, workers, state, clients, config.rounds, config.seed, recorder.on_round, first
         )
         if algorithm.aligns and not recorder.ever_moved:
             raise AlignmentError(

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmira.adapters import Adapter
-from fedmira.config import Config
+from fedmira.config import AbsentMethod, Config
 from fedmira.data import ClientSummary
 from fedmira.errors import ConfigError
 from fedmira.experiment.ranks import client_ranks
 from fedmira.graphs import GraphSource, graph_source
 from fedmira.messages import ClientId
-from fedmira.methods import Algorithm, AlgorithmContext, build
+from fedmira.methods import Method, MethodContext
 from fedmira.model import (
     AdapterKind,
     BaseModel,
@@ -25,7 +25,7 @@ from fedmira.model import (
 )
 from fedmira.rounds import cohort_size, seed_for
 
-__all__ = ["Scheme", "make_scheme", "prepare_kind", "token_budget"]
+__all__ = ["Scheme", "make_scheme", "method_of", "prepare_kind", "token_budget"]
 
 _log = logging.getLogger("fedmira")
 
@@ -40,7 +40,7 @@ class Scheme:
     ranks: Mapping[ClientId, int]
     starts: Mapping[ClientId, Adapter]
     graph: GraphSource
-    algorithm: Algorithm
+    algorithm: Method
 
 
 def prepare_kind(config: Config, base: BaseModel | None = None) -> AdapterKind:
@@ -109,10 +109,10 @@ def make_scheme(
             f"of {len(clients)} clients; lower it, or raise "
             "rounds.participation"
         )
-    context = AlgorithmContext(
+    context = MethodContext(
         clients, rows, ranks, config.adapter.alpha, graph, at_once, config.rounds.count
     )
-    algorithm = build(config.algorithm, context)
+    algorithm = method_of(config).for_federation(context)
     if algorithm.aligns and not graph.acts(config.rounds.count):
         raise ConfigError(
             f"graph.warmup_rounds is {config.graph.warmup_rounds} and rounds.count "
@@ -120,3 +120,16 @@ def make_scheme(
             "act; set rounds.count above the warm-up, or graph.warmup_rounds to 0"
         )
     return Scheme(ranks, kind.starts(ranks, seed_for(config.seed, "start")), graph, algorithm)
+
+
+def method_of(config: Config) -> Method:
+    """The method of a config.
+
+    Raises:
+        ConfigError: it was an object, which the config of a run folder cannot hold.
+    """
+    method = config.algorithm
+    if isinstance(method, AbsentMethod):
+        raise ConfigError(method.problem())
+    assert isinstance(method, Method)
+    return method

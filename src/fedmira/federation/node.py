@@ -12,13 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-from fedmira.clients import Cohort, CohortSettings, Evaluator, SplitName
-from fedmira.config import Config, GraphSettings, cache_folder
-from fedmira.data import ClientData, load_own, summary_of
+from fedmira.clients import CohortSettings, LocalClients, SplitName
+from fedmira.config import Config, cache_folder
+from fedmira.data import ClientData, load_own
 from fedmira.errors import ConfigError, WireError
 from fedmira.experiment import client_ranks, prepare_kind, token_budget
+from fedmira.experiment.scheme import method_of
 from fedmira.federation.ends import serve
-from fedmira.graphs import graph_source
 from fedmira.messages import (
     ClientId,
     Failure,
@@ -26,7 +26,6 @@ from fedmira.messages import (
     Reply,
     Request,
 )
-from fedmira.methods import Algorithm, AlgorithmContext, build
 from fedmira.model import AdapterKind, tokenizer_hash
 from fedmira.wire import (
     CHOICE,
@@ -41,8 +40,6 @@ from fedmira.wire import (
 )
 
 __all__ = ["Node", "NodeSettings", "memory_beside", "own_node", "read_node_settings"]
-
-_SOMEBODY_ELSE = "another client"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +123,8 @@ class Node:
     ) -> None:
         self.name = data.client_id
         self._memory = memory
-        scales, clients = {self.name: kind.scale(rank)}, {self.name: data}
-        algorithm = _client_half(config, self.name, rank, len(data.train))
-        self._cohort = Cohort(
-            algorithm, kind, clients, CohortSettings(config.local, scales, budget)
-        )
-        self._evaluator = Evaluator(kind, clients, scales, budget)
+        settings = CohortSettings(config.local, {self.name: kind.scale(rank)}, budget)
+        self._clients = LocalClients(method_of(config), kind, {self.name: data}, settings)
         self._answers: Mapping[str, Callable[[Encoded], Encoded]] = {
             IDENTITY: self._identity,
             TRAIN: self._train,
@@ -154,9 +147,9 @@ class Node:
 
     def _identity(self, message: Encoded) -> Encoded:
         """Name, task, counts of rows, and what must be equal on all machines."""
-        base = self._evaluator.kind.base
+        base = self._clients.kind.base
         header: Header = {
-            "party": json.dumps(asdict(summary_of(self._evaluator.clients[self.name]))),
+            "party": json.dumps(asdict(self._clients.parties[self.name])),
             "base": base.sha256,
             "tokenizer": tokenizer_hash(base.tokenizer),
             "fedmira": metadata.version("fedmira"),
@@ -167,20 +160,22 @@ class Node:
         def work(
             request: Request, memory: Payload | None
         ) -> tuple[Reply | Failure, Payload | None]:
-            return self._cohort.work([request], {} if memory is None else {self.name: memory})[0]
+            self._clients.restore({} if memory is None else {self.name: memory})
+            (answer,) = self._clients.train([request])
+            return answer, self._clients.memories.get(self.name)
 
         return serve(message, self.name, self._memory, work)
 
     def _losses(self, message: Encoded) -> Encoded:
         payload, _ = decode(message, Line())
-        losses = self._evaluator.losses(
+        losses = self._clients.losses(
             {self.name: payload.tensors["adapter"]}, cast(SplitName, message.header["split"])
         )
         return Encoded({}, {"total": losses[self.name].total, "tokens": losses[self.name].tokens})
 
     def _choice(self, message: Encoded) -> Encoded:
         payload, _ = decode(message, Line())
-        chosen = self._evaluator.chosen(
+        chosen = self._clients.choose(
             [self.name],
             lambda _: {float(share): adapter for share, adapter in payload.tensors.items()},
         )
@@ -188,7 +183,7 @@ class Node:
 
     def _scores(self, message: Encoded) -> Encoded:
         payload, _ = decode(message, Line())
-        scores = self._evaluator.text_scores(
+        scores = self._clients.score(
             {self.name: payload.tensors["adapter"]}, int(message.header["max_new_tokens"])
         )
         return Encoded({}, dict(scores[self.name]))
@@ -239,28 +234,3 @@ def _on_this_machine(config: Config, settings: NodeSettings) -> Config:
         "adapter": adapter.model_copy(update=own),
     }
     return config.model_copy(update=changes)
-
-
-def _client_half(config: Config, name: ClientId, rank: int, rows: int) -> Algorithm:
-    """The algorithm for what clients do, which depends on nobody else.
-
-    Whether the settings suit the federation as a whole is checked on the server; here a second
-    client of the same kind stands for the rest.
-    """
-    clients = (name, _SOMEBODY_ELSE)
-    counts = dict.fromkeys(clients, rows)
-    graph = graph_source(
-        GraphSettings(kind="uniform"), clients, dict.fromkeys(clients, ""), 0, counts
-    )
-    return build(
-        config.algorithm,
-        AlgorithmContext(
-            clients,
-            counts,
-            dict.fromkeys(clients, rank),
-            config.adapter.alpha,
-            graph,
-            2,
-            config.rounds.count,
-        ),
-    )

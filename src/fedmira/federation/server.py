@@ -184,32 +184,31 @@ def _experiment(
     skipped: tuple[str, ...] = (),
 ) -> Experiment:
     """The run's parts for these clients; no others may take part from now on."""
-    from fedmira.federation.flower.engine import FlowerEngine
-    from fedmira.federation.flower.evaluation import FlowerEvaluation
+    from fedmira.federation.flower.clients import FlowerClients
 
     parties = members.parties
     nodes.close(parties)
     scheme = make_scheme(config, kind, parties)
-    engine = FlowerEngine(
+    clients = FlowerClients(
         nodes,
+        parties,
         ServerEnd(config.engine.wire, members.run_id),
         config.rounds.min_replies,
         config.federation.wait_s,
     )
     return Experiment(
-        config,
-        kind,
-        parties,
-        scheme.ranks,
-        scheme.starts,
-        scheme.graph,
-        scheme.algorithm,
-        engine,
-        FlowerEvaluation(nodes, parties),
-        data_sha256,
-        None,
-        skipped,
-        members.as_json(),
+        config=config,
+        kind=kind,
+        parties=parties,
+        ranks=scheme.ranks,
+        starts=scheme.starts,
+        graph=scheme.graph,
+        algorithm=scheme.algorithm,
+        clients=clients,
+        data_sha256=data_sha256,
+        token_budget=None,
+        skipped=skipped,
+        federation=members.as_json(),
     )
 
 

@@ -1,37 +1,72 @@
-"""How adapters are combined: a file for each method, and one table from name to method."""
+"""How adapters are combined: a file for each method, and what all methods are made of.
 
-from fedmira.methods.base import (
-    Algorithm,
-    Blend,
-    Combined,
-    Diagnostics,
-    GradientHook,
-    PlainClient,
-    ServerState,
-    Start,
-    Trained,
-)
-from fedmira.methods.context import AlgorithmContext
-from fedmira.methods.ditto import Ditto
-from fedmira.methods.fedalt import FedAlt
-from fedmira.methods.fedavg import FedAvg
-from fedmira.methods.fedex import FedEx
-from fedmira.methods.fedfomo import FedFomo
-from fedmira.methods.fedit_finetune import FedItFinetune
-from fedmira.methods.fedkseed import FedKSeed
-from fedmira.methods.fedprox import FedProx
-from fedmira.methods.flexlora import FlexLora
-from fedmira.methods.hetlora import HetLora
-from fedmira.methods.local import LocalOnly
-from fedmira.methods.mira import Mira
-from fedmira.methods.parts.mixing import Mixing, mixing_matrix
-from fedmira.methods.registry import ALGORITHMS, build
-from fedmira.methods.share_factor import ShareFactor
+The table of names is `fedmira.config.methods.METHODS`. The names below are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedmira.config.methods import Need
+    from fedmira.config.section import setting
+    from fedmira.methods.base import (
+        Blend,
+        Combined,
+        Diagnostics,
+        GradientHook,
+        Method,
+        ServerState,
+        Start,
+        Trained,
+    )
+    from fedmira.methods.context import MethodContext
+    from fedmira.methods.ditto import Ditto
+    from fedmira.methods.fedalt import FedAlt
+    from fedmira.methods.fedavg import FedAvg
+    from fedmira.methods.fedex import FedEx
+    from fedmira.methods.fedfomo import FedFomo
+    from fedmira.methods.fedit_finetune import FedItFinetune
+    from fedmira.methods.fedkseed import FedKSeed
+    from fedmira.methods.fedprox import FedProx
+    from fedmira.methods.flexlora import FlexLora
+    from fedmira.methods.hetlora import HetLora
+    from fedmira.methods.local import Local
+    from fedmira.methods.mira import Mira
+    from fedmira.methods.parts.mixing import Mixing, mixing_matrix
+    from fedmira.methods.share_factor import ShareFactor
+
+_HOMES = {
+    "Blend": "fedmira.methods.base",
+    "Combined": "fedmira.methods.base",
+    "Diagnostics": "fedmira.methods.base",
+    "Ditto": "fedmira.methods.ditto",
+    "FedAlt": "fedmira.methods.fedalt",
+    "FedAvg": "fedmira.methods.fedavg",
+    "FedEx": "fedmira.methods.fedex",
+    "FedFomo": "fedmira.methods.fedfomo",
+    "FedItFinetune": "fedmira.methods.fedit_finetune",
+    "FedKSeed": "fedmira.methods.fedkseed",
+    "FedProx": "fedmira.methods.fedprox",
+    "FlexLora": "fedmira.methods.flexlora",
+    "GradientHook": "fedmira.methods.base",
+    "HetLora": "fedmira.methods.hetlora",
+    "Local": "fedmira.methods.local",
+    "Method": "fedmira.methods.base",
+    "MethodContext": "fedmira.methods.context",
+    "Mira": "fedmira.methods.mira",
+    "Mixing": "fedmira.methods.parts.mixing",
+    "Need": "fedmira.config.methods",
+    "ServerState": "fedmira.methods.base",
+    "ShareFactor": "fedmira.methods.share_factor",
+    "Start": "fedmira.methods.base",
+    "Trained": "fedmira.methods.base",
+    "mixing_matrix": "fedmira.methods.parts.mixing",
+    "setting": "fedmira.config.section",
+}
 
 __all__ = [
-    "ALGORITHMS",
-    "Algorithm",
-    "AlgorithmContext",
     "Blend",
     "Combined",
     "Diagnostics",
@@ -46,14 +81,23 @@ __all__ = [
     "FlexLora",
     "GradientHook",
     "HetLora",
-    "LocalOnly",
+    "Local",
+    "Method",
+    "MethodContext",
     "Mira",
     "Mixing",
-    "PlainClient",
+    "Need",
     "ServerState",
     "ShareFactor",
     "Start",
     "Trained",
-    "build",
     "mixing_matrix",
+    "setting",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

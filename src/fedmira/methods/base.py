@@ -1,24 +1,27 @@
-"""What an algorithm is: pure functions over values, a server half and a client half."""
+"""What a method is: settings, and pure functions over values in a server half and a client half."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Self
 
+from pydantic import PrivateAttr
 from torch import Tensor
 
 from fedmira.adapters import Adapter
+from fedmira.config.methods import MethodSection, Need
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId, Payload, Reply
+from fedmira.methods.context import MethodContext, require_one_rank
 
 __all__ = [
-    "Algorithm",
     "Blend",
     "Combined",
     "Diagnostics",
     "GradientHook",
-    "PlainClient",
+    "Method",
     "ServerState",
     "Start",
     "Trained",
@@ -119,80 +122,154 @@ class Trained:
     losses: tuple[float, ...] = ()
 
 
-class Algorithm(Protocol):
-    """Both halves of a federated algorithm; every method is a pure function."""
+class Method(MethodSection, ABC):
+    """A federated method: its fields are its settings, and it has both halves.
+
+    Every half is a pure function: it trains, sends and draws nothing, and changes none of its arguments.
+    The server half may read `context`, the client half may not, since a client on a machine of its own
+    knows no others.
+
+        class Half(fedmira.methods.Local):
+            pull: float = fedmira.setting(0.5, ge=0, le=1, help="share of the way to the mean")
+
+            def combine(self, state, replies): ...
+            def gradient(self, gradient, adapter, start): ...
+    """
+
+    _context: MethodContext | None = PrivateAttr(default=None)
+
+    @property
+    def context(self) -> MethodContext:
+        """The federation that the method was built for.
+
+        Raises:
+            RuntimeError: it was built for none, or this is the client half on a client's machine.
+        """
+        if self._context is None:
+            raise RuntimeError(
+                f"{self.name}: no federation is known here; the server half runs on what for_federation "
+                "returns, and the client half must not ask for the federation"
+            )
+        return self._context
+
+    def for_federation(self, context: MethodContext) -> Self:
+        """The same method, built for these clients.
+
+        Args:
+            context: the clients, their rows and ranks, and the graph.
+
+        Raises:
+            ConfigError: the settings cannot work on this federation.
+        """
+        bound = self.model_copy()
+        bound._context = context
+        if Need.ONE_RANK in self.needs:
+            require_one_rank(self.name, context)
+        bound.check()
+        return bound
+
+    def check(self) -> None:
+        """Refuses a federation that the settings cannot work on; by default it refuses none.
+
+        Raises:
+            ConfigError: what is wrong, with the next step.
+        """
 
     @property
     def aligns(self) -> bool:
         """Whether alignment is switched on, so that a run in which no client is ever pulled is an error."""
-        ...
+        return False
 
     @property
     def may_decline(self) -> bool:
-        """Whether clients choose by their own validation rows between what the server made of their adapter and `alternatives`."""
-        ...
+        """Whether clients choose by validation rows between the server's adapter and `alternatives`."""
+        return False
 
+    @abstractmethod
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
-        """The state before round 1, from each client's start adapter (the common one, cut to the client's rank)."""
-        ...
+        """The state before round 1.
 
+        Args:
+            starts: each client's start adapter: the common one, cut to the client's rank.
+        """
+
+    @abstractmethod
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
-        """What the server sends this client."""
-        ...
+        """What the server sends this client; its "adapter" is where local training starts."""
 
+    @abstractmethod
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
-        """The next state; `replies` are sorted by client id and not empty."""
-        ...
+        """The next state.
 
+        Args:
+            state: the one before; it is not changed.
+            replies: of the round's clients, sorted by client id and not empty.
+        """
+
+    @abstractmethod
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
-        """The adapter that is evaluated and saved for this client, unless it declines it for one of `alternatives`."""
-        ...
+        """The adapter that is evaluated and saved for this client, unless it takes an alternative."""
 
     def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
-        """What a client may have in place of `aligned`, which the server made of `own`, the adapter that the client last sent.
+        """What a client may have in place of what the server made of its adapter.
+
+        Args:
+            own: the adapter that the client last sent.
+            aligned: what the server made of it.
 
         Returns:
             Share of the server's change that is left, 0 or more and below 1 -> adapter, by falling
-            share; the last one is what a
-            client without validation rows takes. Empty where the server changed nothing, or clients
-            may not decline.
+            share; the last one is what a client without validation rows takes. Empty where the server
+            changed nothing, or clients may not decline.
         """
-        ...
-
-    def begin(self, payload: Payload, memory: Payload | None) -> Start:
-        """On the client: where local training starts."""
-        ...
-
-    def finish(
-        self, payload: Payload, memory: Payload | None, trained: Trained
-    ) -> tuple[Payload, Payload | None]:
-        """On the client: what goes back to the server, and what the client keeps for itself."""
-        ...
-
-
-class PlainClient:
-    """The client half of algorithms whose clients train from the adapter they are sent and send it back; no alignment, no choice."""
-
-    @property
-    def aligns(self) -> bool:
-        """No."""
-        return False
-
-    @property
-    def may_decline(self) -> bool:
-        """No."""
-        return False
-
-    def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
-        """None."""
         return {}
 
     def begin(self, payload: Payload, memory: Payload | None) -> Start:
-        """Start from the adapter in the payload."""
+        """On the client: where local training starts; by default from the adapter in the payload.
+
+        Args:
+            payload: what the server sent.
+            memory: what the client kept for itself after its last round, None where there is nothing.
+        """
         return Start(payload.tensors["adapter"])
+
+    def gradient(self, gradient: Adapter, adapter: Adapter, start: Adapter) -> Adapter:
+        """On the client, at every local step: the gradient to step with.
+
+        It is called only where a method overrides it.
+
+        Args:
+            gradient: of the loss of the batch, by parameter name.
+            adapter: the parameters as they are at this step.
+            start: the parameters that local training began with.
+        """
+        return gradient
 
     def finish(
         self, payload: Payload, memory: Payload | None, trained: Trained
     ) -> tuple[Payload, Payload | None]:
-        """Send the trained adapter; keep nothing."""
+        """On the client: what goes back to the server, and what the client keeps for itself.
+
+        By default the trained adapter goes back and nothing is kept.
+
+        Args:
+            payload: what the server sent.
+            memory: what the client kept after its last round.
+            trained: what local training made of the start.
+        """
         return Payload({"adapter": trained.adapter}), None
+
+    def started(self, payload: Payload, memory: Payload | None) -> Start:
+        """`begin`, with `gradient` in its hook where the method overrides it; what clients call."""
+        start = self.begin(payload, memory)
+        if type(self).gradient is Method.gradient:
+            return start
+        inner, own = start.hook, self.gradient
+        where: dict[str, Tensor] = {}  # the start on the device of the gradient
+
+        def hook(gradient: Adapter, adapter: Adapter) -> Adapter:
+            for name in gradient.keys() - where.keys():
+                where[name] = start.adapter[name].to(gradient[name].device)
+            return own(inner(gradient, adapter) if inner else gradient, adapter, where)
+
+        return replace(start, hook=hook)

@@ -1,4 +1,4 @@
-"""What an algorithm is built for: the federation's clients and their sizes."""
+"""What a method is built for: the federation's clients and their sizes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmira.adapters import scale
+from fedmira.errors import ConfigError
 from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
 
-__all__ = ["AlgorithmContext"]
+__all__ = ["MethodContext", "require_one_rank"]
 
 
 @dataclass(frozen=True, slots=True)
-class AlgorithmContext:
+class MethodContext:
     """The federation, known before round 1.
 
     Attributes:
@@ -54,4 +55,26 @@ class AlgorithmContext:
         return next(
             ((first, other) for other in self.clients if self.ranks[other] != self.ranks[first]),
             None,
+        )
+
+
+def require_one_rank(name: str, context: MethodContext) -> None:
+    """Refuses clients of different rank.
+
+    Args:
+        name: the method's, for the message.
+        context: the clients and their ranks.
+
+    Raises:
+        ConfigError: two clients differ in rank.
+    """
+    unequal = context.unequal_ranks()
+    if unequal is not None:
+        one, other = unequal
+        raise ConfigError(
+            f"{name}: client {one!r} has rank {context.ranks[one]} and client {other!r} "
+            f"rank {context.ranks[other]}; "
+            "what is averaged factor by factor needs one rank (set "
+            "adapter.rank_distribution to 'one' and take them out of "
+            "adapter.ranks and adapter.rank_types, or set algorithm.name to 'flexlora' or 'mira')"
         )

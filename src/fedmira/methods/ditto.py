@@ -15,43 +15,49 @@ the rounds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from fedmira.adapters import Adapter, replaced
-from fedmira.config.methods import DittoSettings
+from fedmira.config.methods import Need
+from fedmira.config.section import setting
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import (
     Combined,
-    PlainClient,
+    Method,
     ServerState,
     Start,
     Trained,
 )
-from fedmira.methods.context import AlgorithmContext
-from fedmira.methods.parts.averaging import COMMON, mean_by_rows, require_one_rank
+from fedmira.methods.parts.averaging import COMMON, mean_by_rows
 from fedmira.methods.parts.partly_sent import PartlySent
 from fedmira.methods.parts.proximal import toward
 
-__all__ = ["Ditto", "build_ditto"]
+__all__ = ["Ditto"]
 
 TURNS = "turns"
 
 
-@dataclass(frozen=True, slots=True)
-class Ditto(PlainClient):
+class Ditto(Method):
     """The state holds the shared adapter and every client's personal one, and as number "turns", int64 [K], the rounds of each client.
 
     The personal adapters stay with their clients: they are no part of the bytes that are counted.
-
-    Attributes:
-        context: the federation.
-        personal_pull: lambda.
     """
 
-    context: AlgorithmContext
-    personal_pull: float
+    name: ClassVar[str] = "ditto"
+    title: ClassVar[str] = "Ditto"
+    partly_sent: ClassVar[bool] = True
+    always_needs: ClassVar[Mapping[Need, str]] = {
+        Need.ONE_RANK: "",
+        Need.FRESH_MOMENTS: (
+            "algorithm.name = 'ditto': the rounds of a client take turns between two adapters, and the "
+            "moments of one do not belong to the other; set local.optimizer_state = 'fresh'"
+        ),
+    }
+    personal_pull: float = setting(
+        0.1, ge=0, help="lambda, the pull of personal adapters; 0 trains them alone"
+    )
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The common start for everything."""
@@ -109,13 +115,3 @@ class Ditto(PlainClient):
     def _personal_turn(self, state: ServerState, client: ClientId) -> bool:
         """Whether this client's next round is for its personal adapter."""
         return int(state.numbers[TURNS][self.context.clients.index(client)]) % 2 == 1
-
-
-def build_ditto(settings: DittoSettings, context: AlgorithmContext) -> Ditto:
-    """Check that one shared adapter fits all clients.
-
-    Raises:
-        ConfigError: clients differ in rank.
-    """
-    require_one_rank(settings.name, context)
-    return Ditto(context, settings.personal_pull)

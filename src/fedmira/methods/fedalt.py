@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,44 +30,64 @@ from fedmira.adapters import (
     mix,
     replaced,
 )
-from fedmira.config.methods import FedAltSettings
+from fedmira.config.methods import Need
+from fedmira.config.section import Count, setting
 from fedmira.errors import ConfigError
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import (
     Combined,
     Diagnostics,
-    PlainClient,
+    Method,
     ServerState,
     Start,
     Trained,
 )
-from fedmira.methods.context import AlgorithmContext
 from fedmira.methods.parts.kept_products import KeptProducts, Taken
 from fedmira.methods.parts.partly_sent import PartlySent
 from fedmira.methods.parts.rank_split import RankSplit, check_split
 
-__all__ = ["FedAlt", "build_fedalt"]
+__all__ = ["FedAlt"]
 
 LAST_ROUND, GRAPH = "last_round", "graph"
 
 
-@dataclass(frozen=True, slots=True)
-class FedAlt(PlainClient):
+class FedAlt(Method):
     """The state holds every client's two-part adapter as it last trained it.
 
     Its numbers are "last_round" (int64 [K], 0 = never trained) and, where the graph is learned,
     "graph" with the inner products that it is learned from.
-
-    Attributes:
-        context: the federation.
-        split: where adapters are divided.
-        rest_share: rho.
     """
 
-    context: AlgorithmContext
-    split: RankSplit
-    rest_share: float
+    name: ClassVar[str] = "fedalt"
+    title: ClassVar[str] = "FedALT"
+    partly_sent: ClassVar[bool] = True
+    always_needs: ClassVar[Mapping[Need, str]] = {Need.FACTORS: ""}
+    trained_rank: Count = setting(
+        0, help="directions of an adapter that are trained, the others are frozen; 0 takes half"
+    )
+    rest_share: float = setting(0.5, ge=0, help="rho, the weight of the rest of the world")
+
+    @property
+    def split(self) -> RankSplit:
+        """Where adapters are divided."""
+        return RankSplit(self.trained_rank)
+
+    def check(self) -> None:
+        """There must be a rest of the world, and room for it.
+
+        Raises:
+            ConfigError: a client's rank leaves a part empty, or nobody has a neighbour.
+        """
+        source, clients = self.context.graph, self.context.clients
+        check_split(self.name, self.trained_rank, self.context)
+        fixed_edges = len(source.graph(source.initial(clients), clients).edge_list)
+        if len(clients) < 2 or not (source.learned or fixed_edges):
+            raise ConfigError(
+                f"{self.name}: the graph of {len(clients)} client{'s' if len(clients) > 1 else ''} has "
+                "no edge, so nobody has a rest of the world; needs at least 1 (choose another "
+                "graph.kind, or set algorithm.name to 'local')"
+            )
 
     @property
     def _kept(self) -> KeptProducts:
@@ -190,24 +210,3 @@ class FedAlt(PlainClient):
             weights[ends[mine, other]] = strengths[mine]
         weights = weights * trained
         return weights * (self.rest_share / weights.sum()) if bool(weights.any()) else weights
-
-
-def build_fedalt(settings: FedAltSettings, context: AlgorithmContext) -> FedAlt:
-    """Check that there is a rest of the world and room for it.
-
-    Raises:
-        ConfigError: a client's rank leaves a part empty, or nobody has a neighbour.
-    """
-    split, source, count = (
-        check_split(settings.name, settings.trained_rank, context),
-        context.graph,
-        len(context.clients),
-    )
-    fixed_edges = len(source.graph(source.initial(context.clients), context.clients).edge_list)
-    if count < 2 or not (source.learned or fixed_edges):
-        raise ConfigError(
-            f"{settings.name}: the graph of {count} client{'s' if count > 1 else ''} has "
-            "no edge, so nobody has a rest of the world; needs "
-            "at least 1 (choose another graph.kind, or set algorithm.name to 'local')"
-        )
-    return FedAlt(context, split, settings.rest_share)

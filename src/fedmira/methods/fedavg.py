@@ -9,21 +9,25 @@ McMahan et al. 2017; over LoRA factors, A and B apart, it is FedIT (Zhang et al.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from fedmira.adapters import Adapter, replaced
-from fedmira.config import FedAvgSettings
+from fedmira.config.methods import Need
 from fedmira.messages import ClientId, Payload, Reply
-from fedmira.methods.base import Combined, PlainClient, ServerState
-from fedmira.methods.context import AlgorithmContext
-from fedmira.methods.parts.averaging import mean_by_rows, require_one_rank
+from fedmira.methods.base import Combined, Method, ServerState
+from fedmira.methods.parts.averaging import mean_by_rows
 
-__all__ = ["FedAvg", "build_fedavg"]
+__all__ = ["FedAvg"]
 
 SHARED = "shared"
 
 
-class FedAvg(PlainClient):
+class FedAvg(Method):
     """The state holds one adapter, "shared", which every client starts from and is evaluated with."""
+
+    name: ClassVar[str] = "fedavg"
+    title: ClassVar[str] = "FedAvg"
+    always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: ""}
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The start that all clients have in common."""
@@ -45,13 +49,3 @@ class FedAvg(PlainClient):
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
         """The shared adapter."""
         return state.adapters[SHARED]
-
-
-def build_fedavg(settings: FedAvgSettings, context: AlgorithmContext) -> FedAvg:
-    """Check that one adapter fits all clients.
-
-    Raises:
-        ConfigError: clients differ in rank.
-    """
-    require_one_rank(settings.name, context)
-    return FedAvg()

@@ -14,7 +14,7 @@ it, the strongest first. It is exact while R fits, and the log's `truncation` sa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import ClassVar
 
 from fedmira.adapters import (
     Adapter,
@@ -22,36 +22,47 @@ from fedmira.adapters import (
     replaced,
     weighted_sum,
 )
-from fedmira.config.methods import FedExSettings
+from fedmira.config.methods import Need
+from fedmira.config.section import Count, setting
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import (
     Combined,
     Diagnostics,
-    PlainClient,
+    Method,
     ServerState,
     Start,
     Trained,
 )
-from fedmira.methods.context import AlgorithmContext
-from fedmira.methods.parts.averaging import COMMON, by_rows, require_one_rank
+from fedmira.methods.parts.averaging import COMMON, by_rows
 from fedmira.methods.parts.partly_sent import PartlySent
 from fedmira.methods.parts.rank_split import RankSplit, check_split
 
-__all__ = ["FedEx", "build_fedex"]
+__all__ = ["FedEx"]
 
 
-@dataclass(frozen=True, slots=True)
-class FedEx(PlainClient):
-    """The state holds one adapter, its first directions trained and the others the residual.
+class FedEx(Method):
+    """The state holds one adapter, its first directions trained and the others the residual."""
 
-    Attributes:
-        split: where the adapter is divided.
-        rank, scale: of the whole adapter.
-    """
+    name: ClassVar[str] = "fedex"
+    title: ClassVar[str] = "FedEx-LoRA"
+    partly_sent: ClassVar[bool] = True
+    always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.FACTORS: ""}
+    trained_rank: Count = setting(
+        0, help="directions of an adapter that are trained, the others are frozen; 0 takes half"
+    )
 
-    split: RankSplit
-    rank: int
-    scale: float
+    @property
+    def split(self) -> RankSplit:
+        """Where the adapter is divided."""
+        return RankSplit(self.trained_rank)
+
+    def check(self) -> None:
+        """Both parts of the adapter need room.
+
+        Raises:
+            ConfigError: a part would be empty.
+        """
+        check_split(self.name, self.trained_rank, self.context)
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The start that all clients have in common; with B = 0 the residual is zero."""
@@ -66,12 +77,11 @@ class FedEx(PlainClient):
         ordered, weights = by_rows(replies)
         parts = [self.split.trained(reply.payload.tensors["adapter"]) for reply in ordered]
         mean, residual = weighted_sum(parts, weights), self.split.frozen(state.adapters[COMMON])
-        terms, shares, room = (
-            [residual, *parts, mean],
-            [1.0, *weights, -1.0],
-            self.rank - self.split.of(self.rank),
-        )
-        mixed = mix(terms, shares, [self.scale] * len(terms), room, self.scale, residual)
+        first = self.context.clients[0]
+        rank, scale = self.context.ranks[first], self.context.scale(first)  # those of all clients
+        terms, shares = [residual, *parts, mean], [1.0, *weights, -1.0]
+        room = rank - self.split.of(rank)
+        mixed = mix(terms, shares, [scale] * len(terms), room, scale, residual)
         after = self.split.joined(mean, mixed.adapter)
         diagnostics = Diagnostics(round={"truncation": mixed.tail})
         return Combined(
@@ -95,18 +105,3 @@ class FedEx(PlainClient):
             {"adapter": self.split.joined(part, self.split.frozen(payload.tensors["adapter"]))},
             sent={"trained": part},
         ), None
-
-
-def build_fedex(settings: FedExSettings, context: AlgorithmContext) -> FedEx:
-    """Check that one adapter fits all clients and has room for both parts.
-
-    Raises:
-        ConfigError: clients differ in rank, or a part would be empty.
-    """
-    require_one_rank(settings.name, context)
-    first = context.clients[0]
-    return FedEx(
-        check_split(settings.name, settings.trained_rank, context),
-        context.ranks[first],
-        context.scale(first),
-    )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ from fedmira.adapters import (
     modules,
     replaced,
 )
-from fedmira.config.methods import FedFomoSettings
+from fedmira.config.methods import Need
+from fedmira.config.section import Positive, setting
 from fedmira.errors import ConfigError
 from fedmira.graphs import MOST_EDGES, all_pairs
 from fedmira.messages import ClientId, Payload, Reply
@@ -39,16 +40,14 @@ from fedmira.methods.base import (
     Blend,
     Combined,
     Diagnostics,
-    PlainClient,
+    Method,
     ServerState,
     Start,
     Trained,
 )
-from fedmira.methods.context import AlgorithmContext
-from fedmira.methods.parts.averaging import require_one_rank
 from fedmira.methods.parts.partly_sent import PartlySent
 
-__all__ = ["FedFomo", "build_fedfomo", "first_order_weights"]
+__all__ = ["FedFomo", "first_order_weights"]
 
 TRAINED, PREFERENCE, SENT = "trained", "preference", "sent"
 BEGAN = "began"
@@ -78,22 +77,49 @@ def _place(number: int) -> str:
     return f"candidate {number}"
 
 
-@dataclass(frozen=True, slots=True)
-class FedFomo(PlainClient):
+class FedFomo(Method):
     """The state holds the adapter that each client last sent.
 
     Its numbers stand in rows of receivers.
 
     "trained" (bool [K]), "preference" (float64 [K, K], P) and "sent" (bool [K, K], whom each client
     has been sent).
-
-    Attributes:
-        context: the federation.
-        candidates: most adapters of others that a client is sent in a round.
     """
 
-    context: AlgorithmContext
-    candidates: int
+    name: ClassVar[str] = "fedfomo"
+    title: ClassVar[str] = "FedFomo"
+    partly_sent: ClassVar[bool] = True
+    always_needs: ClassVar[Mapping[Need, str]] = {
+        Need.ONE_RANK: "",
+        Need.FACTORS: "",
+        Need.FRESH_MOMENTS: (
+            "algorithm.name = 'fedfomo': blended updates get new factors, to whose entries the old moments "
+            "do not belong; set local.optimizer_state = 'fresh'"
+        ),
+        Need.VALIDATION: "",
+    }
+    candidates: Positive = setting(
+        5, help="most adapters of others that a client is sent in a round"
+    )
+
+    def check(self) -> None:
+        """Clients must be able to be blended, and what is kept of their pairs must fit.
+
+        Raises:
+            ConfigError: there is only one client, or they have too many pairs.
+        """
+        count, pairs = len(self.context.clients), all_pairs(len(self.context.clients))
+        if pairs > MOST_EDGES:
+            raise ConfigError(
+                f"{self.name}: it remembers who helped whom, for {pairs:,} pairs of {count:,} clients; at "
+                f"most {MOST_EDGES:,} can be held (lower data.clients, or set algorithm.name to 'mira', "
+                "whose learned graph keeps a few neighbours for each client)"
+            )
+        if count < 2:
+            raise ConfigError(
+                f"{self.name}: 1 client has nobody to be sent; needs at least 2 (set algorithm.name to "
+                "'local')"
+            )
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """Each client's start; nobody has trained."""
@@ -212,26 +238,3 @@ class FedFomo(PlainClient):
         new = [other for other in ready if not sent[other]]
         order = dict.fromkeys([*liked[: (self.candidates + 1) // 2], *new, *preferred])
         return list(order)[: self.candidates]
-
-
-def build_fedfomo(settings: FedFomoSettings, context: AlgorithmContext) -> FedFomo:
-    """Check that clients can be blended, and that what is kept of their pairs can be held.
-
-    Raises:
-        ConfigError: clients differ in rank, there is only one, or they have too many pairs.
-    """
-    require_one_rank(settings.name, context)
-    count, pairs = len(context.clients), all_pairs(len(context.clients))
-    if pairs > MOST_EDGES:
-        raise ConfigError(
-            f"{settings.name}: it remembers who helped whom, for {pairs:,} pairs of "
-            f"{count:,} clients; at most {MOST_EDGES:,} can be held "
-            "(lower data.clients, or set algorithm.name to 'mira', whose learned graph "
-            "keeps a few neighbours for each client)"
-        )
-    if count < 2:
-        raise ConfigError(
-            f"{settings.name}: 1 client has nobody to be sent; needs at least 2 (set "
-            "algorithm.name to 'local')"
-        )
-    return FedFomo(context, settings.candidates)

@@ -14,40 +14,63 @@ adding to them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from fedmira.adapters import Adapter, replaced
-from fedmira.config.methods import FedItFinetuneSettings
+from fedmira.config.methods import Need
+from fedmira.config.section import setting
 from fedmira.errors import ConfigError
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import (
     Combined,
-    PlainClient,
+    Method,
     ServerState,
     Trained,
 )
-from fedmira.methods.context import AlgorithmContext
-from fedmira.methods.parts.averaging import COMMON, mean_by_rows, require_one_rank
+from fedmira.methods.parts.averaging import COMMON, mean_by_rows
 from fedmira.methods.parts.partly_sent import PartlySent
 
-__all__ = ["FedItFinetune", "build_fedit_finetune"]
+__all__ = ["FedItFinetune"]
 
 ROUND, FINETUNE = "round", "finetune"
 
 
-@dataclass(frozen=True, slots=True)
-class FedItFinetune(PlainClient):
+class FedItFinetune(Method):
     """The state holds the shared adapter, the copies of clients that have fine-tuned theirs, and as number "round" the last round.
 
     The copies stay with their clients: they are no part of the bytes that are counted.
-
-    Attributes:
-        shared_rounds: N - F.
     """
 
-    shared_rounds: int
+    name: ClassVar[str] = "fedit-finetune"
+    title: ClassVar[str] = "FedIT + fine-tuning"
+    partly_sent: ClassVar[bool] = True
+    always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: ""}
+    finetune_share: float = setting(
+        0.5,
+        gt=0,
+        lt=1,
+        help="share of the rounds for fine-tuning, rounded down; each part has at least one round",
+    )
+
+    @property
+    def shared_rounds(self) -> int:
+        """N - F: rounds of FedIT."""
+        rounds = self.context.rounds
+        return rounds - max(1, int(self.finetune_share * rounds))
+
+    def check(self) -> None:
+        """There must be at least one round for each part.
+
+        Raises:
+            ConfigError: there are fewer than two rounds.
+        """
+        if self.context.rounds < 2:
+            raise ConfigError(
+                f"{self.name}: rounds.count is {self.context.rounds}; needs at least 2, one for FedIT "
+                "and one for fine-tuning (raise rounds.count, or set algorithm.name to 'fedavg')"
+            )
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The start that all clients have in common."""
@@ -89,21 +112,3 @@ class FedItFinetune(PlainClient):
         """Send the shared adapter; of a copy in fine-tuning nothing travels."""
         adapter = {"adapter": trained.adapter}
         return PartlySent(adapter, sent={} if FINETUNE in payload.scalars else adapter), None
-
-
-def build_fedit_finetune(
-    settings: FedItFinetuneSettings, context: AlgorithmContext
-) -> FedItFinetune:
-    """Divide the rounds: the share for fine-tuning rounded down, at least one round for each part.
-
-    Raises:
-        ConfigError: clients differ in rank, or there are fewer than two rounds.
-    """
-    require_one_rank(settings.name, context)
-    if context.rounds < 2:
-        raise ConfigError(
-            f"{settings.name}: rounds.count is {context.rounds}; needs at least 2, one for "
-            "FedIT and one for fine-tuning (raise "
-            "rounds.count, or set algorithm.name to 'fedavg')"
-        )
-    return FedItFinetune(context.rounds - max(1, int(settings.finetune_share * context.rounds)))

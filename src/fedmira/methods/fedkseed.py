@@ -16,28 +16,28 @@ its variant Pro).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from fedmira.adapters import Adapter, replaced
 from fedmira.adapters.directions import moved_along, movement, summed_movements
-from fedmira.config.methods import FedKSeedSettings
+from fedmira.config.methods import Need
 from fedmira.errors import RunError
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import (
     Combined,
-    PlainClient,
+    Method,
     ServerState,
     Trained,
 )
-from fedmira.methods.context import AlgorithmContext
-from fedmira.methods.parts.averaging import by_rows, require_one_rank
+from fedmira.methods.parts.averaging import by_rows
 from fedmira.methods.parts.partly_sent import PartlySent
 
-__all__ = ["FedKSeed", "build_fedkseed"]
+__all__ = ["FedKSeed"]
 
 _START, _SHARED = "start", "shared"
 
 
-class FedKSeed(PlainClient):
+class FedKSeed(Method):
     """The state holds all coefficients so far.
 
     The adapter beside them is what they make of the start, to the bit.
@@ -45,6 +45,11 @@ class FedKSeed(PlainClient):
     A run in one process hands the adapter over, so that each client need not make it again; bytes
     are counted for seeds and numbers.
     """
+
+    name: ClassVar[str] = "fedkseed"
+    title: ClassVar[str] = "FedKSeed"
+    partly_sent: ClassVar[bool] = True
+    always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.MOVEMENTS: ""}
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The start that all clients have in common, and no coefficient."""
@@ -88,13 +93,3 @@ class FedKSeed(PlainClient):
             )
         sent = {"movement": trained.movement}
         return PartlySent({"adapter": trained.adapter, **sent}, sent=sent), None
-
-
-def build_fedkseed(settings: FedKSeedSettings, context: AlgorithmContext) -> FedKSeed:
-    """Check that one adapter fits all clients.
-
-    Raises:
-        ConfigError: clients differ in rank.
-    """
-    require_one_rank(settings.name, context)
-    return FedKSeed()

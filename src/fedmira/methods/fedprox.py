@@ -10,40 +10,27 @@ and the server averages by training rows as FedAvg does. With mu = 0 it is FedAv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import ClassVar
 
-from fedmira.config.methods import FedProxSettings
+from fedmira.config.section import setting
 from fedmira.messages import Payload
 from fedmira.methods.base import Start
-from fedmira.methods.context import AlgorithmContext
 from fedmira.methods.fedavg import FedAvg
-from fedmira.methods.parts.averaging import require_one_rank
 from fedmira.methods.parts.proximal import toward
 
-__all__ = ["FedProx", "build_fedprox"]
+__all__ = ["FedProx"]
 
 
-@dataclass(frozen=True, slots=True)
 class FedProx(FedAvg):
-    """The server half is FedAvg's.
+    """The server half is FedAvg's."""
 
-    Attributes:
-        proximal: mu.
-    """
-
-    proximal: float
+    name: ClassVar[str] = "fedprox"
+    title: ClassVar[str] = "FedProx"
+    proximal: float = setting(
+        0.01, ge=0, help="mu, the strength of the pull back to the shared adapter; 0 is FedAvg"
+    )
 
     def begin(self, payload: Payload, memory: Payload | None) -> Start:
         """Start from the shared adapter and be pulled back to it."""
         shared = payload.tensors["adapter"]
         return Start(shared, toward(shared, self.proximal))
-
-
-def build_fedprox(settings: FedProxSettings, context: AlgorithmContext) -> FedProx:
-    """Check that one adapter fits all clients.
-
-    Raises:
-        ConfigError: clients differ in rank.
-    """
-    require_one_rank(settings.name, context)
-    return FedProx(settings.proximal)

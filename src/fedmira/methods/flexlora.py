@@ -14,8 +14,8 @@ to the largest rank; cutting it further for a client gives the same factors as c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from fedmira.adapters import (
     Adapter,
@@ -24,18 +24,26 @@ from fedmira.adapters import (
     scale,
 )
 from fedmira.adapters.low_rank import UP
-from fedmira.config.methods import FlexLoraSettings
+from fedmira.config.methods import Need
 from fedmira.messages import ClientId, Reply
 from fedmira.methods.base import Combined, Diagnostics, ServerState
-from fedmira.methods.context import AlgorithmContext
 from fedmira.methods.parts.averaging import COMMON, CutToRank, by_rows
 
-__all__ = ["FlexLora", "build_flexlora"]
+__all__ = ["FlexLora"]
 
 
-@dataclass(frozen=True, slots=True)
 class FlexLora(CutToRank):
     """The state holds one adapter of the largest rank, its directions ordered by strength."""
+
+    name: ClassVar[str] = "flexlora"
+    title: ClassVar[str] = "FlexLoRA"
+    always_needs: ClassVar[Mapping[Need, str]] = {
+        Need.FACTORS: "",
+        Need.FRESH_MOMENTS: (
+            "algorithm.name = 'flexlora': the averaged product gets new factors, to whose entries the old "
+            "moments do not belong; set local.optimizer_state = 'fresh'"
+        ),
+    }
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Average the products by training rows; where nobody moved, A stays and B is zero."""
@@ -65,8 +73,3 @@ class FlexLora(CutToRank):
             name: tensor * (rank / largest) if name.endswith(UP) else tensor
             for name, tensor in cut.items()
         }
-
-
-def build_flexlora(settings: FlexLoraSettings, context: AlgorithmContext) -> FlexLora:
-    """Nothing to check: ranks may differ."""
-    return FlexLora(context)

@@ -19,8 +19,8 @@ of its settings and there is no penalty.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -32,14 +32,13 @@ from fedmira.adapters import (
     weighted_sum,
 )
 from fedmira.adapters.low_rank import DOWN
-from fedmira.config.methods import HetLoraSettings
+from fedmira.config.methods import Need
 from fedmira.messages import Reply
 from fedmira.methods.base import Combined, ServerState
-from fedmira.methods.context import AlgorithmContext
 from fedmira.methods.parts.averaging import COMMON, CutToRank, by_rows
 from fedmira.methods.parts.rank_split import RankSplit
 
-__all__ = ["HetLora", "build_hetlora", "padded"]
+__all__ = ["HetLora", "padded"]
 
 
 def padded(adapter: Adapter, rank: int) -> dict[str, Tensor]:
@@ -55,9 +54,12 @@ def padded(adapter: Adapter, rank: int) -> dict[str, Tensor]:
     }
 
 
-@dataclass(frozen=True, slots=True)
 class HetLora(CutToRank):
     """The state holds one adapter of the largest rank."""
+
+    name: ClassVar[str] = "hetlora"
+    title: ClassVar[str] = "HetLoRA"
+    always_needs: ClassVar[Mapping[Need, str]] = {Need.FACTORS: ""}
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Average the padded factors.
@@ -80,8 +82,3 @@ class HetLora(CutToRank):
         split = RankSplit(reached)
         shared = split.joined(split.trained(mean), split.frozen(state.adapters[COMMON]))
         return Combined(ServerState(replaced(state.adapters, {COMMON: shared}), state.numbers))
-
-
-def build_hetlora(settings: HetLoraSettings, context: AlgorithmContext) -> HetLora:
-    """Nothing to check: ranks may differ."""
-    return HetLora(context)

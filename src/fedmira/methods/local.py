@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from fedmira.adapters import Adapter, replaced
-from fedmira.config import LocalOnlySettings
 from fedmira.messages import ClientId, Payload, Reply
-from fedmira.methods.base import Combined, PlainClient, ServerState
-from fedmira.methods.context import AlgorithmContext
+from fedmira.methods.base import Combined, Method, ServerState
 
-__all__ = ["LocalOnly", "build_local"]
+__all__ = ["Local"]
 
 
-class LocalOnly(PlainClient):
+class Local(Method):
     """The server only keeps each client's adapter between rounds."""
+
+    name: ClassVar[str] = "local"
+    title: ClassVar[str] = "local training"
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """Each client's start."""
@@ -34,8 +36,3 @@ class LocalOnly(PlainClient):
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
         """The client's own adapter."""
         return state.adapters[client]
-
-
-def build_local(settings: LocalOnlySettings, context: AlgorithmContext) -> LocalOnly:
-    """Nothing to set."""
-    return LocalOnly()

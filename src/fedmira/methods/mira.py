@@ -16,8 +16,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from fedmira.adapters import (
@@ -30,23 +32,23 @@ from fedmira.adapters import (
     subtract,
     weighted_sum,
 )
-from fedmira.config import MiraSettings
+from fedmira.config.methods import Need
+from fedmira.config.section import Fraction, setting
 from fedmira.errors import ConfigError
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import (
     Combined,
     Diagnostics,
-    PlainClient,
+    Method,
     ServerState,
     Start,
     Trained,
 )
-from fedmira.methods.context import AlgorithmContext
 from fedmira.methods.parts.kept_products import KeptProducts, Take, Taken
 from fedmira.methods.parts.mixing import Mixing, mixing_matrix
 
-__all__ = ["Mira", "build_mira"]
+__all__ = ["Mira"]
 
 LAST_ROUND, GRAPH = "last_round", "graph"
 START = "*start"
@@ -89,8 +91,7 @@ class _Move:
     neighbours_differ: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Mira(PlainClient):
+class Mira(Method):
     """Both halves; with the safeguard a client also remembers the adapter it last sent.
 
     The state holds an adapter a client, and as numbers "last_round" (int64 [K], 0 = never trained),
@@ -98,33 +99,133 @@ class Mira(PlainClient):
     and "graph" (float64 [E, 3], the edges that a learned graph remembers). Updates s B A are zero
     at the start; of adapters of other kinds the update is the way from the start, which the state
     holds too.
-
-    Attributes:
-        settings: the [algorithm] section.
-        context: the federation.
     """
 
-    settings: MiraSettings
-    context: AlgorithmContext
+    name: ClassVar[str] = "mira"
+    title: ClassVar[str] = "MIRA"
+    coupling: Fraction = setting(
+        1.0,
+        help="kappa = gamma * max degree, the share of the way to the neighbours; 0 is local training",
+    )
+    server_step: float | None = setting(
+        None, ge=0, help="gamma = eta * lambda itself (paper eq. 8) in place of `coupling`"
+    )
+    size_scale: float = setting(
+        64.0,
+        ge=0,
+        help="kappa_k = kappa * size_scale / (size_scale + rows_k), so that clients with many rows move "
+        "less; 0 switches it off",
+    )
+    neighbours: Literal["fresh", "rescaled", "stale"] = setting(
+        "stale",
+        help='who pulls: clients of this round ("fresh"), those with an unbiased factor ("rescaled"), all '
+        'that ever trained ("stale")',
+    )
+    space: Literal["product", "factor"] = setting(
+        "product",
+        help='mix the products B A exactly ("product"), or the factors A and B one by one as in the paper '
+        '("factor")',
+    )
+    safeguard: bool = setting(
+        False,
+        help="each client chooses by its own validation rows how much of the server's pull it keeps: "
+        "all, half or nothing",
+    )
+
+    @model_validator(mode="after")
+    def _one_strength(self) -> Mira:
+        if self.server_step is not None and "coupling" in self.model_fields_set:
+            raise ValueError(
+                "coupling and server_step say the same thing in two ways; set one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_decline(self) -> Mira:
+        if self.safeguard and self.strength == 0:
+            raise ValueError(
+                "safeguard = true, but with coupling or server_step 0 nobody is pulled; set safeguard = "
+                "false, or a strength above 0"
+            )
+        return self
+
+    @property
+    def strength(self) -> float:
+        """The coupling, or the server step that stands in its place."""
+        return self.coupling if self.server_step is None else self.server_step
+
+    @property
+    def needs(self) -> Mapping[Need, str]:
+        """Products are of two factors, and get new ones; the safeguard needs validation rows."""
+        found: dict[Need, str] = {}
+        if self.space == "product":
+            found[Need.FRESH_MOMENTS] = (
+                "algorithm.space = 'product': mixed products get new factors, to whose entries the old "
+                "moments do not belong; set algorithm.space = 'factor' or local.optimizer_state = 'fresh'"
+            )
+            found[Need.FACTORS] = (
+                "algorithm.space = 'product', which mixes products of LoRA's factors; set algorithm.space "
+                "= 'factor', which mixes the adapters entry by entry, or adapter.kind = 'lora'"
+            )
+        if self.safeguard:
+            found[Need.VALIDATION] = "algorithm.safeguard = true"
+        return found
+
+    def check(self) -> None:
+        """The settings must be able to act on this federation.
+
+        Raises:
+            ConfigError: alignment is on and could never move anything (a cohort of one without stale
+                neighbours, a graph without edges, a single client), or factors of different ranks
+                would be mixed; all of these together.
+        """
+        graph, count = self.context.graph, len(self.context.clients)
+        edges = graph.graph(graph.initial(self.context.clients), self.context.clients).edge_list
+        strength = self.strength
+        problems = []
+        if strength > 0 and self.context.cohort == 1 and self.neighbours != "stale":
+            problems.append(
+                "mira: 1 client a round has no neighbours when algorithm.neighbours = "
+                f"{self.neighbours!r}; needs at least 2 "
+                "(set it to 'stale', or raise rounds.participation)"
+            )
+        if strength > 0 and graph.learned and count < 2:
+            problems.append(
+                f"mira: a graph of {count} client has no edge, so alignment cannot act; needs "
+                "at least 2 "
+                "(set algorithm.name to 'local', or algorithm.coupling to 0)"
+            )
+        if strength > 0 and not graph.learned and len(edges) == 0:
+            problems.append(
+                f"mira: the graph of {count} clients has no edge, so alignment cannot act; "
+                "needs at least 1 "
+                "(choose another graph.kind, or set algorithm.coupling to 0)"
+            )
+        unequal = self.context.unequal_ranks()
+        if self.space == "factor" and unequal is not None:
+            one, other = unequal
+            problems.append(
+                f"mira: client {one!r} has rank {self.context.ranks[one]} and client {other!r} rank "
+                f"{self.context.ranks[other]}; factors of different "
+                "ranks cannot be mixed (set algorithm.space to 'product')"
+            )
+        if problems:
+            raise ConfigError(problems)
 
     @property
     def aligns(self) -> bool:
         """Whether the coupling is above 0."""
-        return _strength(self.settings) > 0
+        return self.strength > 0
 
     @property
     def may_decline(self) -> bool:
         """As `safeguard` says."""
-        return self.settings.safeguard
+        return self.safeguard
 
     @property
     def _kept(self) -> KeptProducts:
         """Inner products of the space that is mixed, and of the one that a graph is learned in."""
-        spaces = (
-            {self.settings.space, self._compared}
-            if self.context.graph.learned
-            else {self.settings.space}
-        )
+        spaces = {self.space, self._compared} if self.context.graph.learned else {self.space}
         return KeptProducts(tuple(sorted(spaces)), self.context.graph.sketch)
 
     @property
@@ -154,17 +255,13 @@ class Mira(PlainClient):
 
     def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
         """Half of the way that the server moved the adapter, in the space that is mixed, and none of it."""
-        if not self.settings.safeguard or all(
+        if not self.safeguard or all(
             torch.equal(tensor, aligned[name]) for name, tensor in own.items()
         ):
             return {}
-        rank = (
-            next(iter(modules(own).values()))[0].shape[0] if self.settings.space == "product" else 0
-        )
+        rank = next(iter(modules(own).values()))[0].shape[0] if self.space == "product" else 0
         # Both have the client's own scale, so that it does not matter here.
-        half, _ = _MIX[self.settings.space](
-            ([own, aligned], [1.0, 1.0]), [0.5, 0.5], rank, 1.0, own
-        )
+        half, _ = _MIX[self.space](([own, aligned], [1.0, 1.0]), [0.5, 0.5], rank, 1.0, own)
         return {0.5: half, 0.0: own}
 
     def begin(self, payload: Payload, memory: Payload | None) -> Start:
@@ -181,7 +278,7 @@ class Mira(PlainClient):
     ) -> tuple[Payload, Payload | None]:
         """Send the trained adapter; with the safeguard, remember it."""
         sent = Payload({"adapter": trained.adapter})
-        return sent, Payload({OWN: trained.adapter}) if self.settings.safeguard else None
+        return sent, Payload({OWN: trained.adapter}) if self.safeguard else None
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Write the replies in, learn the graph, and move the clients of the round towards their neighbours.
@@ -208,7 +305,7 @@ class Mira(PlainClient):
         graph, acts = source.graph(memory, clients), source.acts(replies[0].round)
         mixing = self._mixing(graph if acts else graph.without_edges(), cohort, trained, replies)
 
-        laplacian, products = graph.among(trained).laplacian, kept.of(numbers, self.settings.space)
+        laplacian, products = graph.among(trained).laplacian, kept.of(numbers, self.space)
         before = products.trace(laplacian)
         moving = [k for k in cohort if float(mixing.pulls[k]) > 0]
         moves = {clients[k]: self._move(k, mixing, take, numbers) for k in moving}
@@ -275,12 +372,12 @@ class Mira(PlainClient):
         in_cohort = torch.zeros(len(rows), dtype=torch.bool)
         in_cohort[cohort] = True
         return mixing_matrix(
-            self.settings, graph, in_cohort, trained, torch.tensor(rows, dtype=torch.float64)
+            self, graph, in_cohort, trained, torch.tensor(rows, dtype=torch.float64)
         )
 
     def _move(self, k: int, mixing: Mixing, take: Take, numbers: Mapping[str, Tensor]) -> _Move:
         """Client k's new adapter; `take` and `numbers` are as before anybody moves."""
-        client, space = self.context.clients[k], self.settings.space
+        client, space = self.context.clients[k], self.space
         positions, weights = mixing.row(k)
         taken, own = take(positions), positions.index(k)
         before = taken[0][own]
@@ -322,51 +419,3 @@ class Mira(PlainClient):
             return gram(adapters, [scale] * len(adapters))
         updates = [subtract(adapter, stored[START]) for adapter in adapters]
         return dot_products(updates, updates)
-
-
-def _strength(settings: MiraSettings) -> float:
-    """The coupling, or the server step that stands in its place."""
-    return settings.coupling if settings.server_step is None else settings.server_step
-
-
-def build_mira(settings: MiraSettings, context: AlgorithmContext) -> Mira:
-    """Check that the settings can act on this federation.
-
-    Raises:
-        ConfigError: alignment is on and could never move anything (a cohort of one without stale
-            neighbours, a graph without edges, a single client), or factors of different ranks would
-            be mixed; all of these together.
-    """
-    graph, count = context.graph, len(context.clients)
-    edges = graph.graph(graph.initial(context.clients), context.clients).edge_list
-    strength = _strength(settings)
-    problems = []
-    if strength > 0 and context.cohort == 1 and settings.neighbours != "stale":
-        problems.append(
-            "mira: 1 client a round has no neighbours when algorithm.neighbours = "
-            f"{settings.neighbours!r}; needs at least 2 "
-            "(set it to 'stale', or raise rounds.participation)"
-        )
-    if strength > 0 and graph.learned and count < 2:
-        problems.append(
-            f"mira: a graph of {count} client has no edge, so alignment cannot act; needs "
-            "at least 2 "
-            "(set algorithm.name to 'local', or algorithm.coupling to 0)"
-        )
-    if strength > 0 and not graph.learned and len(edges) == 0:
-        problems.append(
-            f"mira: the graph of {count} clients has no edge, so alignment cannot act; "
-            "needs at least 1 "
-            "(choose another graph.kind, or set algorithm.coupling to 0)"
-        )
-    unequal = context.unequal_ranks()
-    if settings.space == "factor" and unequal is not None:
-        one, other = unequal
-        problems.append(
-            f"mira: client {one!r} has rank {context.ranks[one]} and client {other!r} rank "
-            f"{context.ranks[other]}; factors of different "
-            "ranks cannot be mixed (set algorithm.space to 'product')"
-        )
-    if problems:
-        raise ConfigError(problems)
-    return Mira(settings, context)

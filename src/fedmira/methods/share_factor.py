@@ -16,42 +16,59 @@ factor of the mean.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import model_validator
 
 from fedmira.adapters import Adapter, replaced, weighted_sum
 from fedmira.adapters.low_rank import DOWN, UP
-from fedmira.config.methods import ShareFactorSettings
+from fedmira.config.methods import Need
+from fedmira.config.section import setting
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import (
     Combined,
-    PlainClient,
+    Method,
     ServerState,
     Start,
     Trained,
 )
-from fedmira.methods.context import AlgorithmContext
-from fedmira.methods.parts.averaging import COMMON, by_rows, require_one_rank
+from fedmira.methods.parts.averaging import COMMON, by_rows
 from fedmira.methods.parts.partly_sent import PartlySent
 
-__all__ = ["ShareFactor", "build_share_factor"]
+__all__ = ["ShareFactor"]
 
 _SUFFIX = {"A": DOWN, "B": UP}
 
 
-@dataclass(frozen=True, slots=True)
-class ShareFactor(PlainClient):
+class ShareFactor(Method):
     """The state holds the shared factor of all layers, and every client's private one.
 
     A run in one process keeps the private factors beside the shared one, to evaluate and save whole
     adapters; they are no part of the bytes that are counted.
-
-    Attributes:
-        settings: the [algorithm] section.
     """
 
-    settings: ShareFactorSettings
+    name: ClassVar[str] = "share-factor"
+    title: ClassVar[str] = "shared factor"
+    partly_sent: ClassVar[bool] = True
+    always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.FACTORS: ""}
+    shared_factor: Literal["A", "B"] = setting(
+        "A", help="the factor that is common to all clients; A is FedSA-LoRA"
+    )
+    private_factor: Literal["trained", "frozen"] = setting(
+        "trained",
+        help="the other factor is trained by its client, or frozen at the common start (with B shared "
+        "and A frozen it is FFA-LoRA)",
+    )
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> ShareFactor:
+        if self.shared_factor == "A" and self.private_factor == "frozen":
+            raise ValueError(
+                "B is zero at the start, so a frozen B learns nothing; set shared_factor = 'B' or "
+                "private_factor = 'trained'"
+            )
+        return self
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The common start, divided."""
@@ -96,7 +113,7 @@ class ShareFactor(PlainClient):
 
     @property
     def _frozen(self) -> bool:
-        return self.settings.private_factor == "frozen"
+        return self.private_factor == "frozen"
 
     def _still(self, gradient: Adapter, parameters: Adapter) -> Adapter:
         """The gradient with zeros for the private factor."""
@@ -109,22 +126,12 @@ class ShareFactor(PlainClient):
         return {
             name: tensor
             for name, tensor in adapter.items()
-            if name.endswith(_SUFFIX[self.settings.shared_factor])
+            if name.endswith(_SUFFIX[self.shared_factor])
         }
 
     def _private(self, adapter: Adapter) -> Adapter:
         return {
             name: tensor
             for name, tensor in adapter.items()
-            if not name.endswith(_SUFFIX[self.settings.shared_factor])
+            if not name.endswith(_SUFFIX[self.shared_factor])
         }
-
-
-def build_share_factor(settings: ShareFactorSettings, context: AlgorithmContext) -> ShareFactor:
-    """Check that one factor fits all clients.
-
-    Raises:
-        ConfigError: clients differ in rank.
-    """
-    require_one_rank(settings.name, context)
-    return ShareFactor(settings)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedmira.clients import Engine
+from fedmira.clients import Clients
 from fedmira.config import RoundsSettings
 from fedmira.errors import AlignmentError, RoundError
 from fedmira.messages import (
@@ -15,7 +15,7 @@ from fedmira.messages import (
     Reply,
     Request,
 )
-from fedmira.methods import Algorithm, Combined, ServerState
+from fedmira.methods import Combined, Method, ServerState
 from fedmira.rounds.randomness import seed_for
 from fedmira.rounds.sampling import sample_clients
 
@@ -36,8 +36,8 @@ class RoundOutcome:
 
 
 def run_rounds(
-    algorithm: Algorithm,
-    engine: Engine,
+    algorithm: Method,
+    workers: Clients,
     state: ServerState,
     clients: Sequence[ClientId],
     settings: RoundsSettings,
@@ -67,7 +67,7 @@ def run_rounds(
             for client in chosen
         ]
         begun = time.perf_counter()
-        answers = engine.exchange(requests)
+        answers = workers.train(requests)
         trained = time.perf_counter()
         replies = sorted(
             (answer for answer in answers if isinstance(answer, Reply)),

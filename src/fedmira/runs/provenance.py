@@ -113,7 +113,7 @@ class Provenance:
             },
             "data": {
                 "sha256": self._ground.data_sha256,
-                "clients": list(self._recorder.evaluator.parties),
+                "clients": list(self._recorder.clients.parties),
             },
             "token_budget": self._ground.token_budget,
             **({"federation": dict(self._ground.federation)} if self._ground.federation else {}),

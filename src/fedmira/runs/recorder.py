@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 from fedmira.adapters import Adapter, LazyAdapters, digest
-from fedmira.clients import Evaluation
+from fedmira.clients import Clients
 from fedmira.config import Config
 from fedmira.graphs import Graph, graph_of, graph_text
-from fedmira.messages import ClientId, Payload
-from fedmira.methods import Algorithm, ServerState
+from fedmira.messages import ClientId
+from fedmira.methods import Method, ServerState
 from fedmira.metrics import TokenLoss
 from fedmira.rounds import RoundOutcome
 from fedmira.runs.checkpoint import Checkpoint, CheckpointFolder
@@ -59,7 +59,7 @@ class Recorder:
     No adapter stays in memory here: they lie in the checkpoint's store.
 
     Attributes:
-        memories: the engine's memories as they are now.
+        clients: who trains and measures.
         spent_seconds: wall time of the parts of this run that came before.
         uploaded: each client's last adapter before alignment.
         best_adapters, best: each client's adapter at its lowest validation loss, and the figures of
@@ -72,10 +72,9 @@ class Recorder:
 
     config: Config
     folder: RunFolder
-    algorithm: Algorithm
-    evaluator: Evaluation
+    algorithm: Method
+    clients: Clients
     checkpoints: CheckpointFolder
-    memories: Callable[[], Mapping[ClientId, Payload]]
     progress: Progress
     spent_seconds: float = 0.0
     uploaded: AdapterTable = field(init=False)
@@ -199,7 +198,7 @@ class Recorder:
 
     def _chosen(self, state: ServerState) -> tuple[LazyAdapters, Mapping[ClientId, float]]:
         """The same, measured."""
-        clients = list(self.evaluator.parties)
+        clients = list(self.clients.parties)
         if not self.algorithm.may_decline:
             return LazyAdapters(clients, partial(self.algorithm.adapter_for, state)), {}
 
@@ -214,7 +213,7 @@ class Recorder:
                 ),
             }
 
-        kept = self.evaluator.chosen(clients, candidates)
+        kept = self.clients.choose(clients, candidates)
 
         def read(client: ClientId) -> Adapter:
             share = kept.get(client, 1.0)
@@ -229,14 +228,14 @@ class Recorder:
     def unmeasured(self, number: int) -> list[EventLine]:
         """A line for each client that could not be evaluated since this was asked last."""
         return [
-            failure_event(replace(failure, round=number)) for failure in self.evaluator.unmeasured()
+            failure_event(replace(failure, round=number)) for failure in self.clients.unmeasured()
         ]
 
     def _evaluate(self, number: int, state: ServerState) -> list[EventLine]:
         """Test and validation loss of every client with the adapter it would be given now."""
         adapters, kept = self.given(state)
-        test = self.evaluator.losses(adapters, "test")
-        validation = self.evaluator.losses(adapters, "validation")
+        test = self.clients.losses(adapters, "test")
+        validation = self.clients.losses(adapters, "validation")
         self.latest, self.latest_round = test, number
         events: list[EventLine] = []
         improved: list[ClientId] = []
@@ -298,7 +297,7 @@ class Recorder:
             Checkpoint(
                 number,
                 state,
-                self.memories(),
+                self.clients.memories,
                 self.uploaded,
                 self.best_adapters,
                 values,

@@ -59,7 +59,7 @@ def write_results(
 
     Adapters are read one after another.
     """
-    config, folder, evaluator = recorder.config, recorder.folder, recorder.evaluator
+    config, folder, clients = recorder.config, recorder.folder, recorder.clients
     last, _ = recorder.given(state)
     best = config.evaluation.select == "best"
     kept = recorder.best_adapters
@@ -67,7 +67,7 @@ def write_results(
         ranks, lambda client: kept[client] if best and client in kept else last[client]
     )
     measured = not best and recorder.latest_round == config.rounds.count
-    after = recorder.latest if measured else evaluator.losses(chosen)
+    after = recorder.latest if measured else clients.losses(chosen)
     # The best round's upload is not kept, so with "best" there is no "before" that would compare.
     before = {} if best else _before(recorder, last, after)
     losses = {
@@ -75,7 +75,7 @@ def write_results(
         "before_align_loss": before,
         "after_align_loss": after,
     }
-    texts = evaluator.text_scores(chosen, config.evaluation.max_new_tokens) if generate else {}
+    texts = clients.score(chosen, config.evaluation.max_new_tokens) if generate else {}
     rows = [
         _client_row(recorder, client, ranks[client], losses, texts.get(client, {}))
         for client in ranks
@@ -145,7 +145,7 @@ def _trained_by_rank(
     """
     algorithm, one_of = recorder.algorithm, {rank: client for client, rank in ranks.items()}
     return {
-        rank: trained_parameters(algorithm.begin(algorithm.instruct(state, client), None))
+        rank: trained_parameters(algorithm.started(algorithm.instruct(state, client), None))
         for rank, client in one_of.items()
     }
 
@@ -159,7 +159,7 @@ def _before(
     """
     uploaded = recorder.uploaded
     moved = [client for client in uploaded if uploaded.hashes[client] != content_hash(last[client])]
-    own = recorder.evaluator.losses(LazyAdapters(moved, uploaded.__getitem__))
+    own = recorder.clients.losses(LazyAdapters(moved, uploaded.__getitem__))
     measured = {**after, **own}
     return {client: measured[client] for client in uploaded if client in measured}
 
@@ -171,7 +171,7 @@ def _client_row(
     losses: Mapping[str, Mapping[ClientId, TokenLoss]],
     texts: Mapping[str, float],
 ) -> dict[str, Any]:
-    party = recorder.evaluator.parties[client]
+    party = recorder.clients.parties[client]
     best = recorder.best.get(client)
     return {
         "client": client,

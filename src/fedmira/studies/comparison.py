@@ -19,6 +19,7 @@ from fedmira.config import (
     with_algorithm,
     with_overrides,
 )
+from fedmira.config.methods import method_names
 from fedmira.data import Dataset, load_clients
 from fedmira.errors import (
     ConfigError,
@@ -33,7 +34,6 @@ from fedmira.experiment import (
     resume_experiment,
     run_experiment,
 )
-from fedmira.methods import ALGORITHMS
 from fedmira.model import BaseModel, load_base
 from fedmira.report import Figures, check_target, write_comparison
 from fedmira.runs import Progress, RunFolder, hash_of_rows
@@ -86,7 +86,7 @@ def plan_methods(
         except ConfigError as error:
             alone = f'or, for this method alone, leave it out of --algorithms and give --variant "{name}=algorithm.name={name};KEY=VALUE"'
             problems += [
-                f"{name}: {problem}; {alone}" if name in ALGORITHMS else problem
+                f"{name}: {problem}; {alone}" if name in method_names() else problem
                 for problem in error.problems
             ]
     for name, overrides in (variants or {}).items():

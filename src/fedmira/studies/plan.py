@@ -335,7 +335,7 @@ def _exchange(
     )
     request, memory = algorithm.instruct(state, client), before.memory if before else None
     down, line = _written(request, experiment.config.engine.wire, before.line if before else Line())
-    start = algorithm.begin(request, memory)
+    start = algorithm.started(request, memory)
     taken = count_steps(party.train_rows, local) if steps is None else steps
     moved = (
         movement({seed: 1.0 for seed in range(min(taken, local.zeroth_seeds))})

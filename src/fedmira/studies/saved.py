@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.adapters import Adapter, LazyAdapters
-from fedmira.clients import Evaluator
+from fedmira.clients import CohortSettings, LocalClients
 from fedmira.config import Config, load_config
 from fedmira.data import Encoder, Example, load_clients
 from fedmira.errors import ConfigError, DataError, RunFolderError
-from fedmira.experiment import build_experiment, prepare_kind
+from fedmira.experiment import prepare_kind, token_budget
 from fedmira.messages import ClientId
-from fedmira.model import AdapterKind, usual_token_budget
+from fedmira.model import AdapterKind, most_side_by_side, usual_token_budget
 from fedmira.runs import RunFolder, hash_of_rows
 
-__all__ = ["SavedAdapters", "answer", "evaluator_of", "reload_adapters"]
+__all__ = ["SavedAdapters", "answer", "clients_of", "reload_adapters"]
 
 _log = logging.getLogger("fedmira")
 
@@ -76,30 +76,35 @@ def reload_adapters(path: Path) -> SavedAdapters:
     return SavedAdapters(path, config, kind, adapters, ranks, rows.get("sha256", ""))
 
 
-def evaluator_of(saved: SavedAdapters) -> Evaluator:
-    """What measures the adapters on the run's rows.
+def clients_of(saved: SavedAdapters) -> LocalClients:
+    """The run's clients with their rows, to measure the adapters; they do not train.
 
     Raises:
+        DataError: the rows cannot be read.
         RunFolderError: the rows of its clients are not on this machine.
     """
-    experiment = build_experiment(saved.config, saved.kind.base)
-    evaluator = experiment.evaluator
-    assert isinstance(evaluator, Evaluator), (
-        "what build_experiment makes has all rows in this process"
-    )
-    if absent := [client for client in saved.adapters if client not in evaluator.clients]:
+    config, kind = saved.config, saved.kind
+    data = {
+        client.client_id: client
+        for client in load_clients(config.data, config.seed, kind.base.tokenizer).clients
+    }
+    if absent := [client for client in saved.adapters if client not in data]:
         raise RunFolderError(
-            f"{saved.path}: the rows of {_listed(absent)} are not on this machine, as "
-            "[data] in its config.toml reads them; the run's own "
-            "figures are in metrics/clients.csv"
+            f"{saved.path}: the rows of {_listed(absent)} are not on this machine, as [data] in its "
+            "config.toml reads them; the run's own figures are in metrics/clients.csv"
         )
-    if hash_of_rows(evaluator.clients) != saved.data_sha256:
+    if hash_of_rows(data) != saved.data_sha256:
         _log.warning(
             "%s: these are not known to be the rows of the run: they have changed, are "
             "split in another way, or were elsewhere",
             saved.path,
         )
-    return evaluator
+    scales = {client: kind.scale(rank) for client, rank in saved.ranks.items()}
+    budget = token_budget(config, kind)
+    widest = max(saved.ranks, key=lambda client: saved.ranks[client])
+    largest = sum(tensor.numel() for tensor in saved.adapters[widest].values())
+    at_once = most_side_by_side(largest, kind.base.device)
+    return LocalClients(None, kind, data, CohortSettings(config.local, scales, budget), at_once)
 
 
 def answer(

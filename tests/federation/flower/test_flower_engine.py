@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from flwr.app import Error, Message, RecordDict
 
-from fedmira.clients import InProcessEngine
 from fedmira.config import Config
 from fedmira.errors import ConfigError, RoundError
 from fedmira.experiment import build_experiment, run_experiment
@@ -34,7 +33,7 @@ from fedmira.wire import (
     unpack,
 )
 from loopback import LoopbackGrid, Meddler
-from small import CLIENTS, adapter_bytes, cohort_of, events_of, make_config, table_of, with_engine
+from small import CLIENTS, adapter_bytes, events_of, make_config, over_wire, table_of, with_clients
 
 LOST_CODES = (3, 4, 5, 8)
 """Flower's: message, reply or node unavailable, and a node's program that stopped responding."""
@@ -90,10 +89,7 @@ def test_a_federation_ends_with_the_adapters_of_the_run_in_one_process(
     grid = LoopbackGrid(config, nodes_of(clients_folder, tmp_path / "memory"))
     run_apart(config, grid, tmp_path / "apart")
     experiment = build_experiment(config)
-    one_at_a_time = with_engine(
-        experiment,
-        InProcessEngine(cohort_of(experiment, experiment.algorithm), 1, config.engine.wire),
-    )
+    one_at_a_time = with_clients(experiment, over_wire(experiment, 1))
     run_experiment(one_at_a_time, tmp_path / "together")
     files = [
         {

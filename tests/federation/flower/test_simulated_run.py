@@ -15,7 +15,6 @@ from typing import Any
 
 from flwr.app import Error, Message
 
-from fedmira.clients import InProcessEngine
 from fedmira.config import Config
 from fedmira.errors import ConfigError, RoundError
 from fedmira.experiment import build_experiment, run_experiment
@@ -24,7 +23,7 @@ from fedmira.federation.flower.records import record_of
 from fedmira.federation.server import run_federation
 from fedmira.wire import IDENTITY, TRAIN
 from loopback import LoopbackGrid, Meddler
-from small import CLIENTS, adapter_bytes, cohort_of, events_of, make_config, with_engine
+from small import CLIENTS, adapter_bytes, events_of, make_config, over_wire, with_clients
 
 SHORT = {"rounds.count": 2, "federation.wait_s": 60, "federation.reply_s": 60}
 
@@ -92,10 +91,7 @@ def test_a_simulation_ends_with_the_adapters_of_the_run_in_one_process(
     experiment = build_experiment(config)
     count = len(experiment.parties)
     simulate(config, tmp_path / "apart", move, nodes=nodes_of(count))
-    one_at_a_time = with_engine(
-        experiment,
-        InProcessEngine(cohort_of(experiment, experiment.algorithm), 1, config.engine.wire),
-    )
+    one_at_a_time = with_clients(experiment, over_wire(experiment, 1))
     run_experiment(one_at_a_time, tmp_path / "together")
     apart = weights_of(tmp_path / "apart")
     assert len(apart) == count and apart == weights_of(tmp_path / "together")

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmira.clients import InProcessEngine
 from fedmira.config import Config, dump_config
 from fedmira.experiment import build_experiment, run_experiment
 from flower_processes import Federation, wait_until
-from small import adapter_bytes, cohort_of, events_of, make_config, table_of, with_engine
+from small import adapter_bytes, events_of, local_of, make_config, table_of, with_clients
 
 TASKS = 4
 SETTINGS = {
@@ -109,9 +108,7 @@ def test_real_tasks_on_four_machines_end_with_the_adapters_of_the_run_in_one_pro
     )
 
     experiment = build_experiment(config)
-    one_at_a_time = with_engine(
-        experiment, InProcessEngine(cohort_of(experiment, experiment.algorithm), 1)
-    )
+    one_at_a_time = with_clients(experiment, local_of(experiment, 1))
     run_experiment(one_at_a_time, tmp_path / "together")
     apart, together = weights_of(tmp_path / "run"), weights_of(tmp_path / "together")
     assert len(apart) == TASKS and apart == together

@@ -18,11 +18,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedmira.clients import InProcessEngine
 from fedmira.config import dump_config
 from fedmira.experiment import build_experiment, run_experiment
 from flower_processes import Federation, wait_until
-from small import CLIENTS, adapter_bytes, cohort_of, events_of, make_config, with_engine
+from small import CLIENTS, adapter_bytes, events_of, local_of, make_config, with_clients
 
 ACTORS = 2
 
@@ -87,7 +86,7 @@ def test_five_clients_on_two_actors_end_with_the_adapters_of_the_run_in_one_proc
     )
     experiment = build_experiment(config)
     run_experiment(
-        with_engine(experiment, InProcessEngine(cohort_of(experiment, experiment.algorithm), 1)),
+        with_clients(experiment, local_of(experiment, 1)),
         tmp_path / "together",
     )
     apart, together = (

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmira.config import MiraSettings
 from fedmira.graphs import Graph, random_graph, uniform_graph
-from fedmira.methods import mixing_matrix
+from fedmira.methods import Mira, mixing_matrix
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -40,7 +39,7 @@ def same_rows(count: int) -> Tensor:
 def test_with_everybody_in_the_round_it_is_identity_minus_gamma_laplacian() -> None:
     graph = random_graph(names(7), 0)
     mixing = mixing_matrix(
-        MiraSettings(server_step=0.05, size_scale=0), graph, members(7), members(7), same_rows(7)
+        Mira(server_step=0.05, size_scale=0), graph, members(7), members(7), same_rows(7)
     )
     torch.testing.assert_close(
         mixing.matrix(),
@@ -55,7 +54,7 @@ def test_with_everybody_in_the_round_it_is_identity_minus_gamma_laplacian() -> N
 def test_coupling_is_the_pull_of_the_client_with_the_largest_degree() -> None:
     graph = random_graph(names(7), 0)
     mixing = mixing_matrix(
-        MiraSettings(coupling=0.6, size_scale=0), graph, members(7), members(7), same_rows(7)
+        Mira(coupling=0.6, size_scale=0), graph, members(7), members(7), same_rows(7)
     )
     assert mixing.server_step == pytest.approx(0.6 / float(graph.degrees.max()))
     assert float(mixing.pulls.max()) == pytest.approx(0.6)
@@ -66,7 +65,7 @@ def test_full_coupling_is_not_a_guarded_step() -> None:
     for seed in range(10):
         graph = random_graph(names(9), seed)
         mixing = mixing_matrix(
-            MiraSettings(coupling=1, size_scale=0), graph, members(9), members(9), same_rows(9)
+            Mira(coupling=1, size_scale=0), graph, members(9), members(9), same_rows(9)
         )
         assert not mixing.guarded
         assert float(mixing.pulls.max()) == pytest.approx(1)
@@ -77,7 +76,7 @@ def test_weights_of_one_over_k_and_step_one_give_everybody_the_mean() -> None:
     """a_kl = 1/K, gamma = 1: P_kk = 1 - (K - 1)/K = 1/K, so all rows are 1/K: FedAvg."""
     graph = graph_of(uniform_graph(names(5)).matrix() / 5)
     mixing = mixing_matrix(
-        MiraSettings(server_step=1.0, size_scale=0), graph, members(5), members(5), same_rows(5)
+        Mira(server_step=1.0, size_scale=0), graph, members(5), members(5), same_rows(5)
     )
     torch.testing.assert_close(
         mixing.matrix(), torch.full((5, 5), 0.2, dtype=torch.float64), rtol=0, atol=1e-15
@@ -87,7 +86,7 @@ def test_weights_of_one_over_k_and_step_one_give_everybody_the_mean() -> None:
 def test_two_clients_keep_one_minus_two_gamma_a_of_their_difference() -> None:
     graph = graph_of(torch.tensor([[0, 0.7], [0.7, 0]], dtype=torch.float64))
     mixing = mixing_matrix(
-        MiraSettings(server_step=0.3, size_scale=0), graph, members(2), members(2), same_rows(2)
+        Mira(server_step=0.3, size_scale=0), graph, members(2), members(2), same_rows(2)
     )
     values = mixing.matrix() @ torch.tensor([1.0, 5.0], dtype=torch.float64)
     assert float(values[1] - values[0]) == pytest.approx((1 - 2 * 0.3 * 0.7) * 4)
@@ -96,7 +95,7 @@ def test_two_clients_keep_one_minus_two_gamma_a_of_their_difference() -> None:
 def test_a_step_that_overshoots_is_cut_so_that_the_strongest_pull_is_one() -> None:
     graph = random_graph(names(6), 1)
     mixing = mixing_matrix(
-        MiraSettings(server_step=10.0, size_scale=0), graph, members(6), members(6), same_rows(6)
+        Mira(server_step=10.0, size_scale=0), graph, members(6), members(6), same_rows(6)
     )
     assert mixing.guarded
     assert mixing.server_step == pytest.approx(1 / float(graph.degrees.max()))
@@ -113,7 +112,7 @@ def test_rescaled_neighbours_average_to_the_full_laplacian_over_all_cohorts() ->
     graph = random_graph(names(6), 2)
     gamma = 0.01
     for policy, share in (("rescaled", 1.0), ("fresh", 2 / 5)):
-        chosen = MiraSettings(server_step=gamma, size_scale=0, neighbours=policy)
+        chosen = Mira(server_step=gamma, size_scale=0, neighbours=policy)
         for k in range(6):
             cohorts = [cohort for cohort in combinations(range(6), 3) if k in cohort]
             rows = [
@@ -136,7 +135,7 @@ def test_rescaling_of_a_small_cohort_is_guarded() -> None:
     graph = uniform_graph(names(6))
     cohort = members(6, [1, 4])
     even = mixing_matrix(
-        MiraSettings(coupling=1, size_scale=0, neighbours="rescaled"),
+        Mira(coupling=1, size_scale=0, neighbours="rescaled"),
         graph,
         cohort,
         members(6),
@@ -145,7 +144,7 @@ def test_rescaling_of_a_small_cohort_is_guarded() -> None:
     assert not even.guarded
     assert float(even.pulls[1]) == pytest.approx(1)
     cut = mixing_matrix(
-        MiraSettings(server_step=0.3, size_scale=0, neighbours="rescaled"),
+        Mira(server_step=0.3, size_scale=0, neighbours="rescaled"),
         graph,
         cohort,
         members(6),
@@ -156,7 +155,7 @@ def test_rescaling_of_a_small_cohort_is_guarded() -> None:
 
 
 def test_rescaled_with_one_client_left_in_the_round_moves_nothing() -> None:
-    chosen = MiraSettings(neighbours="rescaled")
+    chosen = Mira(neighbours="rescaled")
     mixing = mixing_matrix(
         chosen, uniform_graph(names(4)), members(4, [2]), members(4), same_rows(4)
     )
@@ -166,11 +165,11 @@ def test_rescaled_with_one_client_left_in_the_round_moves_nothing() -> None:
 def test_only_clients_that_have_trained_are_neighbours() -> None:
     graph = uniform_graph(names(5))
     stale = mixing_matrix(
-        MiraSettings(size_scale=0), graph, members(5, [0]), members(5, [0, 2, 3]), same_rows(5)
+        Mira(size_scale=0), graph, members(5, [0]), members(5, [0, 2, 3]), same_rows(5)
     )
     assert torch.nonzero(stale.matrix()[0]).flatten().tolist() == [0, 2, 3]
     fresh = mixing_matrix(
-        MiraSettings(size_scale=0, neighbours="fresh"),
+        Mira(size_scale=0, neighbours="fresh"),
         graph,
         members(5, [0, 3]),
         members(5, [0, 2, 3]),
@@ -183,7 +182,7 @@ def test_only_clients_that_have_trained_are_neighbours() -> None:
 def test_size_aware_steps_shrink_with_the_clients_own_rows() -> None:
     """kappa_k = 64 / (64 + n): 0.8, 2/3, 1/2, 1/3 for 16, 32, 64, 128 rows."""
     rows = torch.tensor([16, 32, 64, 128], dtype=torch.float64)
-    mixing = mixing_matrix(MiraSettings(), uniform_graph(names(4)), members(4), members(4), rows)
+    mixing = mixing_matrix(Mira(), uniform_graph(names(4)), members(4), members(4), rows)
     torch.testing.assert_close(
         mixing.pulls, torch.tensor([0.8, 2 / 3, 1 / 2, 1 / 3], dtype=torch.float64)
     )
@@ -191,13 +190,13 @@ def test_size_aware_steps_shrink_with_the_clients_own_rows() -> None:
 
 def test_a_client_without_neighbours_is_left_alone() -> None:
     graph = uniform_graph(names(4)).among(torch.tensor([True, True, False, True]))
-    mixing = mixing_matrix(MiraSettings(), graph, members(4), members(4), same_rows(4))
+    mixing = mixing_matrix(Mira(), graph, members(4), members(4), same_rows(4))
     assert torch.equal(mixing.matrix()[2], torch.eye(4, dtype=torch.float64)[2])
     assert float(mixing.pulls[2]) == 0
 
 
 def test_no_edges_no_step() -> None:
-    for chosen in (MiraSettings(), MiraSettings(server_step=3.0)):
+    for chosen in (Mira(), Mira(server_step=3.0)):
         mixing = mixing_matrix(
             chosen, Graph.from_edges("file", names(3), []), members(3), members(3), same_rows(3)
         )
@@ -207,7 +206,7 @@ def test_no_edges_no_step() -> None:
 
 def test_powers_of_the_step_lead_to_consensus_on_a_connected_graph() -> None:
     graph = random_graph(names(6), 3)
-    chosen = MiraSettings(coupling=0.9, size_scale=0)
+    chosen = Mira(coupling=0.9, size_scale=0)
     matrix = mixing_matrix(chosen, graph, members(6), members(6), same_rows(6)).matrix()
     torch.testing.assert_close(
         torch.linalg.matrix_power(matrix, 300), torch.full((6, 6), 1 / 6, dtype=torch.float64)
@@ -219,7 +218,7 @@ def test_powers_of_the_step_lead_to_consensus_on_a_connected_graph() -> None:
 def test_rows_are_convex_combinations_whatever_is_set(
     data: st.DataObject, count: int, seed: int
 ) -> None:
-    chosen = MiraSettings(
+    chosen = Mira(
         server_step=data.draw(st.one_of(st.none(), st.floats(0, 5))),
         size_scale=data.draw(st.sampled_from([0.0, 1.0, 64.0])),
         neighbours=data.draw(st.sampled_from(["fresh", "rescaled", "stale"])),
@@ -264,7 +263,7 @@ def test_a_row_lists_what_a_client_is_made_of() -> None:
         "file", names(4), [("client-0", "client-1", 1.0), ("client-1", "client-2", 1.0)]
     )
     mixing = mixing_matrix(
-        MiraSettings(coupling=1, size_scale=0),
+        Mira(coupling=1, size_scale=0),
         graph,
         members(4, [0, 1, 3]),
         members(4),
@@ -283,7 +282,7 @@ def test_only_edges_of_the_cohort_are_kept() -> None:
         "file", clients, zip(clients, clients[1:] + clients[:1], [1.0] * 10_000, strict=True)
     )
     mixing = mixing_matrix(
-        MiraSettings(size_scale=0),
+        Mira(size_scale=0),
         graph,
         members(10_000, [0, 7, 9999]),
         members(10_000),

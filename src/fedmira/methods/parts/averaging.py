@@ -6,15 +6,12 @@ Weights by training rows, one rank, and the name of the common part.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from fedmira.adapters import Adapter, truncate_rank, weighted_sum
-from fedmira.errors import ConfigError
 from fedmira.messages import ClientId, Payload, Reply
-from fedmira.methods.base import PlainClient, ServerState
-from fedmira.methods.context import AlgorithmContext
+from fedmira.methods.base import Method, ServerState
 
-__all__ = ["COMMON", "CutToRank", "by_rows", "mean_by_rows", "require_one_rank"]
+__all__ = ["COMMON", "CutToRank", "by_rows", "mean_by_rows"]
 
 COMMON = "*common"
 """The common part in states that hold personal adapters too.
@@ -36,15 +33,8 @@ def mean_by_rows(replies: Sequence[Reply]) -> Adapter:
     return weighted_sum([reply.payload.tensors["adapter"] for reply in ordered], weights)
 
 
-@dataclass(frozen=True, slots=True)
-class CutToRank(PlainClient):
-    """One shared adapter of the largest rank, of which each client gets as many directions as its own rank has.
-
-    Attributes:
-        context: the federation.
-    """
-
-    context: AlgorithmContext
+class CutToRank(Method):
+    """One shared adapter of the largest rank, cut to as many directions as a client's rank has."""
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The common start at the largest rank; every client's start is a cut of it."""
@@ -66,24 +56,3 @@ class CutToRank(PlainClient):
         """The first directions of the shared adapter, as many as the client's rank."""
         shared, rank = state.adapters[COMMON], self.context.ranks[client]
         return shared if rank == self.context.largest_rank else truncate_rank(shared, rank)
-
-
-def require_one_rank(name: str, context: AlgorithmContext) -> None:
-    """Refuse clients of different rank.
-
-    Args:
-        name: the algorithm's, for the message.
-
-    Raises:
-        ConfigError: two clients differ in rank.
-    """
-    unequal = context.unequal_ranks()
-    if unequal is not None:
-        one, other = unequal
-        raise ConfigError(
-            f"{name}: client {one!r} has rank {context.ranks[one]} and client {other!r} "
-            f"rank {context.ranks[other]}; "
-            "what is averaged factor by factor needs one rank (set "
-            "adapter.rank_distribution to 'one' and take them out of "
-            "adapter.ranks and adapter.rank_types, or set algorithm.name to 'flexlora' or 'mira')"
-        )

@@ -7,17 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from fedmira.config import MiraSettings
 from fedmira.graphs import Graph
 
-__all__ = ["Mixing", "mixing_matrix"]
+__all__ = ["Mixing", "Strengths", "mixing_matrix"]
 
 ROUNDING = 1e-9
 """A pull above 1 by less than this is the rounding of a degree, not a step that is too large."""
+
+
+class Strengths(Protocol):
+    """The settings of a server step, as MIRA has them."""
+
+    @property
+    def coupling(self) -> float:
+        """kappa = gamma * max degree."""
+        ...
+
+    @property
+    def server_step(self) -> float | None:
+        """gamma itself, in place of the coupling."""
+        ...
+
+    @property
+    def size_scale(self) -> float:
+        """Rows at which a client moves half as far; 0 switches it off."""
+        ...
+
+    @property
+    def neighbours(self) -> Literal["fresh", "rescaled", "stale"]:
+        """Who pulls."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +113,7 @@ _POLICIES: Mapping[str, Callable[[Tensor, Tensor], tuple[Tensor, float]]] = {
 }
 
 
-def _server_step(settings: MiraSettings, graph: Graph) -> float:
+def _server_step(settings: Strengths, graph: Graph) -> float:
     """gamma before the guard: as set, or coupling / max degree of the whole graph.
 
     0 without edges.
@@ -113,7 +137,7 @@ def _acting(graph: Graph, cohort: Tensor, neighbours: Tensor) -> tuple[Tensor, T
 
 
 def mixing_matrix(
-    settings: MiraSettings, graph: Graph, cohort: Tensor, trained: Tensor, rows: Tensor
+    settings: Strengths, graph: Graph, cohort: Tensor, trained: Tensor, rows: Tensor
 ) -> Mixing:
     """P_kl = gamma_k c a_kl for k in the cohort and l among its neighbours, P_kk = 1 - sum_l P_kl.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmira.adapters import Adapter
 from fedmira.adapters.low_rank import DOWN
 from fedmira.errors import ConfigError
-from fedmira.methods.context import AlgorithmContext
+from fedmira.methods.context import MethodContext
 
 __all__ = ["RankSplit", "check_split"]
 
@@ -66,7 +66,7 @@ def _axis(name: str) -> int:
     return 0 if name.endswith(DOWN) else 1
 
 
-def check_split(name: str, trained_rank: int, context: AlgorithmContext) -> RankSplit:
+def check_split(name: str, trained_rank: int, context: MethodContext) -> RankSplit:
     """The split, when both parts of every client's adapter have at least one direction.
 
     Args:

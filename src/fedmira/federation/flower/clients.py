@@ -1,7 +1,4 @@
-"""Evaluation where the rows are.
-
-Each node measures the adapter that it is sent on its own rows and answers with numbers.
-"""
+"""Clients on machines of their own: each node is asked over Flower's grid and answers from its rows."""
 
 from __future__ import annotations
 
@@ -9,16 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from fedmira.adapters import Adapter
-from fedmira.clients import SplitName
+from fedmira.clients import Candidates, SplitName
 from fedmira.data import ClientSummary
 from fedmira.errors import WireError
+from fedmira.federation.ends import ServerEnd
 from fedmira.federation.flower.nodes import Nodes, Problem
-from fedmira.messages import ClientId, Failure, Payload
+from fedmira.messages import ClientId, Failure, Payload, Reply, Request
 from fedmira.metrics import TEXT_SCORES, TokenLoss
 from fedmira.wire import (
     CHOICE,
     LOSSES,
     SCORES,
+    TRAIN,
     Encoded,
     Header,
     Line,
@@ -27,35 +26,81 @@ from fedmira.wire import (
     whole_number,
 )
 
-__all__ = ["FlowerEvaluation"]
+__all__ = ["FlowerClients"]
 
 Result = TypeVar("Result")
 _NODES_AT_ONCE = 64
 _ADAPTER = "adapter"
 
 
-class FlowerEvaluation:
-    """Asks the nodes; a client whose node does not answer is left out and told of by `unmeasured`.
+class FlowerClients:
+    """Sends each client's node its own request; nodes keep their private memories themselves.
+
+    A client whose node does not answer a measurement is left out and told of by `unmeasured`.
 
     Args:
         nodes: of the federation.
         parties: what each client says of itself.
+        end: this end of the lines to the clients.
+        min_replies: before a round of which fewer nodes are connected, it waits for them.
+        wait_s: how long it waits, in seconds.
     """
 
-    def __init__(self, nodes: Nodes, parties: Mapping[ClientId, ClientSummary]) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        parties: Mapping[ClientId, ClientSummary],
+        end: ServerEnd,
+        min_replies: int,
+        wait_s: float,
+    ) -> None:
         self._nodes = nodes
         self._parties = parties
+        self._end = end
+        self._min_replies = min_replies
+        self._wait_s = wait_s
         self._unmeasured: list[Failure] = []
+
+    @property
+    def method(self) -> None:
+        """Nodes have the client half of the method themselves."""
+        return None
 
     @property
     def parties(self) -> Mapping[ClientId, ClientSummary]:
         """What each client says of itself."""
         return self._parties
 
+    @property
+    def memories(self) -> Mapping[ClientId, Payload]:
+        """What this end remembers of each line; of the clients' own memories it knows nothing."""
+        return self._end.memories
+
+    def restore(self, memories: Mapping[ClientId, Payload]) -> None:
+        """Takes these lines, empty or from a checkpoint."""
+        self._end.restore(memories)
+
     def unmeasured(self) -> list[Failure]:
         """Clients that could not be asked since this was called last, and why."""
         told, self._unmeasured = self._unmeasured, []
         return told
+
+    def train(self, requests: Sequence[Request]) -> list[Reply | Failure]:
+        """One reply or failure per request.
+
+        A node that is not there, late, or answers nonsense is a failure.
+        """
+        chosen = [request.client_id for request in requests]
+        self._nodes.gather(chosen, min(self._min_replies, len(chosen)), self._wait_s)
+        messages = {request.client_id: self._end.send(request) for request in requests}
+        answers = self._nodes.ask(TRAIN, messages, str(requests[0].round))
+        return [
+            self._end.lost(request, answer.stage, answer.reason)
+            if isinstance(answer, Problem)
+            else self._end.receive(request, answer)
+            for request in requests
+            for answer in (answers[request.client_id],)
+        ]
 
     def losses(
         self, adapters: Mapping[ClientId, Adapter], split: SplitName = "test"
@@ -70,9 +115,7 @@ class FlowerEvaluation:
         )
         return self._ask(LOSSES, messages, lambda client, header: _read_loss(header))
 
-    def chosen(
-        self, clients: Sequence[ClientId], candidates: Callable[[ClientId], Mapping[float, Adapter]]
-    ) -> dict[ClientId, float]:
+    def choose(self, clients: Sequence[ClientId], candidates: Candidates) -> dict[ClientId, float]:
         """The key of the candidate with the lowest loss on each client's validation rows.
 
         Clients with one candidate are left out.
@@ -86,10 +129,10 @@ class FlowerEvaluation:
             CHOICE, messages, lambda client, header: _read_choice(header, keys[client])
         )
 
-    def text_scores(
+    def score(
         self, adapters: Mapping[ClientId, Adapter], max_new_tokens: int
     ) -> dict[ClientId, dict[str, float]]:
-        """Rouge-L in both dialects and exact match of each given client's generations against its references."""
+        """The text metrics of each given client's answers to its test prompts."""
         messages = self._messages(
             list(adapters),
             lambda client: {_ADAPTER: adapters[client]},
@@ -107,7 +150,7 @@ class FlowerEvaluation:
         parts: Callable[[ClientId], Mapping[str, Adapter]],
         header: Header,
     ) -> Iterator[dict[ClientId, Encoded]]:
-        """The clients' messages, a few at a time, so that the memory for their adapters stays bounded."""
+        """The clients' messages, a few at a time, so that memory stays bounded."""
         for start in range(0, len(clients), _NODES_AT_ONCE):
             names = clients[start : start + _NODES_AT_ONCE]
             written = {

@@ -1,4 +1,4 @@
-"""What every engine keeps: an answer per request, the order of no importance, private memories, and no hidden state."""
+"""What all clients keep: an answer per request, private memories, no hidden state, whatever the order."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from fedmira.adapters import Adapter, digest
-from fedmira.clients import Engine, InProcessEngine
+from fedmira.clients import Clients, OverWire
 from fedmira.experiment import Experiment, build_experiment
 from fedmira.messages import Failure, Reply, Request
 from fedmira.methods import ServerState
 from fedmira.model import BaseModel, tokenizer_hash
 from fedmira.rounds import seed_for
-from small import cohort_of, make_config
+from small import local_of, make_config
 
 TOLERANCE = 1e-4
 """float32, side by side or in turn.
@@ -31,14 +31,19 @@ chose. Another batch gives a share of 0.5 and more.
 STEADY = {"local__optimizer": "sgd", "local__learning_rate": 1.0}
 
 
-def in_process(experiment: Experiment, cohort_size: int, folder: Path) -> Engine:
-    return InProcessEngine(cohort_of(experiment, experiment.algorithm), cohort_size)
+def in_process(experiment: Experiment, cohort_size: int, folder: Path) -> Clients:
+    return local_of(experiment, cohort_size)
 
 
-def over_flower(experiment: Experiment, cohort_size: int, folder: Path) -> Engine:
+def over_a_wire(experiment: Experiment, cohort_size: int, folder: Path) -> Clients:
+    """Whole adapters through messages, so that nothing is rounded."""
+    return OverWire(local_of(experiment, cohort_size), "float32", cohort_size)
+
+
+def over_flower(experiment: Experiment, cohort_size: int, folder: Path) -> Clients:
     pytest.importorskip("flwr", reason="Flower is not installed; pip install 'fedmira[flower]'")
     from fedmira.federation.ends import ServerEnd
-    from fedmira.federation.flower.engine import FlowerEngine
+    from fedmira.federation.flower.clients import FlowerClients
     from fedmira.federation.flower.nodes import Nodes
     from loopback import LoopbackGrid
 
@@ -53,28 +58,33 @@ def over_flower(experiment: Experiment, cohort_size: int, folder: Path) -> Engin
     nodes = Nodes(
         grid, base.sha256, tokenizer_hash(base.tokenizer), tuple(experiment.ranks), reply_s=60
     )
-    return FlowerEngine(
-        nodes, ServerEnd("float32", folder.name), min_replies=len(experiment.ranks), wait_s=60
+    return FlowerClients(
+        nodes,
+        experiment.parties,
+        ServerEnd("float32", folder.name),
+        min_replies=len(experiment.ranks),
+        wait_s=60,
     )
 
 
-ENGINES: dict[str, Callable[[Experiment, int, Path], Engine]] = {
+ALL: dict[str, Callable[[Experiment, int, Path], Clients]] = {
     "in-process": in_process,
+    "over a wire": over_a_wire,
     "flower": over_flower,
 }
-"""Name -> makes the engine of an experiment, with at most so many clients at once, and a folder of its own."""
+"""Name -> makes the clients of an experiment, with at most so many clients at once, and a folder of its own."""
 
 
-@pytest.fixture(params=ENGINES)
-def make_engine(
+@pytest.fixture(params=ALL)
+def make_clients(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Experiment, int], Engine]:
-    return lambda experiment, cohort_size: ENGINES[request.param](
-        experiment, cohort_size, tmp_path_factory.mktemp("engine")
+) -> Callable[[Experiment, int], Clients]:
+    return lambda experiment, cohort_size: ALL[request.param](
+        experiment, cohort_size, tmp_path_factory.mktemp("clients")
     )
 
 
-remembers = pytest.mark.parametrize("make_engine", ["in-process"], indirect=True)
+remembers = pytest.mark.parametrize("make_clients", ["in-process"], indirect=True)
 """For tests of what clients remember, where the engine keeps it.
 
 Other engines leave it on the clients' machines (test_node_memory.py).
@@ -148,16 +158,16 @@ def hashes(adapters: dict[str, Adapter]) -> dict[str, str]:
 
 
 def test_there_is_one_answer_per_request_with_the_figures_the_recorder_reads(
-    make_engine: Any, experiment: Experiment
+    make_clients: Any, experiment: Experiment
 ) -> None:
     requests = requests_of(experiment)
-    answers = make_engine(experiment, 64).exchange(requests)
+    answers = make_clients(experiment, 64).train(requests)
     assert sorted(answer.client_id for answer in answers) == sorted(
         request.client_id for request in requests
     )
     for answer in answers:
         assert isinstance(answer, Reply) and answer.round == 1
-        data = experiment.evaluator.clients[answer.client_id]
+        data = experiment.clients.data[answer.client_id]
         assert answer.num_examples == len(data.train)
         assert set(answer.metrics) == {
             "loss",
@@ -175,11 +185,11 @@ def test_there_is_one_answer_per_request_with_the_figures_the_recorder_reads(
 
 
 def test_training_acts_and_the_request_is_left_alone(
-    make_engine: Any, experiment: Experiment
+    make_clients: Any, experiment: Experiment
 ) -> None:
     requests = requests_of(experiment)
     before = [digest(request.payload.tensors["adapter"]) for request in requests]
-    trained = replies_of(make_engine(experiment, 64).exchange(requests))
+    trained = replies_of(make_clients(experiment, 64).train(requests))
     assert [digest(request.payload.tensors["adapter"]) for request in requests] == before
     assert all(
         distance(trained[request.client_id], request.payload.tensors["adapter"]) > 0.1
@@ -188,10 +198,10 @@ def test_training_acts_and_the_request_is_left_alone(
 
 
 def test_the_same_request_twice_gives_the_same_reply(
-    make_engine: Any, experiment: Experiment
+    make_clients: Any, experiment: Experiment
 ) -> None:
-    engine, requests = make_engine(experiment, 64), requests_of(experiment)
-    first, second = engine.exchange(requests), engine.exchange(requests)
+    engine, requests = make_clients(experiment, 64), requests_of(experiment)
+    first, second = engine.train(requests), engine.train(requests)
     assert hashes(replies_of(first)) == hashes(replies_of(second))
     assert [answer.metrics for answer in first if isinstance(answer, Reply)] == [
         answer.metrics for answer in second if isinstance(answer, Reply)
@@ -199,30 +209,30 @@ def test_the_same_request_twice_gives_the_same_reply(
 
 
 def test_what_is_trained_in_between_leaves_no_trace(
-    make_engine: Any, experiment: Experiment
+    make_clients: Any, experiment: Experiment
 ) -> None:
-    engine, requests = make_engine(experiment, 64), requests_of(experiment)
-    first = hashes(replies_of(engine.exchange(requests)))
-    engine.exchange(requests_of(experiment, 2)[:3])
+    engine, requests = make_clients(experiment, 64), requests_of(experiment)
+    first = hashes(replies_of(engine.train(requests)))
+    engine.train(requests_of(experiment, 2)[:3])
     assert (
-        hashes(replies_of(engine.exchange(requests)))
+        hashes(replies_of(engine.train(requests)))
         == first
-        == hashes(replies_of(make_engine(experiment, 64).exchange(requests)))
+        == hashes(replies_of(make_clients(experiment, 64).train(requests)))
     )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_order_of_requests_and_the_company_change_rounding_only(
-    dropout: float, make_engine: Any, base: BaseModel, base_folder: Path, clients_folder: Path
+    dropout: float, make_clients: Any, base: BaseModel, base_folder: Path, clients_folder: Path
 ) -> None:
     experiment = built(base, base_folder, clients_folder, adapter__dropout=dropout, **STEADY)
     requests = requests_of(experiment)
-    together = replies_of(make_engine(experiment, 64).exchange(requests))
-    backwards = replies_of(make_engine(experiment, 64).exchange(requests[::-1]))
+    together = replies_of(make_clients(experiment, 64).train(requests))
+    backwards = replies_of(make_clients(experiment, 64).train(requests[::-1]))
     alone = {
         request.client_id: adapter
         for request in requests
-        for adapter in replies_of(make_engine(experiment, 64).exchange([request])).values()
+        for adapter in replies_of(make_clients(experiment, 64).train([request])).values()
     }
     assert largest_share(together, backwards, requests) < TOLERANCE
     assert largest_share(together, alone, requests) < TOLERANCE
@@ -230,21 +240,21 @@ def test_the_order_of_requests_and_the_company_change_rounding_only(
 
 @pytest.mark.parametrize("cohort_size", [1, 2, 3])
 def test_clients_in_turn_equal_clients_side_by_side(
-    cohort_size: int, make_engine: Any, base: BaseModel, base_folder: Path, clients_folder: Path
+    cohort_size: int, make_clients: Any, base: BaseModel, base_folder: Path, clients_folder: Path
 ) -> None:
     experiment = built(base, base_folder, clients_folder, **STEADY)
     requests = requests_of(experiment)
     side_by_side, in_turn = (
-        replies_of(make_engine(experiment, size).exchange(requests)) for size in (64, cohort_size)
+        replies_of(make_clients(experiment, size).train(requests)) for size in (64, cohort_size)
     )
     assert list(in_turn) == [request.client_id for request in requests]
     assert largest_share(side_by_side, in_turn, requests) < TOLERANCE
 
 
 @remembers
-def test_a_plain_client_keeps_nothing(make_engine: Any, experiment: Experiment) -> None:
-    engine = make_engine(experiment, 64)
-    engine.exchange(requests_of(experiment))
+def test_a_plain_client_keeps_nothing(make_clients: Any, experiment: Experiment) -> None:
+    engine = make_clients(experiment, 64)
+    engine.train(requests_of(experiment))
     assert engine.memories == {}
 
 
@@ -255,17 +265,17 @@ def keeping(base: BaseModel, base_folder: Path, clients_folder: Path) -> Experim
 
 @remembers
 def test_memories_belong_to_their_clients_and_are_used(
-    make_engine: Any, keeping: Experiment
+    make_clients: Any, keeping: Experiment
 ) -> None:
-    engine, requests = make_engine(keeping, 64), requests_of(keeping)
-    first = hashes(replies_of(engine.exchange(requests[:2])))
+    engine, requests = make_clients(keeping, 64), requests_of(keeping)
+    first = hashes(replies_of(engine.train(requests[:2])))
     assert set(engine.memories) == {request.client_id for request in requests[:2]}
     assert {memory.scalars["optimizer.steps"] for memory in engine.memories.values()} == {3.0}
     untouched = {
         client: {part: digest(adapter) for part, adapter in memory.tensors.items()}
         for client, memory in engine.memories.items()
     }
-    second = hashes(replies_of(engine.exchange(requests[:1])))
+    second = hashes(replies_of(engine.train(requests[:1])))
     assert second[requests[0].client_id] != first[requests[0].client_id], (
         "moments of the first exchange must carry over"
     )
@@ -277,36 +287,34 @@ def test_memories_belong_to_their_clients_and_are_used(
 
 
 @remembers
-def test_restored_memories_continue_bit_for_bit(make_engine: Any, keeping: Experiment) -> None:
-    engine, requests = make_engine(keeping, 64), requests_of(keeping)
-    engine.exchange(requests)
+def test_restored_memories_continue_bit_for_bit(make_clients: Any, keeping: Experiment) -> None:
+    engine, requests = make_clients(keeping, 64), requests_of(keeping)
+    engine.train(requests)
     kept = engine.memories
-    expected = hashes(replies_of(engine.exchange(requests_of(keeping, 2))))
-    fresh = make_engine(keeping, 64)
+    expected = hashes(replies_of(engine.train(requests_of(keeping, 2))))
+    fresh = make_clients(keeping, 64)
     fresh.restore(kept)
-    assert hashes(replies_of(fresh.exchange(requests_of(keeping, 2)))) == expected
-    assert (
-        hashes(replies_of(make_engine(keeping, 64).exchange(requests_of(keeping, 2)))) != expected
-    )
+    assert hashes(replies_of(fresh.train(requests_of(keeping, 2)))) == expected
+    assert hashes(replies_of(make_clients(keeping, 64).train(requests_of(keeping, 2)))) != expected
 
 
 @remembers
-def test_a_copy_of_the_memories_is_handed_out(make_engine: Any, keeping: Experiment) -> None:
-    engine = make_engine(keeping, 64)
-    engine.exchange(requests_of(keeping)[:1])
+def test_a_copy_of_the_memories_is_handed_out(make_clients: Any, keeping: Experiment) -> None:
+    engine = make_clients(keeping, 64)
+    engine.train(requests_of(keeping)[:1])
     before = engine.memories
-    engine.exchange(requests_of(keeping)[1:2])
+    engine.train(requests_of(keeping)[1:2])
     assert len(before) == 1 and len(engine.memories) == 2
 
 
 @remembers
 def test_a_client_that_diverges_fails_alone_and_keeps_its_memory(
-    make_engine: Any, keeping: Experiment
+    make_clients: Any, keeping: Experiment
 ) -> None:
     requests = requests_of(keeping)
-    engine, healthy = make_engine(keeping, 64), make_engine(keeping, 64)
+    engine, healthy = make_clients(keeping, 64), make_clients(keeping, 64)
     for each in (engine, healthy):
-        each.exchange(requests)
+        each.train(requests)
     kept = engine.memories[requests[1].client_id]
     huge = {
         name: torch.full_like(tensor, 1e30)
@@ -316,12 +324,12 @@ def test_a_client_that_diverges_fails_alone_and_keeps_its_memory(
     spoiled[1] = Request(
         requests[1].client_id, 1, requests[1].seed, type(requests[1].payload)({"adapter": huge})
     )
-    answers = {answer.client_id: answer for answer in engine.exchange(spoiled)}
+    answers = {answer.client_id: answer for answer in engine.train(spoiled)}
     failure = answers.pop(requests[1].client_id)
     assert isinstance(failure, Failure) and (failure.round, failure.stage) == (1, "train")
     assert "non-finite loss at local step 1" in failure.reason
     assert engine.memories[requests[1].client_id] is kept
-    expected = replies_of(healthy.exchange(requests))
+    expected = replies_of(healthy.train(requests))
     del expected[requests[1].client_id]
     others = [request for request in requests if request.client_id != failure.client_id]
     assert largest_share(replies_of(list(answers.values())), expected, others) < TOLERANCE

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapter
-from fedmira.clients import Evaluator
+from fedmira.clients import CohortSettings, LocalClients
+from fedmira.config import LocalSettings
 from fedmira.data import ClientData, EncodedExample
 from fedmira.model import (
     LoraKind,
@@ -49,7 +50,7 @@ class OnDisk(Mapping[str, Adapter]):
 
 
 @pytest.fixture(scope="module")
-def evaluator() -> Evaluator:
+def measured() -> LocalClients:
     base = tiny_base()
     clients = {}
     for number in range(CLIENTS):
@@ -59,35 +60,33 @@ def evaluator() -> Evaluator:
         clients[str(number)] = ClientData(
             str(number), "task", "category", (), (), rows, ("",) * len(rows)
         )
-    return Evaluator(
-        LoraKind(base, find_targets(base.model, ()), alpha=4.0),
-        clients,
-        dict.fromkeys(clients, 2.0),
-        512,
+    settings = CohortSettings(LocalSettings(), dict.fromkeys(clients, 2.0), 512)
+    return LocalClients(
+        None, LoraKind(base, find_targets(base.model, ()), alpha=4.0), clients, settings
     )
 
 
-def test_losses_read_each_needed_adapter_once_and_hold_few(evaluator: Evaluator) -> None:
-    adapters = OnDisk(list(evaluator.kind.targets), list(evaluator.clients))
-    losses = evaluator.losses(adapters)
-    asked = [client for client, data in evaluator.clients.items() if data.test]
+def test_losses_read_each_needed_adapter_once_and_hold_few(measured: LocalClients) -> None:
+    adapters = OnDisk(list(measured.kind.targets), list(measured.data))
+    losses = measured.losses(adapters)
+    asked = [client for client, data in measured.data.items() if data.test]
     assert list(losses) == asked and adapters.reads == len(asked) and adapters.most_held <= AT_ONCE
     for client in asked[::20]:
         assert losses[client].total == pytest.approx(
-            evaluator.losses({client: adapters[client]})[client].total, rel=1e-5
+            measured.losses({client: adapters[client]})[client].total, rel=1e-5
         )
 
 
-def test_generations_read_each_adapter_once_and_hold_few(evaluator: Evaluator) -> None:
-    adapters = OnDisk(list(evaluator.kind.targets), list(evaluator.clients))
-    texts = evaluator.generations(adapters, 4)
+def test_generations_read_each_adapter_once_and_hold_few(measured: LocalClients) -> None:
+    adapters = OnDisk(list(measured.kind.targets), list(measured.data))
+    texts = measured.generations(adapters, 4)
     assert (
-        list(texts) == list(evaluator.clients)
+        list(texts) == list(measured.data)
         and adapters.reads == CLIENTS
         and adapters.most_held <= AT_ONCE
     )
     assert [len(found) for found in texts.values()] == [
-        len(data.test) for data in evaluator.clients.values()
+        len(data.test) for data in measured.data.values()
     ]
     for client in list(texts)[1::20]:
-        assert texts[client] == evaluator.generations({client: adapters[client]}, 4)[client]
+        assert texts[client] == measured.generations({client: adapters[client]}, 4)[client]
