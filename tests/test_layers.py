@@ -28,7 +28,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "methods": _BELOW_METHODS - {"methods"},
     "data": {"config", "errors", "storage"},
     "model": {"adapters", "config", "errors", "storage"},
-    "report": {"config", "errors", "metrics"},
+    "report": {"errors", "metrics"},
     "clients": _BELOW_CLIENTS - {"graphs"},
     "rounds": {"clients", "config", "errors", "messages", "methods"},
     "runs": _BELOW_RUNS - {"wire"},

@@ -423,8 +423,8 @@ def test_of_many_clients_some_are_drawn_and_the_rest_is_said(
         tmp_path,
     )
     page = page_in(tmp_path)
-    assert page.count('class="value') == 84 <= MOST_DRAWN  # every third of 250
-    assert "84 of 250 clients are drawn, one of every 3" in page
+    assert page.count("mira: ") == 84 <= MOST_DRAWN  # every third of 250
+    assert "84 of 250 clients are shown, one of every 3" in page
 
 
 def test_a_failed_run_is_named_and_its_cells_are_empty(run_folder: Folders, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from fedmira.report.findings import (
     pull_kept,
     traffic,
 )
+from fedmira.runs.pages import default_settings
 
 Folders = Callable[..., Any]
 
@@ -82,11 +84,14 @@ def test_what_clients_kept_of_the_pull_is_counted_at_their_last_evaluation_only(
     assert pull_kept(read_run(run_folder("without", clients=6).write())) is None
 
 
+def _changed(folder: Path) -> list[tuple[str, Any, Any]]:
+    run = read_run(folder)
+    return changed_settings(run, default_settings(run.algorithm))
+
+
 def test_only_settings_that_differ_from_the_defaults_are_listed(run_folder: Folders) -> None:
-    assert changed_settings(read_run(run_folder("mira", clients=2).write())) == [
-        ("local.steps", 7, 5)
-    ]
-    local = changed_settings(read_run(run_folder("alone", clients=2, algorithm="local").write()))
+    assert _changed(run_folder("mira", clients=2).write()) == [("local.steps", 7, 5)]
+    local = _changed(run_folder("alone", clients=2, algorithm="local").write())
     assert local == [("algorithm.name", "local", "mira"), ("local.steps", 7, 5)]
 
 
@@ -97,7 +102,7 @@ def test_settings_of_an_algorithm_this_version_does_not_know_are_all_listed(
     (folder / "config.toml").write_text(
         '[algorithm]\nname = "newer"\nstrength = 2\n', encoding="utf-8"
     )
-    assert changed_settings(read_run(folder)) == [
+    assert _changed(folder) == [
         ("algorithm.name", "newer", "mira"),
         ("algorithm.strength", 2, None),
     ]

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from fedmira.report import write_report
 from fedmira.report.page import FEW_TEST_ROWS
+from fedmira.runs import write_page
 
 Folders = Callable[..., Any]
 HOSTILE = [
@@ -71,13 +71,13 @@ class Page(HTMLParser):
 
 
 def page_of(folder: Path) -> Page:
-    return Page(write_report(folder))
+    return Page(write_page(folder))
 
 
 def test_a_finished_run_has_every_section(run_folder: Folders) -> None:
     made = run_folder(clients=21)
     folder = made.write()
-    assert write_report(folder) == folder / "report.html"
+    assert write_page(folder) == folder / "report.html"
     page = page_of(folder)
     assert page.sections == [
         "headline",
@@ -333,8 +333,8 @@ def test_a_chart_of_its_own_is_drawn_for_the_worst_of_many(run_folder: Folders) 
 
 def test_a_report_can_be_written_again(run_folder: Folders) -> None:
     folder = run_folder(clients=3).write()
-    first = write_report(folder).read_text(encoding="utf-8")
-    assert write_report(folder).read_text(encoding="utf-8") == first
+    first = write_page(folder).read_text(encoding="utf-8")
+    assert write_page(folder).read_text(encoding="utf-8") == first
 
 
 @pytest.mark.parametrize("module", ["torch", "transformers", "peft", "matplotlib"])

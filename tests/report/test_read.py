@@ -46,7 +46,7 @@ def test_empty_cells_and_columns_that_are_absent_are_none(run_folder: Folders) -
         "client,base_loss,rouge_l,new_column\na,2.5,,x\n", encoding="utf-8"
     )
     (row,) = read_run(folder).clients
-    assert (row.base_loss, row.rouge_l, row.exact_match, row.category) == (2.5, None, None, "")
+    assert (row.base_loss, row.scores, row.category) == (2.5, {}, "")
 
 
 def test_a_run_that_failed_early_needs_neither_metrics_nor_events(run_folder: Folders) -> None:
@@ -146,7 +146,7 @@ def test_numbers_that_are_not_finite_are_left_out_and_noted(run_folder: Folders)
         {"event": "train", "round": 21, "client": made.names[0], "loss": float("inf")}
     )
     run = read_run(made.write())
-    assert run.clients[0].rouge_l is None
+    assert run.clients[0].figure("rouge_l") is None
     assert max(number for number, _ in run.series("train", "loss")[made.names[0]]) == 20
     assert "rouge_l" not in {name for name, figure in run.summary.items() if "mean" in figure}
     assert any("rouge_l is nan" in note for note in run.notes)

@@ -13,9 +13,9 @@ def report(run: RunPath, format: FormatOption = Format.text) -> None:
 
     Example: fedmira report runs/first
     """
-    from fedmira.report import write_report
+    from fedmira.runs import write_page
 
-    page = write_report(run)
+    page = write_page(run)
     if format is Format.json:
         print_json({"report": str(page)})
         return

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fedmira.errors import RunFolderError
+from fedmira.metrics import TEXT_METRICS
 from fedmira.report.charts import (
     Series,
     legend,
@@ -142,6 +143,11 @@ def _content(figures: Figures, folder: Path) -> dict[str, Any]:
             _method(row, figures, folder)
             for row in sorted(figures.method_rows, key=_place(figures))
         ],
+        "scores": [
+            metric
+            for name, metric in TEXT_METRICS.items()
+            if any(row[name] is not None for row in figures.method_rows)
+        ],
         "rule": NOISE_RULE,
         "target_rule": TARGET_RULE,
         "level": f"{100 * LEVEL:g} %",
@@ -245,12 +251,12 @@ def _heat_map(figures: Figures, baseline: str) -> dict[str, Any]:
                 [_heat_cell(difference) for difference in found],
             )
         )
-    label = f"Heat map: difference of each client's test loss to {baseline} in percent, under {', '.join(methods)}; also in the tables"
+    label = f"Difference of each client's test loss to {baseline} in percent, by method"
     return {
         "baseline": baseline,
-        "drawing": heat_map(methods, rows, label),
+        "table": heat_map(methods, rows, label),
         "step": step,
-        "drawn": len(rows),
+        "shown": len(rows),
         "clients": len(clients),
     }
 

@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedmira.errors import ConfigError
+from fedmira.metrics import TEXT_METRICS
 from fedmira.report.budgets import (
     Budget,
     budget_of,
@@ -36,8 +37,6 @@ __all__ = ["BASELINE", "Figures", "budget_text", "compare_runs", "pools_of"]
 
 BASELINE = "local"
 """The algorithm that every method is held against where it was run."""
-
-_TEXTS = ("rouge_l", "rouge_l_package", "exact_match")
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ class Figures:
             "best_round": _over_seeds([_at_best_round(run) for run in runs.values()]),
             **{
                 text: _over_seeds([run.summary.get(text, {}).get("mean") for run in runs.values()])
-                for text in _TEXTS
+                for text in TEXT_METRICS
             },
         }
         for prefix, pairings in (("", self.pairings), ("best_", self.best_pairings)):

@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
-from fedmira.config import Config
+from fedmira.metrics import metrics
 from fedmira.report.records import Run
 
 __all__ = [
@@ -35,14 +33,6 @@ __all__ = [
 CHANGE_LIMIT = 0.02  # a loss that differs by less than this share of itself counts as unchanged
 MIB = 1024.0**2
 
-FIGURE_TITLES = {
-    "base_loss": "Base model, before any training",
-    "before_align_loss": "After the last local training",
-    "after_align_loss": "After the server's last step",
-    "rouge_l": "Rouge-L (rouge_score)",
-    "rouge_l_package": "Rouge-L (rouge package)",
-    "exact_match": "Exact match",
-}
 ALGORITHM_TITLES = {
     "mira": "MIRA",
     "local": "Local training",
@@ -141,15 +131,15 @@ def summary_rows(run: Run) -> list[SummaryRow]:
     """
     return [
         SummaryRow(
-            name,
-            title,
+            metric.name,
+            metric.title,
             figure.get("mean"),
             figure.get("weighted_mean"),
             figure.get("worst_tenth"),
             figure.get("spread"),
         )
-        for name, title in FIGURE_TITLES.items()
-        if (figure := run.summary.get(name))
+        for metric in metrics()
+        if (figure := run.summary.get(metric.name))
     ]
 
 
@@ -197,22 +187,13 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, An
     return flat
 
 
-def changed_settings(run: Run) -> list[tuple[str, Any, Any]]:
+def changed_settings(run: Run, defaults: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Settings that differ from the defaults, as (dotted key, value, default).
 
-    The default is None for a key this version does not know.
+    Args:
+        run: whose settings.
+        defaults: nested sections. The default is None for a key that they lack.
     """
-    defaults: dict[str, Any] = Config().model_dump(mode="json")
-    if run.algorithm != defaults["algorithm"]["name"]:
-        try:
-            chosen = Config.model_validate({"algorithm": {"name": run.algorithm}}).model_dump(
-                mode="json"
-            )["algorithm"]
-        except (
-            ValidationError
-        ):  # an algorithm of another version, or one whose settings have no defaults: show them all
-            chosen = {}
-        defaults["algorithm"] = chosen | {"name": defaults["algorithm"]["name"]}
     known = flat_settings(defaults)
     return [
         (key, value, known.get(key))

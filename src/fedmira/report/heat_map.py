@@ -1,4 +1,7 @@
-"""A heat map as inline SVG: a row per client, a column per method, the colour says how far the method lies from the baseline."""
+"""A heat map as a table: a row per client, a column per method.
+
+The colour of a cell says how far the method lies from the baseline.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fedmira.report.charts import (
-    CHARACTER_WIDTH,
-    FONT,
-    element,
-    percent_text,
-)
+from fedmira.report.charts import element, percent_text
 
 __all__ = ["SHIFT_BOUNDS", "HeatCell", "HeatRow", "heat_map", "shift", "shift_keys"]
 
@@ -25,11 +23,7 @@ SHIFT_BOUNDS = (
     0.2,
 )  # relative differences between one colour and the next
 
-_CELL = (52, 19)
-_LONGEST_NAME = 30
 _LARGEST = 9.99  # a larger change is told as a multiple, which fits its cell
-_TURN = -35.0  # degrees of the methods' names
-_RISE = 0.58  # of a name's length, upwards at that angle
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,95 +67,51 @@ def shift_keys() -> list[str]:
 
 
 def heat_map(methods: Sequence[str], rows: Sequence[HeatRow], label: str) -> Markup:
-    """Draw it.
+    """Make the table.
 
     Args:
         methods: the columns.
         rows: the clients from top to bottom, each with a cell per method.
-        label: what it shows, for screen readers, which are given no cells: a table holds the same
-            numbers.
+        label: what it shows, for screen readers.
 
     Returns:
-        An <svg> of its natural size, or nothing where there is no row or no method.
+        A <table>, or nothing where there is no row or no method.
     """
     if not rows or not methods:
         return Markup("")
-    width, height = _CELL
-    names = [_shortened(row.client) for row in rows]
-    left = 8 + FONT * CHARACTER_WIDTH * max(map(len, names))
-    cells_left = left + 8 + FONT * CHARACTER_WIDTH * max(4, *(len(row.train_rows) for row in rows))
-    titles = [_shortened(method) for method in methods]
-    longest = max(map(len, titles)) * FONT * CHARACTER_WIDTH
-    top = 12 + FONT + _RISE * longest
-    parts = [element("text", "rows", x=cells_left - 8, y=top - 6, text_anchor="end")]
-    for column, (title, method) in enumerate(zip(titles, methods, strict=True)):
-        x, y = cells_left + (column + 0.4) * width, top - 6
-        turned = f"translate({x:.1f} {y:.1f}) rotate({_TURN:g})"
-        parts.append(
-            element("text", element("title", method), title, transform=turned, class_="strong")
-        )
-    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
-        y = top + number * height
-        parts.append(
-            element(
-                "text",
-                element("title", row.client),
-                name,
-                x=left,
-                y=y + 0.72 * height,
-                text_anchor="end",
-            )
-        )
-        parts.append(
-            element(
-                "text", row.train_rows, x=cells_left - 8, y=y + 0.72 * height, text_anchor="end"
-            )
-        )
-        for column, (method, cell) in enumerate(zip(methods, row.cells, strict=True)):
-            if cell is not None:
-                parts.append(
-                    _cell(
-                        f"{row.client}, {method}: {cell.told}", cell, cells_left + column * width, y
-                    )
-                )
-    full_width = (
-        cells_left + len(methods) * width + 0.85 * longest
-    )  # the last name leans out to the right
-    full_height = top + len(rows) * height + 2
+    corner = element("th", "client", scope="col", class_="name")
+    training = element("th", "train rows", scope="col", class_="number")
+    titles = [
+        element("th", element("span", method, title=method), scope="col", class_="method")
+        for method in methods
+    ]
+    lines = [element("tr", *_line(row, methods)) for row in rows]
     return element(
-        "svg",
-        *parts,
-        viewBox=f"0 0 {full_width:.0f} {full_height:.0f}",
-        width=f"{full_width:.0f}",
-        height=f"{full_height:.0f}",
-        role="img",
+        "table",
+        element("thead", element("tr", corner, training, *titles)),
+        element("tbody", *lines),
         aria_label=label,
         class_="heat-map",
-        font_size=FONT,
     )
 
 
-def _cell(told: str, cell: HeatCell, x: float, y: float) -> Markup:
-    width, height = _CELL
-    box = element(
-        "rect",
-        x=x + 0.5,
-        y=y + 0.5,
-        width=width - 1,
-        height=height - 1,
-        class_=f"shift-{shift(cell.change)}",
-    )
-    style = "value strong" if cell.beyond_noise else "value"
+def _line(row: HeatRow, methods: Sequence[str]) -> list[Markup]:
+    """The cells of a client; the name is cut by the style, and told in full on hover."""
+    return [
+        element("th", element("span", row.client, title=row.client), scope="row"),
+        element("td", row.train_rows, class_="number"),
+        *(
+            _cell(f"{row.client}, {method}: {cell.told}", cell) if cell else element("td")
+            for method, cell in zip(methods, row.cells, strict=True)
+        ),
+    ]
+
+
+def _cell(told: str, cell: HeatCell) -> Markup:
     shown = (
         percent_text(cell.change)
         if cell.change <= _LARGEST
         else f"\N{MULTIPLICATION SIGN}{1 + cell.change:.0f}"
     )
-    text = element(
-        "text", shown, x=x + width / 2, y=y + 0.72 * height, text_anchor="middle", class_=style
-    )
-    return element("g", element("title", told), box, text)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+    beyond = " beyond" if cell.beyond_noise else ""
+    return element("td", shown, title=told, class_=f"shift-{shift(cell.change)}{beyond}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fedmira.metrics import LOSS_METRICS
 from fedmira.report.charts import (
     Series,
     change_bars,
@@ -70,11 +71,15 @@ class _Small:
     chart: Markup
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(
+    run_folder: Path, defaults: Callable[[str], Mapping[str, Any]] | None = None
+) -> Path:
     """Writes report.html into a run folder, over an older one.
 
     Args:
         run_folder: of a run that finished, failed or is still running.
+        defaults: from an algorithm's name to the settings that a run with it has by default, as
+            nested sections; where None, the page does not say which settings differ from them.
 
     Returns:
         The path of the page.
@@ -84,7 +89,7 @@ def write_report(run_folder: Path) -> Path:
     """
     run = read_run(run_folder)
     path = run.folder / "report.html"
-    path.write_text(render("report.html.j2", _content(run)), encoding="utf-8")
+    path.write_text(render("report.html.j2", _content(run, defaults)), encoding="utf-8")
     return path
 
 
@@ -128,13 +133,12 @@ def run_title(run: Run) -> str:
     return algorithm_title(run.algorithm) + day
 
 
-def _content(run: Run) -> dict[str, Any]:
+def _content(run: Run, defaults: Callable[[str], Mapping[str, Any]] | None) -> dict[str, Any]:
     """Everything the template shows.
 
     A part that was not measured is None or empty and its section is left out.
     """
     names = _client_names(run)
-    rows = summary_rows(run)
     changes = changes_by_alignment(run)
     columns, cells, alike = client_table(
         worst_clients(run.clients, MOST_ROWS), {change.client: change for change in changes}
@@ -146,14 +150,15 @@ def _content(run: Run) -> dict[str, Any]:
         "title": run_title(run),
         "run": run,
         "duration": _duration(run.provenance.get("wall_seconds")),
-        "losses": [row for row in rows if row.name.endswith("_loss")],
-        "scores": [row for row in rows if not row.name.endswith("_loss")],
+        "summary": summary_rows(run),
         "tiles": _tiles(run),
         "tests": _test_rows(run),
         "algorithm": run.algorithm,
         "at_best": flat_settings(run.settings).get("evaluation.select") == "best",
         "changes": _change_content(changes),
-        "changed_settings": changed_settings(run),
+        "changed_settings": None
+        if defaults is None
+        else changed_settings(run, defaults(run.algorithm)),
         "charts": _round_charts(run),
         "small_charts": small_charts,
         "small_legend": small_legend,
@@ -244,7 +249,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         remark = f"by their own validation rows, at the last evaluation; {kept.some} more kept a part of it"
         tiles.append(("Declined the server’s pull", f"{kept.nothing} of {kept.clients}", remark))
     for row in summary_rows(run):
-        if not row.name.endswith("_loss") and row.mean is not None:
+        if row.name not in LOSS_METRICS and row.mean is not None:
             tiles.append((row.title, f"{row.mean:.3f}", "mean over clients"))
     return tiles
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedmira.errors import RunFolderError
+from fedmira.metrics import TEXT_METRICS
 from fedmira.report.records import (
     Client,
     Event,
@@ -200,21 +201,30 @@ def _table(reading: _Reading, name: str, row_type: type[RowType], needed: bool) 
     rows = []
     for cells in reader:
         values: dict[str, Any] = {}
+        where = f"{name} line {reader.line_num}"
         for column in fields(row_type):
             cell = cells.get(column.name) or ""
-            if column.type == "str":
+            if column.name == "scores":
+                values[column.name] = _scores(reading, where, cells)
+            elif column.type == "str":
                 values[column.name] = cell
             elif cell:
-                values[column.name] = _number(
-                    reading, f"{name} line {reader.line_num}", column.name, cell
-                )
+                values[column.name] = _number(reading, where, column.name, cell)
         if values.get(key) in (None, ""):
-            reading.problem(
-                f"{name} line {reader.line_num}", f"{key} is empty; every row needs one"
-            )
+            reading.problem(where, f"{key} is empty; every row needs one")
             continue
         rows.append(row_type(**values))
     return rows
+
+
+def _scores(reading: _Reading, where: str, cells: Mapping[str, str]) -> dict[str, float]:
+    """The text metrics that a row of clients.csv has a finite number of."""
+    found = {
+        name: _number(reading, where, name, cell)
+        for name in TEXT_METRICS
+        if (cell := cells.get(name))
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _number(reading: _Reading, where: str, column: str, cell: str) -> float | None:

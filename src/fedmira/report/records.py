@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from fedmira.metrics import LOSS_METRICS
 
 __all__ = ["Client", "Event", "Round", "Run", "TaskGraph"]
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A row of metrics/clients.csv; losses are per response token, None where not measured."""
+    """A row of metrics/clients.csv; losses are per response token, None where not measured.
+
+    Attributes:
+        scores: name of a text metric -> the client's figure, of those that were measured.
+    """
 
     client: str
     task: str = ""
@@ -29,9 +35,14 @@ class Client:
     best_round: float | None = None
     best_validation_loss: float | None = None
     best_test_loss: float | None = None
-    rouge_l: float | None = None
-    rouge_l_package: float | None = None
-    exact_match: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    def figure(self, metric: str) -> float | None:
+        """A metric of the table by its name."""
+        if metric in LOSS_METRICS:
+            value: float | None = getattr(self, metric)
+            return value
+        return self.scores.get(metric)
 
 
 @dataclass(frozen=True, slots=True)

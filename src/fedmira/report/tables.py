@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedmira.metrics import LOSS_METRICS, TEXT_METRICS, Metric
 from fedmira.report.charts import nice_number, percent_text
 from fedmira.report.findings import MIB, Change
 from fedmira.report.records import Client, Round
@@ -84,6 +85,10 @@ def worst_clients(clients: Sequence[Client], most: int) -> dict[int, Client]:
     return {number: numbered[number] for number in sorted(worst_first[:most])}
 
 
+_ClientColumn = tuple[str, Callable[[Client], float | None], Callable[[float | None], str]]
+"""A heading, the column's number of a client, and how it is written."""
+
+
 def client_table(
     numbered: Mapping[int, Client], changes: Mapping[str, Change]
 ) -> tuple[list[Column], list[list[Cell]], list[tuple[str, str]]]:
@@ -97,14 +102,12 @@ def client_table(
         The columns of which a client has a value; the rows; in place of a column, what is alike for
         all clients as (title, value).
     """
-    numbers: list[tuple[str, Callable[[Client], float | None], Callable[[float | None], str]]] = [
+    numbers: list[_ClientColumn] = [
         ("rank", lambda row: row.rank, number_text),
         ("train rows", lambda row: row.train_rows, number_text),
         ("test rows", lambda row: row.test_rows, number_text),
         ("rounds", lambda row: row.rounds_trained, number_text),
-        ("base loss", lambda row: row.base_loss, loss_text),
-        ("before server step", lambda row: row.before_align_loss, loss_text),
-        ("after server step", lambda row: row.after_align_loss, loss_text),
+        *map(_metric_column, LOSS_METRICS.values()),
         (
             "change",
             lambda row: changes[row.client].relative if row.client in changes else None,
@@ -112,9 +115,7 @@ def client_table(
         ),
         ("best round", lambda row: row.best_round, number_text),
         ("loss at best round", lambda row: row.best_test_loss, loss_text),
-        ("Rouge-L (rouge_score)", lambda row: row.rouge_l, loss_text),
-        ("Rouge-L (rouge package)", lambda row: row.rouge_l_package, loss_text),
-        ("exact match", lambda row: row.exact_match, loss_text),
+        *map(_metric_column, TEXT_METRICS.values()),
     ]
     clients = list(numbered.values())
     columns = [Column("#"), Column("client", number=False)]
@@ -146,6 +147,11 @@ def client_table(
         "task", ["" if row.task == row.client else row.task for row in clients], columns, cells
     )
     return columns, cells, alike
+
+
+def _metric_column(metric: Metric) -> _ClientColumn:
+    """A metric's column of the table of clients."""
+    return metric.heading, lambda row: row.figure(metric.name), loss_text
 
 
 def _add_texts(

@@ -3,6 +3,7 @@
 from fedmira.runs.cards import AdapterCards
 from fedmira.runs.checkpoint import Checkpoint, CheckpointFolder
 from fedmira.runs.folder import RunFolder
+from fedmira.runs.pages import write_page
 from fedmira.runs.provenance import Ground, Provenance, hash_of_rows
 from fedmira.runs.recorder import Progress, Recorder
 from fedmira.runs.results import Result, trained_parameters, write_results
@@ -19,5 +20,6 @@ __all__ = [
     "RunFolder",
     "hash_of_rows",
     "trained_parameters",
+    "write_page",
     "write_results",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 from fedmira.config import Config
 from fedmira.data import PROMPTS, Encoder, Example
 from fedmira.messages import ClientId
+from fedmira.metrics import metrics
 from fedmira.model import BaseModel
 
 __all__ = ["AdapterCards"]
@@ -24,15 +25,8 @@ _FIGURES = {
     "rounds_trained": "rounds in which the client's training was used",
     "parameters": "numbers in the adapter that is federated",
     "trained_parameters": "those of them that local training moves",
-    "base_loss": "test loss of the base with the untrained adapter",
-    "before_align_loss": "test loss of the adapter as the client last sent it",
-    "after_align_loss": "test loss of this adapter",
-    "rouge_l": "Rouge-L of greedy answers to the test rows (package rouge_score), 0 to 1",
-    "rouge_l_package": "the same by the package rouge 1.0.1",
-    "exact_match": "share of answers that equal the expected one but for case, ASCII punctuation and "
-    "white space",
 }
-"""Keys of index.json and what they mean, in the order of the card."""
+"""Keys of index.json and what they mean, in the order of the card; the metrics follow."""
 
 _CONVERSATIONS = {
     "alpaca": "Of a conversation, the last user message is the instruction, and the other messages "
@@ -70,9 +64,10 @@ class AdapterCards:
             row: its line of metrics/clients.csv.
         """
         figures = {**entry, **entry["metrics"]}
+        meanings = _FIGURES | {metric.name: metric.meaning for metric in metrics()}
         lines = [
             f"| `{key}` | {_number(figures[key])} | {meaning} |"
-            for key, meaning in _FIGURES.items()
+            for key, meaning in meanings.items()
             if key in figures
         ]
         parts = [

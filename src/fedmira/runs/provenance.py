@@ -18,7 +18,7 @@ from fedmira.data import ClientData
 from fedmira.errors import RunFolderError
 from fedmira.messages import ClientId
 from fedmira.model import AdapterKind, BaseModel
-from fedmira.report import write_report
+from fedmira.runs.pages import write_page
 from fedmira.runs.recorder import Recorder
 
 __all__ = ["Ground", "Provenance", "hash_of_rows"]
@@ -133,7 +133,7 @@ class Provenance:
         }
         folder.write_json("run.json", document)
         if status != "running":
-            write_report(folder.path)
+            write_page(folder.path)
 
 
 def hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:

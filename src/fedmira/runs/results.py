@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,15 +13,13 @@ from fedmira.adapters import Adapter, LazyAdapters, content_hash
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId
 from fedmira.methods import ServerState, Start
-from fedmira.metrics import TokenLoss, summarise
+from fedmira.metrics import TokenLoss
 from fedmira.runs.cards import AdapterCards
 from fedmira.runs.provenance import Ground
 from fedmira.runs.recorder import Recorder
+from fedmira.runs.rows import ClientRow, client_rows, finite_figures, summary_of
 
 __all__ = ["Result", "trained_parameters", "write_results"]
-
-_LOSSES = ("base_loss", "before_align_loss", "after_align_loss")
-_TEXTS = ("rouge_l", "rouge_l_package", "exact_match")
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Result:
     Attributes:
         folder: the run folder; `report` is its page.
         adapters: each client's adapter as saved, read from its folder when it is asked for.
-        clients: the rows of metrics/clients.csv.
+        clients: the rows of metrics/clients.csv; None where nothing was measured.
         graph: the graph of the last round, or None where the algorithm has none.
         summary: figure -> mean, weighted_mean, worst_tenth, spread.
         diverged: clients whose adapter gives no finite test loss.
@@ -41,7 +38,7 @@ class Result:
     folder: Path
     report: Path
     adapters: Mapping[ClientId, Adapter]
-    clients: list[dict[str, Any]]
+    clients: list[ClientRow]
     graph: Graph | None
     summary: Mapping[str, Mapping[str, float]]
     diverged: tuple[ClientId, ...] = ()
@@ -76,23 +73,15 @@ def write_results(
         "after_align_loss": after,
     }
     texts = clients.score(chosen, config.evaluation.max_new_tokens) if generate else {}
-    rows = [
-        _client_row(recorder, client, ranks[client], losses, texts.get(client, {}))
-        for client in ranks
-    ]
-    summary = _summary(rows)
+    rows = client_rows(recorder, ranks, losses, texts)
+    summary = summary_of(rows)
     trained = _trained_by_rank(recorder, ranks, state)
     cards = AdapterCards(config, ground.base)
     index: dict[str, object] = {}
     for client, row in zip(ranks, rows, strict=True):
         rank, adapter = ranks[client], chosen[client]
         ground.kind.write(folder.adapters / client, adapter)
-        figures = {
-            name: row[name]
-            for name in (*_LOSSES, *_TEXTS)
-            if row[name] != "" and math.isfinite(row[name])
-        }
-        entry = {
+        entry: dict[str, object] = {
             "task": row["task"],
             "category": row["category"],
             "rank": rank,
@@ -105,7 +94,7 @@ def write_results(
         entry |= {
             "sha256": content_hash(adapter),
             "base_sha256": ground.base.sha256,
-            "metrics": figures,
+            "metrics": finite_figures(row),
         }
         (folder.adapters / client / "README.md").write_text(
             cards.text(client, entry, row), encoding="utf-8"
@@ -162,46 +151,3 @@ def _before(
     own = recorder.clients.losses(LazyAdapters(moved, uploaded.__getitem__))
     measured = {**after, **own}
     return {client: measured[client] for client in uploaded if client in measured}
-
-
-def _client_row(
-    recorder: Recorder,
-    client: ClientId,
-    rank: int,
-    losses: Mapping[str, Mapping[ClientId, TokenLoss]],
-    texts: Mapping[str, float],
-) -> dict[str, Any]:
-    party = recorder.clients.parties[client]
-    best = recorder.best.get(client)
-    return {
-        "client": client,
-        "task": party.task,
-        "category": party.category,
-        "rank": rank,
-        "train_rows": party.train_rows,
-        "test_rows": party.test_rows,
-        "test_tokens": party.test_response_tokens,
-        "rounds_trained": recorder.rounds_trained.get(client, 0),
-        **{
-            name: losses[name][client].per_token if client in losses[name] else ""
-            for name in _LOSSES
-        },
-        "best_round": best.round if best else "",
-        "best_validation_loss": best.validation_loss if best else "",
-        "best_test_loss": best.test_loss if best else "",
-        **{name: texts.get(name, "") for name in _TEXTS},
-    }
-
-
-def _summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    summary = {}
-    for name in (*_LOSSES, *_TEXTS):
-        measured = [row for row in rows if row[name] != "" and math.isfinite(row[name])]
-        if measured:
-            weights = [
-                row["test_tokens"] if name in _LOSSES else row["test_rows"] for row in measured
-            ]
-            summary[name] = summarise(
-                [row[name] for row in measured], weights, higher_is_worse=name in _LOSSES
-            )
-    return summary

@@ -12,7 +12,7 @@ from fedmira.errors import WireError
 from fedmira.federation.ends import ServerEnd
 from fedmira.federation.flower.nodes import Nodes, Problem
 from fedmira.messages import ClientId, Failure, Payload, Reply, Request
-from fedmira.metrics import TEXT_SCORES, TokenLoss
+from fedmira.metrics import TEXT_METRICS, TokenLoss
 from fedmira.wire import (
     CHOICE,
     LOSSES,
@@ -141,7 +141,7 @@ class FlowerClients:
         return self._ask(
             SCORES,
             messages,
-            lambda client, header: {name: number(header, name) for name in TEXT_SCORES},
+            lambda client, header: _read_scores(header),
         )
 
     def _messages(
@@ -194,6 +194,20 @@ def _read_loss(header: Header) -> TokenLoss:
             "the node measured no response tokens, though it said that it has such rows"
         )
     return TokenLoss(number(header, "total"), tokens)
+
+
+def _read_scores(header: Header) -> dict[str, float]:
+    """Every text metric of the table, as a node measured it; what it measured besides is left out.
+
+    Raises:
+        WireError: a metric is missing, which a node of another version may not know, or no number.
+    """
+    if absent := [name for name in TEXT_METRICS if name not in header]:
+        raise WireError(
+            f"the node sent no {' and no '.join(absent)}; it sent {', '.join(sorted(header))}. "
+            "Its fedmira may be of another version: install the server's version there"
+        )
+    return {name: number(header, name) for name in TEXT_METRICS}
 
 
 def _read_choice(header: Header, keys: Sequence[float]) -> float:

@@ -185,7 +185,7 @@ def test_the_worst_tenth_is_rounded_up_to_whole_clients(clients: int, worst: int
     values = [float(number) for number in range(clients)]
     highest, lowest = statistics.fmean(values[-worst:]), statistics.fmean(values[:worst])
     assert summarise(values, [1] * clients)["worst_tenth"] == pytest.approx(highest)
-    assert summarise(values, [1] * clients, higher_is_worse=False)["worst_tenth"] == pytest.approx(
+    assert summarise(values, [1] * clients, higher_is_better=True)["worst_tenth"] == pytest.approx(
         lowest
     )
 
@@ -204,7 +204,7 @@ def test_the_worst_tenth_is_worse_than_the_mean_in_either_direction(
     values, weights = zip(*clients, strict=True)
     assert summarise(values, weights)["worst_tenth"] >= summarise(values, weights)["mean"] - 1e-6
     assert (
-        summarise(values, weights, higher_is_worse=False)["worst_tenth"]
+        summarise(values, weights, higher_is_better=True)["worst_tenth"]
         <= summarise(values, weights)["mean"] + 1e-6
     )
 
