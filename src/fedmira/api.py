@@ -11,7 +11,7 @@ import tomli_w
 
 from fedmira.config import Config, load_config
 from fedmira.errors import ConfigError
-from fedmira.experiment import build_experiment, resume_experiment, run_experiment
+from fedmira.experiment import build_experiment, start_experiment
 from fedmira.runs import Progress, Result
 
 __all__ = ["run"]
@@ -51,8 +51,7 @@ def run(
     elif not isinstance(config, Config):
         config = load_config(Path(config) if config is not None else None, preset, ())
     experiment = build_experiment(config, resumed=Path(output) if resume else None)
-    start = resume_experiment if resume else run_experiment
-    return start(experiment, Path(output), progress)
+    return start_experiment(experiment, Path(output), progress, resume=resume)
 
 
 def _toml_value(value: Any) -> str:

@@ -299,6 +299,34 @@ def test_no_coupling_is_local_training_bit_for_bit(space: str, off: dict[str, fl
     )
 
 
+def test_disagreement_is_that_of_the_adapters_before_and_after_and_the_given_state_stays() -> None:
+    """In factor space trace(L W W^T), W the flattened adapters before and after the pull."""
+    federation = context(FixedGraph(uniform_graph(names(4))), 4)
+    algorithm = mira(federation, space="factor")
+
+    def disagreement(adapters: Mapping[str, Mapping[str, Tensor]]) -> float:
+        flat = torch.stack(
+            [
+                torch.cat([tensor.double().flatten() for _, tensor in sorted(adapters[k].items())])
+                for k in federation.clients
+            ]
+        )
+        return float((laplacian(uniform_graph(names(4))) @ flat @ flat.T).trace())
+
+    state = start(algorithm, federation)
+    for number in (1, 2):
+        adapters = {client: lora(4, 10 * number + k) for k, client in enumerate(federation.clients)}
+        held = {name: tensor.clone() for name, tensor in state.numbers.items()}
+        combined = algorithm.combine(state, replies_of(adapters, round_number=number))
+        assert all(torch.equal(state.numbers[name], tensor) for name, tensor in held.items())
+        found = combined.diagnostics.round
+        after = {client: combined.state.adapters[client] for client in federation.clients}
+        assert found["disagreement_before"] == pytest.approx(disagreement(adapters), rel=1e-6)
+        assert found["disagreement_after"] == pytest.approx(disagreement(after), rel=1e-6)
+        assert found["disagreement_after"] < found["disagreement_before"]
+        state = combined.state
+
+
 @pytest.mark.parametrize("space", ["factor", "product"])
 def test_clients_outside_the_round_are_unchanged_and_still_pull_when_stale(space: str) -> None:
     federation = context(FixedGraph(uniform_graph(names(4))), 4)

@@ -53,7 +53,7 @@ def run(
         if _told_finished(config.parent, format):
             return
     chosen = settings(config, preset, overrides)
-    from fedmira.experiment import build_experiment, resume_experiment, run_experiment
+    from fedmira.experiment import build_experiment, start_experiment
 
     folder = output or fresh_folder(chosen.algorithm.name)
     experiment = build_experiment(chosen, resumed=folder if resume else None)
@@ -63,9 +63,8 @@ def run(
         f"{chosen.algorithm.name} on {len(experiment.ranks)} clients, "
         f"{chosen.rounds.count} rounds, into {folder}"
     )
-    start = resume_experiment if resume else run_experiment
     with show_progress(chosen.algorithm.name, chosen.rounds.count) as progress:
-        result = start(experiment, folder, progress)
+        result = start_experiment(experiment, folder, progress, resume=resume)
     if format is Format.json:
         print_json(
             {

@@ -132,12 +132,12 @@ class Cohort:
         ):
             moments = (memory.tensors[_FIRST], memory.tensors[_SECOND], int(memory.scalars[_STEPS]))
         return LocalTask(
-            start.adapter,
-            self.settings.scales[client],
-            self.clients[client].train,
-            request.seed,
-            start.hook,
-            moments,
+            start=start.adapter,
+            scale=self.settings.scales[client],
+            rows=self.clients[client].train,
+            seed=request.seed,
+            hook=start.hook,
+            moments=moments,
         )
 
     def _finish(
@@ -148,12 +148,12 @@ class Cohort:
             return Failure(client, round_number, "train", outcome.failure), memory
         rows = len(self.clients[client].train)
         trained = Trained(
-            outcome.adapter,
-            rows,
-            outcome.num_steps,
-            self.settings.local.learning_rate,
-            outcome.movement,
-            measured.losses,
+            adapter=outcome.adapter,
+            num_examples=rows,
+            num_steps=outcome.num_steps,
+            learning_rate=self.settings.local.learning_rate,
+            movement=outcome.movement,
+            losses=measured.losses,
         )
         payload, kept = self.algorithm.finish(request.payload, memory, trained)
         metrics = {

@@ -2,7 +2,7 @@
 
 from fedmira.experiment.build import Experiment, build_experiment
 from fedmira.experiment.ranks import client_ranks
-from fedmira.experiment.run import resume_experiment, run_experiment
+from fedmira.experiment.run import resume_experiment, run_experiment, start_experiment
 from fedmira.experiment.scheme import Scheme, make_scheme, prepare_kind, token_budget
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "prepare_kind",
     "resume_experiment",
     "run_experiment",
+    "start_experiment",
     "token_budget",
 ]

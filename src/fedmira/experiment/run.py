@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from fedmira.config import dump_config
+from fedmira.config import Config, dump_config
 from fedmira.errors import (
     AlignmentError,
     FedmiraError,
@@ -14,6 +14,7 @@ from fedmira.errors import (
     RunFolderError,
 )
 from fedmira.experiment.build import Experiment
+from fedmira.methods import Method
 from fedmira.rounds import run_rounds
 from fedmira.runs import (
     CheckpointFolder,
@@ -26,7 +27,7 @@ from fedmira.runs import (
 )
 from fedmira.storage import AdapterTable, MemoryTable
 
-__all__ = ["resume_experiment", "run_experiment"]
+__all__ = ["resume_experiment", "run_experiment", "start_experiment"]
 
 
 def run_experiment(
@@ -62,18 +63,37 @@ def resume_experiment(
         return _run(experiment, folder, progress)
 
 
+def start_experiment(
+    experiment: Experiment, output: Path, progress: Progress | None = None, *, resume: bool
+) -> Result:
+    """Run from round 1 into a new run folder, or continue the run that is there.
+
+    Args:
+        experiment: built for this run; where it is resumed, with the folder's token budget.
+        output: the run folder.
+        progress: told of rounds and evaluations as they end.
+        resume: whether to continue.
+
+    Raises:
+        RunFolderError: the folder is taken, or holds no such run to be continued.
+        RunError: the run failed; what was computed is in the folder.
+    """
+    start = resume_experiment if resume else run_experiment
+    return start(experiment, output, progress)
+
+
 def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None) -> Result:
     """Go on from the folder's checkpoint, or from the start in one that has none."""
     config, algorithm, workers = experiment.config, experiment.algorithm, experiment.clients
     checkpoints, before = CheckpointFolder(folder.checkpoint), folder.read_json("run.json")
     recorder = Recorder(
-        config,
-        folder,
-        algorithm,
-        workers,
-        checkpoints,
-        progress or _quiet,
-        float(before.get("wall_seconds", 0.0)),  # type: ignore[arg-type]
+        config=config,
+        folder=folder,
+        algorithm=algorithm,
+        clients=workers,
+        checkpoints=checkpoints,
+        progress=progress or _quiet,
+        spent_seconds=float(before.get("wall_seconds", 0.0)),  # type: ignore[arg-type]
     )
     checkpoint, provenance = checkpoints.load(), Provenance(recorder, experiment.ground, before)
     provenance.check_same_ground()
@@ -92,15 +112,16 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None) -
     clients, first = list(experiment.ranks), checkpoint.round + 1 if checkpoint else 1
     try:
         state = run_rounds(
-            algorithm, workers, state, clients, config.rounds, config.seed, recorder.on_round, first
+            algorithm=algorithm,
+            workers=workers,
+            state=state,
+            clients=clients,
+            settings=config.rounds,
+            run_seed=config.seed,
+            on_round=recorder.on_round,
+            first_round=first,
         )
-        if algorithm.aligns and not recorder.ever_moved:
-            raise AlignmentError(
-                f"{config.algorithm.name}: alignment is on, yet in {config.rounds.count} "
-                "rounds no client was pulled: the graph "
-                "has no edge between clients that trained; run more rounds or choose "
-                "another graph.kind"
-            )
+        _check_anybody_moved(config, algorithm, recorder)
     except FedmiraError as error:
         last = checkpoints.load()
         assert last is not None, "the recorder writes a checkpoint before round 1"
@@ -121,6 +142,21 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None) -
     if reason:
         raise RunError(reason)
     return result
+
+
+def _check_anybody_moved(config: Config, algorithm: Method, recorder: Recorder) -> None:
+    """Alignment that is on must have pulled somebody by the end of the run.
+
+    Raises:
+        AlignmentError: nobody was.
+    """
+    if algorithm.aligns and not recorder.ever_moved:
+        raise AlignmentError(
+            f"{config.algorithm.name}: alignment is on, yet in {config.rounds.count} "
+            "rounds no client was pulled: the graph "
+            "has no edge between clients that trained; run more rounds or choose "
+            "another graph.kind"
+        )
 
 
 def _divergence(result: Result) -> str | None:

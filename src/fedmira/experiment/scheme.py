@@ -110,7 +110,13 @@ def make_scheme(
             "rounds.participation"
         )
     context = MethodContext(
-        clients, rows, ranks, config.adapter.alpha, graph, at_once, config.rounds.count
+        clients=clients,
+        rows=rows,
+        ranks=ranks,
+        alpha=config.adapter.alpha,
+        graph=graph,
+        cohort=at_once,
+        rounds=config.rounds.count,
     )
     algorithm = method_of(config).for_federation(context)
     if algorithm.aligns and not graph.acts(config.rounds.count):

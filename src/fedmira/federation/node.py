@@ -206,7 +206,14 @@ def own_node(config: Config, settings: NodeSettings) -> Node:
     memory = (
         Path(settings.memory) if settings.memory else (cache_folder() or Path(".fedmira")) / "nodes"
     )
-    return Node(config, kind, data, rank, token_budget(here, kind), memory)
+    return Node(
+        config=config,
+        kind=kind,
+        data=data,
+        rank=rank,
+        budget=token_budget(here, kind),
+        memory=memory,
+    )
 
 
 def memory_beside(output: Path) -> Path:

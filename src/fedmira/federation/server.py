@@ -26,8 +26,7 @@ from fedmira.experiment import (
     Experiment,
     make_scheme,
     prepare_kind,
-    resume_experiment,
-    run_experiment,
+    start_experiment,
 )
 from fedmira.federation.ends import ServerEnd
 from fedmira.federation.node import memory_beside
@@ -64,8 +63,7 @@ def run_federation(
     """
     before = _read_members(RunFolder.reopen(output)) if resume else None
     experiment = (build_simulation if simulated else build_federation)(config, grid, output, before)
-    start = resume_experiment if resume else run_experiment
-    return start(experiment, output, progress)
+    return start_experiment(experiment, output, progress, resume=resume)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +157,14 @@ def build_simulation(
             f"at most: {reasons}"
         )
     members = before or Members(secrets.token_hex(8), parties)
-    return _experiment(config, kind, nodes, members, hash_of_rows(clients), dataset.skipped)
+    return _experiment(
+        config=config,
+        kind=kind,
+        nodes=nodes,
+        members=members,
+        data_sha256=hash_of_rows(clients),
+        skipped=dataset.skipped,
+    )
 
 
 def _nodes(config: Config, grid: Grid, kind: AdapterKind, names: tuple[ClientId, ...]) -> Nodes:

@@ -77,12 +77,12 @@ class SimulatedClients:
             )
         client = self._clients[partition]
         return Node(
-            self._config,
-            self._kind,
-            client,
-            self._ranks[client.client_id],
-            self._budget,
-            self._memory,
+            config=self._config,
+            kind=self._kind,
+            data=client,
+            rank=self._ranks[client.client_id],
+            budget=self._budget,
+            memory=self._memory,
         )
 
 

@@ -305,19 +305,22 @@ class Mira(Method):
         graph, acts = source.graph(memory, clients), source.acts(replies[0].round)
         mixing = self._mixing(graph if acts else graph.without_edges(), cohort, trained, replies)
 
-        laplacian, products = graph.among(trained).laplacian, kept.of(numbers, self.space)
-        before = products.trace(laplacian)
+        laplacian = graph.among(trained).laplacian
+        before = kept.of(numbers, self.space).trace(laplacian)
         moving = [k for k in cohort if float(mixing.pulls[k]) > 0]
         moves = {clients[k]: self._move(k, mixing, take, numbers) for k in moving}
         after = {**changes, **{client: move.after for client, move in moves.items()}}
         kept.refresh(numbers, moving, trained, partial(self._updates, state.adapters, after))
+        # Asked for anew after the refresh, which writes into the kept tensors: inner products asked for
+        # earlier would be a view that changes under whoever holds it.
+        remaining = kept.of(numbers, self.space).trace(laplacian)
         degrees = graph.degrees
         round_log = {
             "server_step": mixing.server_step,
             "max_degree": float(degrees.max()),
             "guarded": float(mixing.guarded),
             "disagreement_before": max(0.0, before),
-            "disagreement_after": max(0.0, products.trace(laplacian)),
+            "disagreement_after": max(0.0, remaining),
         }
         diagnostics = Diagnostics(
             round=round_log,

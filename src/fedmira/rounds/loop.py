@@ -79,7 +79,15 @@ def run_rounds(
         )
         if len(replies) < settings.min_replies:
             on_round(
-                RoundOutcome(number, requests, (), failures, Combined(state), trained - begun, 0.0)
+                RoundOutcome(
+                    round=number,
+                    requests=requests,
+                    replies=(),
+                    failures=failures,
+                    combined=Combined(state),
+                    train_seconds=trained - begun,
+                    combine_seconds=0.0,
+                )
             )
             reasons = "; ".join(
                 f"{failure.client_id}: {failure.reason}" for failure in failures[:3]
@@ -95,13 +103,13 @@ def run_rounds(
         state = combined.state
         on_round(
             RoundOutcome(
-                number,
-                requests,
-                replies,
-                failures,
-                combined,
-                trained - begun,
-                time.perf_counter() - trained,
+                round=number,
+                requests=requests,
+                replies=replies,
+                failures=failures,
+                combined=combined,
+                train_seconds=trained - begun,
+                combine_seconds=time.perf_counter() - trained,
             )
         )
     return state

@@ -134,13 +134,13 @@ class CheckpointFolder:
             tables["state"], {**numbers, **self._numbers.get(document["large_numbers"])}
         )
         return Checkpoint(
-            document["round"],
-            state,
-            memories,
-            tables["uploaded"],
-            tables["best"],
-            document["values"],
-            graph_json,
+            round=document["round"],
+            state=state,
+            memories=memories,
+            uploaded=tables["uploaded"],
+            best=tables["best"],
+            values=document["values"],
+            graph_json=graph_json,
         )
 
     def tidy(self, checkpoint: Checkpoint | None) -> None:

@@ -295,12 +295,12 @@ class Recorder:
         }
         self.checkpoints.save(
             Checkpoint(
-                number,
-                state,
-                self.clients.memories,
-                self.uploaded,
-                self.best_adapters,
-                values,
-                self.graph_json,
+                round=number,
+                state=state,
+                memories=self.clients.memories,
+                uploaded=self.uploaded,
+                best=self.best_adapters,
+                values=values,
+                graph_json=self.graph_json,
             )
         )

@@ -31,8 +31,7 @@ from fedmira.experiment import (
     build_experiment,
     make_scheme,
     prepare_kind,
-    resume_experiment,
-    run_experiment,
+    start_experiment,
 )
 from fedmira.model import BaseModel, load_base
 from fedmira.report import Figures, check_target, write_comparison
@@ -171,10 +170,9 @@ def _run(runs: Sequence[_Planned], ground: _CommonGround, watch: Watch) -> dict[
         experiment = build_experiment(
             run.config, ground.base, run.folder, ground.dataset(run.config)
         )
-        start = resume_experiment if run.is_begun else run_experiment
         try:
             with watch(run.folder.name, run.config.rounds.count) as progress:
-                start(experiment, run.folder, progress)
+                start_experiment(experiment, run.folder, progress, resume=run.is_begun)
         except RunError as error:  # the other methods are still worth comparing
             failures[run.folder.name] = error
     return failures
@@ -198,7 +196,12 @@ def _compared(
         seeds = next(iter(complete.values()))
         failed = {name: str(error) for name, error in failures.items()}
         figures = write_comparison(
-            complete, output, reference, failed, target, _other_seeds(complete, output)
+            methods=complete,
+            folder=output,
+            reference=reference,
+            failures=failed,
+            target=target,
+            other_seeds=_other_seeds(complete, output),
         )
         comparison = Comparison(
             page,

@@ -345,10 +345,24 @@ def _exchange(
     measured = (
         (1.0,) * (1 + len(start.blend.candidates)) if start.blend and party.validation_rows else ()
     )
-    trained = Trained(start.adapter, party.train_rows, taken, local.learning_rate, moved, measured)
+    trained = Trained(
+        adapter=start.adapter,
+        num_examples=party.train_rows,
+        num_steps=taken,
+        learning_rate=local.learning_rate,
+        movement=moved,
+        losses=measured,
+    )
     reply, kept = algorithm.finish(request, memory, trained)
     up, line = _written(reply, experiment.config.engine.wire, line)
-    return _Exchange(down, up, start, Reply(client, 1, party.train_rows, reply), kept, line)
+    return _Exchange(
+        down=down,
+        up=up,
+        start=start,
+        reply=Reply(client, 1, party.train_rows, reply),
+        memory=kept,
+        line=line,
+    )
 
 
 def _written(payload: Payload, wire: str, line: Line) -> tuple[Volume, Line]:

@@ -73,7 +73,14 @@ def reload_adapters(path: Path) -> SavedAdapters:
             )
     rows: Any = folder.read_json("run.json").get("data", {})
     adapters = LazyAdapters(index, lambda client: kind.read(folder.adapters / client))
-    return SavedAdapters(path, config, kind, adapters, ranks, rows.get("sha256", ""))
+    return SavedAdapters(
+        path=path,
+        config=config,
+        kind=kind,
+        adapters=adapters,
+        ranks=ranks,
+        data_sha256=rows.get("sha256", ""),
+    )
 
 
 def clients_of(saved: SavedAdapters) -> LocalClients:
