@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 _BELOW_METHODS = {"adapters", "config", "errors", "graphs", "messages"}
 _BELOW_CLIENTS = _BELOW_METHODS | {"data", "methods", "metrics", "model", "storage", "wire"}
-_BELOW_RUNS = _BELOW_CLIENTS | {"clients", "report", "rounds"}
+_BELOW_RUNS = _BELOW_CLIENTS | {"clients", "observers", "report", "rounds"}
 _BELOW_EXPERIMENT = _BELOW_RUNS | {"runs"}
 
 ALLOWED: Mapping[str, set[str]] = {
@@ -22,6 +22,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "adapters": {"errors"},
     "messages": {"adapters"},
     "metrics": set(),
+    "observers": {"errors"},
     "storage": {"adapters", "errors", "messages"},
     "wire": {"adapters", "errors", "messages"},
     "graphs": {"config", "errors"},
@@ -35,9 +36,19 @@ ALLOWED: Mapping[str, set[str]] = {
     "experiment": _BELOW_EXPERIMENT,
     "studies": _BELOW_EXPERIMENT | {"experiment"},
     "federation": _BELOW_EXPERIMENT | {"experiment"},
-    "api": {"config", "errors", "experiment", "runs", "studies"},
-    "cli": {"api", "config", "data", "errors", "experiment", "report", "runs", "studies"},
-    "flower_app": {"config", "errors", "federation", "wire"},
+    "api": {"config", "errors", "experiment", "observers", "runs", "studies"},
+    "cli": {
+        "api",
+        "config",
+        "data",
+        "errors",
+        "experiment",
+        "observers",
+        "report",
+        "runs",
+        "studies",
+    },
+    "flower_app": {"config", "errors", "federation", "observers", "wire"},
 }
 """Room -> the rooms it may import; imports within functions and under TYPE_CHECKING count."""
 
@@ -61,7 +72,7 @@ HOMES = {
     "jinja2": ("report/", "data/prompts.py"),  # there: the error that a chat template raises
     "networkx": ("report/",),
     "peft": ("model/",),
-    "rich": ("cli/",),
+    "rich": ("cli/", "observers/progress.py"),
     "rouge": ("metrics/",),
     "rouge_score": ("metrics/",),
     "transformers": ("model/",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import tomli_w
 from fedmira.config import Config, load_config
 from fedmira.errors import ConfigError
 from fedmira.experiment import build_experiment, start_experiment
-from fedmira.runs import Progress, Result
+from fedmira.observers import Observer
+from fedmira.runs import Result
 
 __all__ = ["run"]
 
@@ -23,7 +24,7 @@ def run(
     preset: str | None = None,
     output: str | Path,
     resume: bool = False,
-    progress: Progress | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Result:
     """Run a federation and return its adapters, metrics and graph.
 
@@ -32,7 +33,7 @@ def run(
             "local"}, or None for the demo.
         preset: a preset that lies under it.
         output: the run folder, which must be new; with `resume` the folder of the run to continue.
-        progress: is called with ("round" or "evaluate", figures).
+        observers: are told what happens, and may stop the run.
 
     Raises:
         InputError: something is wrong with the settings or the data; nothing was trained.
@@ -51,7 +52,8 @@ def run(
     elif not isinstance(config, Config):
         config = load_config(Path(config) if config is not None else None, preset, ())
     experiment = build_experiment(config, resumed=Path(output) if resume else None)
-    return start_experiment(experiment, Path(output), progress, resume=resume)
+
+    return start_experiment(experiment, Path(output), observers, resume=resume)
 
 
 def _toml_value(value: Any) -> str:

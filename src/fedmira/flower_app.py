@@ -11,9 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedmira.errors import ConfigError, FedmiraError
 from fedmira.federation.resident import answer_here, ask_resident
+
+if TYPE_CHECKING:
+    from fedmira.observers import Observer
 
 try:
     from flwr.app import Context, Error, Message
@@ -58,7 +62,7 @@ def _run(grid: Grid, context: Context) -> None:
             output,
             resume=resume,
             simulated=simulated,
-            progress=_tell,
+            observers=[_logged()],
         )
     except FedmiraError as error:
         _log.error("error: %s", error)  # before Flower's own lines, which are long
@@ -136,8 +140,21 @@ def _show_log() -> None:
     _log.setLevel(logging.INFO)
 
 
-def _tell(what: str, figures: Mapping[str, object]) -> None:
-    """A line for each round and evaluation, in the server's log."""
+def _logged() -> Observer:
+    """Writes a line for each round and evaluation into the server's log."""
+    from fedmira.observers import EvaluationEvent, Observer, RoundEvent
+
+    class Logged(Observer):
+        def on_evaluation(self, event: EvaluationEvent) -> None:
+            _tell("evaluation after round", event.round, {"test_loss": event.test_loss})
+
+        def on_round(self, event: RoundEvent) -> None:
+            _tell("round", event.round, event.figures)
+
+    return Logged()
+
+
+def _tell(what: str, number: int, figures: Mapping[str, float | None]) -> None:
     names = {
         "clients": "clients",
         "train_loss": "train loss",
@@ -147,11 +164,6 @@ def _tell(what: str, figures: Mapping[str, object]) -> None:
     shown = [
         f"{label} {value:.4g}"
         for name, label in names.items()
-        if isinstance(value := figures.get(name), int | float)
+        if (value := figures.get(name)) is not None
     ]
-    _log.info(
-        "%s %s: %s",
-        "evaluation after round" if what == "evaluate" else what,
-        figures["round"],
-        ", ".join(shown),
-    )
+    _log.info("%s %s: %s", what, number, ", ".join(shown))

@@ -6,15 +6,13 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedmira.config import Config
 from fedmira.errors import ConfigError, RunError, RunFolderError
+from fedmira.observers import Observer, RoundEvent, StartEvent
 from fedmira.rounds import sample_clients
 from fedmira.studies import Comparison, compare_algorithms
 from small import CLIENTS, events_of, make_config, table_of
@@ -22,26 +20,23 @@ from small import CLIENTS, events_of, make_config, table_of
 NAMES = ("local", "fedavg", "mira")
 
 
-class PowerCut(Exception):
+class PowerCut(BaseException):
     """Raised in the middle of a run."""
 
 
-class Watch:
+class Watch(Observer):
     """Notes which runs begin, and pulls the plug in round `cut[1]` of run `cut[0]`."""
 
     def __init__(self, cut: tuple[str, int] = ("", 0)) -> None:
         self.began: list[str] = []
         self.cut = cut
 
-    @contextmanager
-    def __call__(self, name: str, rounds: int) -> Iterator[Any]:
-        self.began.append(name)
+    def on_start(self, event: StartEvent) -> None:
+        self.began.append(event.run.name)
 
-        def progress(what: str, figures: Mapping[str, Any]) -> None:
-            if what == "round" and (name, figures["round"]) == self.cut:
-                raise PowerCut
-
-        yield progress
+    def on_round(self, event: RoundEvent) -> None:
+        if (event.run.name, event.round) == self.cut:
+            raise PowerCut
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +51,7 @@ def config(base_folder: Path, clients_folder: Path) -> Config:
 @pytest.fixture(scope="module")
 def compared(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return compare_algorithms(
-        config, NAMES, (0, 1), tmp_path_factory.mktemp("compare") / "all", Watch()
+        config, NAMES, (0, 1), tmp_path_factory.mktemp("compare") / "all", [Watch()]
     )
 
 
@@ -180,7 +175,7 @@ def test_the_figures_are_on_disk_beside_the_page(compared: Comparison) -> None:
 def test_a_second_call_repeats_no_run(compared: Comparison, config: Config) -> None:
     before = {name: files_of(folder) for name, folder in compared.runs.items()}
     watch = Watch()
-    again = compare_algorithms(config, NAMES, (0, 1), compared.page.parent, watch)
+    again = compare_algorithms(config, NAMES, (0, 1), compared.page.parent, [watch])
     assert watch.began == [] and again.rows == compared.rows
     assert {name: files_of(folder) for name, folder in compared.runs.items()} == before
 
@@ -213,16 +208,16 @@ def test_finished_runs_of_other_settings_are_not_taken_for_these(
         RunFolderError,
         match="local-seed0: this run was made with other settings; choose another --output",
     ):
-        compare_algorithms(other, NAMES, (0,), compared.page.parent, Watch())
+        compare_algorithms(other, NAMES, (0,), compared.page.parent, [Watch()])
 
 
 def test_without_local_training_nothing_is_counted_against_it(
     compared: Comparison, config: Config
 ) -> None:
-    found = compare_algorithms(config, ("mira",), (0, 1), compared.page.parent, Watch())
+    found = compare_algorithms(config, ("mira",), (0, 1), compared.page.parent, [Watch()])
     assert found.figures.baselines == () and "better_than_local" not in found.rows[0]
     compare_algorithms(
-        config, NAMES, (0, 1), compared.page.parent, Watch()
+        config, NAMES, (0, 1), compared.page.parent, [Watch()]
     )  # the files of all three again
 
 
@@ -233,7 +228,7 @@ def test_a_variant_is_a_method_of_its_own(
     watch = Watch()
     variants = {"loose": ["algorithm.coupling=0.1"], "all": ["graph.kind=uniform"]}
     found = compare_algorithms(
-        config, NAMES, (0,), tmp_path / "all", watch, variants=variants, reference="mira"
+        config, NAMES, (0,), tmp_path / "all", [watch], variants=variants, reference="mira"
     )
     assert watch.began == ["loose-seed0", "all-seed0"]
     assert [row["method"] for row in found.rows] == [*NAMES, "loose", "all"] and found.rows[3][
@@ -278,7 +273,7 @@ def test_variants_that_would_not_compare_are_refused(
     variants: dict[str, list[str]], message: str, config: Config, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        compare_algorithms(config, NAMES, (0,), tmp_path / "all", Watch(), variants=variants)
+        compare_algorithms(config, NAMES, (0,), tmp_path / "all", [Watch()], variants=variants)
     assert not (tmp_path / "all").exists()
 
 
@@ -287,15 +282,15 @@ def test_settings_that_one_method_needs_are_to_be_given_to_it_alone(
 ) -> None:
     hint = '--variant "fedkseed=algorithm.name=fedkseed;KEY=VALUE"'
     with pytest.raises(ConfigError, match=re.escape(hint)):
-        compare_algorithms(config, ("local", "fedkseed"), (0,), tmp_path / "all", Watch())
+        compare_algorithms(config, ("local", "fedkseed"), (0,), tmp_path / "all", [Watch()])
     with pytest.raises(ConfigError) as refused:
-        compare_algorithms(config, ("local", "fedkseeds"), (0,), tmp_path / "all", Watch())
+        compare_algorithms(config, ("local", "fedkseeds"), (0,), tmp_path / "all", [Watch()])
     assert "--variant" not in str(refused.value), "there is no such method to give settings to"
 
 
 def test_finished_runs_with_other_seeds_are_named(config: Config, tmp_path: Path) -> None:
-    compare_algorithms(config, ("local",), (0, 1), tmp_path / "all", Watch())
-    found = compare_algorithms(config, ("local",), (1,), tmp_path / "all", Watch())
+    compare_algorithms(config, ("local",), (0, 1), tmp_path / "all", [Watch()])
+    found = compare_algorithms(config, ("local",), (1,), tmp_path / "all", [Watch()])
     assert found.figures.other_seeds == (0,) and "--seeds 0,1 adds them" in found.figures.left_out
 
 
@@ -304,7 +299,7 @@ def test_a_reference_must_be_one_of_the_methods(config: Config, tmp_path: Path) 
         ConfigError,
         match="reference 'ditto' is not among the compared methods; they are local, fedavg, mira",
     ):
-        compare_algorithms(config, NAMES, (0,), tmp_path / "all", Watch(), reference="ditto")
+        compare_algorithms(config, NAMES, (0,), tmp_path / "all", [Watch()], reference="ditto")
     assert not (tmp_path / "all").exists()
 
 
@@ -314,14 +309,14 @@ def test_rows_that_changed_since_a_run_are_refused_before_anything_trains(
     rows = tmp_path / "clients"
     shutil.copytree(clients_folder, rows)
     moved = config.model_copy(update={"data": config.data.model_copy(update={"path": str(rows)})})
-    compare_algorithms(moved, ("local",), (0,), tmp_path / "all", Watch())
+    compare_algorithms(moved, ("local",), (0,), tmp_path / "all", [Watch()])
     file = rows / "apple-1" / "train.jsonl"
     file.write_text(
         "".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8"
     )
     watch = Watch()
     with pytest.raises(RunFolderError, match="local-seed0: the data changed since this run"):
-        compare_algorithms(moved, ("local", "fedavg"), (0,), tmp_path / "all", watch)
+        compare_algorithms(moved, ("local", "fedavg"), (0,), tmp_path / "all", [watch])
     assert watch.began == []
 
 
@@ -339,7 +334,7 @@ def test_whatever_cannot_work_is_said_of_all_methods_before_anything_trains(
     }
     with pytest.raises(ConfigError) as caught:
         compare_algorithms(
-            config, ("local", "fedavg"), (0, 1), tmp_path / "all", watch, variants=variants
+            config, ("local", "fedavg"), (0, 1), tmp_path / "all", [watch], variants=variants
         )
     assert [problem.split(" is no linear layer")[0] for problem in caught.value.problems[:1]] == [
         "elsewhere: adapter.targets: 'nowhere'"
@@ -357,7 +352,7 @@ def test_a_problem_that_all_methods_have_is_said_once(config: Config, tmp_path: 
         update={"data": config.data.model_copy(update={"max_length": 100_000})}
     )
     with pytest.raises(ConfigError, match="^local, mira: data.max_length is 100000, but") as caught:
-        compare_algorithms(long, ("local", "mira"), (0, 1), tmp_path / "all", Watch())
+        compare_algorithms(long, ("local", "mira"), (0, 1), tmp_path / "all", [Watch()])
     assert len(caught.value.problems) == 1
 
 
@@ -367,14 +362,14 @@ def test_rows_that_changed_since_a_run_of_a_later_seed_are_refused_before_anythi
     rows = tmp_path / "clients"
     shutil.copytree(clients_folder, rows)
     moved = config.model_copy(update={"data": config.data.model_copy(update={"path": str(rows)})})
-    compare_algorithms(moved, ("local",), (1,), tmp_path / "all", Watch())
+    compare_algorithms(moved, ("local",), (1,), tmp_path / "all", [Watch()])
     file = rows / "apple-1" / "train.jsonl"
     file.write_text(
         "".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8"
     )
     watch = Watch()
     with pytest.raises(RunFolderError, match="local-seed1: the data changed since this run"):
-        compare_algorithms(moved, ("local", "fedavg"), (0, 1), tmp_path / "all", watch)
+        compare_algorithms(moved, ("local", "fedavg"), (0, 1), tmp_path / "all", [watch])
     assert watch.began == []
 
 
@@ -382,7 +377,7 @@ def test_rows_that_changed_since_a_run_of_a_later_seed_are_refused_before_anythi
 def test_a_later_folder_that_is_in_the_way_is_found_before_anything_trains(
     kind: str, config: Config, tmp_path: Path
 ) -> None:
-    folder, watch = tmp_path / "all" / "fedavg-seed0", Watch()
+    folder, watch = tmp_path / "all" / "fedavg-seed0", [Watch()]
     if kind == "taken":
         folder.mkdir(parents=True)
         (folder / "letter.txt").write_text("dear diary", encoding="utf-8")
@@ -397,7 +392,7 @@ def test_a_later_folder_that_is_in_the_way_is_found_before_anything_trains(
         "taken": "the run folder exists already",
     }[kind]
     with pytest.raises(RunFolderError, match=f"fedavg-seed0: {message}"):
-        compare_algorithms(config, ("local", "fedavg"), (0,), tmp_path / "all", watch)
+        compare_algorithms(config, ("local", "fedavg"), (0,), tmp_path / "all", [watch])
     assert watch.began == []
 
 
@@ -408,16 +403,15 @@ def test_the_rows_of_a_seed_are_read_once_for_all_methods(
     rows = tmp_path / "clients"
     shutil.copytree(clients_folder, rows)
     moved = config.model_copy(update={"data": config.data.model_copy(update={"path": str(rows)})})
-    began: list[str] = []
 
-    @contextmanager
-    def watch(name: str, rounds: int) -> Iterator[Any]:
-        began.append(name)
-        shutil.rmtree(rows, ignore_errors=True)
-        yield lambda what, figures: None
+    class Removing(Watch):
+        def on_start(self, event: StartEvent) -> None:
+            super().on_start(event)
+            shutil.rmtree(rows, ignore_errors=True)
 
-    compare_algorithms(moved, ("local", "fedavg"), (0,), tmp_path / "all", watch)
-    assert began == ["local-seed0", "fedavg-seed0"]
+    watch = Removing()
+    compare_algorithms(moved, ("local", "fedavg"), (0,), tmp_path / "all", [watch])
+    assert watch.began == ["local-seed0", "fedavg-seed0"]
 
 
 def test_a_run_that_fails_leaves_the_others_compared(config: Config, tmp_path: Path) -> None:
@@ -437,7 +431,7 @@ def test_a_run_that_fails_leaves_the_others_compared(config: Config, tmp_path: P
         match=r"1 of 3 runs failed \(mira-seed0: .*no client was pulled.*; the others are "
         r"compared in .*comparison\.html",
     ):
-        compare_algorithms(stuck, ("local", "mira", "fedavg"), (0,), tmp_path / "all", watch)
+        compare_algorithms(stuck, ("local", "mira", "fedavg"), (0,), tmp_path / "all", [watch])
     assert watch.began == ["local-seed0", "mira-seed0", "fedavg-seed0"]
     document = json.loads((tmp_path / "all" / "comparison.json").read_text(encoding="utf-8"))
     assert [row["algorithm"] for row in document["algorithms"]] == ["local", "fedavg"] and list(
@@ -455,5 +449,5 @@ def test_when_every_run_fails_there_is_nothing_to_compare(config: Config, tmp_pa
     with pytest.raises(
         RunError, match=r"2 of 2 runs failed \(local-seed0: round 1: none of 5 clients"
     ):
-        compare_algorithms(hopeless, ("local", "mira"), (0,), tmp_path / "all", Watch())
+        compare_algorithms(hopeless, ("local", "mira"), (0,), tmp_path / "all", [Watch()])
     assert not (tmp_path / "all" / "comparison.json").exists()

@@ -23,6 +23,7 @@ from fedmira.experiment import (
     run_experiment,
 )
 from fedmira.model import BaseModel, load_base
+from fedmira.observers import EvaluationEvent, Observer, RoundEvent
 from fedmira.runs import Result
 from small import adapter_bytes, events_of, make_config, table_of, write_base, write_clients
 
@@ -120,18 +121,27 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class PowerCut(Exception):
-    """Raised in the middle of a run, where no clean-up happens."""
+class PowerCut(BaseException):
+    """Raised in the middle of a run; no Exception, so that it is not taken for a broken observer."""
 
 
-def cut_at(number: int) -> Any:
-    """A progress callback that ends the run right after round `number` (0: after the base was evaluated)."""
+class Cut(Observer):
+    """Ends the run right after round `number` (0: after the base was evaluated)."""
 
-    def progress(what: str, figures: Mapping[str, Any]) -> None:
-        if figures["round"] == number and (what == "round" or number == 0):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_evaluation(self, event: EvaluationEvent) -> None:
+        if event.round == self.number == 0:
             raise PowerCut
 
-    return progress
+    def on_round(self, event: RoundEvent) -> None:
+        if event.round == self.number:
+            raise PowerCut
+
+
+def cut_at(number: int) -> list[Observer]:
+    return [Cut(number)]
 
 
 def built(
@@ -323,12 +333,13 @@ def test_wall_time_adds_up_over_parts_that_were_cut_off(
     def seconds() -> float:
         return float(json.loads((folder / "run.json").read_text(encoding="utf-8"))["wall_seconds"])
 
-    def slow(what: str, figures: Mapping[str, Any]) -> None:
-        time.sleep(0.3 if what == "round" else 0.0)
-        cut_at(2)(what, figures)
+    class Slow(Cut):
+        def on_round(self, event: RoundEvent) -> None:
+            time.sleep(0.3)
+            super().on_round(event)
 
     with pytest.raises(PowerCut):
-        run_experiment(built(base, base_folder, clients_folder, settings), folder, slow)
+        run_experiment(built(base, base_folder, clients_folder, settings), folder, [Slow(2)])
     assert seconds() < 0.3, "a part that was cut off could not write down what it took"
     resume_experiment(built(base, base_folder, clients_folder, settings), folder)
     assert 0.3 <= seconds() <= time.monotonic() - begun, (

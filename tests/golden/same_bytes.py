@@ -127,7 +127,7 @@ _TIMES = (
     "tokens_per_second",
     "wall_seconds",
 )
-_OF_THIS_MACHINE = ("versions", "machine", "started", "resumed", "wall_seconds", "command")
+_OF_THIS_MACHINE = ("id", "versions", "machine", "started", "resumed", "wall_seconds", "command")
 
 
 def fingerprints(place: Path) -> dict[str, str]:

@@ -11,17 +11,19 @@ from fedmira.cli.options import (
     ConfigFile,
     Format,
     FormatOption,
+    Observers,
     OutputFolder,
     Overrides,
     PresetName,
     fresh_folder,
+    observers_of,
     settings,
 )
 from fedmira.cli.screen import (
     print_json,
     print_table,
+    progress,
     say,
-    show_progress,
 )
 from fedmira.errors import ConfigError
 
@@ -65,6 +67,7 @@ def compare(
         ),
     ] = None,
     output: OutputFolder = None,
+    observer: Observers = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Compare methods on equal data, seeds and steps. Run again with the same --output to continue.
@@ -77,6 +80,7 @@ def compare(
     if not names:
         raise ConfigError("--algorithms is empty; name at least one, such as local,fedavg,mira")
     further = _variants(variants or [])
+    watchers = observers_of(observer)
     from fedmira.studies import compare_algorithms
 
     folder = output or fresh_folder("compare")
@@ -89,7 +93,7 @@ def compare(
         names,
         numbers,
         folder,
-        show_progress,
+        [progress(), *watchers],
         variants=further,
         reference=reference,
         target_loss=target_loss,

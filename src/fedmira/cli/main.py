@@ -55,6 +55,9 @@ def main() -> None:
     except FedmiraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(FedmiraError.exit_code)
     except SystemExit as ending:
         if ending.code == _INTERRUPTED:  # typer ends an interrupt from the keyboard without a word
             print("interrupted; continue the run with --resume", file=sys.stderr)

@@ -5,22 +5,27 @@ from __future__ import annotations
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedmira.config import Config, load_config
 from fedmira.errors import ConfigError
 
+if TYPE_CHECKING:
+    from fedmira.observers import Observer
+
 __all__ = [
     "ConfigFile",
     "Format",
     "FormatOption",
+    "Observers",
     "OutputFolder",
     "Overrides",
     "PresetName",
     "RunPath",
     "fresh_folder",
+    "observers_of",
     "settings",
 ]
 
@@ -64,6 +69,16 @@ OutputFolder = Annotated[
 FormatOption = Annotated[
     Format, typer.Option("--format", help="text, or one JSON document on stdout.")
 ]
+Observers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--observer",
+        metavar="TRACKER[=WHERE]",
+        help="Follow the run with tensorboard, trackio, wandb or mlflow; WHERE is a folder, a "
+        "project, or an address. May be repeated.",
+        show_default=False,
+    ),
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
@@ -79,6 +94,17 @@ def settings(config: Path | None, preset: str | None, overrides: list[str] | Non
             "presets lists them)"
         )
     return load_config(config, preset, overrides or [])
+
+
+def observers_of(texts: list[str] | None) -> list[Observer]:
+    """The trackers that --observer names.
+
+    Raises:
+        ConfigError: one is not known, or its package is not installed.
+    """
+    from fedmira.observers import tracker
+
+    return [tracker(*text.partition("=")[::2]) for text in texts or []]
 
 
 def fresh_folder(name: str) -> Path:

@@ -12,17 +12,19 @@ from fedmira.cli.options import (
     ConfigFile,
     Format,
     FormatOption,
+    Observers,
     OutputFolder,
     Overrides,
     PresetName,
     fresh_folder,
+    observers_of,
     settings,
 )
 from fedmira.cli.screen import (
     print_json,
     print_table,
+    progress,
     say,
-    show_progress,
 )
 from fedmira.config import load_config
 from fedmira.errors import ConfigError
@@ -42,6 +44,7 @@ def run(
         bool,
         typer.Option("--resume", help="Continue the run in --output from its last checkpoint."),
     ] = False,
+    observer: Observers = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Run a federation: every client ends with an adapter of its own.
@@ -53,6 +56,7 @@ def run(
         if _told_finished(config.parent, format):
             return
     chosen = settings(config, preset, overrides)
+    watchers = observers_of(observer)
     from fedmira.experiment import build_experiment, start_experiment
 
     folder = output or fresh_folder(chosen.algorithm.name)
@@ -63,8 +67,8 @@ def run(
         f"{chosen.algorithm.name} on {len(experiment.ranks)} clients, "
         f"{chosen.rounds.count} rounds, into {folder}"
     )
-    with show_progress(chosen.algorithm.name, chosen.rounds.count) as progress:
-        result = start_experiment(experiment, folder, progress, resume=resume)
+    shown = [progress(chosen.algorithm.name), *watchers]
+    result = start_experiment(experiment, folder, shown, resume=resume)
     if format is Format.json:
         print_json(
             {

@@ -1,27 +1,19 @@
-"""What the user sees: progress on a terminal, plain lines elsewhere, tables, and JSON."""
+"""What the user sees: progress, tables, and JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-__all__ = ["print_json", "print_table", "say", "show_progress"]
+from fedmira.observers import Progress
+
+__all__ = ["print_json", "print_table", "progress", "say"]
 
 _NAME_WIDTH = 16
 _PIPE_WIDTH = 400  # a pipe has no width to keep to
@@ -63,62 +55,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     _out.print(table)
 
 
-@contextmanager
-def show_progress(label: str, rounds: int) -> Iterator[Any]:
-    """Yields a progress callback.
-
-    A bar with the time left on a terminal, a line a round elsewhere.
-    """
-    if not _err.is_terminal:
-        yield _plain_lines(label, rounds)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_err) as bar:
-        task = bar.add_task(f"{label} (evaluating the base)", total=rounds, figures="")
-        shown: dict[str, str] = {}
-
-        def update(what: str, figures: Mapping[str, Any]) -> None:
-            shown.update(_shown(figures))
-            done = figures["round"] if what == "round" else None
-            bar.update(task, description=label, completed=done, figures="  ".join(shown.values()))
-
-        yield update
-
-
-def _plain_lines(label: str, rounds: int) -> Any:
-    begun = time.monotonic()
-    first: list[int] = []
-
-    def update(what: str, figures: Mapping[str, Any]) -> None:
-        number = int(figures["round"])
-        if what == "evaluate":
-            if number == 0:
-                say(f"{label}: the base has test loss {figures['test_loss']:.3f}")
-            return
-        first.append(number)
-        left = (time.monotonic() - begun) / len(first) * (rounds - number)
-        say(
-            f"{label}: round {number}/{rounds}  {'  '.join(_shown(figures).values())}  "
-            f"about {left:.0f} s left"
-        )
-
-    return update
-
-
-def _shown(figures: Mapping[str, Any]) -> dict[str, str]:
-    names = {"train_loss": "train", "test_loss": "test", "pull": "pull"}
-    return {
-        name: f"{label} {figures[name]:.3f}"
-        for name, label in names.items()
-        if isinstance(figures.get(name), float)
-    }
+def progress(label: str = "") -> Progress:
+    """Shows on stderr how far a run is; `label` in place of the name of its folder."""
+    return Progress(_err, label)
 
 
 def _finite(value: object) -> object:

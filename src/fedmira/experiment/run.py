@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedmira.config import Config, dump_config
+from fedmira.config import dump_config, flattened
 from fedmira.errors import (
     AlignmentError,
     FedmiraError,
@@ -14,11 +16,12 @@ from fedmira.errors import (
     RunFolderError,
 )
 from fedmira.experiment.build import Experiment
-from fedmira.methods import Method
+from fedmira.methods import ServerState
+from fedmira.observers import EndEvent, Observer, RunFacts, StartEvent
 from fedmira.rounds import run_rounds
 from fedmira.runs import (
+    Checkpoint,
     CheckpointFolder,
-    Progress,
     Provenance,
     Recorder,
     Result,
@@ -29,11 +32,19 @@ from fedmira.storage import AdapterTable, MemoryTable
 
 __all__ = ["resume_experiment", "run_experiment", "start_experiment"]
 
+_log = logging.getLogger(__name__)
+
 
 def run_experiment(
-    experiment: Experiment, output: Path, progress: Progress | None = None
+    experiment: Experiment, output: Path, observers: Sequence[Observer] = ()
 ) -> Result:
     """Run from round 1 into a new run folder.
+
+    However the run ends, run.json says how, and the adapters of its last checkpoint are saved.
+
+    Args:
+        observers: are told what happens; one that returns a `Stop` ends the run, whose result then
+            has the status "stopped". Such a run can be resumed to its full length.
 
     Raises:
         RunFolderError: the folder is taken.
@@ -41,11 +52,11 @@ def run_experiment(
     """
     folder = RunFolder.create(output, dump_config(experiment.config))
     with folder.locked():
-        return _run(experiment, folder, progress)
+        return _run(experiment, folder, observers)
 
 
 def resume_experiment(
-    experiment: Experiment, output: Path, progress: Progress | None = None
+    experiment: Experiment, output: Path, observers: Sequence[Observer] = ()
 ) -> Result:
     """Continue the run in `output` from its last checkpoint; its config must be the experiment's.
 
@@ -60,18 +71,18 @@ def resume_experiment(
             "was: leave the config and --set away"
         )
     with folder.locked():
-        return _run(experiment, folder, progress)
+        return _run(experiment, folder, observers)
 
 
 def start_experiment(
-    experiment: Experiment, output: Path, progress: Progress | None = None, *, resume: bool
+    experiment: Experiment, output: Path, observers: Sequence[Observer] = (), *, resume: bool
 ) -> Result:
-    """Run from round 1 into a new run folder, or continue the run that is there.
+    """Runs from round 1 into a new run folder, or continues the run that is there.
 
     Args:
         experiment: built for this run; where it is resumed, with the folder's token budget.
         output: the run folder.
-        progress: told of rounds and evaluations as they end.
+        observers: are told what happens, and may stop the run.
         resume: whether to continue.
 
     Raises:
@@ -79,84 +90,167 @@ def start_experiment(
         RunError: the run failed; what was computed is in the folder.
     """
     start = resume_experiment if resume else run_experiment
-    return start(experiment, output, progress)
+    return start(experiment, output, observers)
 
 
-def _run(experiment: Experiment, folder: RunFolder, progress: Progress | None) -> Result:
+def _run(experiment: Experiment, folder: RunFolder, observers: Sequence[Observer]) -> Result:
     """Go on from the folder's checkpoint, or from the start in one that has none."""
-    config, algorithm, workers = experiment.config, experiment.algorithm, experiment.clients
     checkpoints, before = CheckpointFolder(folder.checkpoint), folder.read_json("run.json")
+    identity = str(before.get("id") or uuid.uuid4().hex)
     recorder = Recorder(
-        config=config,
+        config=experiment.config,
         folder=folder,
-        algorithm=algorithm,
-        clients=workers,
+        algorithm=experiment.algorithm,
+        clients=experiment.clients,
         checkpoints=checkpoints,
-        progress=progress or _quiet,
+        facts=RunFacts(identity, folder.path.name, flattened(experiment.config)),
+        observers=observers,
         spent_seconds=float(before.get("wall_seconds", 0.0)),  # type: ignore[arg-type]
     )
     checkpoint, provenance = checkpoints.load(), Provenance(recorder, experiment.ground, before)
     provenance.check_same_ground()
-    checkpoints.tidy(checkpoint)
-    if checkpoint is not None:
-        recorder.restore(checkpoint)
-    provenance.write("running")
-    workers.restore(checkpoint.memories if checkpoint else MemoryTable(checkpoints.store, {}))
-    if checkpoint is None:
-        start = algorithm.initial_state(experiment.starts)
-        state = replace(start, adapters=AdapterTable.of(checkpoints.store, start.adapters))
-        folder.cut_back({})
-        recorder.begin(state)
-    else:
-        state = checkpoint.state
-    clients, first = list(experiment.ranks), checkpoint.round + 1 if checkpoint else 1
+    part = _Part(experiment, recorder, provenance)
     try:
-        state = run_rounds(
-            algorithm=algorithm,
-            workers=workers,
-            state=state,
-            clients=clients,
-            settings=config.rounds,
-            run_seed=config.seed,
-            on_round=recorder.on_round,
-            first_round=first,
-        )
-        _check_anybody_moved(config, algorithm, recorder)
-    except FedmiraError as error:
-        last = checkpoints.load()
-        assert last is not None, "the recorder writes a checkpoint before round 1"
-        write_results(recorder, experiment.ground, experiment.ranks, last.state, generate=False)
-        provenance.write("failed", error=str(error), rounds_done=last.round, clients=len(clients))
+        checkpoints.tidy(checkpoint)
+        state = part.train(checkpoint)
+        result = part.save(state)
+    except BaseException as error:
+        part.save_what_there_is(error)
         raise
-    result = write_results(
-        recorder, experiment.ground, experiment.ranks, state, generate=config.evaluation.rouge
-    )
-    reason = _divergence(result)
-    provenance.write(
-        "failed" if reason else "finished",
-        error=reason,
-        rounds_done=config.rounds.count,
-        clients=len(clients),
-        summary=result.summary,
-    )
-    if reason:
-        raise RunError(reason)
-    return result
+    return part.end(result)
 
 
-def _check_anybody_moved(config: Config, algorithm: Method, recorder: Recorder) -> None:
-    """Alignment that is on must have pulled somebody by the end of the run.
+class _Part:
+    """One part of a run, from its start or a checkpoint to its end, whatever that is."""
 
-    Raises:
-        AlignmentError: nobody was.
-    """
-    if algorithm.aligns and not recorder.ever_moved:
-        raise AlignmentError(
-            f"{config.algorithm.name}: alignment is on, yet in {config.rounds.count} "
-            "rounds no client was pulled: the graph "
-            "has no edge between clients that trained; run more rounds or choose "
-            "another graph.kind"
+    def __init__(self, experiment: Experiment, recorder: Recorder, provenance: Provenance) -> None:
+        self._experiment, self._recorder, self._provenance = experiment, recorder, provenance
+        self._clients = list(experiment.ranks)
+
+    def train(self, checkpoint: Checkpoint | None) -> ServerState:
+        """Run the rounds after a checkpoint, or all of them; the last state.
+
+        Raises:
+            RunError: a round failed, or alignment pulled nobody.
+        """
+        experiment, recorder = self._experiment, self._recorder
+        config, store = experiment.config, recorder.checkpoints.store
+        if checkpoint is not None:
+            recorder.restore(checkpoint)
+        self._provenance.write("running")
+        memories = checkpoint.memories if checkpoint else MemoryTable(store, {})
+        experiment.clients.restore(memories)
+        if checkpoint is None:
+            recorder.folder.cut_back({})
+        self._tell_start(checkpoint)
+        if checkpoint is None:
+            start = experiment.algorithm.initial_state(experiment.starts)
+            state = replace(start, adapters=AdapterTable.of(store, start.adapters))
+            recorder.begin(state)
+        else:
+            state = checkpoint.state
+        if recorder.watchers.stop is not None:
+            return state
+        state = run_rounds(
+            experiment.algorithm,
+            experiment.clients,
+            state,
+            self._clients,
+            config.rounds,
+            config.seed,
+            recorder.on_round,
+            first_round=checkpoint.round + 1 if checkpoint else 1,
+            resting=recorder.watchers.resting,
         )
+        if self.stopped is None and experiment.algorithm.aligns and not recorder.ever_moved:
+            raise AlignmentError(
+                f"{config.algorithm.name}: alignment is on, yet in {config.rounds.count} "
+                "rounds no client was pulled: the graph "
+                "has no edge between clients that trained; run more rounds or choose "
+                "another graph.kind"
+            )
+        return state
+
+    @property
+    def stopped(self) -> str | None:
+        """Why an observer ended the run before its last round, or None."""
+        stop = self._recorder.watchers.stop
+        done = self._recorder.round_done == self._experiment.config.rounds.count
+        return None if stop is None or done else stop.reason
+
+    def save(self, state: ServerState) -> Result:
+        """Write adapters and tables of the last state."""
+        generate = self._experiment.config.evaluation.rouge
+        ground, ranks = self._experiment.ground, self._experiment.ranks
+        result = write_results(self._recorder, ground, ranks, state, generate=generate)
+        return replace(result, status="finished" if self.stopped is None else "stopped")
+
+    def end(self, result: Result) -> Result:
+        """Say in run.json and to the observers how the run ended.
+
+        Raises:
+            RunError: clients diverged.
+        """
+        diverged = _divergence(result)
+        status, reason = ("failed", diverged) if diverged else (result.status, self.stopped)
+        self._provenance.write(
+            status,
+            error=reason,
+            rounds_done=self._recorder.round_done,
+            clients=len(self._clients),
+            summary=result.summary,
+        )
+        self._tell_end(status, reason, result)
+        if diverged:
+            raise RunError(diverged)
+        return result
+
+    def save_what_there_is(self, error: BaseException) -> None:
+        """Save the last checkpoint's adapters, and say why the run ended.
+
+        What cannot be written any more, such as on a full disk, is a line in the log.
+        """
+        interrupted = isinstance(error, KeyboardInterrupt)
+        status = "interrupted" if interrupted else "failed"
+        reason = "interrupted from the keyboard" if interrupted else _told(error)
+        recorder, experiment, result = self._recorder, self._experiment, None
+        done: dict[str, object] = {}
+        try:
+            last = recorder.checkpoints.load()
+            if last is not None:
+                recorder.return_to(last)
+                ground, ranks = experiment.ground, experiment.ranks
+                result = write_results(recorder, ground, ranks, last.state, generate=False)
+                done["rounds_done"] = last.round
+        except (OSError, FedmiraError) as problem:
+            _log.warning("the last adapters could not be saved: %s", problem)
+        try:
+            self._provenance.write(status, error=reason, **done, clients=len(self._clients))
+        except (OSError, FedmiraError) as problem:
+            _log.warning("run.json and the report could not be written: %s", problem)
+        self._tell_end(status, reason, result)
+
+    def _tell_start(self, checkpoint: Checkpoint | None) -> None:
+        recorder = self._recorder
+        event = StartEvent(
+            run=recorder.facts,
+            clients=tuple(self._clients),
+            rounds=self._experiment.config.rounds.count,
+            folder=recorder.folder.path,
+            resumed=checkpoint.round if checkpoint else None,
+        )
+        recorder.watchers.tell(event)
+
+    def _tell_end(self, status: str, reason: str | None, result: Result | None) -> None:
+        recorder, summary = self._recorder, result.summary if result else {}
+        recorder.watchers.tell(
+            EndEvent(recorder.facts, status, reason, summary, recorder.folder.path)
+        )
+
+
+def _told(error: BaseException) -> str:
+    """An error's own words; with its kind, where it is none of fedmira's."""
+    return str(error) if isinstance(error, FedmiraError) else f"{type(error).__name__}: {error}"
 
 
 def _divergence(result: Result) -> str | None:
@@ -169,7 +263,3 @@ def _divergence(result: Result) -> str | None:
         f"loss is not finite ({names}); the means leave "
         "them out. Lower local.learning_rate, or set model.dtype to 'float32'"
     )
-
-
-def _quiet(what: str, figures: Mapping[str, object]) -> None:
-    """No progress."""

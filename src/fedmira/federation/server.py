@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,8 @@ from fedmira.federation.ends import ServerEnd
 from fedmira.federation.node import memory_beside
 from fedmira.messages import ClientId
 from fedmira.model import AdapterKind, tokenizer_hash
-from fedmira.runs import Progress, Result, RunFolder, hash_of_rows
+from fedmira.observers import Observer
+from fedmira.runs import Result, RunFolder, hash_of_rows
 
 if TYPE_CHECKING:
     from fedmira.federation.flower.nodes import Grid, Nodes
@@ -49,7 +50,7 @@ def run_federation(
     *,
     resume: bool,
     simulated: bool = False,
-    progress: Progress | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Result:
     """Run a federation, or continue the one in `output`.
 
@@ -63,7 +64,7 @@ def run_federation(
     """
     before = _read_members(RunFolder.reopen(output)) if resume else None
     experiment = (build_simulation if simulated else build_federation)(config, grid, output, before)
-    return start_experiment(experiment, output, progress, resume=resume)
+    return start_experiment(experiment, output, observers, resume=resume)
 
 
 @dataclass(frozen=True, slots=True)

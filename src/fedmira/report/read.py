@@ -25,7 +25,7 @@ from fedmira.report.records import (
 
 __all__ = ["read_run"]
 
-STATUSES = ("finished", "failed", "running")
+STATUSES = ("finished", "stopped", "interrupted", "failed", "running")
 REQUIRED_KEYS = {
     "train": "client",
     "align": "client",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from fedmira.clients import Clients
@@ -35,20 +35,26 @@ class RoundOutcome:
     combine_seconds: float
 
 
-def run_rounds(
+def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
     algorithm: Method,
     workers: Clients,
     state: ServerState,
     clients: Sequence[ClientId],
     settings: RoundsSettings,
     run_seed: int,
-    on_round: Callable[[RoundOutcome], None],
+    on_round: Callable[[RoundOutcome], bool | None],
     first_round: int = 1,
+    resting: Callable[[], Collection[ClientId]] = frozenset,
 ) -> ServerState:
     """Run the rounds `first_round` to `settings.count` and return the last state.
 
     Replies are sorted by client id before they are combined, so arrival order does not matter.
-    `on_round` is called after every round, before the next begins.
+
+    Args:
+        on_round: is called after every round, before the next begins; no further round begins once
+            it returns True.
+        resting: is asked before each round which clients are not to take part; a round is drawn
+            from the others. The loop ends where there are none.
 
     Raises:
         RoundError: fewer clients of a round than `min_replies` sent a usable reply; failures of
@@ -56,7 +62,11 @@ def run_rounds(
         AlignmentError: a client that must have moved did not.
     """
     for number in range(first_round, settings.count + 1):
-        chosen = sample_clients(clients, settings, run_seed, number)
+        away = frozenset(resting())
+        present = [client for client in clients if client not in away] if away else clients
+        if not present:
+            return state
+        chosen = sample_clients(present, settings, run_seed, number)
         requests = [
             Request(
                 client,
@@ -77,7 +87,7 @@ def run_rounds(
             (answer for answer in answers if isinstance(answer, Failure)),
             key=lambda failure: failure.client_id,
         )
-        if len(replies) < settings.min_replies:
+        if len(replies) < min(settings.min_replies, len(chosen)):
             on_round(
                 RoundOutcome(
                     round=number,
@@ -101,17 +111,17 @@ def run_rounds(
         combined = algorithm.combine(state, replies)
         _check_motion(number, combined)
         state = combined.state
-        on_round(
-            RoundOutcome(
-                round=number,
-                requests=requests,
-                replies=replies,
-                failures=failures,
-                combined=combined,
-                train_seconds=trained - begun,
-                combine_seconds=time.perf_counter() - trained,
-            )
+        outcome = RoundOutcome(
+            round=number,
+            requests=requests,
+            replies=replies,
+            failures=failures,
+            combined=combined,
+            train_seconds=trained - begun,
+            combine_seconds=time.perf_counter() - trained,
         )
+        if on_round(outcome):
+            break
     return state
 
 

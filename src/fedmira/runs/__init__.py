@@ -5,7 +5,7 @@ from fedmira.runs.checkpoint import Checkpoint, CheckpointFolder
 from fedmira.runs.folder import RunFolder
 from fedmira.runs.pages import write_page
 from fedmira.runs.provenance import Ground, Provenance, hash_of_rows
-from fedmira.runs.recorder import Progress, Recorder
+from fedmira.runs.recorder import Recorder
 from fedmira.runs.results import Result, trained_parameters, write_results
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "Checkpoint",
     "CheckpointFolder",
     "Ground",
-    "Progress",
     "Provenance",
     "Recorder",
     "Result",

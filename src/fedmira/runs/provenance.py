@@ -88,11 +88,12 @@ class Provenance:
         """Write run.json, and the report once the run has ended.
 
         Args:
-            status: "running", "finished" or "failed".
+            status: "running", "finished", "stopped", "interrupted" or "failed".
         """
         folder, base, packed = self._recorder.folder, self._ground.base, self._ground.kind.packed
         document = {
             "status": status,
+            "id": self._recorder.facts.id,
             "error": None,
             "versions": {
                 "python": platform.python_version(),

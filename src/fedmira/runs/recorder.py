@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,14 @@ from fedmira.graphs import Graph, graph_of, graph_text
 from fedmira.messages import ClientId
 from fedmira.methods import Method, ServerState
 from fedmira.metrics import TokenLoss
+from fedmira.observers import (
+    ClientEvent,
+    Dispatcher,
+    EvaluationEvent,
+    Observer,
+    RoundEvent,
+    RunFacts,
+)
 from fedmira.rounds import RoundOutcome
 from fedmira.runs.checkpoint import Checkpoint, CheckpointFolder
 from fedmira.runs.events import (
@@ -33,10 +41,7 @@ from fedmira.runs.events import (
 from fedmira.runs.folder import RunFolder
 from fedmira.storage import AdapterTable
 
-__all__ = ["Best", "Progress", "Recorder"]
-
-Progress = Callable[[str, Mapping[str, Any]], None]
-"""(what happened, figures): "evaluate" or "round"."""
+__all__ = ["Best", "Recorder"]
 
 _SMALL_PULL = 1e-3
 
@@ -60,6 +65,7 @@ class Recorder:
 
     Attributes:
         clients: who trains and measures.
+        facts: which run this is; `observers`: who is told what happens in it.
         spent_seconds: wall time of the parts of this run that came before.
         uploaded: each client's last adapter before alignment.
         best_adapters, best: each client's adapter at its lowest validation loss, and the figures of
@@ -68,6 +74,7 @@ class Recorder:
         ever_moved: whether alignment has moved any adapter so far.
         graph: the graph that acted last; `graph_json`: the content of graph.json.
         base_losses: test losses before round 1; `latest`: those of round `latest_round`.
+        round_done: of the last checkpoint.
     """
 
     config: Config
@@ -75,7 +82,8 @@ class Recorder:
     algorithm: Method
     clients: Clients
     checkpoints: CheckpointFolder
-    progress: Progress
+    facts: RunFacts
+    observers: Sequence[Observer] = ()
     spent_seconds: float = 0.0
     uploaded: AdapterTable = field(init=False)
     best_adapters: AdapterTable = field(init=False)
@@ -88,12 +96,15 @@ class Recorder:
     base_losses: dict[ClientId, TokenLoss] = field(default_factory=dict)
     latest: dict[ClientId, TokenLoss] = field(default_factory=dict)
     latest_round: int = -1
+    round_done: int = 0
 
     def __post_init__(self) -> None:
         self.uploaded = self.best_adapters = AdapterTable(self.checkpoints.store, {})
+        self.watchers = Dispatcher(self.observers, self._note_warning)
         self._begun = time.monotonic()
         self._given: tuple[ServerState, LazyAdapters, Mapping[ClientId, float]] | None = None
         self._losses: dict[str, object] = {}
+        self._number = 0  # of the round at hand
 
     @property
     def wall_seconds(self) -> float:
@@ -110,6 +121,19 @@ class Recorder:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up where a checkpoint stopped."""
         values: Any = checkpoint.values
+        self.return_to(checkpoint)
+        # A part that was killed left no total in run.json; one that ended did, and went on for a
+        # while after its checkpoint.
+        self.spent_seconds = max(self.spent_seconds, values["wall_seconds"])
+        if self.graph_json:
+            self.folder.write_text("graph.json", self.graph_json)
+        self.folder.cut_back(values["sizes"])
+        self.watchers.restore(values.get("observers", []))
+
+    def return_to(self, checkpoint: Checkpoint) -> None:
+        """Remember what was known at a checkpoint and nothing of what came after it."""
+        values: Any = checkpoint.values
+        self._given = None
         store = self.checkpoints.store
         self.uploaded, self.best_adapters = (
             AdapterTable.of(store, checkpoint.uploaded),
@@ -122,20 +146,19 @@ class Recorder:
         self.base_losses = {
             client: TokenLoss(*loss) for client, loss in values["base_losses"].items()
         }
-        self.latest_round = values["latest_round"]
+        self.latest_round, self.round_done = values["latest_round"], checkpoint.round
         self._note_losses()
-        # A part that was killed left no total in run.json; one that ended did, and went on for a
-        # while after its checkpoint.
-        self.spent_seconds = max(self.spent_seconds, values["wall_seconds"])
         self.graph_json = checkpoint.graph_json
-        if self.graph_json:
-            self.folder.write_text("graph.json", self.graph_json)
-            self.graph = graph_of(self.graph_json)
-        self.folder.cut_back(values["sizes"])
+        self.graph = graph_of(self.graph_json) if self.graph_json else None
 
-    def on_round(self, outcome: RoundOutcome) -> None:
-        """Write down a round; called by the loop."""
+    def on_round(self, outcome: RoundOutcome) -> bool:
+        """Write down a round; called by the loop.
+
+        Returns:
+            Whether an observer wants the run to stop here.
+        """
         number, state = outcome.round, outcome.combined.state
+        self._number = number
         self._given = None  # clients choose between what they sent last and what came of it
         sent = {reply.client_id: reply.payload.tensors["adapter"] for reply in outcome.replies}
         self.uploaded = self.uploaded.replaced(sent)
@@ -149,6 +172,7 @@ class Recorder:
             *self._note_pulls(outcome),
             *(failure_event(failure) for failure in outcome.failures),
         ]
+        self._tell_clients(outcome)
         begun = time.perf_counter()
         every = self.config.evaluation.every
         if outcome.replies and (
@@ -161,12 +185,33 @@ class Recorder:
         events.append(round_event(outcome))
         self.folder.append_events(events)
         if not outcome.replies:
-            return
+            return False
         row = round_row(outcome, list(self.latest.values()) if evaluated else [], evaluated)
         self.folder.append_round(row)
         self._note_graph(outcome)
         self._checkpoint(number, state)
-        self.progress("round", row)
+        figures = {name: value if _is_number(value) else None for name, value in row.items()}
+        self.watchers.tell(RoundEvent(self.facts, number, figures))  # type: ignore[arg-type]
+        return self.watchers.stop is not None
+
+    def _tell_clients(self, outcome: RoundOutcome) -> None:
+        """Tell the observers of each answer, in the order of client ids."""
+        events = [
+            *(
+                ClientEvent(self.facts, outcome.round, reply.client_id, dict(reply.metrics))
+                for reply in outcome.replies
+            ),
+            *(
+                ClientEvent(self.facts, outcome.round, failure.client_id, {}, failure.reason)
+                for failure in outcome.failures
+            ),
+        ]
+        for event in sorted(events, key=lambda event: event.client):
+            self.watchers.tell(event)
+
+    def _note_warning(self, message: str) -> None:
+        """Write a sentence on an observer that failed into events.jsonl."""
+        self.folder.append_events([{"event": "warning", "round": self._number, "message": message}])
 
     def _note_pulls(self, outcome: RoundOutcome) -> list[EventLine]:
         """Remember whether anybody was moved.
@@ -253,8 +298,15 @@ class Recorder:
             LazyAdapters(improved, adapters.__getitem__)
         )
         self._note_losses()
-        mean = sum(loss.per_token for loss in test.values()) / len(test) if test else math.nan
-        self.progress("evaluate", {"round": number, "test_loss": mean})
+        tests, validations = (
+            {client: loss.per_token for client, loss in losses.items()}
+            for losses in (test, validation)
+        )
+        self.watchers.tell(
+            EvaluationEvent(
+                self.facts, number, tests, validations, _mean(tests), _mean(validations)
+            )
+        )
         events += self.unmeasured(number)
         return events
 
@@ -293,6 +345,8 @@ class Recorder:
             "wall_seconds": self.wall_seconds,
             "sizes": self.folder.sizes(),
         }
+        if states := self.watchers.states():
+            values["observers"] = states
         self.checkpoints.save(
             Checkpoint(
                 round=number,
@@ -304,3 +358,12 @@ class Recorder:
                 graph_json=self.graph_json,
             )
         )
+        self.round_done = number
+
+
+def _mean(losses: Mapping[ClientId, float]) -> float | None:
+    return sum(losses.values()) / len(losses) if losses else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)

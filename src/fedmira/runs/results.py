@@ -33,6 +33,7 @@ class Result:
         graph: the graph of the last round, or None where the algorithm has none.
         summary: figure -> mean, weighted_mean, worst_tenth, spread.
         diverged: clients whose adapter gives no finite test loss.
+        status: "finished", or "stopped" where an observer ended the run before its last round.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Result:
     graph: Graph | None
     summary: Mapping[str, Mapping[str, float]]
     diverged: tuple[ClientId, ...] = ()
+    status: str = "finished"
 
 
 def write_results(

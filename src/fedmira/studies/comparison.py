@@ -6,8 +6,7 @@ Finished runs are not repeated, interrupted ones continue.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -34,13 +33,11 @@ from fedmira.experiment import (
     start_experiment,
 )
 from fedmira.model import BaseModel, load_base
+from fedmira.observers import Observer
 from fedmira.report import Figures, check_target, write_comparison
-from fedmira.runs import Progress, RunFolder, hash_of_rows
+from fedmira.runs import RunFolder, hash_of_rows
 
 __all__ = ["Comparison", "compare_algorithms", "plan_methods"]
-
-Watch = Callable[[str, int], AbstractContextManager[Progress]]
-"""(name of the run, its rounds) -> a progress callback for its duration."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -118,7 +115,7 @@ def compare_algorithms(
     algorithms: Sequence[str],
     seeds: Sequence[int],
     output: Path,
-    watch: Watch,
+    observers: Sequence[Observer] = (),
     *,
     variants: Mapping[str, Sequence[str]] | None = None,
     reference: str = "",
@@ -127,6 +124,7 @@ def compare_algorithms(
     """Run every method with every seed into `output`/<method>-seed<seed>, put the results side by side and write them into `output`.
 
     Args:
+        observers: watch the runs, one run after the other.
         variants: methods besides the algorithms, see `plan_methods`.
         reference: a method that the others are paired with besides local training.
         target_loss: a mean test loss; the tables then say after how many rounds and seconds each
@@ -155,14 +153,16 @@ def compare_algorithms(
     ]
     unfinished = [run for run in plans if not run.is_finished()]
     failures = (
-        _run(unfinished, _CommonGround(load_base(config.model), folders), watch)
+        _run(unfinished, _CommonGround(load_base(config.model), folders), observers)
         if unfinished
         else {}
     )
     return _compared(folders, output, reference, failures, target_loss)
 
 
-def _run(runs: Sequence[_Planned], ground: _CommonGround, watch: Watch) -> dict[str, RunError]:
+def _run(
+    runs: Sequence[_Planned], ground: _CommonGround, observers: Sequence[Observer]
+) -> dict[str, RunError]:
     """Check all runs, then run them; name of a run -> why it failed."""
     ground.check(runs)
     failures = {}
@@ -171,8 +171,7 @@ def _run(runs: Sequence[_Planned], ground: _CommonGround, watch: Watch) -> dict[
             run.config, ground.base, run.folder, ground.dataset(run.config)
         )
         try:
-            with watch(run.folder.name, run.config.rounds.count) as progress:
-                start_experiment(experiment, run.folder, progress, resume=run.is_begun)
+            start_experiment(experiment, run.folder, observers, resume=run.is_begun)
         except RunError as error:  # the other methods are still worth comparing
             failures[run.folder.name] = error
     return failures
