@@ -10,12 +10,14 @@ FLOWER_WANTED := -e '.[dev,flower,flower-simulation]'
 ifneq ($(FLOWER),)
 FLOWER_WANTED := -e '.[dev,flower]' 'flwr==$(FLOWER)'
 endif
+TRACKERS_BIN := .venv-trackers/bin
+TRACKERS_STAMP := .venv-trackers/.installed
 BENCH_BIN := .venv-bench/bin
 BENCH_STAMP := .venv-bench/.installed
 SIZE ?= small
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test federation check docs format bench clean
+.PHONY: help demo test federation trackers check docs format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +31,9 @@ test: $(STAMP) ## all tests
 
 federation: $(FLOWER_STAMP) ## tests of runs over Flower, as real processes too (minutes); FLOWER=1.40.0: with that release
 	$(FLOWER_BIN)/pytest tests/federation/flower tests/federation/processes tests/clients/test_clients_contract.py
+
+trackers: $(TRACKERS_STAMP) ## tests of observers with TensorBoard, Trackio, W&B and MLflow, all offline
+	$(TRACKERS_BIN)/pytest tests/observers
 
 check: $(STAMP) ## format, lint, types, layers, public names; changes nothing
 	$(BIN)/ruff format --check .
@@ -53,7 +58,7 @@ ifeq ($(SIZE),full)
 endif
 
 clean: ## remove virtual environments and caches; runs/ stays
-	rm -rf .venv .venv-flower* .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-flower* .venv-trackers .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Redone when the dependencies change.
@@ -68,6 +73,12 @@ $(STAMP): pyproject.toml constraints.txt
 $(FLOWER_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FLOWER_ENVIRONMENT)
 	$(FLOWER_BIN)/python -m pip install --quiet -c constraints.txt $(FLOWER_WANTED)
+	@touch $@
+
+# These bring some hundred packages that nothing else needs.
+$(TRACKERS_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-trackers
+	$(TRACKERS_BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,trackers]'
 	@touch $@
 
 # A peer that cannot be installed takes only its own tools away; the result says so.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,11 @@ def test_wandb_keeps_a_run_on_this_machine(tmp_path: Path, monkeypatch: pytest.M
 
     watch(WandB("mine", folder=tmp_path), tmp_path, (1, 2), None)
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    content = file.read_bytes()
     assert FACTS.id in file.name
+    until = time.monotonic() + 30  # W&B's own process writes the file out a moment later
+    while b"summary/after_align_loss" not in (content := file.read_bytes()):
+        assert time.monotonic() < until, "the run was not written out"
+        time.sleep(0.1)
     assert b"evaluation/test_loss" in content and b"2.5" in content and b"1.25" in content
 
 
