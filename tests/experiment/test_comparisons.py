@@ -185,11 +185,11 @@ def test_an_interrupted_comparison_continues_where_it_stopped(
 ) -> None:
     first = Watch(("fedavg-seed0", 1))
     with pytest.raises(PowerCut):
-        compare_algorithms(config, NAMES, (0,), tmp_path / "all", first)
+        compare_algorithms(config, NAMES, (0,), tmp_path / "all", [first])
     assert first.began == ["local-seed0", "fedavg-seed0"]
     done = files_of(tmp_path / "all" / "local-seed0")
     second = Watch()
-    compare_algorithms(config, NAMES, (0,), tmp_path / "all", second)
+    compare_algorithms(config, NAMES, (0,), tmp_path / "all", [second])
     assert (
         second.began == ["fedavg-seed0", "mira-seed0"]
         and files_of(tmp_path / "all" / "local-seed0") == done
@@ -377,7 +377,7 @@ def test_rows_that_changed_since_a_run_of_a_later_seed_are_refused_before_anythi
 def test_a_later_folder_that_is_in_the_way_is_found_before_anything_trains(
     kind: str, config: Config, tmp_path: Path
 ) -> None:
-    folder, watch = tmp_path / "all" / "fedavg-seed0", [Watch()]
+    folder, watch = tmp_path / "all" / "fedavg-seed0", Watch()
     if kind == "taken":
         folder.mkdir(parents=True)
         (folder / "letter.txt").write_text("dear diary", encoding="utf-8")
@@ -385,7 +385,7 @@ def test_a_later_folder_that_is_in_the_way_is_found_before_anything_trains(
         other = config.model_copy(update={"local": config.local.model_copy(update={"steps": 3})})
         with pytest.raises(PowerCut):
             compare_algorithms(
-                other, ("fedavg",), (0,), tmp_path / "all", Watch(("fedavg-seed0", 1))
+                other, ("fedavg",), (0,), tmp_path / "all", [Watch(("fedavg-seed0", 1))]
             )
     message = {
         "other settings": "this run was made with other settings",

@@ -340,11 +340,10 @@ def test_wall_time_adds_up_over_parts_that_were_cut_off(
 
     with pytest.raises(PowerCut):
         run_experiment(built(base, base_folder, clients_folder, settings), folder, [Slow(2)])
-    assert seconds() < 0.3, "a part that was cut off could not write down what it took"
+    first = seconds()
+    assert first >= 0.6, "a part that was cut off writes down what it took, both waits with it"
     resume_experiment(built(base, base_folder, clients_folder, settings), folder)
-    assert 0.3 <= seconds() <= time.monotonic() - begun, (
-        "the checkpoint of round 2 knows of the wait after round 1"
-    )
+    assert first < seconds() <= time.monotonic() - begun, "no second is counted twice"
 
 
 def test_an_experiment_that_is_run_again_remembers_nothing_of_the_first_time(
