@@ -21,8 +21,9 @@ from fedmira.config import (
     with_algorithm,
     with_overrides,
 )
-from fedmira.config.methods import method_class, method_names
+from fedmira.config.methods import METHODS, method_class, method_names
 from fedmira.config.other_names import OTHER_NAMES
+from fedmira.config.section import Section, readers_of
 from fedmira.errors import ConfigError
 from fedmira.methods import FedAvg, Local, Mira
 
@@ -72,7 +73,7 @@ def test_a_later_override_of_a_key_wins() -> None:
     ],
 )
 def test_an_override_is_toml_or_else_plain_text(override: str, expected: str) -> None:
-    assert load_config(overrides=[override]).data.column == expected
+    assert load_config(overrides=["data.source=jsonl", override]).data.column == expected
 
 
 def test_overrides_take_lists_tables_and_quoted_names() -> None:
@@ -88,8 +89,11 @@ def test_overrides_take_lists_tables_and_quoted_names() -> None:
 
 
 def test_an_override_does_not_reach_other_keys() -> None:
-    assert load_config(overrides=["data.column=a\nseed = 3"]).data.column == "a\nseed = 3"
-    assert load_config(overrides=["data.column=1\nseed = 3"]).seed == 0
+    assert (
+        load_config(overrides=["data.source=hub", "data.column=a\nseed = 3"]).data.column
+        == "a\nseed = 3"
+    )
+    assert load_config(overrides=["data.source=hub", "data.column=1\nseed = 3"]).seed == 0
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
@@ -192,6 +196,13 @@ def test_steps_and_epochs_in_one_layer_are_an_error_that_names_both(tmp_path: Pa
         ("adapter.kind=lora", "adapter.virtual_tokens=9", "'p-tuning', 'prompt' or 'prefix'"),
         ("adapter.kind=lora", "adapter.encoder=lstm", "'p-tuning'"),
         ("adapter.kind=lora", "adapter.prefix_projection=true", "'prefix'"),
+        ("data.source=dolly", "data.split_list=lstm", "'natural-instructions'"),
+        ("data.source=hub", "data.input_limit=9", "'natural-instructions'"),
+        ("data.source=demo", "data.column=lstm", "'jsonl' or 'hub'"),
+        ("data.source=jsonl", "data.split=lstm", "'hub'"),
+        ("data.partition=task", "data.dirichlet_clients=5", "'dirichlet'"),
+        ("data.partition=category", "data.dirichlet_alpha=0.1", "'dirichlet'"),
+        ("data.partition=dirichlet", "data.clients_per_category=2", "'category'"),
     ],
 )
 def test_a_setting_that_the_choice_beside_it_does_not_read_is_an_error(
@@ -199,7 +210,7 @@ def test_a_setting_that_the_choice_beside_it_does_not_read_is_an_error(
 ) -> None:
     chooser, _, chosen = choice.partition("=")
     key, _, value = setting.partition("=")
-    written = f'"{value}"' if value == "lstm" else value
+    written = f'"{value}"' if value == "lstm" else value  # the only text among them
     expected = f"{key} = {written}: {chooser} = '{chosen}' does not read it; leave it out, or set {chooser} to {reader} (--set)"
     assert problems(choice, setting) == (expected,)
     # In a layer above it is told as well; below, it goes with the choice that read it.
@@ -211,7 +222,7 @@ def test_another_choice_lets_go_of_what_only_the_one_below_reads(tmp_path: Path)
     path = write(
         tmp_path,
         '[graph]\nnearest = 5\nmemory = 0.2\n[local]\noptimizer = "sophia"\nsophia_rho = 2\n'
-        '[adapter]\nkind = "prompt"\nvirtual_tokens = 9\n[algorithm]\nname = "fedavg"\n',
+        '[adapter]\nkind = "prompt"\nvirtual_tokens = 9\n[algorithm]\nspace = "factor"\n',
     )
     below, defaults = load_config(path), Config()
     above = ["graph.kind=random", "local.optimizer=adam", "adapter.kind=lora"]
@@ -225,6 +236,37 @@ def test_another_choice_lets_go_of_what_only_the_one_below_reads(tmp_path: Path)
     assert load_config(path, overrides=["graph.kind=pfedgraph"]).graph.memory == 0.2, (
         "both learned graphs read it"
     )
+
+
+GRAPH_READERS = ["fedalt", "mira"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in GRAPH_READERS])
+def test_a_graph_is_an_error_under_a_method_that_uses_none(name: str) -> None:
+    optimizer = ["local.optimizer=zeroth-order"] if name == "fedkseed" else []
+    validation = ["data.validation_fraction=0.1"] if name == "fedfomo" else []
+    assert problems(f"algorithm.name={name}", "graph.kind=random", *optimizer, *validation) == (
+        f"graph.kind = \"random\": algorithm.name = '{name}' does not read it; leave it out, or set "
+        "algorithm.name to 'fedalt' or 'mira' (--set)",
+    )
+
+
+def test_a_graph_below_the_choice_of_a_method_that_uses_none_is_left_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, '[graph]\nkind = "random"\n')
+    assert load_config(path, overrides=["algorithm.name=local"]).graph.kind == "random"
+    written = write(tmp_path, dump_config(load_config(path, overrides=["algorithm.name=local"])))
+    assert load_config(written).graph.kind == "random", "a run folder's config is read back"
+
+
+def test_every_chooser_is_a_key_of_its_section_and_every_reader_one_of_its_values() -> None:
+    for name, field in Config.model_fields.items():
+        of = field.annotation
+        if not (isinstance(of, type) and issubclass(of, Section)):
+            continue
+        schema = of.model_json_schema()["properties"]
+        for key, part in of.model_fields.items():
+            for chooser, readers in readers_of(part).items():
+                assert set(readers) <= set(schema[chooser]["enum"]), f"{name}.{key}"
 
 
 def test_a_default_that_nothing_reads_may_be_written_down() -> None:

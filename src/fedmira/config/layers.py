@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedmira.config.choices import drop_unread, written_out
 from fedmira.config.methods import method_class, method_names
-from fedmira.config.unread import drop_unread, written_out
 from fedmira.errors import ConfigError
 
 __all__ = [

@@ -8,6 +8,7 @@ from pathlib import Path
 import tomli_w
 from pydantic import ValidationError
 
+from fedmira.config.choices import needs_no_graph
 from fedmira.config.layers import (
     Layer,
     Settings,
@@ -121,6 +122,8 @@ def _check(layers: Sequence[Layer], problems: Sequence[str]) -> Config:
         section.setdefault("name", DEFAULT)
     written: Settings = {}
     for layer in layers:
+        if needs_no_graph(layer.settings):
+            written.pop("graph", None)  # written below, for the method that was chosen there
         written = cover(written, layer.written)
     method, details = method_of(settings)
     checked = {name: value for name, value in settings.items() if name != "algorithm"}

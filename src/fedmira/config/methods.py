@@ -86,12 +86,15 @@ class MethodSection(Section):
             takes the usual reason.
         partly_sent: whether the receiver has a part of what it is handed, or may not see it, so that
             less travels than is handed over.
+        uses_graph: whether its server half looks at the graph of clients; where it does not, a key of
+            [graph] is an error.
     """
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     always_needs: ClassVar[Mapping[Need, str]] = {}
     partly_sent: ClassVar[bool] = False
+    uses_graph: ClassVar[bool] = True
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

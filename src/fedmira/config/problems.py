@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from fedmira.config.choices import two_ways, unread_keys
 from fedmira.config.layers import (
     OVERRIDES,
     Layer,
@@ -23,7 +24,6 @@ from fedmira.config.layers import (
 from fedmira.config.methods import DEFAULT, OBJECT, method_class, method_names
 from fedmira.config.other_names import OTHER_NAMES
 from fedmira.config.schema import Config
-from fedmira.config.unread import two_ways, unread_keys
 
 __all__ = ["describe_ignored", "describe_problems", "method_of"]
 
@@ -89,7 +89,7 @@ def describe_ignored(settings: Settings, written: Settings, layers: Sequence[Lay
     """
     problems = []
     for unread in unread_keys(settings, written):
-        place = f"{unread.section}.{unread.chooser}"
+        place = unread.chooser
         readers = " or ".join(
             filter(None, (", ".join(map(repr, unread.readers[:-1])), repr(unread.readers[-1])))
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
-__all__ = ["Count", "Fraction", "Positive", "Section", "setting"]
+__all__ = ["Count", "Fraction", "Positive", "Section", "readers_of", "setting"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -27,6 +29,8 @@ def setting(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    min_length: int | None = None,
+    read_by: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Any:
     """Declares a setting of a section or a method.
 
@@ -40,5 +44,27 @@ def setting(
         gt: a value that must be exceeded.
         le: the largest value that is allowed.
         lt: a value that must not be reached.
+        min_length: of a text.
+        read_by: key of the same section -> its values under which this setting is read; all of them
+            must hold. None is read always. Elsewhere the setting is an error (`choices`).
     """
-    return Field(default, ge=ge, gt=gt, le=le, lt=lt, description=help)
+    extra: Any = (
+        {"read_by": {key: list(values) for key, values in read_by.items()}} if read_by else None
+    )
+    return Field(
+        default,
+        ge=ge,
+        gt=gt,
+        le=le,
+        lt=lt,
+        min_length=min_length,
+        description=help,
+        json_schema_extra=extra,
+    )
+
+
+def readers_of(field: FieldInfo) -> Mapping[str, tuple[str, ...]]:
+    """What `setting` was told by `read_by`; empty where the setting is read always."""
+    extra = field.json_schema_extra
+    declared: Any = extra.get("read_by", {}) if isinstance(extra, dict) else {}
+    return {key: tuple(values) for key, values in declared.items()}

@@ -47,6 +47,7 @@ class Ditto(Method):
 
     name: ClassVar[str] = "ditto"
     title: ClassVar[str] = "Ditto"
+    uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {
         Need.ONE_RANK: "",

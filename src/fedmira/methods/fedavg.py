@@ -27,6 +27,7 @@ class FedAvg(Method):
 
     name: ClassVar[str] = "fedavg"
     title: ClassVar[str] = "FedAvg"
+    uses_graph: ClassVar[bool] = False
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: ""}
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:

@@ -88,6 +88,7 @@ class FedFomo(Method):
 
     name: ClassVar[str] = "fedfomo"
     title: ClassVar[str] = "FedFomo"
+    uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {
         Need.ONE_RANK: "",

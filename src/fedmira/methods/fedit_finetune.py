@@ -45,6 +45,7 @@ class FedItFinetune(Method):
 
     name: ClassVar[str] = "fedit-finetune"
     title: ClassVar[str] = "FedIT + fine-tuning"
+    uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: ""}
     finetune_share: float = setting(

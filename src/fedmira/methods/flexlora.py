@@ -37,6 +37,7 @@ class FlexLora(CutToRank):
 
     name: ClassVar[str] = "flexlora"
     title: ClassVar[str] = "FlexLoRA"
+    uses_graph: ClassVar[bool] = False
     always_needs: ClassVar[Mapping[Need, str]] = {
         Need.FACTORS: "",
         Need.FRESH_MOMENTS: (

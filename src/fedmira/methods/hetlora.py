@@ -59,6 +59,7 @@ class HetLora(CutToRank):
 
     name: ClassVar[str] = "hetlora"
     title: ClassVar[str] = "HetLoRA"
+    uses_graph: ClassVar[bool] = False
     always_needs: ClassVar[Mapping[Need, str]] = {Need.FACTORS: ""}
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:

@@ -17,6 +17,7 @@ class Local(Method):
 
     name: ClassVar[str] = "local"
     title: ClassVar[str] = "local training"
+    uses_graph: ClassVar[bool] = False
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """Each client's start."""

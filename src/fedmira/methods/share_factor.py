@@ -50,6 +50,7 @@ class ShareFactor(Method):
 
     name: ClassVar[str] = "share-factor"
     title: ClassVar[str] = "shared factor"
+    uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.FACTORS: ""}
     shared_factor: Literal["A", "B"] = setting(

@@ -1,0 +1,167 @@
+"""[data]: where rows come from, how they become clients, and how they are split."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from fedmira.config.section import Count, Positive, Section, setting
+
+__all__ = ["DataSettings"]
+
+
+class DataSettings(Section):
+    """[data]: where rows come from, how they become clients, and how each client's rows are split."""
+
+    source: Literal["demo", "natural-instructions", "dolly", "jsonl", "hub"] = setting(
+        "demo",
+        help="The reader.",
+    )
+    path: str = setting(
+        "",
+        help=(
+            "The source's file or folder, or a hub data set id. The demo reads none, and a path "
+            "there is an error."
+        ),
+    )
+    clients: Count = setting(
+        0,
+        help=(
+            "Keep the first so many clients, in the order of the source; 0 keeps all. More than "
+            "there are is an error."
+        ),
+    )
+    partition: Literal["task", "category", "dirichlet", "column"] = setting(
+        "task",
+        help=(
+            "How tasks become clients: one client a task; `clients_per_category` clients a "
+            "category; `dirichlet_clients` clients with mixed categories; one client a value of "
+            "`column` (jsonl and hub)."
+        ),
+    )
+    clients_per_category: Positive = setting(
+        1,
+        help=(
+            'For `"category"`. Rows are shuffled and dealt, so shares differ by at most one row.'
+        ),
+        read_by={"partition": ("category",)},
+    )
+    dirichlet_clients: Positive = setting(
+        10,
+        help='For `"dirichlet"`.',
+        read_by={"partition": ("dirichlet",)},
+    )
+    dirichlet_alpha: float = setting(
+        0.5,
+        gt=0,
+        help=('For `"dirichlet"`: small values make clients more unlike each other.'),
+        read_by={"partition": ("dirichlet",)},
+    )
+    column: str = setting(
+        "client",
+        help=("The key that names a row's client, in one jsonl file and in hub data sets."),
+        read_by={"source": ("jsonl", "hub"), "partition": ("task", "column")},
+    )
+    split: str = setting(
+        "train",
+        help="The split of a hub data set.",
+        read_by={"source": ("hub",)},
+    )
+    split_list: str = setting(
+        "",
+        help=(
+            "natural-instructions: a file with one task name a line; these tasks are read, in "
+            "this order."
+        ),
+        read_by={"source": ("natural-instructions",)},
+    )
+    min_rows: Positive = setting(
+        4,
+        help=(
+            'A client with fewer rows (before the split) is left out and named; `"dirichlet"` '
+            "draws again instead. natural-instructions needs 20 rows before `sample_fraction` "
+            "in any case."
+        ),
+    )
+    input_limit: Positive = setting(
+        1024,
+        help=(
+            "natural-instructions: a row whose input has so many characters or more is left out "
+            "(FedKSeed's rule)."
+        ),
+        read_by={"source": ("natural-instructions",)},
+    )
+    sample_fraction: float = setting(
+        1.0,
+        gt=0,
+        le=1,
+        help=(
+            "Share of a task's rows that is used at all, rounded down (FedKSeed: 0.2). Rows "
+            "that the source sets aside for testing are not thinned."
+        ),
+    )
+    sample_least: Positive | None = setting(
+        None,
+        help=(
+            "Of a task that `sample_fraction` thins, at least so many rows are used, or all "
+            "there are."
+        ),
+    )
+    train_fraction: float = setting(
+        0.8,
+        gt=0,
+        lt=1,
+        help="Share of a client's rows for training.",
+    )
+    validation_fraction: float = setting(
+        0.0,
+        ge=0,
+        lt=1,
+        help=(
+            "Share for validation; what remains is the test set. Both shares together must stay "
+            "below 1."
+        ),
+    )
+    test_rows: Count = setting(
+        0,
+        help="Most test rows of a client; 0 does not cut.",
+    )
+    max_rows: Count | tuple[Count, ...] = setting(
+        0,
+        help=(
+            "Most training rows of a client; 0 does not cut. A list is given to the clients in "
+            "turn, sorted by id: `[16, 32, 64, 128]`. Validation rows are cut in proportion."
+        ),
+    )
+    max_length: int = setting(
+        512,
+        ge=8,
+        help=(
+            "Most tokens of a row, prompt and response together. May not exceed what the base "
+            "model reads."
+        ),
+    )
+    prompt: Literal["alpaca", "chat", "plain"] = setting(
+        "alpaca",
+        help="The form of the prompt.",
+    )
+
+    @model_validator(mode="after")
+    def _path_has_a_reader(self) -> DataSettings:
+        if self.source == "demo" and self.path:
+            raise ValueError(
+                f"path is {self.path!r}, but source 'demo' reads no files; set source to "
+                "'jsonl', 'natural-instructions', 'dolly' or 'hub'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _leaves_test_rows(self) -> DataSettings:
+        if self.train_fraction + self.validation_fraction >= 1:
+            total = self.train_fraction + self.validation_fraction
+            raise ValueError(
+                f"train_fraction + validation_fraction is {total:g}; must be below 1 so "
+                "that test rows remain"
+            )
+        return self

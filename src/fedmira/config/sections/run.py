@@ -1,0 +1,154 @@
+"""[rounds], [evaluation], [engine] and [federation]: how a run goes on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedmira.config.section import Count, Positive, Section, setting
+
+__all__ = ["EngineSettings", "EvaluationSettings", "FederationSettings", "RoundsSettings"]
+
+
+class RoundsSettings(Section):
+    """[rounds]."""
+
+    count: Positive = setting(
+        20,
+        help="Rounds of the run.",
+    )
+    participation: float = setting(
+        1.0,
+        gt=0,
+        le=1,
+        help="Share of the clients drawn each round, at least one client.",
+    )
+    sampling: Literal["keyed", "shepherd"] = setting(
+        "keyed",
+        help=(
+            "Draw from (seed, round), the number rounded half up; or as FedIT's code does: "
+            "numpy seeded with the round's index, the number rounded down, so that every run "
+            "draws the same clients."
+        ),
+    )
+    min_replies: Positive = setting(
+        1,
+        help=(
+            "A round with fewer usable replies does not count: the run ends, keeps the adapters "
+            "of the round before, and can be resumed. At most the clients of a round."
+        ),
+    )
+
+
+class EvaluationSettings(Section):
+    """[evaluation]."""
+
+    every: Count = setting(
+        5,
+        help=(
+            "Evaluate all clients after every so many rounds; 0 only at the end. The base "
+            "(round 0) and the last round are always evaluated."
+        ),
+    )
+    rouge: bool = setting(
+        True,
+        help=("Generate on the test rows at the end, for Rouge-L and exact match."),
+    )
+    max_new_tokens: Positive = setting(
+        64,
+        help="Most tokens of a generated answer.",
+    )
+    select: Literal["last", "best"] = setting(
+        "last",
+        help=(
+            "Which adapter a client ends with: that of the last round, or that of the evaluated "
+            'round with the lowest loss on its own validation rows. `"best"` needs '
+            "`data.validation_fraction` above 0."
+        ),
+    )
+
+
+class EngineSettings(Section):
+    """[engine]."""
+
+    kind: Literal["in-process"] = setting(
+        "in-process",
+        help=(
+            "Where `fedmira run` trains: all clients of a round in one process, on one resident "
+            "base. The same config runs on machines of their own with `flwr run` "
+            "([federation.md](federation.md))."
+        ),
+    )
+    token_budget: Positive | Literal["auto"] = setting(
+        "auto",
+        help=(
+            "Most token positions in one forward pass; it bounds memory and does not change "
+            'results beyond rounding (with dropout, it changes the draws). `"auto"` tries 512 '
+            "to 4096 on a CPU (4096 to 65536 elsewhere) for a few seconds the first time a base "
+            "is used on a machine, takes the smallest within 5 % of the fastest, and keeps that "
+            "in the cache folder; where nothing can be kept there, and for adapters of other "
+            "kinds than LoRA, it is 2048 (16384 elsewhere) without a trial. Free memory bounds "
+            "it. When memory runs out all the same, it is halved and the step is made again. A "
+            "single longer row is computed on its own."
+        ),
+    )
+    recompute: bool = setting(
+        False,
+        help=(
+            "Each layer keeps only its input and is computed again in the backward pass "
+            "(activation checkpointing): less memory, about a third more time, the same bits."
+        ),
+    )
+    compile: bool = setting(
+        False,
+        help=(
+            "torch.compile fuses the norms and feed-forward blocks that carry no adapter. The "
+            "first steps compile (a minute on a CPU, which needs a C++ compiler); results "
+            "differ by rounding."
+        ),
+    )
+    wire: Literal["float32", "float16", "int8"] = setting(
+        "float32",
+        help=(
+            'How adapters travel between server and clients. `"float32"`: whole, 4 bytes a '
+            "parameter. The others: the first message whole, later ones as changes of what both "
+            "ends hold, in 2 bytes a parameter, or 1 byte and a 4-byte scale for each row of A "
+            "and column of B; what rounding keeps back is added to the next change "
+            '([methods.md](methods.md#messages-in-fewer-bits)). In one process `"float32"` '
+            "hands payloads over as they are, and the others write and read every message, so "
+            "that losses and bytes are those of machines apart. Not for methods that send a "
+            "part of their adapters (`fedit-finetune`, `ditto`, `share-factor`, `fedkseed`, "
+            "`fedex`, `fedalt`, `fedfomo`), nor for mira's safeguard."
+        ),
+    )
+
+
+class FederationSettings(Section):
+    """[federation]: a run whose clients are on machines of their own (Flower)."""
+
+    clients: tuple[str, ...] = setting(
+        (),
+        help=(
+            "Names that may take part; the run begins when all are there. Empty: any names, and "
+            "it begins with `federation.nodes` of them."
+        ),
+    )
+    nodes: Positive = setting(
+        2,
+        help=("How many nodes to wait for where `federation.clients` is empty."),
+    )
+    wait_s: float = setting(
+        120.0,
+        ge=0,
+        help=(
+            "Seconds to wait for nodes before the run begins, and before a round for which "
+            "fewer than `rounds.min_replies` of the drawn clients' nodes are connected."
+        ),
+    )
+    reply_s: float = setting(
+        3600.0,
+        gt=0,
+        help=(
+            "Seconds to wait for the replies of a round, and of an evaluation; a later reply is "
+            "a failure."
+        ),
+    )
