@@ -1,8 +1,8 @@
 """fedmira: federated multi-task fine-tuning of language models, one LoRA adapter per client.
 
     import fedmira
-    result = fedmira.run({"data.source": "demo"}, output="runs/first")
-    result.adapters["clinic-north"], result.clients, result.graph, result.summary
+    result = fedmira.run(settings={"data.source": "demo"}, output="runs/first")
+    result.clients, result.rounds, result.generate("clinic-north", "...")
 
 The names below are imported when they are first used, so that `import fedmira` is quick.
 """
@@ -13,38 +13,60 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmira.api import run
-    from fedmira.config import Config, load_config
+    from fedmira import errors, methods, observers
+    from fedmira.api import check, compare, load, run
+    from fedmira.config import Config, load_config, setting
     from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
-    from fedmira.runs import Result
+    from fedmira.methods import Method
+    from fedmira.observers import Observer
+    from fedmira.studies.result import Result
 
 __all__ = [
     "Config",
     "Experiment",
+    "Method",
+    "Observer",
     "Result",
     "build_experiment",
+    "check",
+    "compare",
+    "errors",
+    "load",
     "load_config",
+    "methods",
+    "observers",
     "resume_experiment",
     "run",
     "run_experiment",
+    "setting",
 ]
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "fedmira.config",
-    "load_config": "fedmira.config",
     "Experiment": "fedmira.experiment",
+    "Method": "fedmira.methods",
+    "Observer": "fedmira.observers",
+    "Result": "fedmira.studies.result",
     "build_experiment": "fedmira.experiment",
+    "check": "fedmira.api",
+    "compare": "fedmira.api",
+    "load": "fedmira.api",
+    "load_config": "fedmira.config",
     "resume_experiment": "fedmira.experiment",
-    "run_experiment": "fedmira.experiment",
-    "Result": "fedmira.runs",
     "run": "fedmira.api",
+    "run_experiment": "fedmira.experiment",
+    "setting": "fedmira.config",
 }
+
+_ROOMS = ("errors", "methods", "observers")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home."""
+    """Imports a public name from its home."""
+    if name in _ROOMS:
+        return import_module(f"fedmira.{name}")
     if name not in _HOMES:
         raise AttributeError(
             f"module 'fedmira' has no attribute {name!r}; it has {', '.join(__all__)}"

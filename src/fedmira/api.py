@@ -1,67 +1,307 @@
-"""The one call from Python: settings in, a finished run out."""
+"""The verbs from Python: run, compare, check, load."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tomli_w
-
-from fedmira.config import Config, load_config
+from fedmira.config import (
+    Config,
+    MethodSection,
+    load_config,
+    method_names,
+    with_method,
+)
+from fedmira.config.methods import AbsentMethod
+from fedmira.data import ObjectRows, rows_from_objects
 from fedmira.errors import ConfigError
 from fedmira.experiment import build_experiment, start_experiment
+from fedmira.model import BaseModel, borrowed, from_model, with_padding
 from fedmira.observers import Observer
-from fedmira.runs import Result
+from fedmira.studies import Comparison, Plan, compare_algorithms, make_plan
+from fedmira.studies.result import Result
 
-__all__ = ["run"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Base = str | Path | BaseModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+__all__ = ["check", "compare", "load", "run"]
+
+_OBJECT = "object"
 
 
 def run(
     config: Config | str | Path | Mapping[str, Any] | None = None,
     *,
+    method: str | MethodSection | None = None,
+    clients: str | Path | Mapping[str, Any] | None = None,
+    base: Base | None = None,
+    settings: Mapping[str, Any] | None = None,
+    observers: Sequence[Observer] = (),
     preset: str | None = None,
     output: str | Path,
     resume: bool = False,
-    observers: Sequence[Observer] = (),
 ) -> Result:
-    """Run a federation and return its adapters, metrics and graph.
+    """Runs a federation.
+
+        result = fedmira.run(
+            method="mira",
+            clients={"north": rows, "south": data_frame},
+            settings={"rounds.count": 20, "local.steps": 5},
+            output="runs/first",
+        )
 
     Args:
-        config: a Config, a TOML file, a mapping of dotted keys to values such as {"algorithm.name":
-            "local"}, or None for the demo.
-        preset: a preset that lies under it.
+        config: a Config, a TOML file, a mapping of dotted keys to values, or None for the defaults.
+        method: a name such as "mira", or an object of a `fedmira.Method`.
+        clients: client id -> rows (a list of dicts, a `datasets.Dataset`, a DataFrame, or a dict of such
+            parts by "train", "test" and "validation"), or a path of files as `data.path` takes it.
+        base: "bundled", a folder, a hub id, or (model, tokenizer) of transformers. A model is used in
+            place and given back as it was.
+        settings: dotted key -> value, such as {"rounds.count": 20}; they win over `config`. Paths, None
+            (leave it as it is) and numpy's numbers are fine.
+        observers: who is told what happens, and may end the run.
+        preset: the name of settings that lie under all others.
         output: the run folder, which must be new; with `resume` the folder of the run to continue.
-        observers: are told what happens, and may stop the run.
+        resume: continue the run in `output` from its last checkpoint. Objects that it was made of must be
+            given again.
 
     Raises:
-        InputError: something is wrong with the settings or the data; nothing was trained.
+        InputError: something is wrong with the settings, the rows or the base; nothing was trained.
         RunError: the run failed; what was computed is in the folder.
     """
     if resume and config is None and preset is None:
         config = Path(output) / "config.toml"
-    if isinstance(config, Config) and preset is not None:
+    with _prepared(config, method, clients, base, settings, preset) as ready:
+        experiment = build_experiment(
+            ready.config, ready.base, Path(output) if resume else None, rows=ready.rows
+        )
+        start_experiment(experiment, Path(output), observers, resume=resume)
+    return Result(output, ready.base, ready.rows)
+
+
+def check(
+    config: Config | str | Path | Mapping[str, Any] | None = None,
+    *,
+    method: str | MethodSection | None = None,
+    clients: str | Path | Mapping[str, Any] | None = None,
+    base: Base | None = None,
+    settings: Mapping[str, Any] | None = None,
+    preset: str | None = None,
+) -> Plan:
+    """What a run will cost and whether its alignment can act; nothing is trained.
+
+    Args:
+        config: as for `run`.
+        method: as for `run`.
+        clients: as for `run`.
+        base: as for `run`.
+        settings: as for `run`.
+        preset: as for `run`.
+
+    Raises:
+        InputError: something is wrong with the settings, the rows or the base.
+    """
+    with _prepared(config, method, clients, base, settings, preset) as ready:
+        return make_plan(build_experiment(ready.config, ready.base, rows=ready.rows))
+
+
+def compare(
+    methods: Sequence[str | MethodSection] | Mapping[str, str | MethodSection],
+    *,
+    config: Config | str | Path | Mapping[str, Any] | None = None,
+    clients: str | Path | Mapping[str, Any] | None = None,
+    base: Base | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (0,),
+    observers: Sequence[Observer] = (),
+    preset: str | None = None,
+    output: str | Path,
+) -> Comparison:
+    """The same rows, seeds and budget for several methods; finished runs in the folder are not repeated.
+
+        table = fedmira.compare(["local", "fedavg", "mira"], clients=rows, seeds=range(3), output="runs/c")
+        table.rows, table.page
+
+    Args:
+        methods: names and method objects; as a mapping, each under a name of its own.
+        config: as for `run`.
+        clients: as for `run`.
+        base: as for `run`.
+        settings: as for `run`; equal for all methods.
+        seeds: of the runs of each method.
+        observers: who is told what happens in each run, one after the other.
+        preset: as for `run`.
+        output: the folder of the comparison; runs lie in it as <method>-seed<seed>.
+
+    Raises:
+        InputError: something is wrong; nothing was trained.
+        RunError: a run failed; the tables hold the methods whose runs all finished.
+    """
+    named, objects = _told_apart(methods)
+    with _prepared(config, None, clients, base, settings, preset) as ready:
+        return compare_algorithms(
+            ready.config,
+            named,
+            [int(seed) for seed in seeds],
+            Path(output),
+            observers,
+            objects=objects,
+            base=ready.base,
+            rows=ready.rows,
+        )
+
+
+def load(
+    folder: str | Path, *, clients: Mapping[str, Any] | None = None, base: Base | None = None
+) -> Result:
+    """A run from its folder, however it ended.
+
+    Args:
+        folder: the run folder.
+        clients: the rows of a run whose rows were objects, to evaluate it again.
+        base: the base of a run whose base was an object, or one that is loaded already.
+
+    Raises:
+        RunFolderError: it is no run folder.
+    """
+    rows = None if clients is None else rows_from_objects(clients)
+    loaded = base if isinstance(base, BaseModel) else None
+    if isinstance(base, tuple):
+        # The caller keeps the model for as long as the result is used, so it stays frozen.
+        loaded = _base_of(*base)
+    elif base is not None and loaded is None:
         raise ConfigError(
-            f"preset {preset!r} cannot lie under a Config, which is complete; give the "
-            "settings that differ as a mapping instead"
+            f"load: base is {base!r}; give (model, tokenizer), as a folder's own base is loaded by itself"
         )
+    return Result(folder, loaded, rows)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A checked config with the objects that it stands for."""
+
+    config: Config
+    base: BaseModel | None
+    rows: ObjectRows | None
+
+
+@contextmanager
+def _prepared(
+    config: Config | str | Path | Mapping[str, Any] | None,
+    method: str | MethodSection | None,
+    clients: str | Path | Mapping[str, Any] | None,
+    base: Base | None,
+    settings: Mapping[str, Any] | None,
+    preset: str | None,
+) -> Iterator[_Ready]:
+    """The config and its objects; a model is frozen within the block only."""
+    if isinstance(base, tuple):
+        with borrowed(base[0]):
+            own = _base_of(*base)
+            yield _made(config, method, clients, own, settings, preset)
+    else:
+        yield _made(config, method, clients, base, settings, preset)
+
+
+def _made(
+    config: Config | str | Path | Mapping[str, Any] | None,
+    method: str | MethodSection | None,
+    clients: str | Path | Mapping[str, Any] | None,
+    base: str | Path | BaseModel | None,
+    settings: Mapping[str, Any] | None,
+    preset: str | None,
+) -> _Ready:
+    given = _written(config, preset)
+    given |= settings or {}
+    rows = rows_from_objects(clients) if isinstance(clients, Mapping) else None
+    if rows is not None:
+        given |= {"data.source": _OBJECT, "data.sha256": rows.sha256}
+    elif clients is not None:
+        given |= {"data.path": clients}
+        given.setdefault("data.source", "jsonl")
+    loaded = base if isinstance(base, BaseModel) else None
+    if loaded is not None:
+        given |= {"model.base": _OBJECT, "model.sha256": loaded.sha256}
+    elif base is not None:
+        given |= {"model.base": base}
+    if isinstance(method, str):
+        if method not in method_names():
+            raise ConfigError(
+                f"method {method!r}: there is none of this name; there are {', '.join(method_names())}"
+            )
+        given |= {"algorithm.name": method}
+    path = Path(config) if isinstance(config, str | Path) else None
+    return _Ready(_with(load_config(path, preset, (), given), method), loaded, rows)
+
+
+def _written(
+    config: Config | str | Path | Mapping[str, Any] | None, preset: str | None
+) -> dict[str, Any]:
+    """The settings of a config that is no file.
+
+    Raises:
+        ConfigError: a preset lies under a complete Config.
+    """
     if isinstance(config, Mapping):
-        overrides = [f"{key}={_toml_value(value)}" for key, value in config.items()]
-        config = load_config(None, preset, overrides)
-    elif not isinstance(config, Config):
-        config = load_config(Path(config) if config is not None else None, preset, ())
-    experiment = build_experiment(config, resumed=Path(output) if resume else None)
-
-    return start_experiment(experiment, Path(output), observers, resume=resume)
-
-
-def _toml_value(value: Any) -> str:
-    """A Python value as TOML that can stand behind an equals sign."""
-    if isinstance(value, Mapping):
-        return (
-            "{"
-            + ", ".join(f"{json.dumps(key)} = {_toml_value(part)}" for key, part in value.items())
-            + "}"
+        return dict(config)
+    if not isinstance(config, Config):
+        return {}
+    if preset is not None:
+        raise ConfigError(
+            f"preset {preset!r} cannot lie under a Config, which is complete; give the settings that "
+            "differ as a mapping instead"
         )
-    return tomli_w.dumps({"value": value}, multiline_strings=False).removeprefix("value = ").strip()
+    return dict(config.model_dump(mode="json", exclude_unset=True, exclude_none=True))
+
+
+def _with(config: Config, method: str | MethodSection | None) -> Config:
+    """The config with a method object, where it is one.
+
+    Raises:
+        ConfigError: the config names an object that is not given, or another one.
+    """
+    if isinstance(method, MethodSection):
+        return with_method(config, method)
+    if isinstance(config.algorithm, AbsentMethod):
+        raise ConfigError(config.algorithm.problem())
+    return config
+
+
+def _base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> BaseModel:
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    return from_model(model, with_padding(tokenizer), name)
+
+
+def _told_apart(
+    methods: Sequence[str | MethodSection] | Mapping[str, str | MethodSection],
+) -> tuple[list[str], dict[str, MethodSection]]:
+    """Names of methods, and objects by the name under which they run.
+
+    Raises:
+        ConfigError: two go by one name, or something is neither.
+    """
+    pairs = (
+        list(methods.items())
+        if isinstance(methods, Mapping)
+        else [
+            (each if isinstance(each, str) else getattr(each, "name", ""), each) for each in methods
+        ]
+    )
+    named: list[str] = []
+    objects: dict[str, MethodSection] = {}
+    for name, method in pairs:
+        if isinstance(method, MethodSection) and name not in objects and name not in named:
+            objects[name] = method
+        elif isinstance(method, str) and method == name and name not in named:
+            named.append(name)
+        else:
+            raise ConfigError(
+                f"compare: {name!r} stands for {method!r}; give names of methods and method objects, two of one "
+                "name as a dict: {'weak': Half(pull=0.1), 'strong': Half(pull=0.9)}"
+            )
+    return named, objects

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ __all__ = [
     "Settings",
     "cover",
     "read_overrides",
+    "read_settings",
     "read_toml",
 ]
 
@@ -27,6 +29,9 @@ Settings = dict[str, Any]
 
 Top-level keys such as `seed` sit beside the sections.
 """
+
+SETTINGS = "settings"
+"""The source of the layer that is given from Python."""
 
 OVERRIDES = "--set"
 """The source of the layer of overrides, whose values a command line hands over as text."""
@@ -119,6 +124,51 @@ def read_overrides(overrides: Sequence[str]) -> tuple[Layer, list[str]]:
             section = section[name]
         section[path[-1]] = _read_value(value.strip())
     return Layer(OVERRIDES, settings), problems
+
+
+def read_settings(given: Mapping[str, Any]) -> tuple[Layer, list[str]]:
+    """Reads dotted keys with values of Python; Path, tuples and numpy's numbers are fine.
+
+    Args:
+        given: dotted key -> value; a None is left out, and a mapping holds the keys of a section.
+
+    Returns:
+        The layer of all readable keys, and one problem for each that is not.
+    """
+    settings: Settings = {}
+    problems = []
+    for key, value in given.items():
+        path = _split_key(key) if isinstance(key, str) else []
+        if not path:
+            problems.append(f"settings[{key!r}]: must be a dotted key, such as 'rounds.count'")
+            continue
+        plain = _plain(value)
+        if plain is None:
+            continue
+        section = settings
+        for name in path[:-1]:
+            inner = section.setdefault(name, {})
+            if not isinstance(inner, dict):
+                inner = section[name] = {}
+            section = inner
+        below = section.get(path[-1])
+        both = isinstance(below, dict) and isinstance(plain, dict)
+        section[path[-1]] = _join(below, plain) if both else plain  # type: ignore[arg-type]
+    return Layer(SETTINGS, settings), problems
+
+
+def _plain(value: Any) -> Any:
+    """A value as TOML would have it; None where there is none."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist") and not isinstance(value, str):  # numpy
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        found = {str(key): _plain(inner) for key, inner in value.items()}
+        return {key: inner for key, inner in found.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
 
 
 def cover(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 from pydantic import ValidationError
@@ -14,6 +15,7 @@ from fedmira.config.layers import (
     Settings,
     cover,
     read_overrides,
+    read_settings,
     read_toml,
 )
 from fedmira.config.methods import DEFAULT, OBJECT, AbsentMethod, MethodSection
@@ -26,7 +28,10 @@ __all__ = ["dump_config", "load_config", "with_algorithm", "with_method", "with_
 
 
 def load_config(
-    path: Path | None = None, preset: str | None = None, overrides: Sequence[str] = ()
+    path: Path | None = None,
+    preset: str | None = None,
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> Config:
     """Read a config: the file wins over the preset, overrides win over both, and defaults fill the rest.
 
@@ -39,6 +44,7 @@ def load_config(
         preset: the name of a preset that lies under the file.
         overrides: `key=value` each, with a dotted key; the value is read as TOML, and as plain text
             where that fails.
+        settings: dotted key -> value, from Python; they win over all. None leaves a key as it is.
 
     Raises:
         ConfigError: with all problems together: unreadable sources, unknown keys, values out of
@@ -57,7 +63,8 @@ def load_config(
     override_layer, override_problems = read_overrides(overrides)
     if problems:
         raise ConfigError([*problems, *override_problems])
-    return _check([*layers, override_layer], override_problems)
+    given, given_problems = read_settings(settings or {})
+    return _check([*layers, override_layer, given], [*override_problems, *given_problems])
 
 
 def with_algorithm(config: Config, name: str) -> Config:
@@ -107,7 +114,9 @@ def dump_config(config: Config) -> str:
     """
     settings = config.model_dump(mode="json", exclude_none=True)
     if "server_step" in settings["algorithm"]:
-        del settings["algorithm"]["coupling"]  # it has no effect then, and setting both is an error
+        settings["algorithm"].pop(
+            "coupling", None
+        )  # it has no effect then, and setting both is an error
     if settings["adapter"]["rank_distribution"] != "one":
         del settings["adapter"]["rank"]  # as with coupling
     return tomli_w.dumps(settings)

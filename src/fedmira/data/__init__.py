@@ -2,6 +2,7 @@
 
 from fedmira.data.encoding import ClientData, EncodedExample, Encoder
 from fedmira.data.examples import Example, RawTask, Reading
+from fedmira.data.from_objects import ObjectRows, rows_from_objects
 from fedmira.data.load import (
     ClientSummary,
     Dataset,
@@ -17,6 +18,8 @@ from fedmira.data.sources import SOURCES, Reader
 from fedmira.data.tokenizer import Tokenizer
 
 __all__ = [
+    "ObjectRows",
+    "rows_from_objects",
     "ClientData",
     "ClientSummary",
     "Dataset",

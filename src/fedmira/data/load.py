@@ -12,11 +12,13 @@ from dataclasses import dataclass, fields, replace
 
 from fedmira.config import DataSettings
 from fedmira.data.encoding import ClientData, Encoder
+from fedmira.data.from_objects import OBJECT, ObjectRows
 from fedmira.data.partition import ClientRows, partition_tasks
 from fedmira.data.problems import Problems
 from fedmira.data.sources import SOURCES
 from fedmira.data.split import split_rows
 from fedmira.data.tokenizer import Tokenizer
+from fedmira.errors import DataError
 
 __all__ = [
     "CUT_SHARE",
@@ -80,20 +82,23 @@ class Dataset:
         return tuple(summary_of(client) for client in self.clients)
 
 
-def load_clients(settings: DataSettings, seed: int, tokenizer: Tokenizer) -> Dataset:
+def load_clients(
+    settings: DataSettings, seed: int, tokenizer: Tokenizer, rows: ObjectRows | None = None
+) -> Dataset:
     """Reads the source and makes the clients of a run. Logs a warning where more than `CUT_SHARE` of the prompts are cut.
 
     Args:
         settings: the [data] section.
         seed: of the run; the same settings and seed give the same rows on every machine.
         tokenizer: of the base model.
+        rows: of a run whose rows are objects.
 
     Raises:
         DataError: all problems of the first stage that has any.
     """
-    rows, skipped = _read(settings, seed)
-    _check_ids(rows)
-    return Dataset(_split_and_encoded(rows, settings, seed, tokenizer), skipped)
+    found, skipped = _read(settings, seed, rows)
+    _check_ids(found)
+    return Dataset(_split_and_encoded(found, settings, seed, tokenizer), skipped)
 
 
 def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str) -> ClientData:
@@ -148,14 +153,38 @@ def check_apart(settings: DataSettings) -> None:
     problems.raise_if_any()
 
 
-def _read(settings: DataSettings, seed: int) -> tuple[list[ClientRows], tuple[str, ...]]:
+def _read(
+    settings: DataSettings, seed: int, rows: ObjectRows | None = None
+) -> tuple[list[ClientRows], tuple[str, ...]]:
     """All clients of the source, sorted by id, and what was left out."""
-    reading = SOURCES[settings.source](settings, seed)
+    if settings.source == OBJECT:
+        reading = _given(settings, rows).reading(settings, seed)
+    else:
+        reading = SOURCES[settings.source](settings, seed)
     partition = partition_tasks(reading.tasks, settings, seed)
     return sorted(partition.clients, key=lambda client: client.client_id), (
         *reading.skipped,
         *partition.skipped,
     )
+
+
+def _given(settings: DataSettings, rows: ObjectRows | None) -> ObjectRows:
+    """The rows that were given as objects.
+
+    Raises:
+        DataError: there are none, or they are not those that the settings name.
+    """
+    if rows is None:
+        raise DataError(
+            "data.source = 'object': the rows of this run were objects of Python, which no file holds; give "
+            "them again: fedmira.run(clients=...) or fedmira.load(folder, clients=...)"
+        )
+    if settings.sha256 is not None and settings.sha256 != rows.sha256:
+        raise DataError(
+            f"clients: these are not the rows of the run (sha256 {rows.sha256[:12]}, the run has "
+            f"{settings.sha256[:12]}); give the rows that it was made with, or begin a new run"
+        )
+    return rows
 
 
 def _split_and_encoded(

@@ -10,7 +10,7 @@ from fedmira.adapters import Adapter
 from fedmira.clients import Clients, CohortSettings, LocalClients, OverWire
 from fedmira.config import Config
 from fedmira.config.methods import written_form
-from fedmira.data import ClientSummary, Dataset, load_clients
+from fedmira.data import ClientSummary, Dataset, ObjectRows, load_clients
 from fedmira.experiment.scheme import make_scheme, prepare_kind, token_budget
 from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
@@ -89,6 +89,7 @@ def build_experiment(
     base: BaseModel | None = None,
     resumed: Path | None = None,
     dataset: Dataset | None = None,
+    rows: ObjectRows | None = None,
 ) -> Experiment:
     """Load the base and the data and build the parts on them.
 
@@ -98,13 +99,14 @@ def build_experiment(
             on bit for bit.
         dataset: what `load_clients` gave for this config's [data] and seed, to share it between
             runs.
+        rows: of a run whose rows are objects.
 
     Raises:
         InputError: something in the config cannot work; nothing was trained.
     """
     kind = prepare_kind(config, base)
-    dataset = dataset or load_clients(config.data, config.seed, kind.base.tokenizer)
-    rows = {client.client_id: client for client in dataset.clients}
+    dataset = dataset or load_clients(config.data, config.seed, kind.base.tokenizer, rows)
+    data = {client.client_id: client for client in dataset.clients}
     parties = {party.client_id: party for party in dataset.summaries()}
     scheme = make_scheme(config, kind, parties)
     scales = {client: kind.scale(rank) for client, rank in scheme.ranks.items()}
@@ -114,7 +116,7 @@ def build_experiment(
     )
     at_once = most_side_by_side(largest, kind.base.device)
     settings = CohortSettings(config.local, scales, budget)
-    clients: Clients = LocalClients(scheme.algorithm, kind, rows, settings, at_once)
+    clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once)
     if config.engine.wire != "float32":
         clients = OverWire(clients, config.engine.wire, at_once)
     return Experiment(
@@ -126,7 +128,7 @@ def build_experiment(
         graph=scheme.graph,
         algorithm=scheme.algorithm,
         clients=clients,
-        data_sha256=hash_of_rows(rows),
+        data_sha256=hash_of_rows(data),
         token_budget=budget,
         skipped=dataset.skipped,
     )

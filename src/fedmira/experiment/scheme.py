@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fedmira.adapters import Adapter
 from fedmira.config import AbsentMethod, Config
 from fedmira.data import ClientSummary
-from fedmira.errors import ConfigError
+from fedmira.errors import ConfigError, ModelError
 from fedmira.experiment.ranks import client_ranks
 from fedmira.graphs import GraphSource, graph_source
 from fedmira.messages import ClientId
@@ -53,6 +53,11 @@ def prepare_kind(config: Config, base: BaseModel | None = None) -> AdapterKind:
         InputError: the base cannot be loaded, or does not fit the config.
     """
     base = base or load_base(config.model)
+    if config.model.sha256 not in (None, base.sha256):
+        raise ModelError(
+            f"base: this is not the model of the run (its weights have the sha256 {base.sha256[:12]}, the run's "
+            f"{config.model.sha256[:12]}); give the model that it was made with, or begin a new run"
+        )
     taken = config.adapter.positions
     if base.max_positions is not None and config.data.max_length + taken > base.max_positions:
         beside = f" beside adapter.virtual_tokens = {taken}" if taken else ""

@@ -1,5 +1,6 @@
 """The only room that knows transformers and peft."""
 
+from fedmira.model.base.borrowed import borrowed, with_padding
 from fedmira.model.base.hashing import tokenizer_hash
 from fedmira.model.base.loading import load_tokenizer
 from fedmira.model.base.memory import most_side_by_side, within_memory
@@ -22,6 +23,8 @@ from fedmira.model.training.measure import Choice, Contender, choose_adapters, s
 from fedmira.model.training.steps import LocalOutcome, LocalTask, train_cohort
 
 __all__ = [
+    "borrowed",
+    "with_padding",
     "AdapterKind",
     "BaseModel",
     "Choice",

@@ -4,11 +4,15 @@ from fedmira.report.comparison import write_comparison
 from fedmira.report.comparison_figures import Figures
 from fedmira.report.findings import SummaryRow, summary_rows
 from fedmira.report.page import write_report
+from fedmira.report.pictures import Picture, picture_of_graph, picture_of_rounds
 from fedmira.report.read import read_run
 from fedmira.report.records import Client, Event, Round, Run, TaskGraph
 from fedmira.report.targets import Reached, check_target, reached
 
 __all__ = [
+    "Picture",
+    "picture_of_graph",
+    "picture_of_rounds",
     "Client",
     "Event",
     "Figures",

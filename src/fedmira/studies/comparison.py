@@ -14,12 +14,14 @@ from typing import Any
 
 from fedmira.config import (
     Config,
+    MethodSection,
     dump_config,
     with_algorithm,
+    with_method,
     with_overrides,
 )
 from fedmira.config.methods import method_names
-from fedmira.data import Dataset, load_clients
+from fedmira.data import Dataset, ObjectRows, load_clients
 from fedmira.errors import (
     ConfigError,
     InputError,
@@ -63,13 +65,17 @@ class Comparison:
 
 
 def plan_methods(
-    config: Config, algorithms: Sequence[str], variants: Mapping[str, Sequence[str]] | None = None
+    config: Config,
+    algorithms: Sequence[str],
+    variants: Mapping[str, Sequence[str]] | None = None,
+    objects: Mapping[str, MethodSection] | None = None,
 ) -> dict[str, Config]:
     """Name of a method -> its settings, in the order in which they run.
 
     Args:
         algorithms: names; each keeps those settings of the config's algorithm that it has too.
         variants: further methods by name, each with `key=value` overrides of the config.
+        objects: further methods by name, each an object.
 
     Raises:
         ConfigError: a name or a setting is wrong, or a variant changes what must be equal for all.
@@ -85,6 +91,11 @@ def plan_methods(
                 f"{name}: {problem}; {alone}" if name in method_names() else problem
                 for problem in error.problems
             ]
+    for name, method in (objects or {}).items():
+        try:
+            plans[name] = _of_object(config, name, method, plans)
+        except ConfigError as error:
+            problems += error.problems
     for name, overrides in (variants or {}).items():
         if name in plans or not _NAME.fullmatch(name):
             problems.append(
@@ -110,6 +121,25 @@ def plan_methods(
     return plans
 
 
+def _of_object(
+    config: Config, name: str, method: MethodSection, known: Mapping[str, Config]
+) -> Config:
+    """The run of a method that is an object.
+
+    Raises:
+        ConfigError: its name is taken or names no folder, or it does not go with the config.
+    """
+    if name in known or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"method {name!r}: must be a new name of letters, digits, '.', '_' and '-'; it names the run "
+            "folders (give a dict from name to method where two have one name)"
+        )
+    try:
+        return with_method(config, method)
+    except ConfigError as error:
+        raise ConfigError([f"{name}: {problem}" for problem in error.problems]) from error
+
+
 def compare_algorithms(
     config: Config,
     algorithms: Sequence[str],
@@ -120,12 +150,18 @@ def compare_algorithms(
     variants: Mapping[str, Sequence[str]] | None = None,
     reference: str = "",
     target_loss: float | None = None,
+    objects: Mapping[str, MethodSection] | None = None,
+    base: BaseModel | None = None,
+    rows: ObjectRows | None = None,
 ) -> Comparison:
     """Run every method with every seed into `output`/<method>-seed<seed>, put the results side by side and write them into `output`.
 
     Args:
         observers: watch the runs, one run after the other.
         variants: methods besides the algorithms, see `plan_methods`.
+        objects: methods given as objects, by name.
+        base: one that is loaded already, or was given as an object.
+        rows: of clients that were given as objects.
         reference: a method that the others are paired with besides local training.
         target_loss: a mean test loss; the tables then say after how many rounds and seconds each
             method reached it.
@@ -137,7 +173,7 @@ def compare_algorithms(
         RunError: a run failed; the tables hold the methods whose runs all finished. Call again to
             continue.
     """
-    methods = plan_methods(config, algorithms, variants)
+    methods = plan_methods(config, algorithms, variants, objects)
     if reference and reference not in methods:
         raise ConfigError(
             f"reference {reference!r} is not among the compared methods; they are "
@@ -153,7 +189,7 @@ def compare_algorithms(
     ]
     unfinished = [run for run in plans if not run.is_finished()]
     failures = (
-        _run(unfinished, _CommonGround(load_base(config.model), folders), observers)
+        _run(unfinished, _CommonGround(base or load_base(config.model), folders, rows), observers)
         if unfinished
         else {}
     )
@@ -273,8 +309,14 @@ class _CommonGround:
         folders: method -> seed -> folder, of all runs, finished or not.
     """
 
-    def __init__(self, base: BaseModel, folders: Mapping[str, Mapping[int, Path]]) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        folders: Mapping[str, Mapping[int, Path]],
+        given: ObjectRows | None = None,
+    ) -> None:
         self.base = base
+        self._given = given
         self._folders = folders
         self._rows: tuple[int, Dataset] | None = None
 
@@ -287,7 +329,7 @@ class _CommonGround:
         """
         if self._rows is None or self._rows[0] != config.seed:
             self._rows = None  # the other seed's go before these are read
-            dataset = load_clients(config.data, config.seed, self.base.tokenizer)
+            dataset = load_clients(config.data, config.seed, self.base.tokenizer, self._given)
             present = {
                 "data": hash_of_rows({client.client_id: client for client in dataset.clients}),
                 "base": self.base.sha256,

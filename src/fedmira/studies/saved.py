@@ -14,11 +14,11 @@ from typing import Any
 from fedmira.adapters import Adapter, LazyAdapters
 from fedmira.clients import CohortSettings, LocalClients
 from fedmira.config import Config, load_config
-from fedmira.data import Encoder, Example, load_clients
+from fedmira.data import Encoder, Example, ObjectRows, load_clients
 from fedmira.errors import ConfigError, DataError, RunFolderError
 from fedmira.experiment import prepare_kind, token_budget
 from fedmira.messages import ClientId
-from fedmira.model import AdapterKind, most_side_by_side, usual_token_budget
+from fedmira.model import AdapterKind, BaseModel, most_side_by_side, usual_token_budget
 from fedmira.runs import RunFolder, hash_of_rows
 
 __all__ = ["SavedAdapters", "answer", "clients_of", "reload_adapters"]
@@ -46,8 +46,12 @@ class SavedAdapters:
     data_sha256: str
 
 
-def reload_adapters(path: Path) -> SavedAdapters:
-    """Load the base of a run, and find its adapters.
+def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
+    """Loads the base of a run, and finds its adapters.
+
+    Args:
+        path: the run folder.
+        base: of a run whose base was an object, or one that is loaded already.
 
     Raises:
         RunFolderError: it is no run folder, has no adapters, or the base model has changed since.
@@ -60,7 +64,7 @@ def reload_adapters(path: Path) -> SavedAdapters:
             f"--resume --output {path}"
         )
     config = load_config(path / "config.toml")
-    kind = prepare_kind(config)
+    kind = prepare_kind(config, base)
     ranks = {}
     for client, entry in index.items():
         about = entry if isinstance(entry, dict) else {}
@@ -83,8 +87,12 @@ def reload_adapters(path: Path) -> SavedAdapters:
     )
 
 
-def clients_of(saved: SavedAdapters) -> LocalClients:
+def clients_of(saved: SavedAdapters, rows: ObjectRows | None = None) -> LocalClients:
     """The run's clients with their rows, to measure the adapters; they do not train.
+
+    Args:
+        saved: the adapters.
+        rows: of a run whose rows were objects.
 
     Raises:
         DataError: the rows cannot be read.
@@ -93,7 +101,7 @@ def clients_of(saved: SavedAdapters) -> LocalClients:
     config, kind = saved.config, saved.kind
     data = {
         client.client_id: client
-        for client in load_clients(config.data, config.seed, kind.base.tokenizer).clients
+        for client in load_clients(config.data, config.seed, kind.base.tokenizer, rows).clients
     }
     if absent := [client for client in saved.adapters if client not in data]:
         raise RunFolderError(
@@ -120,6 +128,7 @@ def answer(
     text: str,
     instruction: str | None = None,
     max_new_tokens: int | None = None,
+    rows: ObjectRows | None = None,
 ) -> str:
     """What a client's adapter says to an input, under the client's own instruction unless another is given.
 
@@ -133,7 +142,7 @@ def answer(
             f"{_listed(list(saved.adapters))}"
         )
     kind, config = saved.kind, saved.config
-    own = _usual_instruction(saved, client) if instruction is None else instruction
+    own = _usual_instruction(saved, client, rows) if instruction is None else instruction
     example = Example(own, text, "") if own else Example(text, "", "")
     prompt = Encoder(kind.base.tokenizer, config.data.prompt, config.data.max_length).prompt(
         example
@@ -148,12 +157,12 @@ def answer(
     return kind.generate([saved.adapters[client]], scales, [(0, prompt)], limit, budget)[0]
 
 
-def _usual_instruction(saved: SavedAdapters, client: ClientId) -> str:
+def _usual_instruction(saved: SavedAdapters, client: ClientId, rows: ObjectRows | None) -> str:
     """That which all the client's training rows share, or none."""
     way_out = "give --instruction (an empty one where the task has none)"
     try:
         clients = load_clients(
-            saved.config.data, saved.config.seed, saved.kind.base.tokenizer
+            saved.config.data, saved.config.seed, saved.kind.base.tokenizer, rows
         ).clients
     except DataError as error:
         raise ConfigError(

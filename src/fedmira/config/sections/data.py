@@ -14,9 +14,16 @@ __all__ = ["DataSettings"]
 class DataSettings(Section):
     """[data]: where rows come from, how they become clients, and how each client's rows are split."""
 
-    source: Literal["demo", "natural-instructions", "dolly", "jsonl", "hub"] = setting(
+    source: Literal["demo", "natural-instructions", "dolly", "jsonl", "hub", "object"] = setting(
         "demo",
-        help="The reader.",
+        help=(
+            'The reader. `"object"` stands for rows that were given from Python; no file holds them.'
+        ),
+    )
+    sha256: str | None = setting(
+        None,
+        help="Of rows that were given from Python; the run writes it, so that it knows them again.",
+        read_by={"source": ("object",)},
     )
     path: str = setting(
         "",

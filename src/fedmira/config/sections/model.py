@@ -18,7 +18,15 @@ class ModelSettings(Section):
         help=(
             '`"bundled"`, a local folder in Hugging Face format (with `config.json` and a '
             "tokenizer), or a hub id, which transformers downloads or takes from its cache. "
-            "Code that comes with a model is never run."
+            'Code that comes with a model is never run. `"object"` stands for a model that was given '
+            "from Python."
+        ),
+    )
+    sha256: str | None = setting(
+        None,
+        help=(
+            "Of the weights of a model that was given from Python; the run writes it, so that it "
+            "knows the model again."
         ),
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(

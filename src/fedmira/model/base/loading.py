@@ -27,7 +27,10 @@ from fedmira.errors import ModelError
 from fedmira.model.base.allocator import keep_freed_memory
 from fedmira.model.base.types import BaseModel, num_embeddings
 
-__all__ = ["freeze", "load_tokenizer", "read_base"]
+__all__ = ["OBJECT", "freeze", "load_tokenizer", "read_base"]
+
+OBJECT = "object"
+"""model.base of a run whose base was given as an object."""
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -149,6 +152,11 @@ def _quantized(settings: ModelSettings, device: torch.device, dtype: torch.dtype
 
 
 def _location(base: str) -> str:
+    if base == OBJECT:
+        raise ModelError(
+            "model.base = 'object': the base of this run was an object of Python, which no file holds; give it "
+            "again: fedmira.run(base=(model, tokenizer), ...) or fedmira.load(folder, base=...)"
+        )
     if base == "bundled":
         return str(resources.files("fedmira") / "bundled" / "base")
     path = Path(base).expanduser()

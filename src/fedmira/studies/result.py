@@ -1,0 +1,327 @@
+"""A run that is over, or was, from its folder alone: tables, graph, plots, answers."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmira.adapters import Adapter, mix
+from fedmira.data import ObjectRows
+from fedmira.errors import ConfigError, RunFolderError
+from fedmira.graphs import Graph, graph_of
+from fedmira.messages import ClientId
+from fedmira.metrics import metrics
+from fedmira.model import BaseModel
+from fedmira.report import Picture, picture_of_graph, picture_of_rounds
+from fedmira.runs import RunFolder
+from fedmira.studies.saved import SavedAdapters, answer, clients_of, reload_adapters
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["MergedAdapter", "Result", "RunGraph"]
+
+_TEXT_COLUMNS = ("client", "task", "category")
+_SHOWN_CLIENTS = 12
+
+
+@dataclass(frozen=True)
+class RunGraph:
+    """The task graph that acted last in a run.
+
+    Attributes:
+        graph: the weights.
+        folder: the run folder.
+    """
+
+    graph: Graph
+    folder: Path
+
+    @property
+    def kind(self) -> str:
+        """How it was made."""
+        return self.graph.kind
+
+    @property
+    def clients(self) -> tuple[ClientId, ...]:
+        """All client ids."""
+        return self.graph.clients
+
+    def edges(self) -> list[tuple[ClientId, ClientId, float]]:
+        """Every pair that is related, once: (client, client, weight above 0)."""
+        return list(self.graph.edges())
+
+    def plot(self) -> Picture:
+        """The graph as a picture: related clients lie together, size is training rows."""
+        return picture_of_graph(self.folder)
+
+    def _repr_svg_(self) -> str:
+        """For notebooks."""
+        return self.plot().svg
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """One adapter made of those of several clients.
+
+    Attributes:
+        adapter: parameter name -> tensor.
+        clients: whose adapters it is made of.
+        saved: the run they come from.
+    """
+
+    adapter: Adapter
+    clients: tuple[ClientId, ...]
+    saved: SavedAdapters
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes a folder that plain PEFT loads.
+
+        Args:
+            folder: new or empty.
+
+        Raises:
+            RunFolderError: something is there already.
+        """
+        place = Path(folder)
+        RunFolder.refuse_taken(place)
+        place.mkdir(parents=True, exist_ok=True)
+        self.saved.kind.write(place, self.adapter)
+        return place
+
+
+class Result:
+    """A run, read from its folder when it is asked for.
+
+        result = fedmira.load("runs/first")
+        result.clients["after_align_loss"].mean(), result.rounds, result.plot("test_loss")
+        result.generate("clinic-north", "The patient reports ...")
+
+    Args:
+        folder: the run folder.
+        base: of a run whose base was an object: a base that `fedmira.load` was given.
+        rows: of a run whose rows were objects.
+
+    Raises:
+        RunFolderError: the folder is no run folder.
+    """
+
+    def __init__(
+        self, folder: str | Path, base: BaseModel | None = None, rows: ObjectRows | None = None
+    ) -> None:
+        self.folder = RunFolder.reopen(Path(folder)).path
+        self._base = base
+        self._rows = rows
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.folder / "report.html"
+
+    @cached_property
+    def about(self) -> Mapping[str, Any]:
+        """run.json: versions, base, data, machine, how it ended."""
+        return RunFolder(self.folder).read_json("run.json")
+
+    @property
+    def status(self) -> str:
+        """How it ended: finished, stopped, interrupted or failed; or running."""
+        return str(self.about.get("status", "not begun"))
+
+    @property
+    def summary(self) -> Mapping[str, Mapping[str, float]]:
+        """Figure -> mean, weighted_mean, worst_tenth and spread over clients."""
+        return self.about.get("summary") or {}
+
+    @cached_property
+    def clients(self) -> pandas.DataFrame:
+        """metrics/clients.csv, a row a client; what was not measured is NaN."""
+        return self._table("clients")
+
+    @cached_property
+    def rounds(self) -> pandas.DataFrame:
+        """metrics/rounds.csv, a row a round; what was not measured is NaN."""
+        return self._table("rounds")
+
+    @cached_property
+    def events(self) -> pandas.DataFrame:
+        """events.jsonl, a row a line; keys that a line does not have are NaN."""
+        import pandas
+
+        path = self.folder / "events.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return pandas.DataFrame([json.loads(line) for line in lines])
+
+    @cached_property
+    def graph(self) -> RunGraph | None:
+        """The graph that acted last; None where none has."""
+        path = self.folder / "graph.json"
+        if not path.exists():
+            return None
+        return RunGraph(graph_of(path.read_text(encoding="utf-8")), self.folder)
+
+    @property
+    def adapters(self) -> Mapping[ClientId, Adapter]:
+        """Each client's adapter as saved, read when it is asked for; the base is loaded first."""
+        return self._saved.adapters
+
+    def plot(self, figure: str = "test_loss") -> Picture:
+        """A figure over the rounds.
+
+        Args:
+            figure: a column of `rounds`, such as "test_loss", "train_loss" or "pull".
+        """
+        return picture_of_rounds(self.folder, figure)
+
+    def generate(
+        self,
+        client: ClientId,
+        text: str,
+        *,
+        instruction: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> str:
+        """What a client's adapter answers.
+
+        Args:
+            client: its id.
+            text: the input.
+            instruction: in place of the one that all rows of the client share.
+            max_new_tokens: longest answer in tokens; by default evaluation.max_new_tokens.
+
+        Raises:
+            ConfigError: there is no such client, or its instruction is not known here.
+        """
+        return answer(self._saved, client, text, instruction, max_new_tokens, self._rows)
+
+    def evaluate(self) -> pandas.DataFrame:
+        """Test losses and text scores of the saved adapters, measured anew: a row a client.
+
+        Raises:
+            RunFolderError: the rows of the clients are not on this machine.
+        """
+        import pandas
+
+        saved = self._saved
+        clients = clients_of(saved, self._rows)
+        losses = clients.losses(saved.adapters)
+        limit = saved.config.evaluation.max_new_tokens
+        texts = clients.score(saved.adapters, limit) if saved.config.evaluation.rouge else {}
+        return pandas.DataFrame(
+            [
+                {"client": client, "test_loss": loss.per_token, **texts.get(client, {})}
+                for client, loss in losses.items()
+            ]
+        )
+
+    def merge(
+        self, clients: Sequence[ClientId], weights: Sequence[float] | None = None
+    ) -> MergedAdapter:
+        """One adapter made of several: the weighted mean of their updates, cut to the largest rank.
+
+        Args:
+            clients: whose adapters.
+            weights: of each, 0 or more; by default all alike. They are divided by their sum.
+
+        Raises:
+            ConfigError: there is no such client, adapters have no rank, or the weights do not fit.
+        """
+        saved = self._saved
+        unknown = [client for client in clients if client not in saved.adapters]
+        if unknown or not clients:
+            raise ConfigError(
+                f"merge: there is no client {', '.join(map(repr, unknown)) or 'given'} in this run; its clients "
+                f"are {', '.join(list(saved.adapters)[:12])}"
+            )
+        given = [1.0] * len(clients) if weights is None else [float(weight) for weight in weights]
+        if len(given) != len(clients) or min(given) < 0 or sum(given) <= 0:
+            raise ConfigError(
+                f"merge: {len(given)} weights for {len(clients)} clients, with the sum {sum(given):g}; give one a "
+                "client, 0 or more and not all 0"
+            )
+        rank = max(saved.ranks[client] for client in clients)
+        if rank == 0:
+            raise ConfigError(
+                f"merge: adapters of kind {saved.config.adapter.kind!r} have no products to be averaged; only "
+                "LoRA's have"
+            )
+        adapters = [saved.adapters[client] for client in clients]
+        scales = [saved.kind.scale(saved.ranks[client]) for client in clients]
+        shares = [weight / sum(given) for weight in given]
+        widest = next(
+            adapter
+            for client, adapter in zip(clients, adapters, strict=True)
+            if saved.ranks[client] == rank
+        )
+        merged = mix(adapters, shares, scales, rank, saved.kind.scale(rank), widest)
+        return MergedAdapter(merged.adapter, tuple(clients), saved)
+
+    def __repr__(self) -> str:
+        """One line: where it is, how it ended, and the headline figure."""
+        mean = self.summary.get("after_align_loss", {}).get("mean")
+        told = "" if mean is None else f", mean test loss {mean:.3f}"
+        return f"<fedmira run {str(self.folder)!r}: {self.status}{told}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: one small table of the clients and the path of the report."""
+        measured = [metric.name for metric in metrics() if self._is_measured(metric.name)]
+        columns = ["client", "train_rows", *measured]
+        heads = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+        rows = [
+            "<tr>" + "".join(f"<td>{_cell(row[column])}</td>" for column in columns) + "</tr>"
+            for _, row in self.clients.head(_SHOWN_CLIENTS).iterrows()
+        ]
+        more = len(self.clients) - _SHOWN_CLIENTS
+        rest = f"<p>and {more} more clients</p>" if more > 0 else ""
+        return (
+            f"<p><b>{html.escape(self.folder.name)}</b>: {html.escape(self.status)}</p>"
+            f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>{rest}"
+            f"<p>report: <code>{html.escape(str(self.report))}</code></p>"
+        )
+
+    @cached_property
+    def _saved(self) -> SavedAdapters:
+        return reload_adapters(self.folder, self._base)
+
+    def _table(self, name: str) -> pandas.DataFrame:
+        import pandas
+
+        path = self.folder / "metrics" / f"{name}.csv"
+        if not path.exists():
+            raise RunFolderError(
+                f"{path}: the run has written no such table yet (status: {self.status}); finish it with "
+                "fedmira.run(output=..., resume=True)"
+            )
+        # Names are text even where they look like numbers, or like missing cells.
+        texts = dict.fromkeys(_TEXT_COLUMNS, str)
+        table = pandas.read_csv(
+            path,
+            dtype=texts,
+            keep_default_na=False,
+            na_values={metric.name: [""] for metric in metrics()}
+            | {column: [""] for column in _numbers(path)},
+        )
+        for column in table.columns:
+            if column not in _TEXT_COLUMNS and table[column].isna().all():
+                table[column] = table[column].astype(float)
+        return table
+
+    def _is_measured(self, name: str) -> bool:
+        return name in self.clients and bool(self.clients[name].notna().any())
+
+
+def _numbers(path: Path) -> list[str]:
+    """The columns of a table that hold numbers."""
+    head = path.read_text(encoding="utf-8").partition("\n")[0].split(",")
+    return [column for column in head if column not in _TEXT_COLUMNS]
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.3f}"
+    return html.escape(str(value))
