@@ -36,7 +36,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "experiment": _BELOW_EXPERIMENT,
     "studies": _BELOW_EXPERIMENT | {"experiment"},
     "federation": _BELOW_EXPERIMENT | {"experiment"},
-    "api": {"config", "errors", "experiment", "observers", "runs", "studies"},
+    "api": {"config", "data", "errors", "experiment", "model", "observers", "runs", "studies"},
     "cli": {
         "api",
         "config",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedmira.config import (
     Config,
@@ -24,12 +24,10 @@ from fedmira.observers import Observer
 from fedmira.studies import Comparison, Plan, compare_algorithms, make_plan
 from fedmira.studies.result import Result
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    Base = str | Path | BaseModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
-
 __all__ = ["check", "compare", "load", "run"]
+
+Base = str | Path | BaseModel | tuple[Any, Any]
+"""A name or folder of a base, one that is loaded already, or a transformers model with its tokenizer."""
 
 _OBJECT = "object"
 
@@ -272,7 +270,8 @@ def _with(config: Config, method: str | MethodSection | None) -> Config:
     return config
 
 
-def _base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> BaseModel:
+def _base_of(model: Any, tokenizer: Any) -> BaseModel:
+    """A base of a transformers model and its tokenizer."""
     name = getattr(model, "name_or_path", "") or type(model).__name__
     return from_model(model, with_padding(tokenizer), name)
 

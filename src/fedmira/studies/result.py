@@ -303,8 +303,7 @@ class Result:
             path,
             dtype=texts,
             keep_default_na=False,
-            na_values={metric.name: [""] for metric in metrics()}
-            | {column: [""] for column in _numbers(path)},
+            na_values={column: [""] for column in _columns(path) if column != "client"},
         )
         for column in table.columns:
             if column not in _TEXT_COLUMNS and table[column].isna().all():
@@ -315,10 +314,9 @@ class Result:
         return name in self.clients and bool(self.clients[name].notna().any())
 
 
-def _numbers(path: Path) -> list[str]:
-    """The columns of a table that hold numbers."""
-    head = path.read_text(encoding="utf-8").partition("\n")[0].split(",")
-    return [column for column in head if column not in _TEXT_COLUMNS]
+def _columns(path: Path) -> list[str]:
+    """The columns of a table."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].split(",")
 
 
 def _cell(value: object) -> str:
