@@ -1,7 +1,8 @@
 """Write what the pages say of the code: python docs/generate.py [--check]
 
-The file tree in ARCHITECTURE.md is made of the first sentences of the modules. With `--check` nothing is written, and the
-exit code is 1 where a page is not up to date.
+The file tree in ARCHITECTURE.md is made of the first sentences of the modules, and the tables in
+docs/configuration.md of the fields of the settings. With `--check` nothing is written, and the exit
+code is 1 where a page is not up to date.
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ from __future__ import annotations
 import ast
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # where this file is loaded and not run
+
+from configuration_tables import tables  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "fedmira"
@@ -37,7 +42,14 @@ def file_tree() -> str:
 def pages() -> dict[Path, str]:
     """Page -> its text as it should be."""
     architecture = ROOT / "ARCHITECTURE.md"
-    return {architecture: _with(architecture.read_text(encoding="utf-8"), "files", file_tree())}
+    configuration = ROOT / "docs" / "configuration.md"
+    settings = configuration.read_text(encoding="utf-8")
+    for section, table in tables().items():
+        settings = _with(settings, f"settings of {section}", table)
+    return {
+        architecture: _with(architecture.read_text(encoding="utf-8"), "files", file_tree()),
+        configuration: settings,
+    }
 
 
 def out_of_date() -> list[str]:

@@ -72,9 +72,12 @@ def expanded(line: str, before: list[str]) -> list[str]:
 def run_command(words: list[str]) -> None:
     """`fedmira ...`, made small where it trains from settings."""
     if words[1] in ("run", "compare") and "--resume" not in words:
+        small = dict(SMALL)
+        if "algorithm.name=local" in words:
+            del small["graph.kind"]  # it uses no graph, and a graph is an error then
         words = [
             *words,
-            *(part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")),
+            *(part for key, value in small.items() for part in ("--set", f"{key}={value}")),
         ]
     elif words[1] == "check":
         words = [*words, "--set", "data.clients=4"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmira.adapters import Adapter
-from fedmira.config import AbsentMethod, Config
+from fedmira.config import AbsentMethod, Config, GraphSettings
 from fedmira.data import ClientSummary
 from fedmira.errors import ConfigError, ModelError
 from fedmira.experiment.ranks import client_ranks
@@ -106,7 +106,10 @@ def make_scheme(
     ranks = client_ranks(config.adapter, list(clients), kind.targets, config.seed)
     categories = {client: party.category for client, party in parties.items()}
     rows = {client: party.train_rows for client, party in parties.items()}
-    graph = graph_source(config.graph, clients, categories, seed_for(config.seed, "graph"), rows)
+    method = method_of(config)
+    # A method that uses no graph must not fail for one, so that it gets one which needs nothing.
+    related = config.graph if method.uses_graph else GraphSettings()
+    graph = graph_source(related, clients, categories, seed_for(config.seed, "graph"), rows)
     at_once = cohort_size(len(clients), config.rounds)
     if config.rounds.min_replies > at_once:
         raise ConfigError(
@@ -123,7 +126,7 @@ def make_scheme(
         cohort=at_once,
         rounds=config.rounds.count,
     )
-    algorithm = method_of(config).for_federation(context)
+    algorithm = method.for_federation(context)
     if algorithm.aligns and not graph.acts(config.rounds.count):
         raise ConfigError(
             f"graph.warmup_rounds is {config.graph.warmup_rounds} and rounds.count "

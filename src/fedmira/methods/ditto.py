@@ -57,7 +57,7 @@ class Ditto(Method):
         ),
     }
     personal_pull: float = setting(
-        0.1, ge=0, help="lambda, the pull of personal adapters; 0 trains them alone"
+        0.1, ge=0, help="lambda, the pull of a personal adapter towards the shared one"
     )
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:

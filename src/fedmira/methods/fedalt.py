@@ -64,9 +64,15 @@ class FedAlt(Method):
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.FACTORS: ""}
     trained_rank: Count = setting(
-        0, help="directions of an adapter that are trained, the others are frozen; 0 takes half"
+        0,
+        help=(
+            "directions of an adapter that are trained; the remaining ones of `adapter.rank` "
+            "hold the frozen part. 0 takes half"
+        ),
     )
-    rest_share: float = setting(0.5, ge=0, help="rho, the weight of the rest of the world")
+    rest_share: float = setting(
+        0.5, ge=0, help="rho, the weight of what the rest of the world learned"
+    )
 
     @property
     def split(self) -> RankSplit:

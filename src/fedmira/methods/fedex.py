@@ -49,7 +49,11 @@ class FedEx(Method):
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.FACTORS: ""}
     trained_rank: Count = setting(
-        0, help="directions of an adapter that are trained, the others are frozen; 0 takes half"
+        0,
+        help=(
+            "directions of an adapter that are trained; the remaining ones of `adapter.rank` "
+            "hold the frozen part. 0 takes half"
+        ),
     )
 
     @property

@@ -100,7 +100,12 @@ class FedFomo(Method):
         Need.VALIDATION: "",
     }
     candidates: Positive = setting(
-        5, help="most adapters of others that a client is sent in a round"
+        5,
+        help=(
+            "most adapters of others that a client is sent in a round. Needs "
+            "`data.validation_fraction` above 0, and at most 2,000,000 pairs of clients (2,000 "
+            "clients)"
+        ),
     )
 
     def check(self) -> None:

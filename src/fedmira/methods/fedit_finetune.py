@@ -52,7 +52,10 @@ class FedItFinetune(Method):
         0.5,
         gt=0,
         lt=1,
-        help="share of the rounds for fine-tuning, rounded down; each part has at least one round",
+        help=(
+            "share of the rounds for fine-tuning, the last ones, rounded down; each part has at "
+            "least one round"
+        ),
     )
 
     @property

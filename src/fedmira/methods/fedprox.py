@@ -27,7 +27,9 @@ class FedProx(FedAvg):
     name: ClassVar[str] = "fedprox"
     title: ClassVar[str] = "FedProx"
     proximal: float = setting(
-        0.01, ge=0, help="mu, the strength of the pull back to the shared adapter; 0 is FedAvg"
+        0.01,
+        ge=0,
+        help="mu, the pull of a client's local steps towards the shared adapter. 0 is `fedavg`",
     )
 
     def begin(self, payload: Payload, memory: Payload | None) -> Start:

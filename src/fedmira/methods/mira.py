@@ -105,31 +105,45 @@ class Mira(Method):
     title: ClassVar[str] = "MIRA"
     coupling: Fraction = setting(
         1.0,
-        help="kappa = gamma * max degree, the share of the way to the neighbours; 0 is local training",
+        help="kappa = gamma · largest degree of the graph. 0 is local training",
     )
     server_step: float | None = setting(
-        None, ge=0, help="gamma = eta * lambda itself (paper eq. 8) in place of `coupling`"
+        None,
+        ge=0,
+        help=(
+            "gamma = eta · lambda of the paper itself, in place of `coupling`. Setting both is "
+            "an error"
+        ),
     )
     size_scale: float = setting(
         64.0,
         ge=0,
-        help="kappa_k = kappa * size_scale / (size_scale + rows_k), so that clients with many rows move "
-        "less; 0 switches it off",
+        help=(
+            "a client with n training rows moves by size_scale / (size_scale + n) of the step. "
+            "0 switches this off"
+        ),
     )
     neighbours: Literal["fresh", "rescaled", "stale"] = setting(
         "stale",
-        help='who pulls: clients of this round ("fresh"), those with an unbiased factor ("rescaled"), all '
-        'that ever trained ("stale")',
+        help=(
+            "who pulls: the clients of this round; the same with an unbiased factor; every "
+            "client that ever trained"
+        ),
     )
     space: Literal["product", "factor"] = setting(
         "product",
-        help='mix the products B A exactly ("product"), or the factors A and B one by one as in the paper '
-        '("factor")',
+        help=(
+            "mix the products B A and cut to the receiver's rank, or mix A and B one by one as "
+            "in the paper"
+        ),
     )
     safeguard: bool = setting(
         False,
-        help="each client chooses by its own validation rows how much of the server's pull it keeps: "
-        "all, half or nothing",
+        help=(
+            "each client chooses by its own validation rows how much of the server's pull it "
+            "keeps: all, half or nothing. Needs `data.validation_fraction` and a pull above 0, "
+            'and `engine.wire = "float32"`'
+        ),
     )
 
     @model_validator(mode="after")

@@ -54,12 +54,14 @@ class ShareFactor(Method):
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.FACTORS: ""}
     shared_factor: Literal["A", "B"] = setting(
-        "A", help="the factor that is common to all clients; A is FedSA-LoRA"
+        "A", help="the LoRA factor that all clients have in common; the other stays with its client"
     )
     private_factor: Literal["trained", "frozen"] = setting(
         "trained",
-        help="the other factor is trained by its client, or frozen at the common start (with B shared "
-        "and A frozen it is FFA-LoRA)",
+        help=(
+            "whether the other factor is trained, or stays at the common start, where B is "
+            "zero: only A can be frozen"
+        ),
     )
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ __all__ = ["DataSettings"]
 
 
 class DataSettings(Section):
-    """[data]: where rows come from, how they become clients, and how each client's rows are split."""
+    """[data]: where rows come from, how they become clients, and how these are split."""
 
     source: Literal["demo", "natural-instructions", "dolly", "jsonl", "hub", "object"] = setting(
         "demo",
@@ -50,19 +50,20 @@ class DataSettings(Section):
     clients_per_category: Positive = setting(
         1,
         help=(
-            'For `"category"`. Rows are shuffled and dealt, so shares differ by at most one row.'
+            "Clients of each category. Rows are shuffled and dealt, so shares differ by at most "
+            "one row."
         ),
         read_by={"partition": ("category",)},
     )
     dirichlet_clients: Positive = setting(
         10,
-        help='For `"dirichlet"`.',
+        help="How many clients there are.",
         read_by={"partition": ("dirichlet",)},
     )
     dirichlet_alpha: float = setting(
         0.5,
         gt=0,
-        help=('For `"dirichlet"`: small values make clients more unlike each other.'),
+        help=("Small values make clients more unlike each other."),
         read_by={"partition": ("dirichlet",)},
     )
     column: str = setting(
