@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from fedmira.config.methods import method_class, method_names
 from fedmira.config.schema import Config
 from fedmira.config.section import readers_of
+from fedmira.config.sources import SOURCES
 
 __all__ = ["Unread", "drop_unread", "needs_no_graph", "two_ways", "unread_keys", "written_out"]
 
@@ -65,7 +66,7 @@ def drop_unread(section: str, below: dict[str, Any], above: Settings) -> None:
     for key, field in _SECTIONS[section].model_fields.items():
         for chooser, readers in readers_of(field).items():
             chosen = above.get(chooser)
-            if isinstance(chosen, str) and chosen not in readers:
+            if isinstance(chosen, str) and chosen not in readers and not _foreign(chooser, chosen):
                 below.pop(key, None)
 
 
@@ -89,7 +90,11 @@ def unread_keys(settings: Settings, written: Settings) -> Iterator[Unread]:
                 continue
             for chooser, readers in readers_of(field).items():
                 chosen = joined.get(chooser, of.model_fields[chooser].default)
-                if isinstance(chosen, str) and chosen not in readers:
+                if (
+                    isinstance(chosen, str)
+                    and chosen not in readers
+                    and not _foreign(chooser, chosen)
+                ):
                     place = f"{section}.{chooser}"
                     yield Unread(section, key, keys[key], place, chosen, readers)
                     break
@@ -105,6 +110,11 @@ def needs_no_graph(settings: Settings) -> bool:
         and name in method_names()
         and not method_class(str(name)).uses_graph
     )
+
+
+def _foreign(chooser: str, chosen: str) -> bool:
+    """Whether the choice is a source of another package, which may read whatever it likes."""
+    return chooser == "source" and chosen not in SOURCES
 
 
 def _without_graph(key: str, value: Any, settings: Settings) -> Unread:

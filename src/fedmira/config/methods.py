@@ -12,13 +12,13 @@ import re
 from collections.abc import Mapping
 from enum import Enum
 from functools import cache
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from types import CodeType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, PlainSerializer, SerializationInfo, WithJsonSchema
 
+from fedmira.config.offered import loaded, offered
 from fedmira.config.section import Section
 from fedmira.errors import ConfigError
 
@@ -179,16 +179,7 @@ class AbsentMethod(MethodSection):
 @cache
 def _offered() -> dict[str, EntryPoint]:
     """Name -> the method that another package offers."""
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=ENTRY_POINTS):
-        if entry.name in METHODS or entry.name in found:
-            by = f"of {entry.dist.name}" if entry.dist else ""
-            raise ConfigError(
-                f"method {entry.name!r} {by} ({entry.value}): the name is taken by "
-                f"{METHODS.get(entry.name) or found[entry.name].value}; the package must choose another one"
-            )
-        found[entry.name] = entry
-    return found
+    return offered(ENTRY_POINTS, "method", METHODS)
 
 
 def method_names() -> tuple[str, ...]:
@@ -205,12 +196,7 @@ def method_class(name: str) -> type[MethodSection]:
     Raises:
         ConfigError: another package offers something that is no method, or goes by another name.
     """
-    if name in METHODS:
-        module, _, attribute = METHODS[name].partition(":")
-        found: Any = getattr(import_module(module), attribute)
-    else:
-        entry = _offered()[name]
-        found = entry.load()
+    found: Any = loaded(name, METHODS, {} if name in METHODS else _offered())
     if not (isinstance(found, type) and issubclass(found, MethodSection) and found.name == name):
         raise ConfigError(
             f"method {name!r}: {found!r} is no class of fedmira.methods.Method with name = {name!r}"

@@ -14,7 +14,7 @@ from fedmira.data.load import (
     summary_of,
 )
 from fedmira.data.prompts import PROMPTS
-from fedmira.data.sources import SOURCES, Reader
+from fedmira.data.sources import Reader, reader
 from fedmira.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -30,12 +30,12 @@ __all__ = [
     "RawTask",
     "Reader",
     "Reading",
-    "SOURCES",
     "Tokenizer",
     "check_apart",
     "id_problem",
     "load_clients",
     "load_own",
+    "reader",
     "read_summary",
     "summary_of",
 ]

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmira.config import DataSettings
+from fedmira.config.sources import OBJECT
 from fedmira.data.examples import Example, RawTask, Reading
 from fedmira.data.problems import Problems
 from fedmira.data.rows import Row, example_of, text_of
 from fedmira.data.sources.grouping import sampled
 
 __all__ = ["OBJECT", "ObjectRows", "rows_from_objects"]
-
-OBJECT = "object"
-"""data.source of a run whose rows were objects; no file holds them."""
 
 _PARTS = ("train", "test", "validation")
 _KNOWN = "a list of dicts, a datasets.Dataset, a DataFrame, or a dict of such parts by 'train', 'test' and 'validation'"

@@ -15,7 +15,7 @@ from fedmira.data.encoding import ClientData, Encoder
 from fedmira.data.from_objects import OBJECT, ObjectRows
 from fedmira.data.partition import ClientRows, partition_tasks
 from fedmira.data.problems import Problems
-from fedmira.data.sources import SOURCES
+from fedmira.data.sources import reader
 from fedmira.data.split import split_rows
 from fedmira.data.tokenizer import Tokenizer
 from fedmira.errors import DataError
@@ -160,7 +160,7 @@ def _read(
     if settings.source == OBJECT:
         reading = _given(settings, rows).reading(settings, seed)
     else:
-        reading = SOURCES[settings.source](settings, seed)
+        reading = reader(settings.source)(settings, seed)
     partition = partition_tasks(reading.tasks, settings, seed)
     return sorted(partition.clients, key=lambda client: client.client_id), (
         *reading.skipped,

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from fedmira.config.section import Count, Positive, Section, setting
+from fedmira.config.sources import SourceName
 
 __all__ = ["DataSettings"]
 
@@ -14,7 +15,7 @@ __all__ = ["DataSettings"]
 class DataSettings(Section):
     """[data]: where rows come from, how they become clients, and how these are split."""
 
-    source: Literal["demo", "natural-instructions", "dolly", "jsonl", "hub", "object"] = setting(
+    source: SourceName = setting(
         "demo",
         help=(
             'The reader. `"object"` stands for rows that were given from Python; no file holds them.'
