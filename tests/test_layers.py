@@ -13,25 +13,34 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 _BELOW_METHODS = {"adapters", "config", "errors", "graphs", "messages"}
 _BELOW_CLIENTS = _BELOW_METHODS | {"data", "methods", "metrics", "model", "storage", "wire"}
-_BELOW_RUNS = _BELOW_CLIENTS | {"clients", "observers", "report", "rounds"}
+_BELOW_RUNS = _BELOW_CLIENTS | {
+    "atomic",
+    "clients",
+    "observers",
+    "report",
+    "rounds",
+    "seeds",
+}
 _BELOW_EXPERIMENT = _BELOW_RUNS | {"runs"}
 
 ALLOWED: Mapping[str, set[str]] = {
     "errors": set(),
+    "atomic": set(),
+    "seeds": set(),
     "config": {"errors"},
-    "adapters": {"errors"},
+    "adapters": {"errors", "seeds"},
     "messages": {"adapters"},
     "metrics": set(),
     "observers": {"errors"},
-    "storage": {"adapters", "errors", "messages"},
+    "storage": {"adapters", "atomic", "errors", "messages"},
     "wire": {"adapters", "errors", "messages"},
-    "graphs": {"config", "errors"},
+    "graphs": {"atomic", "config", "errors", "seeds"},
     "methods": _BELOW_METHODS - {"methods"},
-    "data": {"config", "errors", "storage"},
-    "model": {"adapters", "config", "errors", "storage"},
-    "report": {"errors", "metrics"},
+    "data": {"atomic", "config", "errors", "seeds", "storage"},
+    "model": {"adapters", "atomic", "config", "errors", "storage"},
+    "report": {"atomic", "errors", "metrics"},
     "clients": _BELOW_CLIENTS - {"graphs"},
-    "rounds": {"clients", "config", "errors", "messages", "methods"},
+    "rounds": {"clients", "config", "errors", "messages", "methods", "seeds"},
     "runs": _BELOW_RUNS - {"wire"},
     "experiment": _BELOW_EXPERIMENT,
     "studies": _BELOW_EXPERIMENT | {"experiment"},
@@ -234,12 +243,12 @@ def test_few_modules_are_loose_at_the_top() -> None:
         (
             "graphs/graph.py",
             "def load():\n    from fedmira.model import base_model",
-            "graphs may only import config, errors, not model",
+            "graphs may only import atomic, config, errors, seeds, not model",
         ),
         (
             "graphs/graph.py",
             "if TYPE_CHECKING:\n    from fedmira.data import Example",
-            "graphs may only import config, errors, not data",
+            "graphs may only import atomic, config, errors, seeds, not data",
         ),
         ("report/tables.py", "import torch.nn", "report must work without torch"),
         (

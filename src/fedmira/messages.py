@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from fedmira.adapters import Adapter
 
-__all__ = ["ClientId", "Failure", "Payload", "Reply", "Request", "Traffic", "Volume"]
+__all__ = [
+    "ClientId",
+    "Failure",
+    "Payload",
+    "Reply",
+    "Request",
+    "Traffic",
+    "Volume",
+    "flat_name",
+    "flattened",
+    "in_parts",
+]
 
 ClientId = str
+_BETWEEN = "|"
+
+
+def flat_name(part: str, name: str) -> str:
+    """The name of a part's tensor among those of all parts, "part|name"."""
+    return f"{part}{_BETWEEN}{name}"
+
+
+def flattened(tensors: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """The tensors of all parts as one adapter, the same objects under their flat names."""
+    return {
+        flat_name(part, name): tensor
+        for part, adapter in tensors.items()
+        for name, tensor in adapter.items()
+    }
+
+
+def in_parts(flat: Adapter, parts: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Undo `flattened`.
+
+    Args:
+        parts: their names, none with a "|"; those without tensors come back empty.
+    """
+    found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    for key, tensor in flat.items():
+        part, _, name = key.partition(_BETWEEN)
+        found[part][name] = tensor
+    return found
 
 
 @dataclass(frozen=True, slots=True)

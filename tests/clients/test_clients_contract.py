@@ -15,7 +15,7 @@ from fedmira.experiment import Experiment, build_experiment
 from fedmira.messages import Failure, Reply, Request
 from fedmira.methods import ServerState
 from fedmira.model import BaseModel, tokenizer_hash
-from fedmira.rounds import seed_for
+from fedmira.seeds import seed_for
 from small import local_of, make_config
 
 TOLERANCE = 1e-4

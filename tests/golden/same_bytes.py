@@ -224,7 +224,7 @@ def _memory(path: Path) -> bytes:
 def _of_folder(folder: Path, place: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != "report.html":
+        if path.is_file() and name not in ("report.html", ".lock"):
             yield name, _sha(_lasting(path).replace(str(place).encode(), b"PLACE"))
 
 

@@ -14,7 +14,8 @@ from fedmira.graphs import (
     Graph,
     category_graph,
     file_graph,
-    graph_document,
+    graph_of,
+    graph_text,
     random_graph,
     shuffled,
     uniform_graph,
@@ -148,11 +149,20 @@ def test_shuffled_graph_has_the_same_weights_between_other_clients() -> None:
 
 
 def test_document_lists_a_pair_once() -> None:
-    assert graph_document(Graph.from_edges("file", ("a", "b"), [("b", "a", 0.5)])) == {
-        "kind": "file",
+    text = graph_text(Graph.from_edges("mine", ("a", "b"), [("b", "a", 0.5)]), {"round": 2})
+    assert json.loads(text) == {
+        "kind": "mine",
+        "round": 2,
         "clients": ["a", "b"],
         "edges": [{"source": "a", "target": "b", "weight": 0.5}],
     }
+
+
+def test_text_comes_back_with_its_kind_and_clients() -> None:
+    graph = random_graph(CLIENTS, 3)
+    read = graph_of(graph_text(graph, {"round": 1}), "graph.json")
+    assert (read.kind, read.clients) == (graph.kind, graph.clients)
+    assert torch.equal(read.edge_list, graph.edge_list)
 
 
 def test_shuffle_gives_each_client_the_weights_of_the_one_whose_place_it_takes() -> None:

@@ -23,7 +23,8 @@ from fedmira.messages import (
     Request,
 )
 from fedmira.model import BaseModel
-from fedmira.rounds import RoundOutcome, run_rounds, seed_for
+from fedmira.rounds import RoundOutcome, run_rounds
+from fedmira.seeds import seed_for
 from small import make_config, run_loop
 
 METHODS: dict[str, dict[str, Any]] = {

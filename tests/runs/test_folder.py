@@ -133,3 +133,21 @@ def test_two_processes_do_not_run_in_one_folder(tmp_path: Path) -> None:
         assert "another process runs in this folder" in other.stderr
     with RunFolder(folder.path).locked():
         pass
+
+
+def test_the_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "")
+    script = (
+        "import sys, time; from pathlib import Path; from fedmira.runs import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).locked():\n"
+        "    print('locked', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder.path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        with pytest.raises(RunFolderError, match="another process"), folder.locked():
+            pass
+        other.kill()
+    with folder.locked():
+        pass

@@ -131,7 +131,7 @@ def content_hash(adapter: Adapter) -> str:
         return adapter.sha256
     hasher = hashlib.sha256()
     for name in sorted(adapter):
-        tensor = adapter[name].detach().contiguous()
+        tensor = adapter[name].detach().cpu().contiguous()
         hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()

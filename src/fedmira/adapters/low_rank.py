@@ -58,8 +58,8 @@ class Mixed:
 
 
 def scale(alpha: float, rank: int) -> float:
-    """LoRA's factor s = alpha / r in front of B A."""
-    return alpha / rank
+    """LoRA's factor s = alpha / r in front of B A; 1 for adapters without a rank, where r is 0."""
+    return alpha / rank if rank else 1.0
 
 
 def modules(adapter: Adapter) -> dict[str, Factors]:

@@ -8,7 +8,6 @@ sketch of one client never needs the adapter of another.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -16,14 +15,14 @@ from torch import Tensor
 
 from fedmira.adapters.arithmetic import Adapter
 from fedmira.adapters.low_rank import modules
+from fedmira.seeds import text_seed
 
 __all__ = ["factor_sketches", "product_sketches"]
 
 
 def _buckets(purpose: str, length: int, entries: int, seed: int) -> tuple[Tensor, Tensor]:
     """A random place, int64 [length] in 0..entries-1, and a random sign, float32 [length], for every coordinate."""
-    key = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+    generator = torch.Generator().manual_seed(text_seed(seed, purpose))
     places = torch.randint(entries, (length,), generator=generator)
     return places, torch.randint(2, (length,), generator=generator).to(torch.float32) * 2 - 1
 

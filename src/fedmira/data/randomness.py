@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
+
+from fedmira.seeds import row_seed
 
 __all__ = ["generator", "sample", "shuffled"]
 
@@ -16,10 +16,7 @@ Item = TypeVar("Item")
 
 def generator(seed: int, purpose: str, *parts: str | int) -> np.random.Generator:
     """A generator that depends on nothing but its arguments."""
-    key = json.dumps([seed, purpose, *parts]).encode()
-    return np.random.Generator(
-        np.random.PCG64(int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "big"))
-    )
+    return np.random.Generator(np.random.PCG64(row_seed(seed, purpose, *parts)))
 
 
 def shuffled(items: Sequence[Item], rng: np.random.Generator) -> list[Item]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
+from fedmira.atomic import replace_file
 from fedmira.config import cache_folder
 from fedmira.data.tokenizer import Tokenizer
 
@@ -86,20 +85,17 @@ class TokenCache:
     def _write(self, path: Path, rows: list[list[int]]) -> None:
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         ids = np.array([token for row in rows for token in row], dtype=np.int32)
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            save_file({"ids": ids, "lengths": lengths}, partial)
-            partial.chmod(0o600)
-            partial.replace(path)
+            content = save({"ids": ids, "lengths": lengths})
+            replace_file(path, content, lasting=False, shared=True, mode=0o600)
             if (
                 not self._has_room
             ):  # once in a run: listing the folder takes long when it holds much
                 self._has_room = True
                 self._make_room(path.parent)
         except (OSError, SafetensorError):
-            with suppress(OSError):  # a full or read-only disk: the run goes on without
-                partial.unlink(missing_ok=True)
+            pass  # a full or read-only disk: the run goes on without
 
     def _make_room(self, folder: Path) -> None:
         files = sorted(

@@ -16,7 +16,7 @@ from fedmira.config import AdapterSettings, RankDistribution, ResourceType
 from fedmira.errors import ConfigError
 from fedmira.messages import ClientId
 from fedmira.model import TargetModule
-from fedmira.rounds import seed_for
+from fedmira.seeds import seed_for
 
 __all__ = ["SHARES", "client_ranks", "draw_type", "rank_of_type"]
 

@@ -23,7 +23,8 @@ from fedmira.model import (
     adapter_kind,
     load_base,
 )
-from fedmira.rounds import cohort_size, seed_for
+from fedmira.rounds import cohort_size
+from fedmira.seeds import seed_for
 
 __all__ = ["Scheme", "make_scheme", "method_of", "prepare_kind", "token_budget"]
 

@@ -13,15 +13,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedmira.adapters import Adapter, content_hash
+from fedmira.atomic import PARTIAL, replace_file
 from fedmira.errors import RunFolderError
-from fedmira.messages import ClientId, Payload
-from fedmira.storage import sync
+from fedmira.messages import ClientId, Payload, flattened, in_parts
 
 __all__ = ["NodeMemory"]
 
-_PARTIAL = ".partial"
 _OF_A_ROUND = re.compile(r"round-(\d{6}|[1-9]\d{6,})\.safetensors")
-_BETWEEN = "|"
 _ABOUT, _SEAL = "memory", "sha256"
 
 
@@ -61,7 +59,7 @@ class NodeMemory:
         """
         accepted = self._path(accepted_round)
         for path in list(self.folder.glob("round-*")):
-            if path != accepted and _OF_A_ROUND.fullmatch(path.name.removesuffix(_PARTIAL)):
+            if path != accepted and _OF_A_ROUND.fullmatch(path.name.removesuffix(PARTIAL)):
                 path.unlink()
         return self._read(accepted) if accepted.exists() else None
 
@@ -74,9 +72,8 @@ class NodeMemory:
             RunFolderError: the folder cannot be written.
         """
         flat = {
-            f"{part}{_BETWEEN}{name}": tensor.detach().cpu().contiguous().clone()
-            for part, adapter in memory.tensors.items()
-            for name, tensor in adapter.items()
+            key: tensor.detach().cpu().contiguous().clone()
+            for key, tensor in flattened(memory.tensors).items()
         }
         about = json.dumps(
             {
@@ -87,17 +84,13 @@ class NodeMemory:
             }
         )
         path = self._path(round_number)
-        partial = path.with_name(path.name + _PARTIAL)
         try:
             self.folder.parents[1].mkdir(parents=True, exist_ok=True)
             for folder in (self.folder.parent, self.folder):
                 folder.mkdir(
                     mode=0o700, exist_ok=True
                 )  # for this user's eyes: moments tell of rows
-            partial.write_bytes(save(flat, {_ABOUT: about, _SEAL: _seal(about, flat)}))
-            sync(partial)
-            partial.replace(path)
-            sync(self.folder)
+            replace_file(path, save(flat, {_ABOUT: about, _SEAL: _seal(about, flat)}))
         except OSError as error:
             raise RunFolderError(
                 f"{path}: the client's private memory cannot be written ({error}); make "
@@ -124,11 +117,7 @@ class NodeMemory:
         about = json.loads(written[_ABOUT])
         if {key: about[key] for key in self._place} != self._place:
             raise _damaged(path, f"it belongs to run {about['run']!r}, client {about['client']!r}")
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in about["parts"]}
-        for key, tensor in flat.items():
-            part, _, name = key.partition(_BETWEEN)
-            parts[part][name] = tensor
-        return Payload(parts, about["scalars"])
+        return Payload(in_parts(flat, about["parts"]), about["scalars"])
 
 
 def _seal(about: str, flat: Adapter) -> str:

@@ -11,7 +11,6 @@ that takes long.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -25,6 +24,8 @@ from collections.abc import Mapping
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from fedmira.errors import FedmiraError, RunError
 
@@ -108,8 +109,7 @@ def _connected(place: Path) -> Connection:
 
     Of several at once, one starts it.
     """
-    with place.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(place.with_suffix(".lock")):
         try:
             return Client(str(place), "AF_UNIX")
         except (FileNotFoundError, ConnectionRefusedError):

@@ -5,15 +5,12 @@ from fedmira.graphs.builders import (
     MOST_EDGES,
     all_pairs,
     category_graph,
-    file_graph,
-    graph_document,
     random_graph,
     shuffled,
     uniform_graph,
-    write_graph,
 )
 from fedmira.graphs.collaboration import collaboration_weights, project_on_simplex
-from fedmira.graphs.files import graph_of, graph_text
+from fedmira.graphs.files import file_graph, graph_of, graph_text, write_graph
 from fedmira.graphs.graph import Graph
 from fedmira.graphs.products import ExactProducts, InnerProducts, SketchedProducts
 from fedmira.graphs.similarity import similarity_weights
@@ -41,7 +38,6 @@ __all__ = [
     "collaboration_weights",
     "file_graph",
     "graph_bounds",
-    "graph_document",
     "graph_of",
     "graph_source",
     "graph_text",

@@ -1,17 +1,12 @@
-"""Fixed task graphs: random as the authors draw it, uniform, by category, from a file.
+"""Fixed task graphs: random as the authors draw it, uniform, by category.
 
 And the shuffled control.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +14,17 @@ from torch import Tensor
 from fedmira.errors import ConfigError
 from fedmira.graphs.edges import joined, list_of_matrix
 from fedmira.graphs.graph import Graph
+from fedmira.seeds import text_seed
 
 __all__ = [
     "MOST_EDGES",
     "all_pairs",
     "category_graph",
     "check_pairs",
-    "file_graph",
-    "graph_document",
     "permutation_without_fixed_points",
     "random_graph",
     "shuffled",
     "uniform_graph",
-    "write_graph",
 ]
 
 SPARSITY_LIMIT = 0.25
@@ -45,8 +38,7 @@ MOST_EDGES = 2_000_000
 
 def _generator(seed: int, purpose: str) -> torch.Generator:
     """A random stream of its own for each purpose, so that a shuffle is independent of the graph that it shuffles."""
-    key = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+    return torch.Generator().manual_seed(text_seed(seed, purpose))
 
 
 def check_pairs(kind: str, clients: int, pairs: int) -> None:
@@ -129,99 +121,6 @@ def category_graph(clients: Sequence[str], categories: Mapping[str, str]) -> Gra
     )
 
 
-def _read_document(path: Path) -> dict[str, Any]:
-    """The JSON object in a graph file.
-
-    Raises:
-        ConfigError: the file cannot be read, is not JSON, or lacks its lists.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"graph file {str(path)!r}: cannot be read: {error.strerror}; set graph.path "
-            "to a graph.json"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"graph file {str(path)!r}: is not JSON: {error}; write it as graph.json of a "
-            "run folder"
-        ) from error
-    lists = ("clients", "edges")
-    if not isinstance(document, dict) or any(
-        not isinstance(document.get(key), list) for key in lists
-    ):
-        raise ConfigError(
-            f"graph file {str(path)!r}: must be an object with the lists 'clients' and "
-            "'edges'; see graph.json of a run folder"
-        )
-    return document
-
-
-def _edge_problem(edge: Any, known: Mapping[str, int]) -> str | None:
-    """What is wrong with one edge on its own, or None."""
-    if not isinstance(edge, dict) or not {"source", "target", "weight"} <= edge.keys():
-        return "must be an object with source, target and weight"
-    strangers = [
-        end
-        for end in (edge["source"], edge["target"])
-        if not isinstance(end, str) or end not in known
-    ]
-    if strangers:
-        return (
-            f"unknown client {strangers[0]!r}; must be one of the {len(known)} clients of the run"
-        )
-    weight = edge["weight"]
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, int | float)
-        or not math.isfinite(weight)
-        or weight < 0
-    ):
-        return f"weight is {weight!r}; must be a finite number of 0 or more"
-    if edge["source"] == edge["target"]:
-        return f"client {edge['source']!r} is joined to itself; leave the edge out"
-    return None
-
-
-def file_graph(path: Path | str, clients: Sequence[str]) -> Graph:
-    """Read a graph.json, `{"kind", "clients", "edges": [{"source", "target", "weight"}]}` with a symmetric pair once.
-
-    Raises:
-        ConfigError: the file cannot be read or is not such a document; or its clients are not those
-            of the run, or edges are wrong: all problems together.
-    """
-    document = _read_document(Path(path))
-    row = {client: number for number, client in enumerate(clients)}
-    listed: list[Any] = document["clients"]
-    named = {client for client in listed if isinstance(client, str)}
-    strangers = [client for client in listed if not isinstance(client, str) or client not in row]
-    problems = [
-        f"unknown client {client!r}; the run has no such client, take it out of the list"
-        for client in strangers
-    ]
-    problems += [
-        f"missing client {client!r}; the run has it, add it to the list"
-        for client in clients
-        if client not in named
-    ]
-    edges: list[tuple[str, str, float]] = []
-    seen: dict[frozenset[str], int] = {}
-    for number, edge in enumerate(document["edges"], start=1):
-        problem = _edge_problem(edge, row)
-        if problem is None:
-            first = seen.setdefault(frozenset((edge["source"], edge["target"])), number)
-            if first != number:
-                problem = f"joins {edge['source']!r} and {edge['target']!r} again after edge {first}; list a pair once"
-        if problem is not None:
-            problems.append(f"edge {number}: {problem}")
-            continue
-        edges.append((edge["source"], edge["target"], edge["weight"]))
-    if problems:
-        raise ConfigError([f"graph file {str(path)!r}: {problem}" for problem in problems])
-    return Graph.from_edges("file", clients, edges)
-
-
 def permutation_without_fixed_points(count: int, seed: int) -> Tensor:
     """A random cycle through all places, int64 [count].
 
@@ -240,17 +139,3 @@ def shuffled(graph: Graph, seed: int) -> Graph:
     # Client k takes the weights of client places[k], so those of client places[k] move to k.
     places = permutation_without_fixed_points(len(graph.clients), seed)
     return replace(graph.moved(torch.argsort(places)), kind=f"{graph.kind}-shuffled")
-
-
-def graph_document(graph: Graph, **extra: Any) -> dict[str, Any]:
-    """The graph as graph.json holds it; `extra` keys, such as round, come after."""
-    edges = [
-        {"source": source, "target": target, "weight": weight}
-        for source, target, weight in graph.edges()
-    ]
-    return {"kind": graph.kind, "clients": list(graph.clients), "edges": edges, **extra}
-
-
-def write_graph(path: Path, graph: Graph, **extra: Any) -> None:
-    """Write graph.json."""
-    path.write_text(json.dumps(graph_document(graph, **extra), indent=1) + "\n", encoding="utf-8")

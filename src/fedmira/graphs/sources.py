@@ -19,13 +19,13 @@ from fedmira.graphs.builders import (
     all_pairs,
     category_graph,
     check_pairs,
-    file_graph,
     random_graph,
     shuffled,
     uniform_graph,
 )
 from fedmira.graphs.collaboration import collaboration_weights
 from fedmira.graphs.edges import NO_EDGES, list_of_matrix
+from fedmira.graphs.files import file_graph
 from fedmira.graphs.graph import Graph
 from fedmira.graphs.products import InnerProducts
 from fedmira.graphs.similarity import SMALLEST_SHARE, remember

@@ -37,7 +37,7 @@ class MethodContext:
 
     def scale(self, client: ClientId) -> float:
         """alpha / rank of a client; 1 for adapters without a rank."""
-        return scale(self.alpha, self.ranks[client]) if self.ranks[client] else 1.0
+        return scale(self.alpha, self.ranks[client])
 
     @property
     def low_rank(self) -> bool:

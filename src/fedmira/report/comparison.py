@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
+from fedmira.atomic import replace_file
 from fedmira.errors import RunFolderError
 from fedmira.metrics import TEXT_METRICS
 from fedmira.report.charts import (
@@ -106,9 +107,8 @@ def write_comparison(
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(figures, folder)
-    (folder / "comparison.html").write_text(
-        render("comparison.html.j2", _content(figures, folder)), encoding="utf-8"
-    )
+    page = render("comparison.html.j2", _content(figures, folder))
+    replace_file(folder / "comparison.html", page, lasting=False)
     return figures
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmira.atomic import replace_file
 from fedmira.report.charts import percent_text
 from fedmira.report.comparison_figures import Figures, budget_text
 from fedmira.report.findings import CHANGE_LIMIT, MIB
@@ -43,7 +44,7 @@ def write_tables(figures: Figures, folder: Path) -> None:
         "comparison.md": markdown(figures),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="")
+        replace_file(folder / name, text, lasting=False)
 
 
 def markdown(figures: Figures) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fedmira.atomic import replace_file
 from fedmira.metrics import LOSS_METRICS
 from fedmira.report.charts import (
     Series,
@@ -89,7 +90,7 @@ def write_report(
     """
     run = read_run(run_folder)
     path = run.folder / "report.html"
-    path.write_text(render("report.html.j2", _content(run, defaults)), encoding="utf-8")
+    replace_file(path, render("report.html.j2", _content(run, defaults)), lasting=False)
     return path
 
 

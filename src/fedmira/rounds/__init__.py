@@ -1,7 +1,6 @@
 """When: the one round loop, who takes part, and from which seed."""
 
 from fedmira.rounds.loop import RoundOutcome, run_rounds
-from fedmira.rounds.randomness import seed_for
 from fedmira.rounds.sampling import cohort_size, sample_clients
 
 __all__ = [
@@ -9,5 +8,4 @@ __all__ = [
     "cohort_size",
     "run_rounds",
     "sample_clients",
-    "seed_for",
 ]

@@ -16,8 +16,8 @@ from fedmira.messages import (
     Request,
 )
 from fedmira.methods import Combined, Method, ServerState
-from fedmira.rounds.randomness import seed_for
 from fedmira.rounds.sampling import sample_clients
+from fedmira.seeds import seed_for
 
 __all__ = ["RoundOutcome", "run_rounds"]
 

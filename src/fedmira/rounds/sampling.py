@@ -9,7 +9,7 @@ import numpy as np
 
 from fedmira.config import RoundsSettings
 from fedmira.messages import ClientId
-from fedmira.rounds.randomness import seed_for
+from fedmira.seeds import seed_for
 
 __all__ = ["cohort_size", "sample_clients"]
 

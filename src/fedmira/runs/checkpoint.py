@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedmira.adapters import Adapter
+from fedmira.atomic import PARTIAL, replace_folder
 from fedmira.errors import RunFolderError
 from fedmira.messages import ClientId, Payload
 from fedmira.methods import ServerState
-from fedmira.storage import AdapterStore, AdapterTable, MemoryTable, NumberStore, StoredMemory, sync
+from fedmira.storage import AdapterStore, AdapterTable, MemoryTable, NumberStore, StoredMemory
 
 __all__ = ["Checkpoint", "CheckpointFolder"]
 
@@ -31,7 +32,6 @@ _ADAPTERS, _NUMBERS, _VALUES, _GRAPH = (
 )
 _FORMER_TENSORS = "tensors.safetensors"
 _FORMAT = 2
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class CheckpointFolder:
             RunFolderError: the newest checkpoint is damaged, lacks an adapter, or was written by
                 another version.
         """
-        rounds = sorted(path for path in self.path.glob("round-*") if path.suffix != _PARTIAL)
+        rounds = sorted(path for path in self.path.glob("round-*") if path.suffix != PARTIAL)
         if not rounds:
             return None
         newest = rounds[-1]
@@ -159,7 +159,7 @@ class CheckpointFolder:
         )
         self.store.sweep(live)
         self.store.remove_halves()
-        for half in self.path.glob(f"round-*{_PARTIAL}"):
+        for half in self.path.glob(f"round-*{PARTIAL}"):
             shutil.rmtree(half)
 
     def _stored(self, checkpoint: Checkpoint) -> tuple[dict[str, AdapterTable], MemoryTable]:
@@ -175,18 +175,7 @@ class CheckpointFolder:
     def _replace_round(self, number: int, files: Mapping[str, bytes]) -> None:
         """Put round-N with these files in place of all older rounds."""
         final = self.path / f"round-{number:06d}"
-        partial = final.with_name(final.name + _PARTIAL)
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        for name, content in files.items():
-            (partial / name).write_bytes(content)
-            sync(partial / name)
-        sync(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        sync(self.path)
+        replace_folder(final, files)
         for old in self.path.glob("round-*"):
             if old != final:
                 shutil.rmtree(old)

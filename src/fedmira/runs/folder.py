@@ -9,21 +9,17 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import TextIO
 
-from fedmira.errors import RunFolderError
+from filelock import FileLock, Timeout
 
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from fedmira.atomic import PARTIAL, replace_file
+from fedmira.errors import RunFolderError
 
 __all__ = ["RunFolder"]
 
-_PARTIAL = ".partial"
-_HALF_MADE = "config.toml" + _PARTIAL
+_HALF_MADE = "config.toml" + PARTIAL
+_LOCK = ".lock"
 
 
 class RunFolder:
@@ -84,27 +80,24 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Within the block no other process may run in this folder.
 
-        The lock goes with the process, however that ends.
+        The lock is on the file .lock beside config.toml, and goes with the process, however that
+        ends; the file itself may stay and says nothing.
 
         Raises:
             RunFolderError: another process does.
         """
-        if fcntl is None:
-            yield
-            return
-        handle = os.open(
-            self.checkpoint, os.O_RDONLY
-        )  # the folder itself, so that no file is left behind
+        lock = FileLock(self.path / _LOCK)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError as error:
+            lock.acquire(blocking=False)
+        except Timeout as error:
             raise RunFolderError(
                 f"{self.path}: another process runs in this folder; wait for it, or end "
                 "it, before --resume"
             ) from error
+        try:
+            yield
         finally:
-            os.close(handle)
+            lock.release()
 
     @property
     def metrics(self) -> Path:
@@ -198,11 +191,7 @@ class RunFolder:
 
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(path.name + _PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        _sync(file)
-    partial.replace(path)
+    replace_file(path, text)
 
 
 def _sync(file: TextIO) -> None:

@@ -149,7 +149,8 @@ class Recorder:
         self.latest_round, self.round_done = values["latest_round"], checkpoint.round
         self._note_losses()
         self.graph_json = checkpoint.graph_json
-        self.graph = graph_of(self.graph_json) if self.graph_json else None
+        place = "graph.json of the checkpoint"
+        self.graph = graph_of(self.graph_json, place) if self.graph_json else None
 
     def on_round(self, outcome: RoundOutcome) -> bool:
         """Write down a round; called by the loop.
@@ -316,7 +317,7 @@ class Recorder:
             return
         self.graph = diagnostics.graph
         figures = {name: value for name, value in diagnostics.round.items() if math.isfinite(value)}
-        self.graph_json = graph_text(self.graph, outcome.round, figures)
+        self.graph_json = graph_text(self.graph, {"round": outcome.round, **figures})
         self.folder.write_text("graph.json", self.graph_json)
 
     def _note_losses(self) -> None:

@@ -2,7 +2,7 @@
 
 from fedmira.storage.memories import MemoryTable, StoredMemory, remembered
 from fedmira.storage.numbers import NumberStore
-from fedmira.storage.table import AdapterStore, AdapterTable, sync
+from fedmira.storage.table import AdapterStore, AdapterTable
 
 __all__ = [
     "AdapterStore",
@@ -11,5 +11,4 @@ __all__ = [
     "NumberStore",
     "StoredMemory",
     "remembered",
-    "sync",
 ]

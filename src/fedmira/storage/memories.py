@@ -6,15 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from torch import Tensor
-
-from fedmira.adapters import Adapter
-from fedmira.messages import ClientId, Payload
+from fedmira.messages import ClientId, Payload, flattened, in_parts
 from fedmira.storage.table import AdapterStore
 
 __all__ = ["MemoryTable", "StoredMemory", "remembered"]
-
-_BETWEEN = "|"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +56,7 @@ class MemoryTable(Mapping[ClientId, Payload]):
 
     def __getitem__(self, client: ClientId) -> Payload:
         entry = self._entries[client]
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in entry.parts}
-        for flat_name, tensor in self.store.get(entry.key).items():
-            part, _, name = flat_name.partition(_BETWEEN)
-            parts[part][name] = tensor
-        return Payload(parts, entry.scalars)
+        return Payload(in_parts(self.store.get(entry.key), entry.parts), entry.scalars)
 
     def __contains__(self, client: object) -> bool:
         return client in self._entries
@@ -90,9 +81,5 @@ def remembered(
 
 
 def _put(store: AdapterStore, memory: Payload) -> StoredMemory:
-    flat: Adapter = {
-        f"{part}{_BETWEEN}{name}": tensor
-        for part, adapter in memory.tensors.items()
-        for name, tensor in adapter.items()
-    }
-    return StoredMemory(store.put(flat), tuple(memory.tensors), dict(memory.scalars))
+    key = store.put(flattened(memory.tensors))
+    return StoredMemory(key, tuple(memory.tensors), dict(memory.scalars))

@@ -5,7 +5,6 @@ A store of files named by their content, and mappings that read it lazily.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,14 +15,15 @@ from safetensors.torch import load, save
 
 from fedmira.adapters import Adapter, HashedAdapter, content_hash
 from fedmira.adapters.arithmetic import DIGEST_DIGITS
+from fedmira.atomic import PARTIAL, replace_file, sync
 from fedmira.errors import RunFolderError
 
-__all__ = ["CACHE_BYTES", "AdapterStore", "AdapterTable", "sync"]
+__all__ = ["CACHE_BYTES", "AdapterStore", "AdapterTable"]
 
 CACHE_BYTES = 16 * 2**20
 """Most bytes of adapters that a store keeps in memory, however many lie on disk."""
 
-_SUFFIX, _PARTIAL = ".safetensors", ".partial"
+_SUFFIX = ".safetensors"
 
 
 class AdapterStore:
@@ -68,9 +68,7 @@ class AdapterStore:
                 {name: adapter[name].detach().contiguous().clone() for name in sorted(adapter)}, key
             )
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / (key + _PARTIAL)
-            partial.write_bytes(save(dict(own)))
-            partial.replace(self._path(key))
+            replace_file(self._path(key), save(dict(own)), lasting=False)
             self._stored.add(key)
             self._unflushed.add(key)
             self._remember(own)
@@ -124,7 +122,7 @@ class AdapterStore:
 
     def remove_halves(self) -> None:
         """Remove what a crash left half written."""
-        for path in self.folder.glob(f"*{_PARTIAL}"):
+        for path in self.folder.glob(f"*{PARTIAL}"):
             path.unlink()
 
     def _path(self, key: str) -> Path:
@@ -205,14 +203,3 @@ def _put_all(store: AdapterStore, adapters: Mapping[str, Adapter]) -> dict[str, 
             last, key = adapter, store.put(adapter)
         keys[name] = key
     return keys
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or to a folder's list of files."""
-    if os.name == "nt":
-        return  # folders cannot be opened there, nor files that were opened for reading be flushed
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

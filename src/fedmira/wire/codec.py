@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedmira.adapters import Adapter, content_hash
 from fedmira.errors import WireError
-from fedmira.messages import Payload, Volume
+from fedmira.messages import Payload, Volume, flat_name, flattened
 from fedmira.wire.formats import COMPRESSIONS, Array, as_tensor
 from fedmira.wire.headers import number, text
 
@@ -135,14 +135,14 @@ def encode(payload: Payload, wire: str, line: Line) -> tuple[Encoded, Line]:
     for part, adapter in payload.tensors.items():
         received[part], unsent[part] = {}, {}
         for name, tensor in adapter.items():
-            key, own = f"{part}{_BETWEEN}{name}", _travelling(name, tensor)
+            key, own = flat_name(part, name), _travelling(name, tensor)
             written = _as_change(name, own, line, part, wire)
             if written is None:
                 received[part][name] = whole = _with_carried(own, _carried(name, own, line, part))
                 arrays[key] = whole.numpy()
                 continue
             changed = True
-            arrays |= {f"{key}{_BETWEEN}{what}": array for what, array in written[0].items()}
+            arrays |= {flat_name(key, what): array for what, array in written[0].items()}
             received[part][name], unsent[part][name] = written[1:]
     header: Header = {
         _FORMAT: wire,
@@ -187,7 +187,7 @@ def decode(encoded: Encoded, line: Line) -> tuple[Payload, Line]:
     for (part, name), arrays in _by_tensor(encoded.arrays).items():
         if part not in received:
             raise WireError(
-                f"the message holds {part}{_BETWEEN}{name}, but its header names only the "
+                f"the message holds {flat_name(part, name)}, but its header names only the "
                 f"parts {', '.join(received) or 'none'}"
             )
         whole = arrays.get("")
@@ -337,7 +337,7 @@ def _from_change(
     known = line.reference.get(part, {}).get(name)
     if known is None or wire not in COMPRESSIONS:
         raise WireError(
-            f"{part}{_BETWEEN}{name}: the message holds a change, but this end has no "
+            f"{flat_name(part, name)}: the message holds a change, but this end has no "
             "reference for it"
         )
     return _moved(known, COMPRESSIONS[wire].unpack(name, arrays, known.shape))
@@ -395,10 +395,4 @@ def _names(header: Header) -> list[str]:
 
 def _digest(parts: Mapping[str, Adapter]) -> str:
     """SHA-256 over the tensors of all parts and their names."""
-    return content_hash(
-        {
-            f"{part}{_BETWEEN}{name}": tensor
-            for part, adapter in parts.items()
-            for name, tensor in adapter.items()
-        }
-    )
+    return content_hash(flattened(parts))

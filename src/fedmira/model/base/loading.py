@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from fedmira.adapters import content_hash
 from fedmira.config import ModelSettings
 from fedmira.errors import ModelError
 from fedmira.model.base.allocator import keep_freed_memory
@@ -110,7 +108,7 @@ def freeze(
             f"only {embeddings} embeddings; they do "
             "not belong together"
         )
-    base = BaseModel(model, tokenizer, name, location or name, _hash(model.state_dict()))
+    base = BaseModel(model, tokenizer, name, location or name, content_hash(model.state_dict()))
     if dtype is not None or device is not None:
         model.to(dtype=dtype or base.dtype, device=device or base.device)  # type: ignore[call-arg]
     # Generation is greedy for everybody: penalties and beams of the checkpoint would be taken up
@@ -208,12 +206,3 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     dtype: Any = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def _hash(state: Mapping[str, Tensor]) -> str:
-    hasher = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        hasher.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedmira.adapters import Adapter
+from fedmira.atomic import replace_file
 from fedmira.errors import RunFolderError
 from fedmira.model.base.types import BaseModel, TargetModule
 
@@ -81,7 +82,7 @@ def _sort_targets(path: Path) -> None:
     """
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["target_modules"] = sorted(settings["target_modules"])
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    replace_file(path, json.dumps(settings, indent=2, sort_keys=True), lasting=False)
 
 
 def read_adapter(folder: Path, weights: str = ADAPTER_WEIGHTS) -> Adapter:

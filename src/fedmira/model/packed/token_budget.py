@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedmira.atomic import replace_file
 from fedmira.config import cache_folder
 from fedmira.model.base.memory import LEAST_TOKENS, free_bytes, out_of_memory
 from fedmira.model.base.types import BaseModel, TargetModule
@@ -200,10 +201,8 @@ def _read(path: Path) -> dict[str, tuple[int, float]]:
 
 
 def _keep(path: Path, known: dict[str, tuple[int, float]]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        partial.replace(path)
+        replace_file(path, json.dumps(known, indent=1), lasting=False, shared=True)
     except OSError as error:
         _log.warning(
             "%s cannot be written (%s); the token budget will be tried out again", path, error

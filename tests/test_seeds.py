@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
-from fedmira.rounds import seed_for
+from fedmira.seeds import row_seed, seed_for, text_seed
 
 
 def test_a_seed_is_48_bits_of_blake2s_over_the_run_seed_and_the_purpose() -> None:
@@ -23,3 +24,11 @@ def test_run_purpose_round_and_client_each_give_another_stream() -> None:
         (0, "train", 1),
     ]
     assert len({seed_for(*key) for key in keys}) == len(keys)
+
+
+def test_each_scheme_keeps_its_values() -> None:
+    key = json.dumps([3, "split", "apple-1"]).encode()
+    expected = int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "big")
+    assert row_seed(3, "split", "apple-1") == expected
+    expected = int.from_bytes(hashlib.sha256(b"random graph 3").digest()[:7], "big")
+    assert text_seed(3, "random graph") == expected
