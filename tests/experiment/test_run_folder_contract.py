@@ -88,6 +88,7 @@ def test_every_file_of_the_contract_is_there_and_no_other(folder: Path) -> None:
         "events.jsonl",
         "graph.json",
         "report.html",
+        ".lock",
         *adapters,
         *tables,
         *checkpoint,
