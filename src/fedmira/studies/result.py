@@ -163,7 +163,8 @@ class Result:
         path = self.folder / "graph.json"
         if not path.exists():
             return None
-        return RunGraph(graph_of(path.read_text(encoding="utf-8")), self.folder)
+        text = path.read_text(encoding="utf-8")
+        return RunGraph(graph_of(text, str(path)), self.folder)
 
     @property
     def adapters(self) -> Mapping[ClientId, Adapter]:
