@@ -95,8 +95,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     full = fedmira.api.run
 
-    def small(config: dict[str, Any], **more: Any) -> Any:
-        return full({**config, **SMALL}, **more)
+    def small(config: dict[str, Any] | None = None, **more: Any) -> Any:
+        sizes = dict(SMALL)
+        if "clients" in more:  # three, and methods without a graph
+            del sizes["data.clients"], sizes["graph.kind"]
+        settings = {**(config or {}), **more.pop("settings", {}), **sizes}
+        return full(settings=settings, **more)
 
     monkeypatch.setattr(fedmira.api, "run", small)
     return tmp_path
@@ -136,9 +140,25 @@ def follow(page: Path, workplace: Path) -> list[str]:
     "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
 )  # README opens a file in one line
 def test_everything_in_the_readme_runs_in_its_order(workplace: Path) -> None:
+    (workplace / "my-clients").symlink_to(workplace / "clients")
+    assert follow(ROOT / "README.md", workplace) == ["run", "python"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks transformers for it
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
+)  # the page opens a file in one line
+def test_the_first_steps_can_be_gone_as_they_are_written(workplace: Path) -> None:
     assert {"run", "check", "compare", "evaluate", "generate", "python"} <= set(
-        follow(ROOT / "README.md", workplace)
+        follow(ROOT / "docs" / "first-steps.md", workplace)
     )
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= 8000
 
 
 @pytest.mark.slow
