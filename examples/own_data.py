@@ -50,7 +50,7 @@ def main() -> None:
         "evaluation.rouge": False,
     }
     result = fedmira.run(settings, output=output / "run")
-    for row in result.clients:
+    for row in result.clients.to_dict("records"):
         print(
             f"{row['client']}: {row['base_loss']:.2f} before training, "
             f"{row['after_align_loss']:.2f} with its own adapter"

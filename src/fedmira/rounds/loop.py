@@ -79,14 +79,7 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
         begun = time.perf_counter()
         answers = workers.train(requests)
         trained = time.perf_counter()
-        replies = sorted(
-            (answer for answer in answers if isinstance(answer, Reply)),
-            key=lambda reply: reply.client_id,
-        )
-        failures = sorted(
-            (answer for answer in answers if isinstance(answer, Failure)),
-            key=lambda failure: failure.client_id,
-        )
+        replies, failures = _told_apart(answers)
         if len(replies) < min(settings.min_replies, len(chosen)):
             on_round(
                 RoundOutcome(
@@ -123,6 +116,16 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
         if on_round(outcome):
             break
     return state
+
+
+def _told_apart(answers: Sequence[Reply | Failure]) -> tuple[list[Reply], list[Failure]]:
+    """Replies and failures, each sorted by client id."""
+    replies = [answer for answer in answers if isinstance(answer, Reply)]
+    failures = [answer for answer in answers if isinstance(answer, Failure)]
+    return (
+        sorted(replies, key=lambda reply: reply.client_id),
+        sorted(failures, key=lambda failure: failure.client_id),
+    )
 
 
 def _check_motion(number: int, combined: Combined) -> None:
