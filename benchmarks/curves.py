@@ -1,4 +1,6 @@
-"""Cost curves: seconds a round and peak memory against clients a round, rank, length of the rows, and size of the base.
+"""Cost curves of a round: seconds and peak memory against what makes a round large.
+
+Clients a round, rank, length of the rows, and size of the base are varied one at a time.
 
     python benchmarks/curves.py --output benchmarks/results/curves.json
     python benchmarks/curves.py --curves rank,base --tools fedmira_cohort

@@ -1,4 +1,6 @@
-"""The floor: floating-point operations that the work needs at least, over the rate at which this machine multiplies matrices.
+"""The floor of a round's time: the operations it needs at least over this machine's best rate.
+
+Operations are floating-point, and the rate is that at which the machine multiplies matrices.
 
     python benchmarks/floor.py WORKLOAD OUT --rounds 3 --threads 2
 
@@ -79,7 +81,10 @@ class Shape:
 
 
 def count_round(work: Work, number: int, shape: Shape) -> dict[str, float]:
-    """Operations of a round: with every real token counted, and with the prefix that a batch shares counted once."""
+    """Operations of a round, counted in two ways.
+
+    Once with every real token, and once with the prefix that a batch shares counted once.
+    """
     from fedmira.data import EncodedExample
     from fedmira.model.packed.packing import common_prefix
 
@@ -101,7 +106,10 @@ def count_round(work: Work, number: int, shape: Shape) -> dict[str, float]:
 
 
 def matmul_rate(shape: Shape, dtype: str) -> float:
-    """Operations per second of the block's frozen multiplications, forward and back, at the best of several numbers of tokens."""
+    """Operations per second of the block's frozen multiplications, forward and back.
+
+    The best of several numbers of tokens.
+    """
     import torch
 
     kind = getattr(torch, dtype)

@@ -26,7 +26,10 @@ TOOLS = ("resident_peft", "fedmira")
 def measure(
     workload: Path, outputs: Path, repeats: int, passes: int, threads: int
 ) -> dict[str, Any]:
-    """Figures of both tools; the first pass of each process is a warm-up, and so is the first repeat, which measures memory."""
+    """Figures of both tools; the first pass of each process is a warm-up.
+
+    So is the first repeat, which measures memory.
+    """
     script = {"resident_peft": "resident_peft_generation.py", "fedmira": "fedmira_generation.py"}
     runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in TOOLS}
     memory = {}

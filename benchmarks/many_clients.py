@@ -1,4 +1,6 @@
-"""Runs the same cohort out of few and out of many clients, and compares memory and time per round and sampled client.
+"""Compares memory and time per round and sampled client between few and many clients.
+
+The same cohort is run out of both federations.
 
     python benchmarks/many_clients.py --output benchmarks/results/many-clients.json
     python benchmarks/many_clients.py --clients 100,400 --sampled 20 --rounds 4

@@ -1,4 +1,6 @@
-"""Seconds and memory of one server step of MIRA with many clients, on adapters shaped like those of the bundled base.
+"""Seconds and memory of one server step of MIRA with many clients.
+
+The adapters are shaped like those of the bundled base.
 
     python benchmarks/many_clients_graph.py --clients 10000 --trained 5000
 

@@ -1,4 +1,4 @@
-"""Runs a script as a process of its own, and measures the peak memory of all processes it starts."""
+"""Runs a script as a process of its own and measures the peak memory of all its processes."""
 
 from __future__ import annotations
 

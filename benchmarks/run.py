@@ -1,4 +1,6 @@
-"""Times fedmira beside the tools that people use, on the same work and in turn, and writes one JSON file.
+"""Times fedmira beside the tools that people use, and writes one JSON file.
+
+All do the same work, in turn.
 
     python benchmarks/run.py --size full --output benchmarks/results/full.json
     python benchmarks/run.py --tools resident_peft,fedmira_cohort --workload shared --model 3m
@@ -108,7 +110,7 @@ class Case:
 
 
 def measure(case: Case, tools: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Run all tools in turn; figures of each tool, with a reason for those that are not available."""
+    """Run all tools in turn; figures of each, with a reason for those that are not available."""
     missing = {tool: _missing(tool) for tool in tools if _missing(tool)}
     running = [tool for tool in tools if tool not in missing]
     runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in ("floor", *running)}

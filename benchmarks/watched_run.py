@@ -1,4 +1,7 @@
-"""Runs `fedmira run` on many small clients in a process of its own, and notes time, memory and open files as each round ends."""
+"""Runs `fedmira run` on many small clients in a process of its own and watches it.
+
+Time, memory and open files are noted as each round ends.
+"""
 
 from __future__ import annotations
 

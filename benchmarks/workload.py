@@ -1,4 +1,6 @@
-"""Makes a workload folder: a frozen base, a start adapter, tokenised rows of 8 clients, and the batches that every tool trains on.
+"""Makes a workload folder, which holds what every tool trains on.
+
+A frozen base, a start adapter, tokenised rows of 8 clients, and their batches.
 
     python benchmarks/workload.py FOLDER --workload shared --model 3m --rounds 6
 

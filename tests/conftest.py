@@ -1,4 +1,7 @@
-"""What all tests share: a thread count, a reproducible hypothesis, and the folder of real data where there is one."""
+"""What all tests share.
+
+A thread count, a reproducible hypothesis, and the folder of real data where there is one.
+"""
 
 from __future__ import annotations
 

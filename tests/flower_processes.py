@@ -71,7 +71,8 @@ class Federation:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         (folder / "home").mkdir(parents=True)
         trust = f'root-certificates = "{folder / "ca.pem"}"' if secure else "insecure = true"
-        text = f'[superlink]\ndefault = "trial"\n\n[superlink.trial]\naddress = "{address}:{self.port}"\n{trust}\n'
+        text = '[superlink]\ndefault = "trial"\n\n[superlink.trial]\n'
+        text += f'address = "{address}:{self.port}"\n{trust}\n'
         (folder / "home" / "config.toml").write_text(text, encoding="utf-8")
         if secure:
             _write_certificates(folder, address)
@@ -123,7 +124,10 @@ class Federation:
         return ended.stdout
 
     def start_superlink(self, *more: str) -> None:
-        """The SuperLink, with its memory in a file, so that it knows its nodes again after it was killed."""
+        """The SuperLink, with its memory in a file.
+
+        So it knows its nodes again after it was killed.
+        """
         keys = [
             "--ssl-ca-certfile",
             "ca.pem",

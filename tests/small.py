@@ -1,4 +1,7 @@
-"""Small federations: a tiny base on disk, made-up clients as JSON Lines, settings for runs of seconds, and readers of run folders."""
+"""Small federations: a tiny base, made-up clients, and settings for runs of seconds.
+
+The clients are JSON Lines. Readers of run folders are here too.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,10 @@ __all__ = [
 ]
 
 CLIENTS = {"apple-1": 14, "apple-2": 22, "apple-3": 10, "birch-1": 18, "birch-2": 12}
-"""Client id -> its rows; the word before the dash is its category. 3 + 2 clients, so that degrees of the category graph differ."""
+"""Client id -> its rows; the word before the dash is its category.
+
+3 + 2 clients, so that degrees of the category graph differ.
+"""
 
 SETTINGS: dict[str, Any] = {
     "data.source": "jsonl",
@@ -101,7 +107,8 @@ def write_clients(folder: Path, clients: Mapping[str, int] | None = None) -> Pat
             row = {
                 "instruction": " ".join(f"w{10 * family + i}" for i in range(6)),
                 "input": " ".join(f"w{word}" for word in words),
-                "output": f"w{60 + 8 * family} w{61 + 8 * family} w{(words[0] + 7 * family + 1) % 90}",
+                "output": f"w{60 + 8 * family} w{61 + 8 * family} "
+                f"w{(words[0] + 7 * family + 1) % 90}",
                 "category": category,
             }
             lines.append(json.dumps(row) + "\n")

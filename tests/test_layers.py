@@ -1,4 +1,7 @@
-"""Each room imports only the rooms it may, nothing runs in circles, and each library stays at home. Imports nothing."""
+"""Each room imports only the rooms it may, without circles, and each library stays at home.
+
+This file imports nothing of the package.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +138,8 @@ def judge_room(room: str, target: str) -> Iterator[str]:
         if target and not target.startswith("__"):
             yield f"{target} is no room; add it to ALLOWED"
     elif target not in ALLOWED[room]:
-        yield f"{room} may only import {', '.join(sorted(ALLOWED[room])) or 'nothing'}, not {target}"
+        allowed = ", ".join(sorted(ALLOWED[room])) or "nothing"
+        yield f"{room} may only import {allowed}, not {target}"
 
 
 def judge_inside_model(place: list[str], target: list[str]) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""Every module says in `__all__` what it offers, all of that exists and is documented, and nothing grows beyond its budget."""
+"""Every module says in `__all__` what it offers, and all of that exists and is documented.
+
+Nothing grows beyond its budget.
+"""
 
 from __future__ import annotations
 

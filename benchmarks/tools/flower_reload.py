@@ -1,4 +1,7 @@
-"""Tool (d3): Flower simulation in which each client loads the model in its own call and trains it with the plain loop of tool (a)."""
+"""Tool (d3): a Flower simulation in which each client loads the model in its own call.
+
+It then trains with the plain loop of tool (a).
+"""
 
 from __future__ import annotations
 

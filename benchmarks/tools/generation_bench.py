@@ -19,7 +19,7 @@ NEW_TOKENS = 32
 
 
 def client_adapters(work: Work) -> list[Adapter]:
-    """The start with another random B for each client, so that every client answers in its own way."""
+    """The start with another random B for each client, so that each answers in its own way."""
     import torch
 
     start = work.start()

@@ -1,4 +1,4 @@
-"""Tool (b): one resident PEFT model, and a new `transformers.Trainer` for every client and round."""
+"""Tool (b): one resident PEFT model, and a new `transformers.Trainer` for each client and round."""
 
 from __future__ import annotations
 

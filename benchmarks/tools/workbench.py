@@ -74,7 +74,10 @@ class Work:
 
 
 TrainClient = Callable[[Adapter, ClientRound], tuple[Adapter, float | None]]
-"""(start adapter, what to train on) -> the client's adapter and its loss in nats per response token where the tool tells it."""
+"""(start adapter, what to train on) -> the client's adapter and its loss.
+
+The loss is in nats per response token, where the tool tells it.
+"""
 
 TrainRound = Callable[[Adapter, list[ClientRound]], tuple[Adapter, float | None]]
 """(shared adapter, the round's clients) -> the next shared adapter and the mean loss."""
@@ -161,7 +164,10 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def padded_batch(rows: Sequence[Row], padding: int = 0) -> dict[str, Any]:
-    """Rows padded on the right: input_ids, attention_mask, and labels with -100 wherever no response token stands."""
+    """Rows padded on the right, as input_ids, attention_mask and labels.
+
+    Labels are -100 wherever no response token stands.
+    """
     import torch
 
     size = max(len(prompt) + len(response) for prompt, response in rows)

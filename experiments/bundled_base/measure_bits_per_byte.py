@@ -58,6 +58,10 @@ def main() -> None:
     tokenizer = base.tokenizer
     figures = {"text": [0.0, 0], "output": [0.0, 0]}
     rows = 0
+
+    def encode(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+
     with torch.no_grad():
         for path in sorted(arguments.tasks.glob("*.json")):
             task = json.loads(path.read_text(encoding="utf-8"))
@@ -70,9 +74,6 @@ def main() -> None:
                     [tokenizer.eos_token_id],
                     [tokenizer.bos_token_id or tokenizer.eos_token_id],
                 )
-                encode = lambda part: tokenizer(part, add_special_tokens=False, verbose=False)[
-                    "input_ids"
-                ]  # noqa: E731
                 figures["text"][0] += nats(base, start, encode(text) + end)
                 figures["text"][1] += len(text.encode())
                 prompt = (start + encode(alpaca_prompt(example)))[

@@ -193,7 +193,10 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Weighted cross-entropy of a linear head, a few rows at a time, so that the logits stay in the cache."""
+    """Weighted cross-entropy of a linear head, with logits that stay in the cache.
+
+    That is why only a few rows are taken at a time.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, target, mark):  # type: ignore[no-untyped-def]

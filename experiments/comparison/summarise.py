@@ -1,4 +1,6 @@
-"""Mean test losses of a comparison's methods at the last and at each client's own best round, beside those of `local`.
+"""Mean test losses of a comparison's methods beside those of `local`.
+
+At the last round, and at each client's own best one.
 
     python experiments/comparison/summarise.py OUTPUT/natural_instructions
 

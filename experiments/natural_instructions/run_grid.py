@@ -1,4 +1,6 @@
-"""Local training, FedIT and MIRA with four graphs on the Natural Instructions tasks of a folder, equal data, seeds and steps.
+"""Local training, FedIT and MIRA with four graphs on Natural Instructions tasks.
+
+The tasks are those of a folder; data, seeds and steps are equal.
 
     python experiments/natural_instructions/run_grid.py --tasks TASKS --output runs/ni44 [--share
     0/2]

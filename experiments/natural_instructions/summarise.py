@@ -1,4 +1,6 @@
-"""Tables of a grid of runs: mean, worst tenth, clients better and worse than local, by number of training rows.
+"""Tables of a grid of runs, by number of training rows.
+
+Mean, worst tenth, and how many clients are better and worse than local.
 
     python experiments/natural_instructions/summarise.py OUTPUT > table.md
 

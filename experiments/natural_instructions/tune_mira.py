@@ -1,4 +1,6 @@
-"""Tune MIRA on the validation rows of the Natural Instructions clients, one setting after the other; test rows are read once, at the end.
+"""Tune MIRA on the validation rows of the Natural Instructions clients.
+
+One setting is tuned after the other; test rows are read once, at the end.
 
     python experiments/natural_instructions/tune_mira.py --tasks TASKS --output runs/tune [--knobs
     graph,memory] [--set KEY=VALUE]

@@ -47,11 +47,9 @@ def print_tables(folder: Path) -> None:
         f"|\n|---|---|{'---|' * len(rounds)}"
     )
     for name, clients in {"all": list(category), **dict(sorted(members.items()))}.items():
-        print(
-            f"| {name} | {len(clients)} | "
-            f"{' | '.join(f'{fmean(losses[number][c] for c in clients):.3f}' for number in rounds)} "
-            "|"
-        )
+        means = [fmean(losses[number][client] for client in clients) for number in rounds]
+        cells = " | ".join(f"{mean:.3f}" for mean in means)
+        print(f"| {name} | {len(clients)} | {cells} |")
     first, last = losses[rounds[0]], losses[rounds[-1]]
     fallen, risen = (
         sum(sign * (last[client] / first[client] - 1) > MARGIN for client in category)

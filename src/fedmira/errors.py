@@ -1,7 +1,7 @@
 """Every error that fedmira raises on purpose.
 
     FedmiraError                 exit code 3
-    ├── InputError               exit code 2: something the user gave us is wrong; nothing was trained
+    ├── InputError               exit code 2: what the user gave us is wrong; nothing was trained
     │   ├── ConfigError          a setting, an override or a preset
     │   ├── DataError            rows, files, splits
     │   ├── ModelError           the base model, its tokenizer, adapter targets

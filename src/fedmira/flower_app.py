@@ -125,7 +125,7 @@ def _settings(context: Context) -> dict[str, object]:
 
 
 def _output(context: Context) -> Path:
-    """The run folder."""
+    """The run folder, which the app's settings name."""
     return Path(str(context.run_config["output"]))
 
 

@@ -148,7 +148,10 @@ def test_product_cosine_does_not_depend_on_the_factorisation(seed: int, rank: in
 @pytest.mark.parametrize("rank", [4, 8, 16])
 @pytest.mark.parametrize("shape", [(96, 80), (24, 20)], ids=["thin stack: QR", "wide stack: dense"])
 def test_mix_is_the_best_adapter_of_the_receivers_rank(rank: int, shape: tuple[int, int]) -> None:
-    """Eckart-Young: the product equals the dense sum cut to the rank, and the tail is the norm of what was cut."""
+    """Eckart-Young: the product equals the dense sum cut to the rank.
+
+    The tail is the norm of what was cut.
+    """
     ranks = (4, 8, 16)
     adapters = [
         lora(r, seed, {"q": shape, "v": (shape[0] // 2, shape[1])}) for seed, r in enumerate(ranks)

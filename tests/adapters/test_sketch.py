@@ -1,4 +1,7 @@
-"""Sketches of adapters: linear, indifferent to the factorisation, and inner products within the error that they state."""
+"""Sketches are linear, indifferent to the factorisation, and as exact as they say.
+
+Inner products lie within the error that they state.
+"""
 
 from __future__ import annotations
 

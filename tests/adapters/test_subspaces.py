@@ -1,4 +1,4 @@
-"""Where updates point to: inner products of column spaces against principal angles of dense updates."""
+"""Where updates point to: column spaces against principal angles of dense updates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from lora_federation import dense, lora, start
 
 
 def likeness(left: Tensor, right: Tensor) -> float:
-    """sum_i cos^2 of the principal angles between two column spaces of dense matrices, over sqrt(q q')."""
+    """sum_i cos^2 of the principal angles between two column spaces, over sqrt(q q').
+
+    The spaces are those of dense matrices.
+    """
     left_size, right_size = (int(torch.linalg.matrix_rank(matrix)) for matrix in (left, right))
     left_basis, right_basis = (
         torch.linalg.svd(matrix).U[:, :size].numpy()

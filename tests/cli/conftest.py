@@ -1,4 +1,7 @@
-"""One run through the installed command that several files read, and the command line inside this process for what needs no process."""
+"""One run through the installed command that several files read.
+
+And the command line inside this process, for what needs no process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What users do wrong: exit code 2, a message on stderr that names the thing and the next step, nothing on stdout, no traceback."""
+"""What users do wrong: exit code 2 and a message on stderr.
+
+It names the thing and the next step; nothing is on stdout, and there is no traceback.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Processes that are killed at different moments, with SIGKILL so that no handler runs, continue to the same bytes."""
+"""Processes that are killed at different moments continue to the same bytes.
+
+They are killed with SIGKILL, so that no handler runs.
+"""
 
 from __future__ import annotations
 

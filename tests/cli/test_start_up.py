@@ -18,7 +18,8 @@ import socket, sys
 def refuse(*arguments, **options):
     raise AssertionError(f"something calls out: {arguments}")
 
-socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.create_connection = socket.getaddrinfo = refuse
 from fedmira.cli import main
 main()
 """
@@ -60,7 +61,10 @@ def test_the_heavy_libraries_wait_until_they_are_needed(code: str) -> None:
 
 
 def test_the_demo_runs_without_a_network(tmp_path: Path) -> None:
-    """The bundled base and the demo data, with every way out of the process blocked and no variable that asks for it."""
+    """The bundled base and the demo data, with every way out of the process blocked.
+
+    No variable asks for that.
+    """
     settings = (
         "data.clients=3",
         "rounds.count=2",

@@ -104,7 +104,7 @@ def test_check_counts_and_plans_and_trains_nothing(config_file: Path, tmp_path: 
 def test_cut_prompts_are_told_on_stderr_and_uncut_ones_are_not(
     config_file: Path, command_run: Any
 ) -> None:
-    """A row has at least the 6 words of its instruction and 3 words to answer, so none fits in 8 tokens."""
+    """A row has at least the 6 words of its instruction and 3 to answer, so none fits 8 tokens."""
     ended = command("check", config_file, "--set", "data.max_length=8", "--format", "json")
     assert ended.returncode == 0, ended.stderr
     total = sum(

@@ -1,4 +1,7 @@
-"""What all clients keep: an answer per request, private memories, no hidden state, whatever the order."""
+"""What all clients keep, whatever the order.
+
+An answer per request, private memories, and no hidden state.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,10 @@ ALL: dict[str, Callable[[Experiment, int, Path], Clients]] = {
     "over a wire": over_a_wire,
     "flower": over_flower,
 }
-"""Name -> makes the clients of an experiment, with at most so many clients at once, and a folder of its own."""
+"""Name -> makes the clients of an experiment.
+
+With at most so many clients at once, and a folder of its own.
+"""
 
 
 @pytest.fixture(params=ALL)
@@ -144,7 +150,10 @@ def distance(left: Adapter, right: Adapter) -> float:
 def largest_share(
     left: dict[str, Adapter], right: dict[str, Adapter], requests: list[Request]
 ) -> float:
-    """The largest distance of two adapters of one client, as a share of how far the first is from where it started."""
+    """The largest distance of two adapters of one client.
+
+    As a share of how far the first is from where it started.
+    """
     assert set(left) == set(right) == {request.client_id for request in requests}
     starts = {request.client_id: request.payload.tensors["adapter"] for request in requests}
     return max(

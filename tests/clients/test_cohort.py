@@ -58,7 +58,10 @@ def noisy(start: Adapter, seed: int) -> Adapter:
 
 @dataclass(frozen=True)
 class Scribbling(Wrapping):
-    """Local training with a client half that starts elsewhere, hooks gradients, and keeps a memory: all that the contract allows."""
+    """Local training with a client half that does all that the contract allows.
+
+    It starts elsewhere, hooks gradients, and keeps a memory.
+    """
 
     inner: Method
     factor: float
@@ -97,7 +100,10 @@ class Scribbling(Wrapping):
 def test_the_first_loss_is_that_of_the_adapter_that_was_sent(
     base: BaseModel, base_folder: Path, clients_folder: Path
 ) -> None:
-    """One step over all rows: its loss is the training loss of the adapter in the payload, measured by the evaluator."""
+    """One step over all rows, whose loss is the training loss of the payload's adapter.
+
+    The evaluator measures the same.
+    """
     experiment = built(
         base, base_folder, clients_folder, {"local.steps": 1, "local.batch_size": 100}
     )

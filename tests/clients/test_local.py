@@ -1,4 +1,7 @@
-"""Evaluation of many clients reads few adapters at a time and gives each client what it gets alone."""
+"""Evaluation of many clients reads few adapters at a time.
+
+Each client gets what it gets alone.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ AT_ONCE = 64
 
 
 class OnDisk(Mapping[str, Adapter]):
-    """Makes an adapter when it is asked for, and counts how many of those it made are still held."""
+    """Makes an adapter when it is asked for, and counts how many of those are still held."""
 
     def __init__(self, targets: list[TargetModule], clients: list[str]) -> None:
         self._targets, self._clients, self._made = targets, clients, weakref.WeakSet[Tensor]()

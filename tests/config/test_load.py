@@ -170,7 +170,10 @@ def test_contradictions_within_one_layer_are_errors() -> None:
 
 
 def test_steps_and_epochs_in_one_layer_are_an_error_that_names_both(tmp_path: Path) -> None:
-    both = "local.steps = 3 and local.epochs = 2: epochs above 0 count passes over the rows in place of steps; set one of them"
+    both = (
+        "local.steps = 3 and local.epochs = 2: epochs above 0 count passes over the rows in place "
+        "of steps; set one of them"
+    )
     path = write(tmp_path, "[local]\nsteps = 3\nepochs = 2\n")
     assert problems(path=path) == (f"{both} ({path})",)
     assert problems("local.steps=3", "local.epochs=2") == (f"{both} (--set)",)
@@ -211,7 +214,10 @@ def test_a_setting_that_the_choice_beside_it_does_not_read_is_an_error(
     chooser, _, chosen = choice.partition("=")
     key, _, value = setting.partition("=")
     written = f'"{value}"' if value == "lstm" else value  # the only text among them
-    expected = f"{key} = {written}: {chooser} = '{chosen}' does not read it; leave it out, or set {chooser} to {reader} (--set)"
+    expected = (
+        f"{key} = {written}: {chooser} = '{chosen}' does not read it; leave it out, or set "
+        f"{chooser} to {reader} (--set)"
+    )
     assert problems(choice, setting) == (expected,)
     # In a layer above it is told as well; below, it goes with the choice that read it.
     with pytest.raises(ConfigError, match="does not read it"):
@@ -246,8 +252,8 @@ def test_a_graph_is_an_error_under_a_method_that_uses_none(name: str) -> None:
     optimizer = ["local.optimizer=zeroth-order"] if name == "fedkseed" else []
     validation = ["data.validation_fraction=0.1"] if name == "fedfomo" else []
     assert problems(f"algorithm.name={name}", "graph.kind=random", *optimizer, *validation) == (
-        f"graph.kind = \"random\": algorithm.name = '{name}' does not read it; leave it out, or set "
-        "algorithm.name to 'fedalt' or 'mira' (--set)",
+        f"graph.kind = \"random\": algorithm.name = '{name}' does not read it; leave it out, or "
+        "set algorithm.name to 'fedalt' or 'mira' (--set)",
     )
 
 
@@ -628,7 +634,7 @@ def test_a_safeguard_needs_something_to_decline(strength: str) -> None:
 def test_slopes_along_random_directions_are_clipped_only_where_that_is_asked_for(
     tmp_path: Path,
 ) -> None:
-    """The dump holds the number, so a run folder says what was done and is read back to the same run."""
+    """The dump holds the number, so a run folder says what was done and is read back alike."""
     assert load_config().local.max_grad_norm == 1.0
     path = write(tmp_path, '[local]\noptimizer = "zeroth-order"\n')
     free = load_config(path)

@@ -98,7 +98,10 @@ def replies(
     round_number: int,
     families: Sequence[int] | None = None,
 ) -> list[Reply]:
-    """Local training that moves each client by numbers of its own, or mostly by those of its family."""
+    """Local training that moves each client by numbers of its own, or of its family.
+
+    The family's numbers are mostly those that count.
+    """
     result = []
     for client in clients:
         k = CLIENTS.index(client)

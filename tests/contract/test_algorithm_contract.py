@@ -171,7 +171,10 @@ def begin_state(algorithm: Method) -> ServerState:
 def replies(
     algorithm: Method, state: ServerState, clients: Sequence[str], round_number: int
 ) -> list[Reply]:
-    """Both client halves around a local training that adds fixed numbers of its own for each client and round."""
+    """Both client halves around a local training that adds fixed numbers.
+
+    Each client and round has its own.
+    """
     result = []
     for client in clients:
         payload = algorithm.instruct(state, client)
@@ -261,7 +264,10 @@ def test_a_personal_adapter_of_a_client_outside_the_round_is_the_same_object(
 
 
 def put_back(algorithm: Method, payload: Payload) -> dict[str, Tensor]:
-    """Which entries are sent as they were at the beginning, although every one of them has changed by the end: those that are frozen."""
+    """Which entries are sent as they were at the beginning: those that are frozen.
+
+    Every entry has changed by the end.
+    """
     begun = algorithm.begin(payload, None).adapter
     changed = {name: tensor + 1 for name, tensor in begun.items()}
     sent, _ = algorithm.finish(payload, None, Trained(changed, 20, 5, 1e-3, movement({1: 0.1})))
@@ -327,7 +333,10 @@ def test_alternatives_to_what_the_server_made_are_whole_adapters_by_falling_shar
 
 
 def saved_and_loaded(state: ServerState) -> ServerState:
-    """Through the bytes of a safetensors file, which hold named tensors in any order and nothing else."""
+    """Through the bytes of a safetensors file, which hold named tensors and nothing else.
+
+    Their order is any.
+    """
     flat = {
         f"adapters/{client}/{name}": tensor
         for client, adapter in state.adapters.items()

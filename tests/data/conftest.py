@@ -1,4 +1,7 @@
-"""Tokenizers and real data; what comes from the folder `shared` beside the repository skips its tests where there is none."""
+"""Tokenizers and real data.
+
+What comes from the folder `shared` beside the repository skips its tests where there is none.
+"""
 
 from __future__ import annotations
 

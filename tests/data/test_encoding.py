@@ -1,4 +1,4 @@
-"""Token ids: the boundary between prompt and response, special tokens, and what a length limit cuts."""
+"""Token ids: the boundary of prompt and response, special tokens, and what a limit cuts."""
 
 from __future__ import annotations
 

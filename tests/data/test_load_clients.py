@@ -181,7 +181,8 @@ def test_real_dolly_in_eight_times_ten_clients(dolly_folder: Path, gpt2: Any) ->
 
 
 def test_importing_the_data_room_loads_no_heavy_library() -> None:
-    code = "import sys, fedmira.data; print(sorted({'datasets', 'transformers', 'torch', 'jinja2'} & set(sys.modules)))"
+    heavy = {"datasets", "transformers", "torch", "jinja2"}
+    code = f"import sys, fedmira.data; print(sorted({heavy!r} & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -199,7 +200,10 @@ def test_an_empty_dataset_is_not_possible(tmp_path: Path, words: Any) -> None:
 def test_cut_prompts_are_a_warning_above_one_in_twenty(
     tmp_path: Path, words: Any, caplog: pytest.LogCaptureFixture, long: int, warned: bool
 ) -> None:
-    """20 rows: one cut prompt is 5 %, which passes, two are 10 %. A long row has <s>, 30 words and 29 spaces, w0 and </s>: 62 tokens."""
+    """Of 20 rows one cut prompt is 5 %, which passes, two are 10 %.
+
+    A long row has <s>, 30 words and 29 spaces, w0 and </s>: 62 tokens.
+    """
     rows = [
         {
             "instruction": " ".join(["w1"] * (30 if i < long else 2)),

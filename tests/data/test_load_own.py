@@ -1,4 +1,4 @@
-"""One client's rows, read where only its own need be, are those that it has in the whole federation."""
+"""One client's rows, read alone, are those that it has in the whole federation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rows to clients: every row goes to one client, categories stay together where they should, and small shares are refused."""
+"""Rows to clients: every row goes to one client, and small shares are refused.
+
+Categories stay together where they should.
+"""
 
 from __future__ import annotations
 

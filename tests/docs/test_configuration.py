@@ -1,4 +1,4 @@
-"""docs/configuration.md lists every key of the schema, with its default and its limits, and no other key."""
+"""docs/configuration.md lists every key with its default and its limits, and no other key."""
 
 from __future__ import annotations
 

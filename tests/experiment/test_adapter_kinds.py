@@ -107,7 +107,10 @@ def test_a_run_saves_what_it_measured(
 def test_fedptuning_averages_the_encoders_by_rows(
     base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:
-    """One round of FedPTuning is the mean of what the clients reach alone, parameter by parameter of the encoder."""
+    """One round of FedPTuning is the mean of what the clients reach alone.
+
+    Parameter by parameter of the encoder.
+    """
     runs = {}
     for name in ("local", "fedavg"):
         config = make_config(
@@ -161,9 +164,10 @@ def test_the_command_line_runs_the_demo_and_answers(
 ) -> None:
     """The demo's words are unknown to the tiny tokenizer, which makes one token of each."""
     changes = [
-        f"model.base={base_folder}", "model.device=cpu", f"adapter.kind={kind}", f"adapter.virtual_tokens={VIRTUAL}",
-        "algorithm.name=fedavg", "data.clients=3", "data.max_rows=4", "data.test_rows=2", "data.max_length=96", "rounds.count=1",
-        "local.steps=2", "evaluation.max_new_tokens=3",
+        f"model.base={base_folder}", "model.device=cpu",
+        f"adapter.kind={kind}", f"adapter.virtual_tokens={VIRTUAL}", "algorithm.name=fedavg",
+        "data.clients=3", "data.max_rows=4", "data.test_rows=2", "data.max_length=96",
+        "rounds.count=1", "local.steps=2", "evaluation.max_new_tokens=3",
     ]  # fmt: skip
     options = [part for change in changes for part in ("--set", change)]
     ended = call_main("check", *options)

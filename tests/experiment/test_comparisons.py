@@ -1,4 +1,7 @@
-"""Comparisons repeat nothing that is finished, continue what is not, and count clients against local training."""
+"""Comparisons repeat nothing that is finished, and continue what is not.
+
+They count clients against local training.
+"""
 
 from __future__ import annotations
 
@@ -415,7 +418,10 @@ def test_the_rows_of_a_seed_are_read_once_for_all_methods(
 
 
 def test_a_run_that_fails_leaves_the_others_compared(config: Config, tmp_path: Path) -> None:
-    """The only edge joins two clients that are not drawn in the one round there is, so MIRA can pull nobody."""
+    """The only edge joins two clients that are not drawn in the one round there is.
+
+    So MIRA can pull nobody.
+    """
     rounds = config.rounds.model_copy(update={"count": 1, "participation": 0.6})
     absent = sorted(set(CLIENTS) - set(sample_clients(sorted(CLIENTS), rounds, 0, 1)))
     document = {

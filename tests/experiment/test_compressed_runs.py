@@ -47,7 +47,10 @@ def whole(rank: int) -> int:
 
 
 def compressed(rank: int, wire: str) -> int:
-    """Bytes of a change: 2 a parameter, or 1 and a float32 scale for each row of A and column of B in 2 modules a layer."""
+    """Bytes of a change: 2 a parameter, or 1 and scales.
+
+    A float32 scale for each row of A and column of B in 2 modules a layer.
+    """
     return LAYERS * rank * (2 * SIDES if wire == "float16" else SIDES + 4 * 2 * 2)
 
 
@@ -64,7 +67,10 @@ The widths of the formats, 2^-11 and 1 / 254, over rounds.
 def test_compressed_runs_end_near_those_that_send_all(
     settings: dict[str, Any], base: BaseModel, base_folder: Path, clients_folder: Path
 ) -> None:
-    """With plain steps; Adam turns the smallest differences of tiny gradients into whole steps, whatever made them."""
+    """With plain steps.
+
+    Adam turns the smallest differences of tiny gradients into whole steps, whatever made them.
+    """
     plain = {**SETTINGS, "local.optimizer": "sgd", "local.learning_rate": 0.5, **settings}
     ends = {
         wire: end_of(base, base_folder, clients_folder, {**plain, "engine.wire": wire})

@@ -52,7 +52,9 @@ def built(
 
 
 def diverging(experiment: Experiment, clients: Sequence[str], rounds: Sequence[int]) -> Experiment:
-    """The experiment with a method whose chosen clients get gradients that are no numbers, so that training really diverges.
+    """The experiment with a method whose chosen clients get gradients that are no numbers.
+
+    So training really diverges.
 
     Args:
         clients: who diverges.

@@ -54,7 +54,10 @@ def run(
 
 
 def mixing_of(folder: Path, coupling: float, size_scale: float) -> Matrix:
-    """I - gamma L of a run folder, row k scaled by size_scale / (size_scale + rows_k) where that is on."""
+    """I - gamma L of a run folder.
+
+    Row k is scaled by size_scale / (size_scale + rows_k) where that is on.
+    """
     laplacian, max_degree = laplacian_of(folder, NAMES)
     rows = {row["client"]: int(row["train_rows"]) for row in table_of(folder, "clients")}
     share = np.array(

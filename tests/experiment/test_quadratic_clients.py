@@ -53,7 +53,10 @@ def test_rounds_are_the_first_below_the_share(quadratic: ModuleType) -> None:
 
 
 def test_sophia_does_not_mind_the_condition(quadratic: ModuleType) -> None:
-    """With the exact curvature every coordinate of alike clients shrinks at the same pace, however flat it is."""
+    """With the exact curvature every coordinate of alike clients shrinks at the same pace.
+
+    However flat the coordinate is.
+    """
     round_counts = {}
     for condition in (10.0, 1000.0):
         problem = quadratic.Quadratics.draw(condition, 0.0, 0.0)

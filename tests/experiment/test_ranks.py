@@ -1,4 +1,7 @@
-"""Ranks of clients: FlexLoRA's types and shares, draws that depend on seed and client alone, and runs with drawn ranks."""
+"""Ranks of clients: FlexLoRA's types and shares, draws, and runs with drawn ranks.
+
+A draw depends on seed and client alone.
+"""
 
 from __future__ import annotations
 

@@ -122,7 +122,10 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
 
 
 class PowerCut(BaseException):
-    """Raised in the middle of a run; no Exception, so that it is not taken for a broken observer."""
+    """Raised in the middle of a run.
+
+    No Exception, so that it is not taken for a broken observer.
+    """
 
 
 class Cut(Observer):

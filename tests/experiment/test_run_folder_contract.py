@@ -41,7 +41,10 @@ def finished(
     clients_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Finished:
-    """A run with all parts: learned graph, several ranks, evaluation on the way, generation at the end."""
+    """A run with all parts.
+
+    Learned graph, several ranks, evaluation on the way, generation at the end.
+    """
     settings = {
         "evaluation.every": 1,
         "evaluation.rouge": True,
@@ -187,7 +190,8 @@ def test_clients_csv_has_the_promised_columns_and_the_headline_is_their_mean(
 def test_rounds_csv_has_a_row_a_round_that_follows_from_the_events(folder: Path) -> None:
     rows = table_of(folder, "rounds")
     assert [row["round"] for row in rows] == ["1", "2", "3", "4"]
-    columns = "train_loss train_loss_weighted test_loss test_loss_weighted disagreement_before disagreement_after pull"
+    columns = "train_loss train_loss_weighted test_loss test_loss_weighted "
+    columns += "disagreement_before disagreement_after pull"
     columns += " train_seconds evaluate_seconds tokens_per_second"
     assert set(columns.split()) <= set(rows[0])
     for row in rows:

@@ -1,4 +1,7 @@
-"""Whole runs: no coupling is local training bit for bit, evaluation changes nothing, the best round is kept, and hashes chain."""
+"""Whole runs: bit for bit local training without coupling, and hashes that chain.
+
+Evaluation changes nothing, and the best round is kept.
+"""
 
 from __future__ import annotations
 
@@ -179,7 +182,10 @@ def test_the_evaluated_loss_does_not_depend_on_the_token_budget(
 def test_the_best_validation_round_is_what_is_saved(
     run: Run, base: BaseModel, base_folder: Path, clients_folder: Path
 ) -> None:
-    """A learning rate at which clients get worse again, so that the best round is not the last for all of them."""
+    """A learning rate at which clients get worse again.
+
+    So the best round is not the last for all of them.
+    """
     settings = {
         "local.learning_rate": 0.6,
         "rounds.count": 4,

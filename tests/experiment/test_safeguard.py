@@ -1,4 +1,7 @@
-"""The safeguard: a client's own validation rows choose how much of the server's pull it keeps, to start a round with and at the end."""
+"""The safeguard: a client's own validation rows choose how much of the server's pull it keeps.
+
+Both to start a round with and at the end.
+"""
 
 from __future__ import annotations
 
@@ -184,7 +187,10 @@ def test_clients_with_one_task_accept_and_the_page_counts_who_declined(
 def test_what_a_client_is_given_at_the_end_of_a_round_is_what_it_starts_the_next_one_with(
     run: Run, one_apart: Path
 ) -> None:
-    """The server's choice, by the adapter that was sent, and the client's own, by the one that it remembers, are the same."""
+    """The server's choice and the client's own are the same.
+
+    One goes by the adapter that was sent, the other by the one that the client remembers.
+    """
     result = run(one_apart, algorithm__safeguard=True)
     evaluated, started = shares(result, "evaluate"), shares(result, "train")
     assert {client: given[:-1] for client, given in evaluated.items()} == started

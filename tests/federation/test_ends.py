@@ -1,4 +1,7 @@
-"""Both ends of a line: equal bit for bit whatever is lost, restarted or wiped, and every bad answer becomes a failure with its reason."""
+"""Both ends of a line, equal bit for bit whatever is lost, restarted or wiped.
+
+Every bad answer becomes a failure with its reason.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,10 @@ def random_adapter(seed: int, size: float = 1.0) -> dict[str, Tensor]:
 
 
 def train(request: Request, memory: Payload | None) -> tuple[Reply | Failure, Payload | None]:
-    """A made-up change that depends on the request alone, and a memory that counts the rounds that were used."""
+    """A made-up change that depends on the request alone.
+
+    And a memory that counts the rounds that were used.
+    """
     change = random_adapter(request.seed, 0.1)
     adapter = {
         name: tensor + change[name] for name, tensor in request.payload.tensors["adapter"].items()
@@ -82,7 +88,10 @@ def request_of(round_number: int, adapter: dict[str, Tensor], client: str = CLIE
 
 
 def node_holds(folder: Path, accepted_round: int) -> tuple[Line, Payload | None]:
-    """The client's line and private memory, read from a copy, because reading drops what is not needed any more."""
+    """The client's line and private memory, read from a copy.
+
+    Reading drops what is not needed any more.
+    """
     with TemporaryDirectory() as place:
         both = NodeMemory(shutil.copytree(folder, Path(place) / "copy"), RUN, CLIENT).recall(
             accepted_round
@@ -216,7 +225,10 @@ def test_both_ends_hold_the_same_bits_whatever_happens_between_them(
 def test_what_the_server_accepted_is_the_clients_change_but_for_what_is_carried(
     tmp_path: Path,
 ) -> None:
-    """Over rounds: accepted changes plus the client's carried rest are all of its changes, and the same for the server's."""
+    """Over rounds: accepted changes plus the client's carried rest are all of its changes.
+
+    And the same for the server's.
+    """
     server, adapter = ServerEnd("int8", RUN), random_adapter(0)
     true_up = {
         name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in adapter.items()
@@ -391,7 +403,10 @@ def answer_with(
     header: dict[str, Any] | None = None,
     metrics: dict[str, float] | None = None,
 ) -> Encoded:
-    """A reply of round 2 to `CLIENT` that holds these tensors, whole, with entries of its header replaced; None removes one."""
+    """A reply of round 2 to `CLIENT` that holds these tensors, whole.
+
+    Entries of its header are replaced; None removes one.
+    """
     message, _ = encode_answer(
         Reply(CLIENT, 2, 7, Payload(tensors), metrics or METRICS), "float32", Line()
     )

@@ -1,4 +1,7 @@
-"""A node's resident process: it answers as a node in this process does, survives errors, and starts again where it was killed."""
+"""A node's resident process answers as a node in this process does.
+
+It survives errors, and starts again where it was killed.
+"""
 
 from __future__ import annotations
 

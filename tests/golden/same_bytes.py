@@ -2,8 +2,8 @@
 
 Every method, adapter kind, optimizer and wire, and a federation.
 
-    PYTHONPATH=tests python tests/golden/same_bytes.py record before.json     # in one state of the code
-    PYTHONPATH=tests python tests/golden/same_bytes.py compare before.json    # in another, on the same machine
+    PYTHONPATH=tests python tests/golden/same_bytes.py record before.json    # one state
+    PYTHONPATH=tests python tests/golden/same_bytes.py compare before.json   # another, same machine
 
 Both make small runs with one thread and note the SHA-256 of every file of their folders, apart from
 what differs between two runs of one state: seconds, dates, the machine, and the page made of them.

@@ -27,9 +27,9 @@ CLIENTS = ("a", "b", "c", "d")
 
 
 def test_random_graph_has_the_mean_and_the_sparsity_of_the_authors_recipe() -> None:
-    """The mean of two U(0, 1) is triangular: P(below 1/4) = 2 * (1/4)^2 = 1/8, and E[x.
+    """The mean x of two U(0, 1) is triangular, so P(x < 1/4) = 2 * (1/4)^2 = 1/8.
 
-    X >= 1/4] = 1/2 - 4/3 * (1/4)^3 = 23/48.
+    What is kept has the mean E[x; x >= 1/4] = 1/2 - 4/3 * (1/4)^3 = 23/48.
     """
     graph = random_graph([f"client-{k}" for k in range(200)], seed=3)
     pairs = graph.matrix()[torch.triu(torch.ones(200, 200, dtype=torch.bool), diagonal=1)]

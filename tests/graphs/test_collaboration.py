@@ -1,4 +1,7 @@
-"""pFedGraph's weights: the projection against a general solver, and what the weights must be whatever the clients."""
+"""pFedGraph's weights: the projection against a general solver, and their bounds.
+
+What the weights must be whatever the clients.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,10 @@ def weights_of(
 def test_projection_is_the_nearest_point_of_the_simplex(
     count: int, seed: int, spread: float
 ) -> None:
-    """Nearest means: the way back to the projected point makes no acute angle with the way to any corner."""
+    """The way back to the projected point makes no acute angle with the way to any corner.
+
+    That is what nearest means.
+    """
     rows = spread * updates(3, seed, count)
     found = project_on_simplex(rows)
     assert bool((found >= 0).all())

@@ -49,7 +49,7 @@ def test_the_mean_is_over_trained_clients_only() -> None:
 
 
 def test_two_planted_groups_are_recovered_under_a_strong_common_direction() -> None:
-    """Every within-group weight is above every between-group weight, and no kept edge joins the groups."""
+    """Every within-group weight is above every other, and no kept edge joins the groups."""
     group = torch.tensor([0, 1] * 5)
     common, directions = updates(1, 2)[0], updates(2, 3)
     vectors = 4 * common + directions[group] + 0.4 * updates(10, 4)

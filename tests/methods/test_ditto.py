@@ -14,7 +14,10 @@ STEPS, RATE = 3, 0.25
 
 
 def test_the_first_round_trains_the_shared_adapter_and_the_second_the_personal_ones() -> None:
-    """Personal: v_n = v* + (1 - rate (1 + lambda))^n (v0 - v*) with v* = (c + lambda w) / (1 + lambda) and v0 the common start."""
+    """A client's own way to its personal optimum, from the common start v0.
+
+    v_n = v* + (1 - rate (1 + lambda))^n (v0 - v*) with v* = (c + lambda w) / (1 + lambda).
+    """
     pull = 0.5
     algorithm = Ditto(personal_pull=pull).for_federation(FEDERATION)
     first, _ = play(algorithm, FEDERATION, started(algorithm, FEDERATION), CENTRES, 1, STEPS, RATE)
@@ -51,7 +54,10 @@ def test_without_a_pull_the_personal_adapters_are_local_training_with_half_of_th
 
 
 def test_turns_are_counted_for_each_client() -> None:
-    """client-1 joins in round 2: its first turn is for the shared adapter, of which it alone then makes the mean."""
+    """client-1 joins in round 2: its first turn is for the shared adapter.
+
+    It alone then makes the mean.
+    """
     algorithm = Ditto().for_federation(FEDERATION)
     state, _ = play(
         algorithm,

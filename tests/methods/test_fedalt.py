@@ -1,4 +1,7 @@
-"""FedALT: the rest of the world excludes the client, is weighted by the graph, is frozen, and never overwrites the own part."""
+"""FedALT: the rest of the world excludes the client and is frozen.
+
+It is weighted by the graph, and never overwrites the own part.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""FedEx: trained part and residual together are the mean of what the clients trained, while the residual fits."""
+"""FedEx: trained part and residual together are the mean of what the clients trained.
+
+As long as the residual fits.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ ROWS = [10, 30, 20]
 
 
 def test_the_shared_product_is_the_mean_of_the_clients_products_round_after_round() -> None:
-    """The residual of a round has at most 4 directions, 3 clients and their mean, so 11 hold those of two rounds."""
+    """The residual of a round has at most 4 directions, 3 clients and their mean.
+
+    So 11 hold those of two rounds.
+    """
     federation = context([12] * 3, ROWS)
     algorithm = FedEx(trained_rank=1).for_federation(federation)
     state = started(algorithm, federation)

@@ -1,4 +1,7 @@
-"""FedFomo: weights by first-order improvement, whom the server sends, and clients that measure on their own validation rows."""
+"""FedFomo: weights by first-order improvement, and whom the server sends.
+
+Clients measure on their own validation rows.
+"""
 
 from __future__ import annotations
 

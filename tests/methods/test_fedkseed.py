@@ -1,4 +1,7 @@
-"""FedKSeed: the server's adapter follows from the start and the numbers that travelled, and from nothing else."""
+"""FedKSeed: the server's adapter follows from the start and the numbers that travelled.
+
+And from nothing else.
+"""
 
 from __future__ import annotations
 

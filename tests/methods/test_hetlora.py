@@ -24,7 +24,10 @@ def test_padding_changes_no_update_and_cutting_takes_it_back() -> None:
 
 
 def test_factors_are_averaged_by_norm_and_cut_to_each_rank() -> None:
-    """|B A| is 3 * 1 = 3 for the first client and |diag(4, 0) + diag(0, 4)| = sqrt(32) for the second; rows of data do not count."""
+    """The norm |B A| weighs a client, |3 * 1| = 3 and |diag(4, 0) + diag(0, 4)| = sqrt(32).
+
+    Rows of data do not count.
+    """
     federation = context([1, 2], [1000, 1])
     algorithm = SETTINGS.for_federation(federation)
     one = {
@@ -57,7 +60,10 @@ ranks_of_five = st.lists(st.integers(1, 6), min_size=5, max_size=5)
 def test_directions_that_nobody_of_a_round_has_stay_as_they_are(
     ranks: list[int], rounds: list[list[int]]
 ) -> None:
-    """Those that some have are the mean of the padded factors with the weights of the norms, in float64."""
+    """Directions of some clients are the mean of padded factors, in float64.
+
+    The weights are those of the norms.
+    """
     federation = context(ranks)
     algorithm = SETTINGS.for_federation(federation)
     largest, state = max(ranks), started(algorithm, federation)
@@ -95,7 +101,10 @@ def test_directions_that_nobody_of_a_round_has_stay_as_they_are(
 
 
 def test_a_client_of_a_high_rank_finds_all_its_directions_alive_after_rounds_without_it() -> None:
-    """Its own update of round 1 is still there beside what the others of rank 2 made of the first two directions."""
+    """Its own update of round 1 is still there.
+
+    Beside what the others of rank 2 made of the first two directions.
+    """
     federation = context([2, 2, 6])
     algorithm = SETTINGS.for_federation(federation)
     state, _ = play(

@@ -169,7 +169,10 @@ def test_a_step_of_one_along_pfedgraph_is_its_aggregation_with_the_mean_of_both_
 
 
 def test_coupling_keeps_its_meaning_on_pfedgraph() -> None:
-    """kappa of the way for the client with the largest degree, and n_0 / (n_0 + n_k) of that for its rows."""
+    """kappa of the way for the client with the largest degree, times a factor for its rows.
+
+    The factor is n_0 / (n_0 + n_k).
+    """
     graph = CollaborationGraph(warmup_rounds=0, rows=tuple(16.0 + 8 * k for k in range(5)))
     federation, algorithm, state = begun(graph, [3] * 5, coupling=0.6, size_scale=32)
     adapters: dict[str, Adapter] = {

@@ -66,9 +66,7 @@ def test_none_of_the_way_is_what_the_client_sent_and_the_choice_begins_there(
     assert list(begun.alternatives) == [0.5, 0.0] and begun.alternatives[0.0] is own
 
 
-def test_there_is_no_choice_before_the_first_training_nor_where_nothing_was_pulled_nor_without_the_safeguard() -> (
-    None
-):
+def test_there_is_no_choice_before_training_nor_without_a_pull_or_the_safeguard() -> None:
     own, aligned = lora(RANK, 1), lora(RANK, 2)
     assert not SAFE.begin(Payload({"adapter": aligned}), None).alternatives
     assert not SAFE.begin(
@@ -79,9 +77,7 @@ def test_there_is_no_choice_before_the_first_training_nor_where_nothing_was_pull
     assert SAFE.may_decline and not PLAIN.may_decline
 
 
-def test_a_client_remembers_exactly_what_it_sends_and_sends_no_more_than_without_the_safeguard() -> (
-    None
-):
+def test_a_client_remembers_exactly_what_it_sends_and_sends_no_more_with_the_safeguard() -> None:
     trained = Trained(lora(RANK, 3), 20, 5, 1e-3)
     sent, memory = SAFE.finish(Payload({"adapter": lora(RANK, 1)}), None, trained)
     plain, nothing = PLAIN.finish(Payload({"adapter": lora(RANK, 1)}), None, trained)

@@ -206,7 +206,10 @@ def test_kept_sketches_equal_those_computed_at_once(space: str) -> None:
 
 @pytest.mark.parametrize("space", SPACES)
 def test_whether_a_client_must_move_is_exact(space: str) -> None:
-    """One entry of one neighbour that differs by a thousandth counts, far below what four sketched numbers could tell; none does not."""
+    """One entry of one neighbour that differs by a thousandth counts; none does not.
+
+    This is far below what four sketched numbers could tell.
+    """
     algorithm = mira(FixedGraph(uniform_graph(names(3)), sketch=4), 3, coupling=0.5, space=space)
     same = lora(7)
     assert (

@@ -57,9 +57,7 @@ def test_a_client_outside_the_round_gets_the_new_shared_factor_beside_its_old_pr
         )
 
 
-def test_with_frozen_a_every_client_ends_with_one_adapter_whose_product_is_the_mean_of_products() -> (
-    None
-):
+def test_with_frozen_a_all_end_with_one_adapter_whose_product_is_the_mean_of_products() -> None:
     algorithm = settings("B", "frozen").for_federation(FEDERATION)
     state, sent = play(algorithm, FEDERATION, started(algorithm, FEDERATION), TRAINED, 1)
     for client in names(3):

@@ -1,4 +1,7 @@
-"""Packed attention: every kernel gives what full attention over each row by itself gives, values and gradients."""
+"""Packed attention: every kernel gives what full attention over each row by itself gives.
+
+Values and gradients.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Losses and generation with many clients' adapters at once equal one client at a time with plain PEFT."""
+"""Losses and generation with many clients' adapters at once equal one client at a time.
+
+The one is plain PEFT.
+"""
 
 from __future__ import annotations
 

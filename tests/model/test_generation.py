@@ -1,4 +1,7 @@
-"""Greedy generation for many clients at once gives each row the tokens that plain PEFT and transformers give it alone."""
+"""Greedy generation for many clients at once gives each row the tokens it gets alone.
+
+Alone is with plain PEFT and transformers.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +118,10 @@ def drawn(count: int, shared: int, seed: int, longest: int = 30) -> list[tuple[i
 
 
 def prompts_of_all_kinds() -> list[Asked]:
-    """Shared and unshared, short and long, one token, equal, and up to and over the end of the context."""
+    """Shared and unshared, short and long, one token, equal, and up to the context's end.
+
+    And over that end.
+    """
     asked: list[Asked] = [(0, prompt) for prompt in drawn(7, 25, 1)]
     asked += [(1, prompt) for prompt in drawn(5, 3, 2)]
     asked += [(2, prompt) for prompt in drawn(2, 0, 3, 60)]
@@ -209,7 +215,10 @@ def test_decoding_that_is_lost_is_said_once(caplog: pytest.LogCaptureFixture) ->
         with refusing(base, NotImplementedError("one row only")):
             assert not decoding_agrees(base, branch) and not decoding_agrees(base, branch)
         assert generate_tokens(base, branch, [(0, (5, 6, 7))], 3)
-    said = "tiny llama: decoding from the cache raises NotImplementedError: one row only; it answers by transformers' own loop"
+    said = (
+        "tiny llama: decoding from the cache raises NotImplementedError: one row only; it answers "
+        "by transformers' own loop"
+    )
     assert [
         said in record.getMessage() for record in caplog.records if record.levelname == "WARNING"
     ] == [True]
@@ -230,7 +239,7 @@ def test_a_lack_of_memory_is_not_taken_for_an_architecture_that_cannot_decode() 
 
 
 def test_every_token_that_is_read_has_the_place_of_its_prompt(llama: Federation) -> None:
-    """Shared tokens of a group stand once from the left, own ones end where the first new token goes."""
+    """Shared tokens of a group stand once from the left; own ones end at the first new token."""
     asked: list[Asked] = [(0, prompt) for prompt in drawn(6, 25, 1)] + [
         (1, prompt) for prompt in drawn(3, 2, 2)
     ]

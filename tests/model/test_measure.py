@@ -1,4 +1,7 @@
-"""The best of several adapters for each client, on its own rows, against one client at a time on the model's own forward pass."""
+"""The best of several adapters for each client, on its own rows.
+
+Against one client at a time on the model's own forward pass.
+"""
 
 from __future__ import annotations
 

@@ -112,7 +112,10 @@ def test_a_loss_in_bfloat16_is_scaled_before_it_is_rounded() -> None:
 
 
 def test_a_reduced_base_adds_up_its_factors_gradients_in_float32() -> None:
-    """Both factors' gradients are those of the layer's bfloat16 values multiplied in float64, which bfloat16 would miss by 1/256."""
+    """Both factors' gradients are those of the layer's bfloat16 values multiplied in float64.
+
+    Sums in bfloat16 would miss them by 1/256.
+    """
     draw = torch.Generator().manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(24, 40, dtype=torch.bfloat16).requires_grad_(False))
     name_a, name_b = adapter_names(target := TargetModule("0", 24, 40, False))

@@ -107,7 +107,10 @@ def padded(rows: Sequence[TinyRow]) -> dict[str, torch.Tensor]:
 def with_peft(
     name: str, job: LocalTask, settings: LocalSettings, architecture: str = "llama"
 ) -> Adapter:
-    """The same client alone: a loop as anybody would write it with PEFT, transformers' loss and torch's optimizer."""
+    """The same client alone, in a loop as anybody would write it.
+
+    With PEFT, transformers' loss and torch's optimizer.
+    """
     model = peft_model(name, architecture)
     with torch.no_grad():
         for parameter_name, parameter in encoder_of(model).items():

@@ -46,7 +46,10 @@ def task(rows: Sequence[TinyRow], seed: int = 7, rank: int = 4, **more: object) 
 
 
 def moved(task: LocalTask, seed: int) -> LocalTask:
-    """The same task from an adapter whose B is not zero, so that A has a gradient from the first step on."""
+    """The same task from an adapter whose B is not zero.
+
+    So A has a gradient from the first step on.
+    """
     draw = torch.Generator().manual_seed(seed)
     noisy = {
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=draw)
@@ -63,7 +66,7 @@ def largest_difference(left: Adapter, right: Adapter) -> float:
 def one_step(
     optimizer: CohortOptimizer, value: Tensor, gradient: Tensor, first: Tensor, second: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One client's value after a step from these moments, and how many of its entries were clipped."""
+    """One client's value after a step from these moments, and how many entries were clipped."""
     moments = Moments(first.clone()[None], second.clone()[None], torch.zeros(1, dtype=torch.long))
     values = value.clone()[None]
     clipped = optimizer.step(values, gradient[None], moments, torch.tensor([0]))
@@ -142,7 +145,10 @@ def test_sophias_and_fed_sophias_way_of_writing_are_the_same_step(
 def test_the_estimate_is_on_average_the_diagonal_of_the_gauss_newton_matrix(
     shape: tuple[int, int],
 ) -> None:
-    """All labels of N tokens enumerated with their probabilities, against J' (diag(p) - p p') J averaged over the tokens."""
+    """All labels of N tokens enumerated with their probabilities.
+
+    Against J' (diag(p) - p p') J averaged over the tokens.
+    """
     (num_tokens, hidden_size), vocabulary = shape, 3
     torch.manual_seed(num_tokens)
     head = nn.Linear(hidden_size, vocabulary).requires_grad_(False)

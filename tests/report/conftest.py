@@ -1,4 +1,7 @@
-"""Run folders built in code: families of related clients whose losses fall, overfit and are pulled together."""
+"""Run folders built in code.
+
+Families of related clients whose losses fall, overfit and are pulled together.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,9 @@ Row = dict[str, Any]
 
 
 class RunFolder:
-    """Writes a run folder; every number is drawn from a seeded formula, so a test can read it back from the attributes.
+    """Writes a run folder whose numbers come from a seeded formula.
+
+    So a test can read every number back from the attributes.
 
     Args:
         folder: where to write.
@@ -223,7 +228,8 @@ class RunFolder:
     def write(self) -> Path:
         """Writes all files that such a run has, and returns the folder."""
         (self.folder / "metrics").mkdir(parents=True)
-        settings = f'seed = 0\n\n[algorithm]\nname = "{self.algorithm}"\n\n[local]\nsteps = 7\nbatch_size = 8\n{self.more_settings}'
+        settings = f'seed = 0\n\n[algorithm]\nname = "{self.algorithm}"\n\n[local]\nsteps = 7\n'
+        settings += f"batch_size = 8\n{self.more_settings}"
         (self.folder / "config.toml").write_text(settings, encoding="utf-8")
         (self.folder / "run.json").write_text(json.dumps(self.provenance()), encoding="utf-8")
         lines = "".join(json.dumps(event) + "\n" for event in self.events)

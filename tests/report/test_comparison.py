@@ -1,4 +1,7 @@
-"""Methods side by side: figures over clients and seeds in every file, inequality said loudly, and who is better off than alone."""
+"""Methods side by side: figures over clients and seeds in every file.
+
+Inequality is said loudly, and so is who is better off than alone.
+"""
 
 from __future__ import annotations
 

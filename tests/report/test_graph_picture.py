@@ -20,7 +20,10 @@ from fedmira.report.graph_picture import (
 
 
 def families(groups: int, members: int) -> tuple[TaskGraph, dict[str, Node]]:
-    """Members of a family are joined with weight 1, and one member of each family with the next family with weight 0.05."""
+    """Members of a family are joined with weight 1, and families with 0.05.
+
+    One member of each family is joined with one of the next.
+    """
     names = [[f"family-{group}-{member}" for member in range(members)] for group in range(groups)]
     edges = [(one, other, 1.0) for family in names for one, other in combinations(family, 2)]
     edges += [

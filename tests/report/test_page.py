@@ -340,7 +340,8 @@ def test_a_report_can_be_written_again(run_folder: Folders) -> None:
 @pytest.mark.parametrize("module", ["torch", "transformers", "peft", "matplotlib"])
 def test_the_report_does_not_import(module: str) -> None:
     source = Path(__file__).parents[2] / "src"
-    code = f"import sys; sys.path.insert(0, {str(source)!r}); import fedmira.report; sys.exit({module!r} in sys.modules)"
+    code = f"import sys; sys.path.insert(0, {str(source)!r}); import fedmira.report"
+    code += f"; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -1,4 +1,7 @@
-"""Paired differences: who is beyond noise, and intervals that are as wide as the spread over clients and seeds makes them."""
+"""Paired differences: who is beyond noise, and how wide intervals are.
+
+As wide as the spread over clients and seeds makes them.
+"""
 
 from __future__ import annotations
 

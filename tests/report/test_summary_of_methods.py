@@ -1,4 +1,7 @@
-"""experiments/comparison/summarise.py says what the package's own tables say, of the runs that have finished."""
+"""experiments/comparison/summarise.py says what the package's own tables say.
+
+Of the runs that have finished.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rounds and seconds to a target loss are read from what a run evaluated, and what was not reached is said to be so."""
+"""Rounds and seconds to a target loss are read from what a run evaluated.
+
+What was not reached is said to be so.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The loop alone: what it hands to method and clients, absent clients, failed rounds and stuck adapters."""
+"""The loop alone: what it hands to method and clients.
+
+Absent clients, failed rounds and stuck adapters among them.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,10 @@ def one_of(card: str, language: str = "python") -> str:
 
 
 def trained(folder: Path, form: str) -> tuple[Path, Path]:
-    """A run of a round on a base with a chat template and a token in front of every text, and the base's folder."""
+    """A run of a round on a base with a chat template, and the base's folder.
+
+    Every text of the base has a token in front.
+    """
     tokenizer, base = tiny_tokenizer(), folder / "base"
     tokenizer.chat_template = CHAT
     tiny_model("llama").save_pretrained(base)

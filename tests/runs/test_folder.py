@@ -1,4 +1,7 @@
-"""The run folder is made once, never overwritten, and its growing files can be cut back to a checkpoint."""
+"""The run folder is made once and never overwritten.
+
+Its growing files can be cut back to a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +129,8 @@ def test_a_damaged_document_is_named(tmp_path: Path) -> None:
 def test_two_processes_do_not_run_in_one_folder(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", "")
     with folder.locked():
-        script = f"from pathlib import Path; from fedmira.runs import RunFolder\nwith RunFolder(Path({str(folder.path)!r})).locked(): pass"
+        script = "from pathlib import Path; from fedmira.runs import RunFolder\n"
+        script += f"with RunFolder(Path({str(folder.path)!r})).locked(): pass"
         other = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=False
         )

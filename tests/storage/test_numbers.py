@@ -1,4 +1,7 @@
-"""Large tensors of the state come back bit for bit from patches, and a round stores the rows that changed."""
+"""Large tensors of the state come back bit for bit from patches.
+
+A round stores the rows that changed.
+"""
 
 from __future__ import annotations
 

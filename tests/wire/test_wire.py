@@ -286,7 +286,10 @@ def test_a_line_and_a_memory_share_one_payload() -> None:
 
 
 def broken(encoded: Encoded, what: str, value: Any) -> Encoded:
-    """The message with one array or one entry of its header replaced, or removed where the value is None."""
+    """The message with one entry replaced, or removed where the value is None.
+
+    The entry is an array or one of the header.
+    """
     arrays: dict[str, Any] = dict(encoded.arrays)
     header: dict[str, Any] = dict(encoded.header)
     side: dict[str, Any] = arrays if "|" in what else header
@@ -385,7 +388,10 @@ def test_an_end_without_the_reference_says_so() -> None:
 
 
 def test_changes_of_changes_stay_near_the_target() -> None:
-    """A target that moves by a tenth of itself a round is followed within a hundredth of that step."""
+    """A target that moves by a tenth of itself a round is followed closely.
+
+    Within a hundredth of that step.
+    """
     line, target = with_reference(adapter(0)), adapter(0)
     for number in range(20):
         target = moved(target, 100 + number, 0.1)

@@ -1,4 +1,7 @@
-"""Arithmetic on adapters: mappings from parameter name to float32 tensor, never changed in place."""
+"""Arithmetic on adapters, which are mappings from parameter name to float32 tensor.
+
+No adapter is ever changed in place.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ def map_tensors(function: Callable[..., Tensor], *adapters: Adapter) -> dict[str
 
 
 def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Sum of weight * adapter, summed in the given order in float64 and returned in the tensors' own dtype."""
+    """Sum of weight * adapter, in the tensors' own dtype.
+
+    It is summed in the given order in float64.
+    """
 
     def combine(*tensors: Tensor) -> Tensor:
         total = torch.zeros(tensors[0].shape, dtype=torch.float64)

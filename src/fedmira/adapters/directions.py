@@ -1,4 +1,7 @@
-"""Random directions in the space of an adapter, named by a seed, and movements written as sums of them."""
+"""Random directions in the space of an adapter, and movements written as sums of them.
+
+A seed names a direction.
+"""
 
 from __future__ import annotations
 

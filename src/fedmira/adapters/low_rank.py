@@ -123,7 +123,11 @@ def truncate_rank(adapter: Adapter, rank: int) -> dict[str, Tensor]:
 
 
 def _stacked(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """A of all parts below each other [rho, in] and weight * B of all parts beside each other [out, rho], float64."""
+    """The factors of the sum of all parts, float64.
+
+    A of all parts below each other [rho, in], and weight * B of all parts beside each other [out,
+    rho].
+    """
     down = torch.cat([down.to(torch.float64) for down, _ in parts])
     up = torch.cat(
         [up.to(torch.float64) * weight for (_, up), weight in zip(parts, weights, strict=True)],
@@ -145,7 +149,10 @@ def _module_gram(
     columns: Sequence[Factors],
     column_scales: Sequence[float],
 ) -> Tensor:
-    """Inner products of one module's updates, float64 [rows, columns], in blocks of rows so that memory stays bounded."""
+    """Inner products of one module's updates, float64 [rows, columns].
+
+    They are made in blocks of rows, so that memory stays bounded.
+    """
     column_down, column_up = _stacked(columns, column_scales)
     column_owners = _owners(columns)
     widest = max(down.shape[0] for down, _ in rows)
@@ -172,7 +179,10 @@ def module_grams(
     columns: Sequence[Adapter],
     column_scales: Sequence[float],
 ) -> Iterator[Tensor]:
-    """Inner products of one module after the other, float64 [rows, columns] each, in order of the modules' names."""
+    """Inner products of one module after the other, float64 [rows, columns] each.
+
+    Modules come in order of their names.
+    """
     row_modules, column_modules = (
         [modules(adapter) for adapter in rows],
         [modules(adapter) for adapter in columns],
@@ -244,7 +254,10 @@ def _singular(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _refactor(
     down: Tensor, up: Tensor, rank: int, out_scale: float, fallback: Factors, split: Split
 ) -> tuple[Tensor, Tensor, float]:
-    """Factors A, B of one module with out_scale * B A nearest to up @ down, and the squared error."""
+    """Factors A, B of one module with out_scale * B A nearest to up @ down.
+
+    With them comes the squared error.
+    """
     old_down, old_up = fallback
     new_down, new_up = (
         old_down[:rank].to(torch.float64).clone(),
@@ -273,7 +286,7 @@ def mix(
     fallback: Adapter,
     split: Split = "balanced",
 ) -> Mixed:
-    """The adapter of the given rank nearest to sum_i weight_i * scale_i * B_i A_i, module by module.
+    """The adapter of the given rank nearest to sum_i weight_i * scale_i * B_i A_i, by module.
 
     The sum is formed exactly in float64 and cut by a singular value decomposition (Eckart-Young).
     Each left vector is signed so that its largest entry is positive. A sum with fewer directions

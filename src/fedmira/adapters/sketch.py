@@ -1,4 +1,4 @@
-"""Sketches: a few numbers an adapter from which inner products with any other adapter can be estimated.
+"""Sketches: a few numbers an adapter that tell its inner products with any other adapter.
 
 A sketch is a random linear map of what is compared, the update s B A (TensorSketch: Pagh 2013; Pham
 and Pagh 2013) or the factors themselves (CountSketch: Charikar, Chen and Farach-Colton 2002). The
@@ -21,7 +21,10 @@ __all__ = ["factor_sketches", "product_sketches"]
 
 
 def _buckets(purpose: str, length: int, entries: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A random place, int64 [length] in 0..entries-1, and a random sign, float32 [length], for every coordinate."""
+    """A random place and a random sign for every coordinate.
+
+    Places are int64 [length] in 0..entries-1, signs float32 [length].
+    """
     generator = torch.Generator().manual_seed(text_seed(seed, purpose))
     places = torch.randint(entries, (length,), generator=generator)
     return places, torch.randint(2, (length,), generator=generator).to(torch.float32) * 2 - 1

@@ -21,7 +21,7 @@ __all__ = ["column_spaces"]
 def _basis(down: Tensor, up: Tensor) -> Tensor:
     """Orthonormal basis of the column space of up @ down, float64 [out, q].
 
-    Q is 0 for a zero update.
+    The rank q is 0 for a zero update.
     """
     basis, core = torch.linalg.qr(up.to(torch.float64))
     down_core = torch.linalg.qr(down.to(torch.float64).T).R

@@ -45,7 +45,10 @@ app.add_typer(flower.app)
 
 
 def main() -> None:
-    """Run the command line: exit code 0 for success, 2 for bad input, 3 for a failed run, 130 for an interrupt."""
+    """Run the command line and return its exit code.
+
+    0 for success, 2 for bad input, 3 for a failed run, 130 for an interrupt.
+    """
     try:
         app()
     except InputError as error:

@@ -15,14 +15,14 @@ __all__ = ["Candidates", "Clients", "SplitName"]
 SplitName = Literal["test", "validation", "train"]
 
 Candidates = Callable[[ClientId], Mapping[float, Adapter]]
-"""Client -> the adapters that it may choose between, by the share of the server's change in them."""
+"""Client -> the adapters that it may choose between, by their share of the server's change."""
 
 
 class Clients(Protocol):
     """The clients of a run and all that is asked of them.
 
-    Whoever asks need not have their rows. Each client keeps a private memory between rounds, which the
-    server's half of a method never sees.
+    Whoever asks need not have their rows. Each client keeps a private memory between rounds, which
+    the server's half of a method never sees.
     """
 
     @property
@@ -32,7 +32,7 @@ class Clients(Protocol):
 
     @property
     def method(self) -> object | None:
-        """The method whose client half they run; None where they have it on machines of their own."""
+        """The method whose client half they run; None where they have it on other machines."""
         ...
 
     def train(self, requests: Sequence[Request]) -> list[Reply | Failure]:
@@ -83,9 +83,12 @@ class Clients(Protocol):
 
     @property
     def memories(self) -> Mapping[ClientId, Payload]:
-        """The private memories that are kept here, for the checkpoint; later rounds do not change it."""
+        """The private memories that are kept here, for the checkpoint.
+
+        Later rounds do not change the returned mapping.
+        """
         ...
 
     def restore(self, memories: Mapping[ClientId, Payload]) -> None:
-        """Takes memories from a checkpoint, or none, and keeps later ones in a mapping of that kind."""
+        """Take memories from a checkpoint, or none, and keep later ones in such a mapping."""
         ...

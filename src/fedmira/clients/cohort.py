@@ -34,7 +34,7 @@ _FIRST, _SECOND, _STEPS = "optimizer.first", "optimizer.second", "optimizer.step
 
 @dataclass(frozen=True, slots=True)
 class CohortSettings:
-    """How clients train: [local], the scale of each client's adapter, and the most tokens in one forward pass."""
+    """How clients train: [local], each client's scale, and the most tokens in one forward pass."""
 
     local: LocalSettings
     scales: Mapping[ClientId, float]
@@ -95,7 +95,10 @@ class Cohort:
     def _chosen(
         self, requests: Sequence[Request], starts: Sequence[Start]
     ) -> tuple[list[Start], list[_Measured]]:
-        """Each client's start with the adapter that its own validation rows choose or blend, and what was measured."""
+        """Each client's start with the adapter that its own validation rows choose or blend.
+
+        Beside it stands what was measured.
+        """
         shares = [(1.0, *start.alternatives) for start in starts]
         contenders = [
             Contender(

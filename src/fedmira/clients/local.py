@@ -23,14 +23,15 @@ __all__ = ["LocalClients"]
 class LocalClients:
     """Trains and measures a few clients side by side; more take turns, with equal results.
 
-    Memories stay where `restore` put them: a `MemoryTable` keeps those of clients that do not train on
-    disk.
+    Memories stay where `restore` put them: a `MemoryTable` keeps those of clients that do not train
+    on disk.
 
     Attributes:
         method: whose client half they run; None where nobody will train.
         kind: the adapters, on their base.
         data: the rows of each client.
-        settings: how they train, the scale of each client's adapter, and the most tokens in one pass.
+        settings: how they train, the scale of each client's adapter, and the most tokens in one
+            pass.
         at_once: clients whose adapters and moments are in memory together.
     """
 

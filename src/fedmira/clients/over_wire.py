@@ -29,8 +29,8 @@ _OWN, _SERVER, _CLIENT = "own", "server", "client"
 class OverWire:
     """Clients behind a wire, so that a run in one process shows what compression costs.
 
-    Only training goes through messages, as only there adapters travel in both directions. The memories
-    hold, beside what each client keeps, both ends of its line.
+    Only training goes through messages, as only there adapters travel in both directions. The
+    memories hold, beside what each client keeps, both ends of its line.
 
     Args:
         inner: who does the work.
@@ -137,7 +137,10 @@ def _delivered(request: Request, wire: str, memory: Payload | None) -> _Delivery
 def _answered(
     request: Request, delivery: _Delivery, answer: Reply | Failure, wire: str
 ) -> tuple[Reply | Failure, dict[str, Payload] | None]:
-    """The answer as it reached the server, and both ends of the line after it; None after a failure."""
+    """The answer as it reached the server, and both ends of the line after it.
+
+    None after a failure.
+    """
     message, client = encode_answer(answer, wire, delivery.client)
     received, server = decode_answer(request, message, delivery.server)
     received = replace(received, traffic=Traffic(delivery.volume, message.volume))

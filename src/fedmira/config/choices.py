@@ -124,7 +124,10 @@ def _without_graph(key: str, value: Any, settings: Settings) -> Unread:
 
 
 def two_ways(written: Settings) -> tuple[Any, Any] | None:
-    """`local.steps` and `local.epochs` where both are written and the second rules out the first."""
+    """`local.steps` and `local.epochs` where both are written and one rules out the other.
+
+    The second, where it is above 0, makes the first have no effect.
+    """
     local = written.get("local")
     if not isinstance(local, Mapping) or not {"steps", "epochs"} <= set(local):
         return None

@@ -1,4 +1,7 @@
-"""A config as one flat mapping of dotted keys to single values, for tools that know no lists and tables."""
+"""A config as one flat mapping of dotted keys to single values.
+
+For tools that know no lists and no tables.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +45,8 @@ def unflattened(values: Mapping[str, object]) -> Config:
         elif isinstance(value, int | float):
             overrides.append(f"{key}={value!r}")
         elif isinstance(value, str):
-            overrides.append(
-                f"{key}={value if value.startswith(_OPENERS) else json.dumps(value, ensure_ascii=False)}"
-            )
+            plain = value.startswith(_OPENERS)
+            overrides.append(f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}")
         else:
             problems.append(
                 f"{key}: a value of type {type(value).__name__}; must be a text, a number, "

@@ -1,4 +1,7 @@
-"""Config layers: nested settings from a preset, a file and overrides, and how an upper layer covers a lower one."""
+"""Config layers: nested settings, and how an upper layer covers a lower one.
+
+Layers come from a preset, a file and overrides.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ def load_config(
     overrides: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Read a config: the file wins over the preset, overrides win over both, and defaults fill the rest.
+    """Read a config from a preset, a file and overrides.
+
+    The file wins over the preset, overrides win over both, and defaults fill the rest.
 
     A layer that sets one key makes what contradicts it below disappear (see `layers.cover`): naming
     another algorithm drops the settings that only the previous one has. Contradictions within one
@@ -68,7 +70,9 @@ def load_config(
 
 
 def with_algorithm(config: Config, name: str) -> Config:
-    """The same run with another algorithm, which keeps those settings of the present one that it has too.
+    """The same run with another algorithm.
+
+    It keeps those settings of the present algorithm that it has too.
 
     Raises:
         ConfigError: there is no algorithm of that name.
@@ -96,8 +100,8 @@ def with_method(config: Config, method: MethodSection) -> Config:
         method: its settings are checked against the rest of the config.
 
     Raises:
-        ConfigError: the method and the rest of the config do not go together, or the config names another
-            object than this one.
+        ConfigError: the method and the rest of the config do not go together, or the config names
+            another object than this one.
     """
     present = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     if isinstance(config.algorithm, AbsentMethod):

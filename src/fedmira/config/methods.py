@@ -1,7 +1,7 @@
 """[algorithm]: the table of methods, and what a method must tell the rest of the config.
 
-A method is a class in a file of its own (`fedmira.methods`), whose fields are its settings. Its module is
-imported when the method is named, so that reading names and defaults costs nothing.
+A method is a class in a file of its own (`fedmira.methods`), whose fields are its settings. Its
+module is imported when the method is named, so that reading names and defaults costs nothing.
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ class MethodSection(Section):
     """The settings of a method, and what it needs.
 
     Attributes:
-        name: what [algorithm] calls it. A class that sets none is called after itself, never after the
-            class that it extends.
+        name: what [algorithm] calls it. A class that sets none is called after itself, never after
+            the class that it extends.
         title: its name in tables and on pages.
-        always_needs: what it needs whatever its settings are -> the reason, as an error gives it; ""
-            takes the usual reason.
-        partly_sent: whether the receiver has a part of what it is handed, or may not see it, so that
-            less travels than is handed over.
-        uses_graph: whether its server half looks at the graph of clients; where it does not, a key of
-            [graph] is an error.
+        always_needs: what it needs whatever its settings are -> the reason, as an error gives it;
+            "" takes the usual reason.
+        partly_sent: whether the receiver has a part of what it is handed, or may not see it, so
+            that less travels than is handed over.
+        uses_graph: whether its server half looks at the graph of clients; where it does not, a key
+            of [graph] is an error.
     """
 
     name: ClassVar[str] = ""
@@ -122,12 +122,12 @@ class MethodSection(Section):
 _USUAL_REASONS = {
     Need.ONE_RANK: "algorithm.name = {name!r}, which averages factor by factor",
     Need.FACTORS: (
-        "algorithm.name = {name!r}, which works on LoRA's factors A and B; set adapter.kind = 'lora', or "
-        "algorithm.name to 'fedavg', 'fedprox', 'ditto', 'fedit-finetune' or 'local'"
+        "algorithm.name = {name!r}, which works on LoRA's factors A and B; set adapter.kind = "
+        "'lora', or algorithm.name to 'fedavg', 'fedprox', 'ditto', 'fedit-finetune' or 'local'"
     ),
     Need.FRESH_MOMENTS: (
-        "algorithm.name = {name!r}, whose adapters are not the ones that the kept moments belong to; set "
-        "local.optimizer_state = 'fresh'"
+        "algorithm.name = {name!r}, whose adapters are not the ones that the kept moments belong "
+        "to; set local.optimizer_state = 'fresh'"
     ),
     Need.VALIDATION: "algorithm.name = {name!r}",
     Need.MOVEMENTS: "algorithm.name = {name!r}",
@@ -145,7 +145,7 @@ class AbsentMethod(MethodSection):
 
     @property
     def called(self) -> str:
-        """The method's name."""
+        """The name of the method, "" where the section gives none."""
         return str(self.written.get("name", ""))
 
     def differs(self, method: MethodSection) -> str:
@@ -164,15 +164,16 @@ class AbsentMethod(MethodSection):
             f"{key} was {self.written.get(key)!r} and is {present.get(key)!r}" for key in keys
         )
         return (
-            f"algorithm: this run was made with the object {self.called!r}, and the one that is given is "
-            f"another: {told}; give the object that it was made with, or begin a new run"
+            f"algorithm: this run was made with the object {self.called!r}, and the one that is "
+            f"given is another: {told}; give the object that it was made with, or begin a new run"
         )
 
     def problem(self) -> str:
         """What to do about it."""
         return (
-            f"algorithm: this run was made with the object {self.called!r} ({self.written.get('class')}) as "
-            "its method, which no file holds; give the object: fedmira.run(method=..., resume=True)"
+            f"algorithm: this run was made with the object {self.called!r} "
+            f"({self.written.get('class')}) as its method, which no file holds; give the object: "
+            "fedmira.run(method=..., resume=True)"
         )
 
 
@@ -183,7 +184,7 @@ def _offered() -> dict[str, EntryPoint]:
 
 
 def method_names() -> tuple[str, ...]:
-    """All names that [algorithm] knows: ours in the order of the table, then those of other packages."""
+    """All names that [algorithm] knows: ours in the table's order, then other packages'."""
     return (*METHODS, *_offered())
 
 

@@ -1,4 +1,7 @@
-"""Presets: complete config files that travel with the package, each opening with what it is and the command that runs it."""
+"""Presets: complete config files that travel with the package.
+
+Each opens with what it is and the command that runs it.
+"""
 
 from __future__ import annotations
 

@@ -145,8 +145,8 @@ def method_of(settings: Settings) -> tuple[Any, list[ErrorDetails]]:
     """The method that the settings choose, and what is wrong with its section.
 
     Returns:
-        The method, None where something is wrong, or the section as it is where it is none; and pydantic's
-        details, located in the settings.
+        The method, None where something is wrong, or the section as it is where it is none; and
+        pydantic's details, located in the settings.
     """
     section = settings.get("algorithm")
     if not isinstance(section, Mapping) or section.get("method") == OBJECT:
@@ -198,10 +198,14 @@ def _describe(
         )
     value = first["input"]
     if first["type"] == "extra_forbidden":
-        return f"{_dotted(path)} = {_show(value)}: unknown key; {_suggest_key(path, settings)}{_origin(path, layers)}"
+        known = _suggest_key(path, settings)
+        return f"{_dotted(path)} = {_show(value)}: unknown key; {known}{_origin(path, layers)}"
     if first["type"].startswith("model_"):
         keys = ", ".join(_keys(path, settings))
-        return f"{_dotted(path)} = {_show(value)}: must be a section; write [{_dotted(path)}] with any of: {keys}{_origin(path, layers)}"
+        return (
+            f"{_dotted(path)} = {_show(value)}: must be a section; write [{_dotted(path)}] with "
+            f"any of: {keys}{_origin(path, layers)}"
+        )
     allowed = " or ".join(dict.fromkeys(_allowed(detail) for detail in details))
     return f"{_dotted(path)} = {_show(value)}: must be {allowed}{_origin(path, layers)}"
 

@@ -43,7 +43,7 @@ Whether the device is there shows when the base is loaded.
 
 
 class Config(Section):
-    """A whole run."""
+    """All settings of a run, a section for each of its parts."""
 
     seed: Count = setting(
         0,

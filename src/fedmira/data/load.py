@@ -85,7 +85,9 @@ class Dataset:
 def load_clients(
     settings: DataSettings, seed: int, tokenizer: Tokenizer, rows: ObjectRows | None = None
 ) -> Dataset:
-    """Reads the source and makes the clients of a run. Logs a warning where more than `CUT_SHARE` of the prompts are cut.
+    """Reads the source and makes the clients of a run.
+
+    Logs a warning where more than `CUT_SHARE` of the prompts are cut.
 
     Args:
         settings: the [data] section.
@@ -134,7 +136,9 @@ def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str)
 
 
 def check_apart(settings: DataSettings) -> None:
-    """Refuse settings that deal rows among clients, which cannot be done where each client's rows are on its own machine.
+    """Refuse settings that deal rows among clients.
+
+    That cannot be done where each client's rows are on its own machine.
 
     Raises:
         DataError: with all of them.
@@ -222,7 +226,10 @@ def _split_and_encoded(
 
 
 def _check_ids(clients: Sequence[ClientRows]) -> None:
-    """Client ids name folders: they must be plain, and differ even where a file system ignores case."""
+    """Refuse client ids that cannot name folders.
+
+    They must be plain, and differ even where a file system ignores case.
+    """
     problems = Problems()
     folders: dict[str, str] = {}
     for client in clients:

@@ -49,7 +49,10 @@ class Problems:
 
 
 def _grouped(messages: Sequence[str]) -> list[str]:
-    """Messages that differ in the line, row or instance only become one, at the place of the first."""
+    """Join messages that differ in the line, row or instance only.
+
+    The one that stands for them comes at the place of the first.
+    """
     groups: dict[tuple[str, ...], list[int]] = {}
     for message in dict.fromkeys(messages):
         found = _PLACE.fullmatch(message)

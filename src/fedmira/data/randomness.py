@@ -1,4 +1,7 @@
-"""Random streams of the data room, each keyed by what it is for, so that no draw depends on another."""
+"""Random streams of the data room, each keyed by what it is for.
+
+So no draw depends on another.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,11 @@ def shuffled(items: Sequence[Item], rng: np.random.Generator) -> list[Item]:
 def sample(
     items: Sequence[Item], fraction: float, rng: np.random.Generator, least: int = 0
 ) -> list[Item]:
-    """max(least, int(fraction * n)) of the n items (FedKSeed's floor), or all, drawn without replacement, in their first order."""
+    """Items drawn without replacement, in their first order.
+
+    max(least, int(fraction * n)) of the n items, which is FedKSeed's floor, or all where there are
+    fewer.
+    """
     if fraction == 1:
         return list(items)
     size = min(len(items), max(least, int(fraction * len(items))))

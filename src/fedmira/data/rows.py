@@ -36,7 +36,10 @@ KEYS = frozenset(
 )
 """Keys that a row of any shape is read by."""
 
-_SHAPES = "instruction and output (input), instruction and response (context), prompt and completion, or messages"
+_SHAPES = (
+    "instruction and output (input), instruction and response (context), prompt and completion, "
+    "or messages"
+)
 _RENAMED = {
     "instruction": ("question", "query", "request", "task", "problem", "user"),
     "output": (

@@ -59,13 +59,14 @@ class Experiment:
         """
         if self.clients.method not in (None, self.algorithm):
             raise ValueError(
-                f"algorithm {self.algorithm.name!r}: these clients run the client half of another method; "
-                "build the experiment anew on fedmira.config.with_method(config, method)"
+                f"algorithm {self.algorithm.name!r}: these clients run the client half of another "
+                "method; build the experiment anew on fedmira.config.with_method(config, method)"
             )
         if written_form(self.algorithm) != written_form(self.config.algorithm):
             raise ValueError(
-                f"algorithm {self.algorithm.name!r}: the config names {self.config.algorithm.name!r}; build "
-                "the experiment anew on fedmira.config.with_method(config, method)"
+                f"algorithm {self.algorithm.name!r}: the config names "
+                f"{self.config.algorithm.name!r}; build the experiment anew on "
+                "fedmira.config.with_method(config, method)"
             )
 
     @property

@@ -24,7 +24,10 @@ Shares = Mapping[ResourceType, float]
 
 
 def _normal_shares() -> Shares:
-    """The density of N(1.5, 0.7) at 0, 1, 2 and 3 for the types from light to heavy, made to sum to 1."""
+    """The shares of types from light to heavy.
+
+    The density of N(1.5, 0.7) at 0, 1, 2 and 3, made to sum to 1.
+    """
     densities = [math.exp(-(((position - 1.5) / 0.7) ** 2) / 2) for position in range(4)]
     light, mid, mixed, heavy = (density / sum(densities) for density in densities)
     return {"light": light, "mid": mid, "mixed": mixed, "heavy": heavy}
@@ -52,7 +55,10 @@ def client_ranks(
     targets: Sequence[TargetModule],
     run_seed: int,
 ) -> dict[ClientId, int]:
-    """Client -> rank: as `ranks` says, else by its type in `rank_types`, else by the type that is drawn for it, else `rank`.
+    """Client -> rank.
+
+    As `ranks` says, else by its type in `rank_types`, else by the type that is drawn for it, else
+    `rank`.
 
     Adapters of another kind than LoRA have no rank; theirs is 0.
 

@@ -1,4 +1,4 @@
-"""Both ends of the lines between a server and its clients, for engines whose clients are elsewhere."""
+"""Both ends of the lines between a server and clients that are elsewhere."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ _OWN, _LINE = "own", "line"
 _log = logging.getLogger("fedmira")
 
 MEMORY_LOST = "memory_lost"
-"""A reply's figure, 1, where the client had to begin without the private memory of its last reply."""
+"""A reply's figure, 1, where the client had to begin without its last private memory.
+
+That is the memory which its last reply left behind.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +85,14 @@ class ServerEnd:
         return self._memories
 
     def restore(self, memories: Mapping[ClientId, Payload]) -> None:
-        """Take these lines, empty or from a checkpoint, and keep later ones in a mapping of the same kind."""
+        """Take these lines, empty or from a checkpoint, and keep later ones in such a mapping."""
         self._memories = memories
         self._sent = {}
 
     def send(self, request: Request) -> Encoded:
-        """The message of a request; its header names the run and the round whose reply was last accepted.
+        """The message of a request.
+
+        Its header names the run and the round whose reply was last accepted.
 
         Raises:
             WireError: a tensor has a type that does not travel.

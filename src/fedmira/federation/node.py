@@ -225,7 +225,10 @@ def memory_beside(output: Path) -> Path:
 
 
 def _on_this_machine(config: Config, settings: NodeSettings) -> Config:
-    """The run's config with this machine's paths and device, and without what concerns other clients only."""
+    """The run's config with this machine's paths and device.
+
+    What concerns other clients only is left out.
+    """
     given = {"path": settings.data_path} if settings.data_path else {}
     places = {
         key: value for key, value in (("base", settings.base), ("device", settings.device)) if value

@@ -1,4 +1,7 @@
-"""A client's private memory in a folder of its node, which survives a restart and never runs ahead of the server."""
+"""A client's private memory in a folder of its node.
+
+It survives a restart and never runs ahead of the server.
+"""
 
 from __future__ import annotations
 

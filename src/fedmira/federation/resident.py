@@ -92,7 +92,7 @@ def ask_resident(
 
 
 def _place(guardian: int, name: str) -> Path:
-    """The socket of the resident process that belongs to one SuperNode, in a folder of this user's alone."""
+    """The socket of a SuperNode's resident process, in a folder of this user's alone."""
     folder = Path(tempfile.gettempdir()) / f"fedmira-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     about = folder.stat()
@@ -156,7 +156,7 @@ def _make_node(node: Mapping[str, object], settings: Mapping[str, object]) -> No
 
 
 class _Host:
-    """The resident process: one node at a time, built anew where a message comes with other settings."""
+    """The resident process: one node at a time, built anew when other settings come."""
 
     def __init__(self, place: Path, guardian: int) -> None:
         self._place = place
@@ -195,7 +195,10 @@ class _Host:
         return pack(self._built[1].answer(order["kind"], unpack(content)))
 
     def _watch(self) -> None:
-        """End the process when its SuperNode is gone, nobody has asked for long, or nobody waits for its answer any more."""
+        """End the process when nothing needs it any more.
+
+        Its SuperNode is gone, nobody has asked for long, or nobody waits for its answer.
+        """
         while _is_alive(self._guardian) and time.monotonic() - self._idle_since < _IDLE_SECONDS:
             if time.monotonic() > self._deadline:
                 sys.stderr.write(

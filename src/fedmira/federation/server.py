@@ -82,7 +82,7 @@ class Members:
     parties: Mapping[ClientId, ClientSummary]
 
     def as_json(self) -> dict[str, object]:
-        """For run.json."""
+        """The federation as run.json has it: the run's identity and every party."""
         return {
             "run_id": self.run_id,
             "parties": [asdict(party) for party in self.parties.values()],
@@ -169,7 +169,7 @@ def build_simulation(
 
 
 def _nodes(config: Config, grid: Grid, kind: AdapterKind, names: tuple[ClientId, ...]) -> Nodes:
-    """The nodes of the grid, of which those may take part that have the server's base and tokenizer."""
+    """The nodes of the grid; those with the server's base and tokenizer may take part."""
     from fedmira.federation.flower.nodes import Nodes
 
     return Nodes(

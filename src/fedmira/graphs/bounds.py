@@ -46,7 +46,11 @@ class GraphBounds:
 
 
 def graph_bounds(graph: Graph) -> GraphBounds:
-    """Compute the bounds; cubic in the number of clients up to 512, about linear in the number of edges above."""
+    """Compute the bounds of a graph.
+
+    The time is cubic in the number of clients up to 512, and about linear in the number of edges
+    above.
+    """
     count = len(graph.clients)
     if len(graph.edge_list) == 0:
         return GraphBounds(0.0, 0.0, 0.0, 0.0, count, None, None)

@@ -37,7 +37,10 @@ MOST_EDGES = 2_000_000
 
 
 def _generator(seed: int, purpose: str) -> torch.Generator:
-    """A random stream of its own for each purpose, so that a shuffle is independent of the graph that it shuffles."""
+    """A random stream of its own for each purpose.
+
+    So a shuffle is independent of the graph that it shuffles.
+    """
     return torch.Generator().manual_seed(text_seed(seed, purpose))
 
 
@@ -63,7 +66,9 @@ def all_pairs(count: int) -> int:
 
 
 def random_graph(clients: Sequence[str], seed: int) -> Graph:
-    """The authors' recipe: b ~ U(0, 1) in every cell, a = (b + b^T) / 2, and a = 0 where it is below 0.25.
+    """The authors' recipe for a random graph.
+
+    b ~ U(0, 1) in every cell, a = (b + b^T) / 2, and a = 0 where it is below 0.25.
 
     Raises:
         ConfigError: there are too many pairs.
@@ -135,7 +140,10 @@ def permutation_without_fixed_points(count: int, seed: int) -> Tensor:
 
 
 def shuffled(graph: Graph, seed: int) -> Graph:
-    """A control: the same graph with every client in another one's place, so that degrees stay and relatedness is lost."""
+    """A control: the same graph with every client in another one's place.
+
+    Degrees stay and relatedness is lost.
+    """
     # Client k takes the weights of client places[k], so those of client places[k] move to k.
     places = permutation_without_fixed_points(len(graph.clients), seed)
     return replace(graph.moved(torch.argsort(places)), kind=f"{graph.kind}-shuffled")

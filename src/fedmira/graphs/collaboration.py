@@ -1,12 +1,13 @@
 """Whom each client should collaborate with, and how much.
 
-PFedGraph's quadratic programme, solved by a projection.
+This is the quadratic programme of pFedGraph, solved by a projection.
 
 Ye et al. 2023, "Personalized Federated Learning with Inferred Collaboration Graphs", ICML 2023.
 Client k's weights x, itself included, balance its likeness to the others against their share p of
 the data:
 
-    minimise over the simplex   alpha |x|^2 + d^T x - 2 alpha p^T x,      d_l = -cos(update_k, update_l)
+    minimise over the simplex   alpha |x|^2 + d^T x - 2 alpha p^T x
+    with                        d_l = -cos(update_k, update_l)
 
 which is alpha |x - (p - d / (2 alpha))|^2 up to a constant, so x is the Euclidean projection of p -
 d / (2 alpha) on the simplex.
@@ -24,7 +25,10 @@ ALIKE = 0.9
 
 
 def project_on_simplex(rows: Tensor) -> Tensor:
-    """The nearest point of the simplex {x >= 0, sum x = 1} to each row, float64 [n, m] (Held, Wolfe and Crowder 1974)."""
+    """The nearest point of the simplex {x >= 0, sum x = 1} to each row, float64 [n, m].
+
+    By the way of Held, Wolfe and Crowder (1974).
+    """
     descending = rows.sort(dim=1, descending=True).values
     places = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64)
     excess = (descending.cumsum(dim=1) - 1) / places

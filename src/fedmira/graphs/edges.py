@@ -1,4 +1,7 @@
-"""Edge lists: graphs as tensors, float64 [E, 3] of row, column and weight, every pair once with row < column, in order, weight above 0."""
+"""Edge lists: graphs as float64 [E, 3] of row, column and weight.
+
+Every pair stands once with row < column, in order, with a weight above 0.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class InnerProducts(Protocol):
     def cosines(self, trained: Tensor) -> Tensor:
         """<x_k, x_l> / (|x_k| |x_l|) between the clients that have trained, bool [K].
 
-        Float64 [K, K], for few clients.
+        The result is float64 [K, K], for few clients.
 
         Rows and columns of clients that have not, or whose x is zero, are 0 throughout; the others
         have 1 on the diagonal.
@@ -41,9 +41,9 @@ class InnerProducts(Protocol):
         ...
 
     def trace(self, laplacian: Any) -> float:
-        """Sum_kl L_kl <x_k, x_l> for a sparse float64 [K, K] matrix L.
+        """The sum over k and l of L_kl <x_k, x_l> for a sparse float64 [K, K] matrix L.
 
-        With the Laplacian of a graph, its disagreement.
+        With the Laplacian of a graph it is the graph's disagreement.
 
         1/2 sum_kl a_kl |x_k - x_l|^2 is tr(L G), with G the Gram matrix.
         """
@@ -61,7 +61,7 @@ class ExactProducts:
     gram: Tensor
 
     def similarity(self, trained: Tensor, nearest: int) -> Tensor:
-        """From exact cosines."""
+        """The similarity graph, from exact cosines."""
         return list_of_matrix(similarity_weights(self.gram, trained, nearest))
 
     def cosines(self, trained: Tensor) -> Tensor:
@@ -103,7 +103,10 @@ class SketchedProducts:
         return ExactProducts(sketches @ sketches.T).cosines(trained)
 
     def trace(self, laplacian: Any) -> float:
-        """An unbiased estimate: sum over the entries of <column, L column>, at a cost of edges times entries."""
+        """An unbiased estimate: the sum over the entries of <column, L column>.
+
+        It costs edges times entries.
+        """
         total = 0.0
         for first in range(0, self.sketches.shape[1], CHUNK):
             part = self.sketches[:, first : first + CHUNK].to(torch.float64).numpy()

@@ -85,7 +85,7 @@ def centred_cosines(gram: Tensor, trained: Tensor) -> Tensor:
 def nearest_neighbours(weights: Tensor, nearest: int) -> Tensor:
     """Each client's `nearest` largest weights above 0, made symmetric by the larger value.
 
-    Float64 [K, K].
+    The result is float64 [K, K].
 
     Of equal weights the client that comes first is taken.
     """
@@ -126,7 +126,7 @@ def _point(sketches: Tensor) -> None:
 def _largest_in_rows(directions: Tensor, nearest: int) -> tuple[Tensor, Tensor]:
     """The `nearest` largest inner products of each row with other rows, 0 or more, and with whom.
 
-    Float32 and int64 [n, nearest].
+    They are float32 and int64 [n, nearest].
 
     Block by block of the upper half of all pairs, so that each is computed once and memory stays
     bounded.
@@ -135,7 +135,10 @@ def _largest_in_rows(directions: Tensor, nearest: int) -> tuple[Tensor, Tensor]:
     values, columns = torch.zeros(count, nearest), torch.zeros(count, nearest, dtype=torch.int64)
 
     def offer(rows: slice, candidates: Tensor, first: int) -> None:
-        """Let the rows choose again among what they have and the candidates, columns `first` and on."""
+        """Let the rows choose again among what they have and the candidates.
+
+        The candidates are columns `first` and on.
+        """
         best, place = candidates.topk(min(nearest, candidates.shape[1]), dim=1)
         have, whom = (
             torch.cat([values[rows], best], dim=1),

@@ -53,7 +53,7 @@ class GraphSource(Protocol):
 
     @property
     def learned(self) -> bool:
-        """Whether the graph changes with the updates, so that its memory belongs into the checkpoint."""
+        """Whether the graph changes with the updates, so that checkpoints hold its memory."""
         ...
 
     @property
@@ -73,7 +73,10 @@ class GraphSource(Protocol):
         ...
 
     def initial(self, clients: Sequence[str]) -> Tensor:
-        """The memory before round 1: an edge list, float64 [E, 3], of rows in the order of the clients."""
+        """The memory before round 1: an edge list, float64 [E, 3].
+
+        Its rows are in the order of the clients.
+        """
         ...
 
     def update(self, memory: Tensor, products: InnerProducts, trained: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ class FixedGraph:
 
     @property
     def learned(self) -> bool:
-        """No."""
+        """False, as updates do not change it."""
         return False
 
     @property
@@ -118,11 +121,11 @@ class FixedGraph:
         return "product"
 
     def initial(self, clients: Sequence[str]) -> Tensor:
-        """Nothing."""
+        """No edges, as nothing has to be remembered."""
         return NO_EDGES
 
     def update(self, memory: Tensor, products: InnerProducts, trained: Tensor) -> Tensor:
-        """Unchanged."""
+        """The memory as it was, whatever the round brought."""
         return memory
 
     def graph(self, memory: Tensor, clients: Sequence[str]) -> Graph:
@@ -145,7 +148,7 @@ class FixedGraph:
         return replace(self.given.moved(torch.argsort(rows)), clients=tuple(clients))
 
     def acts(self, round_number: int) -> bool:
-        """Always."""
+        """True in every round, as there is nothing to warm up."""
         return True
 
 
@@ -174,16 +177,16 @@ class LearnedGraph:
 
     @property
     def kind(self) -> str:
-        """For graph.json."""
+        """The name of this kind of graph in graph.json."""
         return "similarity"
 
     @property
     def learned(self) -> bool:
-        """Yes."""
+        """True, as it follows the updates."""
         return True
 
     def initial(self, clients: Sequence[str]) -> Tensor:
-        """No edges."""
+        """No edges, as nobody has trained yet."""
         return NO_EDGES
 
     def update(self, memory: Tensor, products: InnerProducts, trained: Tensor) -> Tensor:
@@ -215,7 +218,7 @@ class LearnedGraph:
 class CollaborationGraph(LearnedGraph):
     """pFedGraph's collaboration weights, made symmetric.
 
-    A_kl = (x_kl + x_lk) / 2 between different clients.
+    The weight a_kl is (x_kl + x_lk) / 2 between different clients.
 
     Every client's weights x_k follow from its cosines to all that have trained and from their data
     (`graphs.collaboration`); `nearest` is not read. Weights are not scaled: the paper's clients are
@@ -231,7 +234,7 @@ class CollaborationGraph(LearnedGraph):
 
     @property
     def kind(self) -> str:
-        """For graph.json."""
+        """The name of this kind of graph in graph.json."""
         return "pfedgraph"
 
     def edges_of_round(self, products: InnerProducts, trained: Tensor) -> Tensor:

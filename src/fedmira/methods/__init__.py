@@ -1,6 +1,7 @@
 """How adapters are combined: a file for each method, and what all methods are made of.
 
-The table of names is `fedmira.config.methods.METHODS`. The names below are imported when they are first used.
+The table of names is `fedmira.config.methods.METHODS`. The names below are imported when they are
+first used.
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ class Combined:
 
 @dataclass(frozen=True, slots=True)
 class Blend:
-    """A start that is made of several adapters once they have been measured on the client's own validation rows.
+    """A start that is made of several adapters once they have been measured.
+
+    The client measures them on its own validation rows.
 
     Attributes:
         candidates: adapters of others, of the client's rank.
@@ -125,9 +127,9 @@ class Trained:
 class Method(MethodSection, ABC):
     """A federated method: its fields are its settings, and it has both halves.
 
-    Every half is a pure function: it trains, sends and draws nothing, and changes none of its arguments.
-    The server half may read `context`, the client half may not, since a client on a machine of its own
-    knows no others.
+    Every half is a pure function: it trains, sends and draws nothing, and changes none of its
+    arguments. The server half may read `context`, the client half may not, since a client on a
+    machine of its own knows no others.
 
         class Half(fedmira.methods.Local):
             pull: float = fedmira.setting(0.5, ge=0, le=1, help="share of the way to the mean")
@@ -147,8 +149,8 @@ class Method(MethodSection, ABC):
         """
         if self._context is None:
             raise RuntimeError(
-                f"{self.name}: no federation is known here; the server half runs on what for_federation "
-                "returns, and the client half must not ask for the federation"
+                f"{self.name}: no federation is known here; the server half runs on what "
+                "for_federation returns, and the client half must not ask for the federation"
             )
         return self._context
 
@@ -177,12 +179,12 @@ class Method(MethodSection, ABC):
 
     @property
     def aligns(self) -> bool:
-        """Whether alignment is switched on, so that a run in which no client is ever pulled is an error."""
+        """Whether alignment is switched on; then a run that never pulls a client is an error."""
         return False
 
     @property
     def may_decline(self) -> bool:
-        """Whether clients choose by validation rows between the server's adapter and `alternatives`."""
+        """Whether clients choose by validation rows among the adapter and `alternatives`."""
         return False
 
     @abstractmethod
@@ -208,7 +210,7 @@ class Method(MethodSection, ABC):
 
     @abstractmethod
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
-        """The adapter that is evaluated and saved for this client, unless it takes an alternative."""
+        """The adapter that is evaluated and saved for this client unless it takes another."""
 
     def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
         """What a client may have in place of what the server made of its adapter.
@@ -219,8 +221,8 @@ class Method(MethodSection, ABC):
 
         Returns:
             Share of the server's change that is left, 0 or more and below 1 -> adapter, by falling
-            share; the last one is what a client without validation rows takes. Empty where the server
-            changed nothing, or clients may not decline.
+            share; the last one is what a client without validation rows takes. Empty where the
+            server changed nothing, or clients may not decline.
         """
         return {}
 
@@ -229,7 +231,8 @@ class Method(MethodSection, ABC):
 
         Args:
             payload: what the server sent.
-            memory: what the client kept for itself after its last round, None where there is nothing.
+            memory: what the client kept for itself after its last round, None where there is
+                nothing.
         """
         return Start(payload.tensors["adapter"])
 

@@ -50,7 +50,7 @@ class MethodContext:
         return max(self.ranks[client] for client in self.clients)
 
     def unequal_ranks(self) -> tuple[ClientId, ClientId] | None:
-        """The first client and the first one whose rank differs from its, or None when all are equal."""
+        """The first client and the first of another rank, or None where all ranks are equal."""
         first = self.clients[0]
         return next(
             ((first, other) for other in self.clients if self.ranks[other] != self.ranks[first]),

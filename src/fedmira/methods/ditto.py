@@ -40,7 +40,9 @@ TURNS = "turns"
 
 
 class Ditto(Method):
-    """The state holds the shared adapter and every client's personal one, and as number "turns", int64 [K], the rounds of each client.
+    """The state holds the shared adapter and every client's personal one.
+
+    The number "turns", int64 [K], counts the rounds of each client.
 
     The personal adapters stay with their clients: they are no part of the bytes that are counted.
     """
@@ -52,8 +54,8 @@ class Ditto(Method):
     always_needs: ClassVar[Mapping[Need, str]] = {
         Need.ONE_RANK: "",
         Need.FRESH_MOMENTS: (
-            "algorithm.name = 'ditto': the rounds of a client take turns between two adapters, and the "
-            "moments of one do not belong to the other; set local.optimizer_state = 'fresh'"
+            "algorithm.name = 'ditto': the rounds of a client take turns between two adapters, and "
+            "the moments of one do not belong to the other; set local.optimizer_state = 'fresh'"
         ),
     }
     personal_pull: float = setting(
@@ -92,7 +94,7 @@ class Ditto(Method):
         )
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
-        """The personal adapter."""
+        """The client's personal adapter, which is its result."""
         return state.adapters[client]
 
     def begin(self, payload: Payload, memory: Payload | None) -> Start:

@@ -1,10 +1,10 @@
-"""Every client trains an adapter of its own beside a frozen one that holds what the rest of the world learned.
+"""Every client trains an adapter of its own beside a frozen one that holds the rest of the world.
 
 Bian et al. 2026, "FedALT: Federated Fine-Tuning through Adaptive Local Training with Rest-of-World
 LoRA", AAAI 2026. With L_k the adapter that client k trains, R_k the frozen one, a_kl the graph and
-rho the share of the rest,
+rho the share of the rest, and both sums over other clients that have trained,
 
-    h = W0 x + L_k x + rho R_k x,     R_k = sum_l a_kl / delta_k L_l,     delta_k = sum_l a_kl      over other clients that have trained
+    h = W0 x + L_k x + rho R_k x,     R_k = sum_l a_kl / delta_k L_l,     delta_k = sum_l a_kl
 
 R_k is computed when the client is about to train and stays as it is until its next round; nothing
 ever overwrites L_k. With the uniform graph the weights are the paper's 1 / (K - 1); other graphs
@@ -90,8 +90,8 @@ class FedAlt(Method):
         fixed_edges = len(source.graph(source.initial(clients), clients).edge_list)
         if len(clients) < 2 or not (source.learned or fixed_edges):
             raise ConfigError(
-                f"{self.name}: the graph of {len(clients)} client{'s' if len(clients) > 1 else ''} has "
-                "no edge, so nobody has a rest of the world; needs at least 1 (choose another "
+                f"{self.name}: the graph of {len(clients)} client{'s' if len(clients) > 1 else ''} "
+                "has no edge, so nobody has a rest of the world; needs at least 1 (choose another "
                 "graph.kind, or set algorithm.name to 'local')"
             )
 
@@ -108,7 +108,7 @@ class FedAlt(Method):
         return ServerState(dict(starts), numbers)
 
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
-        """The client's own part, which it has, and the rest of the world as it is now, which travels."""
+        """The client's own part, which it has, and the rest of the world, which travels."""
         before = state.adapters[client]
         rest = self._rest(state, client)
         return PartlySent(
@@ -116,7 +116,10 @@ class FedAlt(Method):
         )
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
-        """Keep what each client trained, learn the graph from the own parts, and log what the frozen parts of the round left out."""
+        """Keep what each client trained, and learn the graph from the own parts.
+
+        What the frozen parts of the round left out is logged.
+        """
         clients, source = self.context.clients, self.context.graph
         changes = {reply.client_id: reply.payload.tensors["adapter"] for reply in replies}
         adapters = replaced(state.adapters, changes)
@@ -154,7 +157,10 @@ class FedAlt(Method):
     def finish(
         self, payload: Payload, memory: Payload | None, trained: Trained
     ) -> tuple[Payload, Payload | None]:
-        """Send the own part; the rest of the world is what it was, whatever weight decay did to it meanwhile."""
+        """Send the own part.
+
+        The rest of the world is what it was, whatever weight decay did to it meanwhile.
+        """
         own = self.split.trained(trained.adapter)
         return PartlySent(
             {"adapter": self.split.joined(own, self.split.frozen(payload.tensors["adapter"]))},
@@ -199,7 +205,7 @@ class FedAlt(Method):
         return max(0.0, float(difference @ products @ difference))
 
     def _others(self, state: ServerState, client: ClientId) -> tuple[Taken, Tensor]:
-        """The own parts that a client's rest of the world is made of, and their weights, float64."""
+        """The own parts that a client's rest of the world is made of, and float64 weights."""
         weights = self._weights(state, self.context.clients.index(client))
         others = torch.nonzero(weights).flatten().tolist()
         return self._own_parts(state.adapters, others), weights[others]

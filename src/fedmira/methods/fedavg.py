@@ -23,7 +23,7 @@ SHARED = "shared"
 
 
 class FedAvg(Method):
-    """The state holds one adapter, "shared", which every client starts from and is evaluated with."""
+    """The state holds one adapter, "shared", with which every client starts and is evaluated."""
 
     name: ClassVar[str] = "fedavg"
     title: ClassVar[str] = "FedAvg"
@@ -35,7 +35,7 @@ class FedAvg(Method):
         return ServerState(adapters={SHARED: next(iter(starts.values()))})
 
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
-        """The shared adapter."""
+        """Send the shared adapter to every client."""
         return Payload({"adapter": state.adapters[SHARED]})
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
@@ -48,5 +48,5 @@ class FedAvg(Method):
         )
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
-        """The shared adapter."""
+        """The shared adapter, whoever the client is."""
         return state.adapters[SHARED]

@@ -1,10 +1,10 @@
-"""FedAvg over factors, with what the mean of the factors misses kept in a frozen part of the adapter.
+"""FedAvg over factors, with what the mean of factors misses kept in a frozen part of the adapter.
 
 Singhal et al. 2025, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
 Foundation Models", ACL 2025. With p_k = n_k / n, A and B the means of the clients' factors and R
 the residual,
 
-    R  <-  R + sum_k p_k B_k A_k - B A          so that B A + R is the mean of what the clients trained
+    R  <-  R + sum_k p_k B_k A_k - B A      so that B A + R is the mean of what the clients trained
 
 The paper adds R to the base, which every client then has to hold in its own version. Here the base
 stays as it is: R is the frozen part of the adapter, cut to the directions that the rank leaves for
@@ -78,7 +78,7 @@ class FedEx(Method):
         return Payload({"adapter": state.adapters[COMMON]})
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
-        """Average the trained factors by training rows and add what their mean misses to the residual."""
+        """Average the trained factors by training rows and add what they miss to the residual."""
         ordered, weights = by_rows(replies)
         parts = [self.split.trained(reply.payload.tensors["adapter"]) for reply in ordered]
         mean, residual = weighted_sum(parts, weights), self.split.frozen(state.adapters[COMMON])
@@ -104,7 +104,10 @@ class FedEx(Method):
     def finish(
         self, payload: Payload, memory: Payload | None, trained: Trained
     ) -> tuple[Payload, Payload | None]:
-        """Send the trained part; the residual is what it was, whatever weight decay did to it meanwhile."""
+        """Send the trained part.
+
+        The residual is what it was, whatever weight decay did to it meanwhile.
+        """
         part = self.split.trained(trained.adapter)
         return PartlySent(
             {"adapter": self.split.joined(part, self.split.frozen(payload.tensors["adapter"]))},

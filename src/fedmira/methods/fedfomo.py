@@ -1,11 +1,13 @@
-"""Every client is sent other clients' adapters, measures them on its own validation rows, and takes what is better than its own.
+"""Every client measures other clients' adapters and takes what is better than its own.
+
+It measures them on its own validation rows.
 
 Zhang et al. 2021, "Personalized Federated Learning with First Order Model Optimization", ICLR 2021,
 arXiv 2012.08565. With f_k the loss on client k's validation rows, v_k the adapter that its last
 local training began with, and n over its own trained adapter and the candidates that it is sent,
 
     w_n    =  max(0, (f_k(v_k) - f_k(theta_n)) / |theta_n - v_k|), divided by their sum
-    v_k   <-  v_k + sum_n w_n (theta_n - v_k)                                   unchanged where all w_n are 0
+    v_k   <-  v_k + sum_n w_n (theta_n - v_k)               unchanged where all w_n are 0
 
 and local training begins from v_k. Updates s B A are compared and blended, exactly and cut to the
 rank; the paper blends parameters.
@@ -94,8 +96,8 @@ class FedFomo(Method):
         Need.ONE_RANK: "",
         Need.FACTORS: "",
         Need.FRESH_MOMENTS: (
-            "algorithm.name = 'fedfomo': blended updates get new factors, to whose entries the old moments "
-            "do not belong; set local.optimizer_state = 'fresh'"
+            "algorithm.name = 'fedfomo': blended updates get new factors, to whose entries the old "
+            "moments do not belong; set local.optimizer_state = 'fresh'"
         ),
         Need.VALIDATION: "",
     }
@@ -117,14 +119,15 @@ class FedFomo(Method):
         count, pairs = len(self.context.clients), all_pairs(len(self.context.clients))
         if pairs > MOST_EDGES:
             raise ConfigError(
-                f"{self.name}: it remembers who helped whom, for {pairs:,} pairs of {count:,} clients; at "
-                f"most {MOST_EDGES:,} can be held (lower data.clients, or set algorithm.name to 'mira', "
-                "whose learned graph keeps a few neighbours for each client)"
+                f"{self.name}: it remembers who helped whom, for {pairs:,} pairs of {count:,} "
+                f"clients; at most {MOST_EDGES:,} can be held (lower data.clients, or set "
+                "algorithm.name to "
+                "'mira', whose learned graph keeps a few neighbours for each client)"
             )
         if count < 2:
             raise ConfigError(
-                f"{self.name}: 1 client has nobody to be sent; needs at least 2 (set algorithm.name to "
-                "'local')"
+                f"{self.name}: 1 client has nobody to be sent; needs at least 2 (set "
+                "algorithm.name to 'local')"
             )
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
@@ -138,7 +141,7 @@ class FedFomo(Method):
         return ServerState(dict(starts), numbers)
 
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
-        """The client's own adapter, which it has once it has trained, and the candidates, which travel."""
+        """The client's own adapter, which it has once it trained, and what travels: candidates."""
         own = {"adapter": state.adapters[client]}
         k = self.context.clients.index(client)
         others = {
@@ -229,7 +232,11 @@ class FedFomo(Method):
         return mix(adapters, weights, [1.0] * len(adapters), rank, 1.0, adapters[0]).adapter
 
     def _candidates(self, numbers: Mapping[str, Tensor], k: int) -> list[int]:
-        """Whom client k is sent: the most preferred for half of the places, then new ones in turn, then the next most preferred."""
+        """Whom client k is sent.
+
+        The most preferred for half of the places, then new ones in turn, then the next most
+        preferred.
+        """
         count = len(self.context.clients)
         if not bool(numbers[TRAINED][k]):
             return []

@@ -4,8 +4,10 @@ The simplest way to a personal adapter.
 
 With N the rounds of a run and F those for fine-tuning:
 
-    rounds 1 .. N - F:        w    <-  sum_k n_k / n  w_k          FedAvg over LoRA factors (FedIT, arXiv 2305.05644)
-    rounds N - F + 1 .. N:    v_k  <-  v_k as trained by client k, which begins with v_k = w; nothing is averaged
+    rounds 1 .. N - F:        w    <-  sum_k n_k / n  w_k
+    rounds N - F + 1 .. N:    v_k  <-  v_k as trained by client k, which begins with v_k = w
+
+The first is FedAvg over LoRA factors (FedIT, arXiv 2305.05644); in the second nothing is averaged.
 
 The steps of a run are those of any other method: the fine-tuning takes rounds from FedIT instead of
 adding to them.
@@ -38,7 +40,9 @@ ROUND, FINETUNE = "round", "finetune"
 
 
 class FedItFinetune(Method):
-    """The state holds the shared adapter, the copies of clients that have fine-tuned theirs, and as number "round" the last round.
+    """The state holds the shared adapter and the copies of clients that fine-tuned theirs.
+
+    The number "round" is the last round.
 
     The copies stay with their clients: they are no part of the bytes that are counted.
     """
@@ -72,8 +76,9 @@ class FedItFinetune(Method):
         """
         if self.context.rounds < 2:
             raise ConfigError(
-                f"{self.name}: rounds.count is {self.context.rounds}; needs at least 2, one for FedIT "
-                "and one for fine-tuning (raise rounds.count, or set algorithm.name to 'fedavg')"
+                f"{self.name}: rounds.count is {self.context.rounds}; needs at least 2, one for "
+                "FedIT and one for fine-tuning (raise rounds.count, or set algorithm.name to "
+                "'fedavg')"
             )
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:

@@ -62,7 +62,7 @@ class FedKSeed(Method):
         return PartlySent({"adapter": state.adapters[_SHARED]}, sent={"movement": state.numbers})
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
-        """Add the clients' coefficients, weighted by training rows, and make the adapter from the start."""
+        """Add the clients' coefficients, weighted by training rows, and make the adapter anew."""
         ordered, weights = by_rows(replies)
         numbers = summed_movements(
             [state.numbers, *(reply.payload.tensors["movement"] for reply in ordered)],
@@ -76,7 +76,7 @@ class FedKSeed(Method):
         )
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
-        """The shared adapter."""
+        """The shared adapter, whoever the client is."""
         return state.adapters[_SHARED]
 
     def finish(

@@ -1,11 +1,15 @@
-"""One shared update for clients of different rank, averaged as a product and cut to each client's rank.
+"""One shared update for clients of different rank, averaged as a product.
+
+It is cut to each client's rank.
 
 Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and
 Client Resources" (FlexLoRA), arXiv 2402.11505. With W the mean of the clients' updates and W = U S
 V^T its singular value decomposition,
 
     W  <-  sum_k n_k / n  alpha / r_k  B_k A_k                  over the clients of the round
-    client of rank r:   A = V_r^T,   B = U_r S_r / (alpha / r)      so that alpha / r  B A is the nearest to W of that rank
+    client of rank r:   A = V_r^T,   B = U_r S_r / (alpha / r)
+
+so that alpha / r  B A is the nearest to W of that rank.
 
 The matrix W is never formed: the decomposition is that of the stacked factors (two thin QR
 decompositions and a small core). What no client could hold is not kept, so the server stores W cut
@@ -41,8 +45,8 @@ class FlexLora(CutToRank):
     always_needs: ClassVar[Mapping[Need, str]] = {
         Need.FACTORS: "",
         Need.FRESH_MOMENTS: (
-            "algorithm.name = 'flexlora': the averaged product gets new factors, to whose entries the old "
-            "moments do not belong; set local.optimizer_state = 'fresh'"
+            "algorithm.name = 'flexlora': the averaged product gets new factors, to whose entries "
+            "the old moments do not belong; set local.optimizer_state = 'fresh'"
         ),
     }
 
@@ -62,7 +66,10 @@ class FlexLora(CutToRank):
         )
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
-        """The strongest directions of the shared update, as many as the client's rank, at the client's scale alpha / r."""
+        """The strongest directions of the shared update, as many as the client's rank.
+
+        They are at the client's scale alpha / r.
+        """
         cut, rank, largest = (
             CutToRank.adapter_for(self, state, client),
             self.context.ranks[client],

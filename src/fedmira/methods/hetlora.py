@@ -6,7 +6,8 @@ Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foun
 (HetLoRA), arXiv 2401.06432. With [X | 0] the factor X of client k filled up with zeros to the
 largest rank,
 
-    A  <-  sum_k p_k [A_k | 0],   B  <-  sum_k p_k [B_k | 0],   p_k = |B_k A_k| / sum_l |B_l A_l|       Frobenius norms
+    A  <-  sum_k p_k [A_k | 0],   B  <-  sum_k p_k [B_k | 0]
+    p_k = |B_k A_k| / sum_l |B_l A_l|       Frobenius norms
     client of rank r:   the first r rows of A and columns of B
 
 The norms stand for the paper's sparsity weights; where all updates are zero, the weights are equal.

@@ -1,4 +1,7 @@
-"""Every client alone: w_k <- its own trained adapter. The baseline that any federation must beat."""
+"""Every client alone: w_k <- its own trained adapter.
+
+This is the baseline that any federation must beat.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Local(Method):
     uses_graph: ClassVar[bool] = False
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
-        """Each client's start."""
+        """The state holds each client's own adapter, at first its start."""
         return ServerState(adapters=dict(starts))
 
     def instruct(self, state: ServerState, client: ClientId) -> Payload:

@@ -1,9 +1,9 @@
-"""MIRA: every client keeps its own adapter, and related clients are pulled together along the task graph.
+"""MIRA: every client keeps its own adapter, and a task graph pulls related clients together.
 
 Elbakary et al., "MIRA: A Method of Federated Multi-Task Learning for Large Language Models", IEEE
 Networking Letters 2025, arXiv 2410.15524, equation 8, with gamma = eta * lambda:
 
-    w_k  <-  w_k - gamma * sum_l a_kl (w_k - w_l)          for the clients k of the round, all from one snapshot
+    w_k  <-  w_k - gamma * sum_l a_kl (w_k - w_l)    for clients k of the round, from one snapshot
 
 Ours beyond the paper: a learned graph, size-aware steps, neighbours that are not in the round,
 mixing the products B A exactly in place of the factors one by one, which also lets clients have
@@ -63,7 +63,10 @@ OWN = "own"
 def _mix_products(
     taken: Taken, weights: list[float], rank: int, scale: float, own: Adapter
 ) -> tuple[Adapter, float]:
-    """sum_l P_kl s_l B_l A_l at the receiver's rank and scale, and the norm that the rank could not hold."""
+    """sum_l P_kl s_l B_l A_l at the receiver's rank and scale.
+
+    With it comes the norm that the rank could not hold.
+    """
     mixed = mix(taken[0], weights, taken[1], rank, scale, own)
     return mixed.adapter, mixed.tail
 
@@ -83,7 +86,10 @@ _MIX: Mapping[str, Callable[[Taken, list[float], int, float, Adapter], tuple[Ada
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """A client that is moved: what it trained, what it becomes, the norm that its rank could not hold, and whether it must differ."""
+    """A client that is moved: what it trained and what it becomes.
+
+    Beside them stand the norm that its rank could not hold, and whether it must differ.
+    """
 
     before: Adapter
     after: Adapter
@@ -158,8 +164,8 @@ class Mira(Method):
     def _something_to_decline(self) -> Mira:
         if self.safeguard and self.strength == 0:
             raise ValueError(
-                "safeguard = true, but with coupling or server_step 0 nobody is pulled; set safeguard = "
-                "false, or a strength above 0"
+                "safeguard = true, but with coupling or server_step 0 nobody is pulled; set "
+                "safeguard = false, or a strength above 0"
             )
         return self
 
@@ -174,12 +180,14 @@ class Mira(Method):
         found: dict[Need, str] = {}
         if self.space == "product":
             found[Need.FRESH_MOMENTS] = (
-                "algorithm.space = 'product': mixed products get new factors, to whose entries the old "
-                "moments do not belong; set algorithm.space = 'factor' or local.optimizer_state = 'fresh'"
+                "algorithm.space = 'product': mixed products get new factors, to whose entries the "
+                "old moments do not belong; set algorithm.space = 'factor' or "
+                "local.optimizer_state = 'fresh'"
             )
             found[Need.FACTORS] = (
-                "algorithm.space = 'product', which mixes products of LoRA's factors; set algorithm.space "
-                "= 'factor', which mixes the adapters entry by entry, or adapter.kind = 'lora'"
+                "algorithm.space = 'product', which mixes products of LoRA's factors; set "
+                "algorithm.space = 'factor', which mixes the adapters entry by entry, or "
+                "adapter.kind = 'lora'"
             )
         if self.safeguard:
             found[Need.VALIDATION] = "algorithm.safeguard = true"
@@ -189,9 +197,9 @@ class Mira(Method):
         """The settings must be able to act on this federation.
 
         Raises:
-            ConfigError: alignment is on and could never move anything (a cohort of one without stale
-                neighbours, a graph without edges, a single client), or factors of different ranks
-                would be mixed; all of these together.
+            ConfigError: alignment is on and could never move anything (a cohort of one without
+                stale neighbours, a graph without edges, a single client), or factors of different
+                ranks would be mixed; all of these together.
         """
         graph, count = self.context.graph, len(self.context.clients)
         edges = graph.graph(graph.initial(self.context.clients), self.context.clients).edge_list
@@ -219,8 +227,8 @@ class Mira(Method):
         if self.space == "factor" and unequal is not None:
             one, other = unequal
             problems.append(
-                f"mira: client {one!r} has rank {self.context.ranks[one]} and client {other!r} rank "
-                f"{self.context.ranks[other]}; factors of different "
+                f"mira: client {one!r} has rank {self.context.ranks[one]} and client {other!r} "
+                f"rank {self.context.ranks[other]}; factors of different "
                 "ranks cannot be mixed (set algorithm.space to 'product')"
             )
         if problems:
@@ -233,7 +241,7 @@ class Mira(Method):
 
     @property
     def may_decline(self) -> bool:
-        """As `safeguard` says."""
+        """True where `safeguard` is on."""
         return self.safeguard
 
     @property
@@ -268,7 +276,10 @@ class Mira(Method):
         return state.adapters[client]
 
     def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
-        """Half of the way that the server moved the adapter, in the space that is mixed, and none of it."""
+        """Half of the way that the server moved the adapter, and none of it.
+
+        The way is that in the space that is mixed.
+        """
         if not self.safeguard or all(
             torch.equal(tensor, aligned[name]) for name, tensor in own.items()
         ):
@@ -295,7 +306,7 @@ class Mira(Method):
         return sent, Payload({OWN: trained.adapter}) if self.safeguard else None
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
-        """Write the replies in, learn the graph, and move the clients of the round towards their neighbours.
+        """Write the replies in, learn the graph, and move the round's clients to their neighbours.
 
         Only the adapters of these clients and their neighbours are read; with exact inner products,
         also those of all that have trained. The logged disagreement is an estimate where inner
@@ -325,8 +336,8 @@ class Mira(Method):
         moves = {clients[k]: self._move(k, mixing, take, numbers) for k in moving}
         after = {**changes, **{client: move.after for client, move in moves.items()}}
         kept.refresh(numbers, moving, trained, partial(self._updates, state.adapters, after))
-        # Asked for anew after the refresh, which writes into the kept tensors: inner products asked for
-        # earlier would be a view that changes under whoever holds it.
+        # Asked for anew after the refresh, which writes into the kept tensors: inner products asked
+        # for earlier would be a view that changes under whoever holds it.
         remaining = kept.of(numbers, self.space).trace(laplacian)
         degrees = graph.degrees
         round_log = {
@@ -412,7 +423,10 @@ class Mira(Method):
     def _motion(
         self, client: ClientId, move: _Move | None, stored: Mapping[ClientId, Adapter]
     ) -> dict[str, float]:
-        """How far a client moved; |moved| and |update| are norms of s B A in both spaces, so that they compare, else of all entries.
+        """How far a client moved.
+
+        |moved| and |update| are norms of s B A in both spaces, so that they compare, else of all
+        entries.
 
         Where the update is zero and the client is moved all the same, relative_pull is 1.
         """

@@ -79,7 +79,7 @@ class ShareFactor(Method):
         return ServerState({COMMON: self._shared(next(iter(starts.values()))), **private})
 
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
-        """The shared factor."""
+        """Send the shared factor; the other one is with the client."""
         return PartlySent(
             {"adapter": self.adapter_for(state, client)}, sent={"shared": state.adapters[COMMON]}
         )
@@ -106,7 +106,10 @@ class ShareFactor(Method):
     def finish(
         self, payload: Payload, memory: Payload | None, trained: Trained
     ) -> tuple[Payload, Payload | None]:
-        """Send the shared factor; a frozen one is what it was, whatever weight decay did to it meanwhile."""
+        """Send the shared factor.
+
+        A frozen one is what it was, whatever weight decay did to it meanwhile.
+        """
         adapter = (
             {**trained.adapter, **self._private(payload.tensors["adapter"])}
             if self._frozen

@@ -1,8 +1,8 @@
 """The table of metrics: everything that counts, summarises or shows them iterates it.
 
-A new metric of generated texts is one entry of `TEXT_METRICS`. It is then measured by every engine, and
-stands in metrics/clients.csv, adapters/index.json, the summary of run.json, the adapters' cards, the
-page of the run and the tables of a comparison.
+A new metric of generated texts is one entry of `TEXT_METRICS`. It is then measured by every engine,
+and stands in metrics/clients.csv, adapters/index.json, the summary of run.json, the adapters'
+cards, the page of the run and the tables of a comparison.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ LOSS_METRICS: dict[str, Metric] = {
         ),
     )
 }
-"""Name -> loss per response token, in the order of tables. They differ in the adapter, not in the function."""
+"""Name -> loss per response token, in the order of tables.
+
+They differ in the adapter, not in the function.
+"""
 
 TEXT_METRICS: dict[str, TextMetric] = {
     metric.name: metric

@@ -45,8 +45,9 @@ def rouge_l_package(prediction: str, reference: str) -> float:
 def exact_match(prediction: str, reference: str) -> float:
     """1.0 where the normalised texts are equal, else 0.0.
 
-    Normalised: lower case, without ASCII punctuation, white space joined. This is the normalisation of Natural Instructions; articles stay. A prediction and a reference
-    that both become empty count as equal.
+    Normalised: lower case, without ASCII punctuation, white space joined. This is the normalisation
+    of Natural Instructions; articles stay. A prediction and a reference that both become empty
+    count as equal.
     """
     return float(_normalise(prediction) == _normalise(reference))
 

@@ -1,4 +1,7 @@
-"""Observers: told what happens in a run, and able to stop it; trackers and progress are observers too."""
+"""Observers: told what happens in a run, and able to stop it.
+
+Trackers and progress are observers too.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name from its home when it is first used, so that this package is quick to import."""
+    """Import a name from its home when it is first used, to keep the package quick to import."""
     if name not in __all__:
         raise AttributeError(
             f"module 'fedmira.observers' has no attribute {name!r}; it has {', '.join(__all__)}"

@@ -1,4 +1,7 @@
-"""What an observer is: five methods, each called with one small event, each able to stop the run."""
+"""What an observer is: five methods, each called with one small event.
+
+Each of them can stop the run.
+"""
 
 from __future__ import annotations
 
@@ -134,10 +137,10 @@ class EndEvent:
 class Observer:
     """Does nothing; override what you need.
 
-    The order is start, evaluation of the base, then for each round its clients, its evaluation where
-    there is one, and the round; at last the end. A `Stop` from any of them but `on_end` ends the
-    run once the round at hand is saved. An observer that raises an Exception is reported and left
-    out; it never fails the run. One object may watch several runs, one after the other.
+    The order is start, evaluation of the base, then for each round its clients, its evaluation
+    where there is one, and the round; at last the end. A `Stop` from any of them but `on_end` ends
+    the run once the round at hand is saved. An observer that raises an Exception is reported and
+    left out; it never fails the run. One object may watch several runs, one after the other.
     """
 
     def on_start(self, event: StartEvent) -> Stop | None:

@@ -1,4 +1,7 @@
-"""Charts as inline SVG: they follow the page's colours, scale with the screen and tell their values on hover."""
+"""Charts as inline SVG, which follow the page's colours and scale with the screen.
+
+They tell their values on hover.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,10 @@ class Series:
 
 
 def element(name: str, *content: Markup | str, **attributes: str | float) -> Markup:
-    """An SVG or HTML element; everything that is not Markup is escaped. `class_` is class, `stroke_width` is stroke-width."""
+    """An SVG or HTML element; everything that is not Markup is escaped.
+
+    `class_` is class, `stroke_width` is stroke-width.
+    """
     pairs = Markup("").join(
         Markup(' {}="{}"').format(
             key.rstrip("_").replace("_", "-"),
@@ -77,7 +83,9 @@ def percent_text(share: float, decimals: int = 0) -> str:
 
 
 def axis_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers, evenly spaced by 1, 2 or 5 times a power of ten, that enclose low..high with two to `most` + 2 ticks.
+    """Round numbers that enclose low..high with two to `most` + 2 ticks.
+
+    They are evenly spaced by 1, 2 or 5 times a power of ten.
 
     Args:
         low: the smallest value, finite.

@@ -264,7 +264,8 @@ def _heat_map(figures: Figures, baseline: str) -> dict[str, Any]:
 def _heat_cell(found: ClientDifference | None) -> HeatCell | None:
     if found is None:
         return None
-    told = f"{percent_text(found.relative, 1)}, {loss_text(found.own)} against {loss_text(found.other)}, {found.verdict}"
+    losses = f"{loss_text(found.own)} against {loss_text(found.other)}"
+    told = f"{percent_text(found.relative, 1)}, {losses}, {found.verdict}"
     return HeatCell(found.relative, found.verdict != "equal", told)
 
 

@@ -77,7 +77,10 @@ class Figures:
         own = {seed for runs in self.methods.values() for seed in runs}
         everything = ",".join(map(str, sorted(own | set(self.other_seeds))))
         known = ", ".join(map(str, self.other_seeds))
-        return f"Finished runs with other seeds ({known}) lie in this folder and are not in this comparison; --seeds {everything} adds them."
+        return (
+            f"Finished runs with other seeds ({known}) lie in this folder and are not in this "
+            f"comparison; --seeds {everything} adds them."
+        )
 
     @property
     def resampled(self) -> str:
@@ -248,7 +251,10 @@ class Figures:
 
     @cached_property
     def _choices(self) -> dict[str, str]:
-        """Client -> the method with its lowest validation loss, each at its best rounds and as a mean over seeds; where all have one."""
+        """Client -> the method with its lowest validation loss; where all have one.
+
+        Each method is taken at its best rounds and as a mean over seeds.
+        """
         losses: dict[str, dict[str, list[float]]] = {}
         for name, runs in self.methods.items():
             for run in runs.values():
@@ -338,7 +344,9 @@ def compare_runs(
 
 
 def pools_of(runs: Sequence[Run]) -> dict[str, str] | None:
-    """Client -> the pool that its rows were dealt from, where the partition deals one pool to several clients; else None.
+    """Client -> the pool that its rows were dealt from.
+
+    None where the partition does not deal one pool to several clients.
 
     With `data.partition = "category"` and several clients per category, the clients of a category
     resemble each other, and are no independent draws of a population of clients. Under the other
@@ -367,7 +375,7 @@ def _losses_of(run: Run) -> dict[str, float]:
 
 
 def _best_losses_of(run: Run) -> dict[str, float]:
-    """Client -> test loss at the round that its validation rows choose, of those that have such rows."""
+    """Client -> test loss at the round that its validation rows choose, where it has any."""
     return {row.client: row.best_test_loss for row in run.clients if row.best_test_loss is not None}
 
 

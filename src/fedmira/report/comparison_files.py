@@ -35,7 +35,11 @@ COUNTS = {
 
 
 def write_tables(figures: Figures, folder: Path) -> None:
-    """Write comparison.json, comparison.csv, comparison-runs.csv, comparison-clients.csv and comparison.md, over older ones."""
+    """Write the files of a comparison over older ones.
+
+    These are comparison.json, comparison.csv, comparison-runs.csv, comparison-clients.csv and
+    comparison.md.
+    """
     texts = {
         "comparison.json": json.dumps(figures.document(), indent=1, allow_nan=False) + "\n",
         "comparison.csv": _csv(figures.method_rows),

@@ -52,7 +52,10 @@ ALGORITHM_TITLES = {
 
 @dataclass(frozen=True, slots=True)
 class SummaryRow:
-    """One headline figure: its name in run.json, its title, and its statistics over the clients (None where not measured)."""
+    """One headline figure: its name in run.json, its title, and its statistics.
+
+    The statistics are over the clients, None where the figure was not measured.
+    """
 
     name: str
     title: str
@@ -100,7 +103,7 @@ class Kept:
 
     @property
     def clients(self) -> int:
-        """All that chose."""
+        """The number of clients that had a choice."""
         return self.nothing + self.some + self.everything
 
 

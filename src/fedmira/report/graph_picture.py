@@ -103,7 +103,10 @@ def _radii(nodes: Mapping[str, Node]) -> dict[str, float]:
 
 
 def _layout(graph: TaskGraph, seed: int) -> dict[str, Position]:
-    """Springs along the edges, and a weak one between all pairs so that separate parts stay in the picture."""
+    """Springs along the edges, and a weak one between all pairs.
+
+    The weak ones keep separate parts in the picture.
+    """
     strongest = max((weight for _, _, weight in graph.edges), default=1.0)
     springs = networkx.complete_graph(graph.clients)
     networkx.set_edge_attributes(springs, 0.06, "weight")
@@ -134,7 +137,10 @@ def _fitted(places: Mapping[str, Position]) -> dict[str, Position]:
 def _spread_apart(
     positions: Mapping[str, Position], radii: Mapping[str, float]
 ) -> dict[str, Position]:
-    """Pushes apart circles that touch, with room for a label between them, and keeps all inside the margins."""
+    """Push apart circles that touch, and keep all inside the margins.
+
+    There is room for a label between circles.
+    """
     clients = list(positions)
     moved = {client: list(place) for client, place in positions.items()}
     room = FONT + 8 if len(clients) <= 60 else 3

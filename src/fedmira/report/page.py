@@ -1,4 +1,7 @@
-"""The page about one run: report.html, self-contained, readable on a phone, in light and dark and on paper."""
+"""The page about one run: report.html, self-contained.
+
+It is readable on a phone, in light and dark, and on paper.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +116,10 @@ def environment() -> Environment:
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:
-    """Fills a template with content, styles and the one script, which the page's own security policy allows by its hash."""
+    """Fill a template with content, styles and the one script.
+
+    The page's own security policy allows the script by its hash.
+    """
     templates = environment()
     style, script = (Markup(_source(templates, name)) for name in ("style.css", "sort.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -247,7 +253,10 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         )
     kept = pull_kept(run)
     if kept is not None:
-        remark = f"by their own validation rows, at the last evaluation; {kept.some} more kept a part of it"
+        remark = (
+            f"by their own validation rows, at the last evaluation; {kept.some} more kept a part "
+            "of it"
+        )
         tiles.append(("Declined the server’s pull", f"{kept.nothing} of {kept.clients}", remark))
     for row in summary_rows(run):
         if row.name not in LOSS_METRICS and row.mean is not None:

@@ -37,7 +37,10 @@ REQUIRED_KEYS = {
 
 @dataclass(slots=True)
 class _Reading:
-    """Collects problems (the folder is damaged) and notes (something small was left out) while reading."""
+    """Collects problems and notes while reading.
+
+    A problem is a damaged folder, a note is something small that was left out.
+    """
 
     folder: Path
     problems: list[str] = field(default_factory=list)

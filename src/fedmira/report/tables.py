@@ -1,4 +1,4 @@
-"""Tables of the page: which columns are shown, how a number is written, and what a cell sorts by."""
+"""Tables of the page: their columns, how numbers are written, and what a cell sorts by."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ MOST_ROWS = 500  # of a table; the files hold the rest
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A table cell: its text, what it sorts by ("" sorts last), whether it is set as a number, and a CSS class."""
+    """A table cell: its text, how it sorts and how it is set.
+
+    "" sorts last. It may be set as a number, and with a CSS class.
+    """
 
     text: str
     key: str
@@ -74,7 +77,10 @@ def setting_text(value: object) -> str:
 
 
 def worst_clients(clients: Sequence[Client], most: int) -> dict[int, Client]:
-    """At most so many clients, those with the highest loss at the end, by their number from 1 and in their order."""
+    """At most so many clients, those with the highest loss at the end.
+
+    They come by their number from 1 and in their order.
+    """
     numbered = dict(enumerate(clients, start=1))
     if len(numbered) <= most:
         return numbered

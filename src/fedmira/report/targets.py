@@ -98,7 +98,7 @@ def mean_reached(runs: Sequence[Run], target: float) -> dict[str, Any]:
 
 
 def reached_text(row: Mapping[str, Any]) -> str:
-    """The rounds to the target of a method's row for people, or how many of its seeds reached it."""
+    """The rounds to the target for people, or how many of the method's seeds reached it."""
     if row["rounds_to_target"] is not None:
         return f"{row['rounds_to_target']:.4g}"
     return (

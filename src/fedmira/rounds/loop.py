@@ -24,7 +24,10 @@ __all__ = ["RoundOutcome", "run_rounds"]
 
 @dataclass(frozen=True, slots=True)
 class RoundOutcome:
-    """All that a round produced; `train_seconds` is the exchange, `combine_seconds` the server's step."""
+    """All that a round produced.
+
+    `train_seconds` is the exchange, `combine_seconds` the server's step.
+    """
 
     round: int
     requests: Sequence[Request]

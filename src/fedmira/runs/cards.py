@@ -32,14 +32,16 @@ _CONVERSATIONS = {
     "alpaca": "Of a conversation, the last user message is the instruction, and the other messages "
     "are the input, each as `Role: text`, "
     "separated by blank lines.",
-    "plain": "A conversation is its messages, each as `Role: text`, separated by blank lines, and a "
-    "last block `Assistant:`.",
+    "plain": "A conversation is its messages, each as `Role: text`, separated by blank lines, and "
+    "a last block `Assistant:`.",
     "chat": "A conversation is given to the template as it is.",
 }
 
 
 class AdapterCards:
-    """Writes the cards of a run: equal runs get equal cards, so there is no time in them and no path.
+    """Writes the cards of a run.
+
+    Equal runs get equal cards, so there is no time in them and no path.
 
     Args:
         config: of the run.
@@ -169,9 +171,13 @@ class AdapterCards:
     def _code(self) -> str:
         if self._form == "chat":
             request = '[{"role": "user", "content": "{instruction}\\n\\n{input}"}]'
-            prompt = f"prompt = tokenizer.apply_chat_template({request}, tokenize=False, add_generation_prompt=True)"
+            prompt = (
+                f"prompt = tokenizer.apply_chat_template({request}, tokenize=False, "
+                "add_generation_prompt=True)"
+            )
         else:
-            prompt = f'prompt = {self._templates["{input}"]}.format(instruction="{{instruction}}", input="{{input}}")'
+            template = self._templates["{input}"]
+            prompt = f'prompt = {template}.format(instruction="{{instruction}}", input="{{input}}")'
         lines = [
             "import torch",
             "from peft import PeftModel",

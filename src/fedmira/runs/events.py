@@ -159,7 +159,7 @@ def round_row(
 
 
 def _down(payload: Payload, answer: Reply | Failure) -> Payload | Volume:
-    """What was sent to a client: as its engine counted it, else the payload that was handed over."""
+    """What was sent to a client: as its engine counted it, else the payload handed over."""
     return answer.traffic.down if answer.traffic else payload
 
 

@@ -34,7 +34,9 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config_text: str) -> RunFolder:
-        """Make a new run folder; config.toml is the first thing in it, so that whatever is there can be resumed.
+        """Make a new run folder.
+
+        config.toml is the first thing in it, so that whatever is there can be resumed.
 
         Raises:
             RunFolderError: the path is taken.
@@ -111,17 +113,17 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """Where checkpoints are."""
+        """The folder that checkpoints are written to."""
         return self.path / "checkpoint"
 
     @property
     def events(self) -> Path:
-        """events.jsonl."""
+        """The file events.jsonl, to which every round adds lines."""
         return self.path / "events.jsonl"
 
     @property
     def rounds_csv(self) -> Path:
-        """metrics/rounds.csv."""
+        """The file metrics/rounds.csv, a line for each round."""
         return self.metrics / "rounds.csv"
 
     def append_events(self, events: Sequence[Mapping[str, object]]) -> None:

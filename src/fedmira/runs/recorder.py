@@ -229,21 +229,24 @@ class Recorder:
         if not pulls or max(pulls) >= _SMALL_PULL or self.warned:
             return []
         self.warned = True
-        message = f"alignment moves adapters by at most {max(pulls):.2%} of their update a round: this is close to local training"
+        message = (
+            f"alignment moves adapters by at most {max(pulls):.2%} of their update a round: this "
+            "is close to local training"
+        )
         return [{"event": "warning", "round": outcome.round, "message": message}]
 
     def given(self, state: ServerState) -> tuple[LazyAdapters, Mapping[ClientId, float]]:
-        """The adapter that each client would be given now, and the share of the server's pull in it of clients that had a choice.
+        """The adapter that each client would be given now, and the server's pull in it.
 
-        A choice takes passes over the validation rows; asked again for the same state, the answer
-        is the one before.
+        The pull is a share, for clients that had a choice. A choice takes passes over the
+        validation rows; asked again for the same state, the answer is the one before.
         """
         if self._given is None or self._given[0] is not state:
             self._given = (state, *self._chosen(state))
         return self._given[1:]
 
     def _chosen(self, state: ServerState) -> tuple[LazyAdapters, Mapping[ClientId, float]]:
-        """The same, measured."""
+        """What `given` returns, from passes over the validation rows."""
         clients = list(self.clients.parties)
         if not self.algorithm.may_decline:
             return LazyAdapters(clients, partial(self.algorithm.adapter_for, state)), {}

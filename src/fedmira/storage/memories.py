@@ -14,7 +14,7 @@ __all__ = ["MemoryTable", "StoredMemory", "remembered"]
 
 @dataclass(frozen=True, slots=True)
 class StoredMemory:
-    """Where a memory lies: the key of its tensors in the store, the names of its parts, and its numbers."""
+    """Where a memory lies: its tensors' key in the store, its parts' names, and numbers."""
 
     key: str
     parts: tuple[str, ...]

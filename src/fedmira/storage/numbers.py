@@ -31,7 +31,10 @@ _MOST_PATCHED = 2
 
 @dataclass(frozen=True, slots=True)
 class _Patched:
-    """A tensor as it was stored: patches over zeros, the later over the earlier, and how many rows they hold together."""
+    """A tensor as it was stored: patches over zeros, the later over the earlier.
+
+    With it goes how many rows the patches hold together.
+    """
 
     tensor: Tensor
     keys: tuple[str, ...]
@@ -39,9 +42,9 @@ class _Patched:
 
 
 class NumberStore:
-    """Keeps large tensors beside the adapters, each as a chain of patches {"rows".
+    """Keeps large tensors beside the adapters, each as a chain of patches.
 
-    Int64 [n], "values": [n, ...]}.
+    A patch is {"rows": int64 [n], "values": [n, ...]}.
 
     Tensors of a state never change in place, so the last ones stay here by reference, to tell which
     rows are new.
@@ -100,7 +103,10 @@ class NumberStore:
         return {name: patched.tensor for name, patched in self._last.items()}
 
     def _patched(self, tensor: Tensor, last: _Patched | None) -> _Patched:
-        """The tensor, stored after `last`, or from zeros where that is another shape or has become long."""
+        """The tensor, stored after `last`.
+
+        Stored from zeros where that is another shape or has become long.
+        """
         tensor = tensor.contiguous()
         if last is not None and (last.tensor.shape, last.tensor.dtype) == (
             tensor.shape,

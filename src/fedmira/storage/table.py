@@ -27,7 +27,9 @@ _SUFFIX = ".safetensors"
 
 
 class AdapterStore:
-    """A folder of adapters, each in a file that is named by the SHA-256 of its content, so that equal adapters are stored once.
+    """A folder of adapters in which equal adapters are stored once.
+
+    Each file is named by the SHA-256 of its content.
 
     Nothing is ever changed in place. What was written is sure to survive a power cut only after
     `flush`.
@@ -75,7 +77,9 @@ class AdapterStore:
         return key
 
     def get(self, key: str) -> HashedAdapter:
-        """The adapter with this key, bit for bit as it was stored, with its names in alphabetical order.
+        """The adapter with this key, bit for bit as it was stored.
+
+        Its names are in alphabetical order.
 
         Raises:
             RunFolderError: its file is missing or damaged.
@@ -98,7 +102,10 @@ class AdapterStore:
         return adapter
 
     def flush(self, keys: Iterable[str]) -> None:
-        """Have the disk hold the adapters with these keys, as far as they were written since the last time."""
+        """Have the disk hold the adapters with these keys.
+
+        Only those that were written since the last time are synchronised.
+        """
         pending = self._unflushed.intersection(keys)
         for key in pending:
             sync(self._path(key))

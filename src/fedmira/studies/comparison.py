@@ -60,7 +60,10 @@ class Comparison:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A row per method: losses over clients and seeds, standing of the clients against the baselines, budget."""
+        """A row per method: losses over clients and seeds, standing and budget.
+
+        The standing is that of the clients against the baselines.
+        """
         return self.figures.method_rows
 
 
@@ -86,7 +89,10 @@ def plan_methods(
         try:
             plans[name] = with_algorithm(config, name)
         except ConfigError as error:
-            alone = f'or, for this method alone, leave it out of --algorithms and give --variant "{name}=algorithm.name={name};KEY=VALUE"'
+            alone = (
+                "or, for this method alone, leave it out of --algorithms and give "
+                f'--variant "{name}=algorithm.name={name};KEY=VALUE"'
+            )
             problems += [
                 f"{name}: {problem}; {alone}" if name in method_names() else problem
                 for problem in error.problems
@@ -154,7 +160,10 @@ def compare_algorithms(
     base: BaseModel | None = None,
     rows: ObjectRows | None = None,
 ) -> Comparison:
-    """Run every method with every seed into `output`/<method>-seed<seed>, put the results side by side and write them into `output`.
+    """Run every method with every seed and compare the results in `output`.
+
+    The runs go into `output`/<method>-seed<seed>; the results side by side are written into
+    `output`.
 
     Args:
         observers: watch the runs, one run after the other.

@@ -83,11 +83,17 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The same for people."""
-        graph = "graph: learned in the run; rows of its mixing matrix are convex, so every coupling within 0..1 is stable"
+        graph = (
+            "graph: learned in the run; rows of its mixing matrix are convex, so every coupling "
+            "within 0..1 is stable"
+        )
         if self.max_degree is not None and self.largest_step is None:
             graph = "graph: no edge between any two clients"
         elif self.max_degree is not None:
-            graph = f"graph: largest degree {self.max_degree:.3g}; server steps up to {self.largest_step:.3g} never overshoot (coupling 1)"
+            graph = (
+                f"graph: largest degree {self.max_degree:.3g}; server steps up to "
+                f"{self.largest_step:.3g} never overshoot (coupling 1)"
+            )
         return [
             f"base: {self.base}, {self.parameters:,} parameters, {self.base_mib:.1f} MiB, "
             f"{'packed' if self.packed else 'padded'} steps",
@@ -126,7 +132,8 @@ class Plan:
         ):
             return ""
         when = "in the next one" if self.run_unknown else "in each later one"
-        return f"; {when}: {self._volume(self.later_download_mib, self.later_upload_mib, self.later_dtype)}"
+        volume = self._volume(self.later_download_mib, self.later_upload_mib, self.later_dtype)
+        return f"; {when}: {volume}"
 
     def _in_all(self) -> str:
         if self.run_download_mib is None or self.run_upload_mib is None:
@@ -241,7 +248,7 @@ def make_plan(experiment: Experiment) -> Plan:
 
 
 def _traffic(experiment: Experiment) -> _Traffic:
-    """What travels, from the messages that the algorithm itself makes for adapters that do not move.
+    """What travels, from the algorithm's own messages for adapters that do not move.
 
     Training along random directions may send a number for each direction that was drawn: here as
     many as there are steps, the most that there can be.
@@ -366,7 +373,10 @@ def _exchange(
 
 
 def _written(payload: Payload, wire: str, line: Line) -> tuple[Volume, Line]:
-    """What a message takes, and the line after it. Adapters do not move, so both ends leave equal zeros unsent and share one line."""
+    """What a message takes, and the line after it.
+
+    Adapters do not move, so both ends leave equal zeros unsent and share one line.
+    """
     if wire == "float32":
         return Volume(payload.num_bytes, payload.dtype), line
     encoded, after = encode(payload, wire, line)
@@ -374,7 +384,7 @@ def _written(payload: Payload, wire: str, line: Line) -> tuple[Volume, Line]:
 
 
 def _number_types(exchanges: Mapping[int, _Exchange]) -> str:
-    """Of all messages."""
+    """The number types of all messages, joined with "+"."""
     volumes = [volume for each in exchanges.values() for volume in (each.down, each.up)]
     return (
         "+".join(sorted({kind for volume in volumes for kind in volume.dtype.split("+") if kind}))

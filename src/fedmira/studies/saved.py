@@ -105,8 +105,8 @@ def clients_of(saved: SavedAdapters, rows: ObjectRows | None = None) -> LocalCli
     }
     if absent := [client for client in saved.adapters if client not in data]:
         raise RunFolderError(
-            f"{saved.path}: the rows of {_listed(absent)} are not on this machine, as [data] in its "
-            "config.toml reads them; the run's own figures are in metrics/clients.csv"
+            f"{saved.path}: the rows of {_listed(absent)} are not on this machine, as [data] in "
+            "its config.toml reads them; the run's own figures are in metrics/clients.csv"
         )
     if hash_of_rows(data) != saved.data_sha256:
         _log.warning(
@@ -130,7 +130,9 @@ def answer(
     max_new_tokens: int | None = None,
     rows: ObjectRows | None = None,
 ) -> str:
-    """What a client's adapter says to an input, under the client's own instruction unless another is given.
+    """What a client's adapter says to an input.
+
+    The client's own instruction is used unless another is given.
 
     Raises:
         ConfigError: there is no such client, or no instruction is given and its rows are not on

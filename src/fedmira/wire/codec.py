@@ -1,4 +1,6 @@
-"""Payloads as named arrays: whole, or as compressed changes of a reference that both ends hold, with error feedback.
+"""Payloads as named arrays: whole, or as compressed changes of a reference.
+
+Both ends hold the reference, and errors are fed back.
 
 Error feedback (Seide et al. 2014, "1-Bit Stochastic Gradient Descent and its Application to
 Data-Parallel Distributed Training of Speech DNNs"; Karimireddy et al. 2019, "Error Feedback Fixes
@@ -6,7 +8,7 @@ SignSGD and other Gradient Compression Schemes", arXiv 1901.09847). With theta w
 send, ref what both ends hold, e what it could not send before and C, D a compression and its
 inverse,
 
-    u = (theta - ref) + e       c = C(u)       sent: c       ref  <-  ref + D(c)       e  <-  u - D(c)
+    u = (theta - ref) + e      c = C(u)      sent: c      ref  <-  ref + D(c)      e  <-  u - D(c)
 
 so that what was sent and what is carried add up to all changes: sum D(c) + e = sum (theta - ref).
 The receiver does the same to its ref and both hold the same bits. After each message theta is
@@ -43,7 +45,9 @@ _WIDENED = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A message: named arrays and a header, without pickle and without bfloat16, which numpy does not know.
+    """A message: named arrays and a header.
+
+    Without pickle, and without bfloat16, which numpy does not know.
 
     Attributes:
         arrays: "part|parameter" whole, or "part|parameter|change" and, for int8,
@@ -72,7 +76,9 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What one end, server or client, remembers of the line between the two, as of the last reply that was accepted.
+    """What one end, server or client, remembers of the line between the two.
+
+    It is as of the last reply that was accepted.
 
     Attributes:
         round: of that reply; 0 before the first. A client that has gone further drops what came

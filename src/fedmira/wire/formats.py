@@ -1,4 +1,7 @@
-"""How a change of a tensor is written in fewer bits, and read back to the same bits on every machine."""
+"""How a change of a tensor is written in fewer bits, and read back on every machine.
+
+The bits that are read are the same everywhere.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,9 @@ def _from_halves(name: str, arrays: Mapping[str, Array], shape: torch.Size) -> T
 
 
 def _bytes(name: str, tensor: Tensor) -> dict[str, Array]:
-    """Whole numbers -127 to 127 and a float32 scale for each direction of the adapter, half to even.
+    """Whole numbers -127 to 127, half to even.
+
+    A float32 scale stands for each direction of the adapter.
 
     A direction is a row of A or a column of B, so both factors of rank r have r scales: s = max |x|
     / 127, q = round(x / s).

@@ -1,4 +1,7 @@
-"""Kinds of messages: what the server asks of a node. The part before the dot is one of Flower's message types."""
+"""Kinds of messages: what the server asks of a node.
+
+The part before the dot is one of Flower's message types.
+"""
 
 from __future__ import annotations
 

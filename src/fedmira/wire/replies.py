@@ -17,7 +17,9 @@ _NAMED = 3
 
 
 def checked_reply(request: Request, reply: Reply) -> Reply | Failure:
-    """The reply itself, or in its place a failure of stage "reply" that names what is wrong, its value and what was expected.
+    """The reply itself, or in its place a failure of stage "reply".
+
+    The failure names what is wrong, its value and what was expected.
 
     It must be of the request's client and round, tell of at least one row, have all of `FIGURES`,
     and hold finite tensors and numbers only; its adapter must have the names, shapes and number
@@ -79,7 +81,8 @@ def _adapter_problem(sent: Adapter | None, found: Adapter | None) -> str:
         listed = [f"lacks {', '.join(missing[:_NAMED])}"] * bool(missing) + [
             f"also holds {', '.join(strange[:_NAMED])}"
         ] * bool(strange)
-        return f"the reply's {_ADAPTER} {' and '.join(listed)}; expected the {len(sent)} names of the request"
+        named = " and ".join(listed)
+        return f"the reply's {_ADAPTER} {named}; expected the {len(sent)} names of the request"
     for name, tensor in sent.items():
         form, expected = (
             f"{str(each.dtype).removeprefix('torch.')} {tuple(each.shape)}"

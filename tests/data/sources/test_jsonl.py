@@ -167,7 +167,10 @@ def test_all_row_problems_of_all_files_come_together(tmp_path: Path) -> None:
         {"messages": [turn("user", "x"), turn("assistant", "\n")]},
     )
     first, second = f"{tmp_path}/a.jsonl", f"{tmp_path}/b/train.jsonl"
-    shapes = "a row needs instruction and output (input), instruction and response (context), prompt and completion, or messages"
+    shapes = (
+        "a row needs instruction and output (input), instruction and response (context), prompt "
+        "and completion, or messages"
+    )
     assert problems_of(tmp_path) == (
         f"{first}:1: unknown shape, found text; {shapes}; rename the keys of the rows",
         f"{first}:2: unknown shape, found no keys; {shapes}",

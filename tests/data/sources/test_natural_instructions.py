@@ -1,4 +1,7 @@
-"""Natural Instructions by FedKSeed's rules, on tiny files at the boundaries and on the real task files."""
+"""Natural Instructions by FedKSeed's rules, on tiny files and on the real task files.
+
+The tiny files lie at the boundaries.
+"""
 
 from __future__ import annotations
 

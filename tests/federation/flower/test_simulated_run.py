@@ -78,7 +78,10 @@ def weights_of(run: Path) -> dict[str, bytes]:
 def test_a_simulation_ends_with_the_adapters_of_the_run_in_one_process(
     settings: dict[str, Any], base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:
-    """A process that holds nothing serves each training message, so that no client finds anything but its folder."""
+    """A process that holds nothing serves each training message.
+
+    So no client finds anything but its folder.
+    """
     config = make_config(
         base_folder, clients_folder, {**SHORT, **settings, "rounds.participation": 0.6}
     )

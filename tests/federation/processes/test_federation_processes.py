@@ -44,7 +44,10 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
 
 @pytest.fixture
 def tasks(shared_folder: Path, tmp_path: Path) -> list[str]:
-    """Four real tasks: all in one folder for the run in one process, and each in a folder of its own for its node."""
+    """Four real tasks, in one folder and in four.
+
+    In one for the run in one process, and each in a folder of its own for its node.
+    """
     found = sorted(
         (shared_folder / "data" / "natural-instructions" / "tasks").glob("*.json"),
         key=lambda path: path.stat().st_size,
@@ -126,7 +129,7 @@ def weights_of(run: Path) -> dict[str, bytes]:
     }
 
 
-MEDDLING = '''"""fedmira's node, but of two clients one answers with NaN and one with wrong shapes in round 2."""
+MEDDLING = '''"""fedmira's node; in round 2 two clients answer, with NaN and with wrong shapes."""
 
 from flwr.app import Message
 from flwr.clientapp import ClientApp
@@ -155,10 +158,14 @@ def meddle(message, context):
 
     encoded = unpack(bytes_of(reply.content))
     payload, _ = decode(encoded, Line())
-    change = (lambda tensor: torch.full_like(tensor, torch.nan)) if name == "apple-2" else (lambda tensor: tensor[:1])
-    adapter = {key: change(tensor) for key, tensor in payload.tensors["adapter"].items()}
+    not_numbers = name == "apple-2"
+    adapter = {
+        key: tensor * torch.nan if not_numbers else tensor[:1]
+        for key, tensor in payload.tensors["adapter"].items()
+    }
     again = encode(replace(payload, tensors={"adapter": adapter}), "float32", Line())[0]
-    return Message(record_of(pack(Encoded(again.arrays, {**encoded.header, **again.header}))), reply_to=message)
+    changed = Encoded(again.arrays, {**encoded.header, **again.header})
+    return Message(record_of(pack(changed)), reply_to=message)
 '''
 
 

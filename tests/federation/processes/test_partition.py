@@ -1,4 +1,7 @@
-"""A federation whose nodes are each in a network namespace of their own, one of which is cut off for a while."""
+"""A federation whose nodes are each in a network namespace of their own.
+
+One of them is cut off for a while.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""The sections of a config, apart from the method's: a class each, whose fields say all of a key."""
+"""The sections of a config whose keys do not depend on a method, a class each.
+
+The fields of a class say all that is known of a key.
+"""

@@ -10,7 +10,7 @@ __all__ = ["EngineSettings", "EvaluationSettings", "FederationSettings", "Rounds
 
 
 class RoundsSettings(Section):
-    """[rounds]."""
+    """[rounds]: how many there are, and who takes part in them."""
 
     count: Positive = setting(
         20,
@@ -40,7 +40,7 @@ class RoundsSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """[evaluation]."""
+    """[evaluation]: when and on what clients' adapters are measured."""
 
     every: Count = setting(
         5,
@@ -68,7 +68,7 @@ class EvaluationSettings(Section):
 
 
 class EngineSettings(Section):
-    """[engine]."""
+    """[engine]: where clients do their work, and with which means."""
 
     kind: Literal["in-process"] = setting(
         "in-process",

@@ -1,9 +1,10 @@
 """The demo data set: clients in families of related tasks, written by code from small grammars.
 
-Every row is generated; no text of others is used. A family is a mapping that its tasks share (symptom -> department,
-message -> desk, goods -> customs group), and each task words it in its own way, so a party with 16 rows of its own can learn the
-rest of the mapping from its relatives; `records` only copies, which a party learns alone, and `code-words` is like no other task:
-they show whether those who have nothing to gain are harmed.
+Every row is generated; no text of others is used. A family is a mapping that its tasks share
+(symptom -> department, message -> desk, goods -> customs group), and each task words it in its own
+way, so a party with 16 rows of its own can learn the rest of the mapping from its relatives.
+`records`, which is learned alone, and `code-words`, like no other task, show whether those who have
+nothing to gain are harmed.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ __all__ = ["DEMO_TEST_ROWS", "Task", "demo_tasks", "pretraining_rows", "read"]
 
 DEMO_TEST_ROWS = 32
 
-NAMES = "Ada Bruno Clara David Elena Farid Grace Hugo Ines Jonas Karin Leo Mira Nadia Omar Paula Quinn Rosa Stefan Tara".split()
-CITIES = "Porto Lyon Oslo Graz Turin Ghent Malaga Bergen Leeds Krakow Riga Split Basel Cork Tampere Aarhus".split()
+NAMES = """Ada Bruno Clara David Elena Farid Grace Hugo Ines Jonas
+Karin Leo Mira Nadia Omar Paula Quinn Rosa Stefan Tara""".split()
+CITIES = """Porto Lyon Oslo Graz Turin Ghent Malaga Bergen
+Leeds Krakow Riga Split Basel Cork Tampere Aarhus""".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = (
-    "January February March April May June July August September October November December".split()
-)
-GOODS = "apples|bricks|candles|carpets|chairs|coffee|cotton|flour|glass|honey|lamps|olives|paper|rice|shoes|soap|tiles|toys|wine|wool".split(
-    "|"
-)
+MONTHS = """January February March April May June
+July August September October November December""".split()
+GOODS = """apples bricks candles carpets chairs coffee cotton flour glass honey
+lamps olives paper rice shoes soap tiles toys wine wool""".split()
 PACKS = "boxes crates bags pallets barrels".split()
-THINGS = "the report|the invoice|the contract|the photos|the keys|the samples|the tickets|the drawings|the price list|the letter".split(
-    "|"
-)
+THINGS = (
+    "the report|the invoice|the contract|the photos|the keys|the samples|the tickets|"
+    "the drawings|the price list|the letter"
+).split("|")
 DEEDS = "send|sign|check|print|translate|copy|return|collect".split("|")
 
 DEPARTMENTS = {
@@ -143,7 +145,7 @@ Row = tuple[str, str]  # input, output
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A named task: its instruction, how a row is drawn, and how many training rows its client holds."""
+    """A named task: its instruction, how a row is drawn, and its client's training rows."""
 
     name: str
     instruction: str
@@ -387,7 +389,7 @@ FAMILIES: dict[str, list[Task]] = {
     "outlier": [Task("code-words", "Write the code of the three words.", _code_words, 32)],
 }
 
-# Families that only the bundled base is trained on: the same kinds of work with other tables and wordings.
+# Families that only the bundled base is trained on: like work with other tables and wordings.
 PRETRAINING: list[Task] = [
     Task(
         "shop-shelf",
@@ -455,7 +457,7 @@ PRETRAINING: list[Task] = [
 
 
 def demo_tasks(seed: int = 0) -> list[RawTask]:
-    """The demo's tasks, each with its training rows and `DEMO_TEST_ROWS` test rows; no input stands in both.
+    """The demo's tasks, with training rows and `DEMO_TEST_ROWS` test rows; no input stands in both.
 
     Args:
         seed: draws other rows of the same tasks.
@@ -490,7 +492,7 @@ def _distinct(task: Task, count: int, seed: int) -> Iterator[Example]:
 
 
 def pretraining_rows(count: int, seed: int = 0) -> Iterator[tuple[str, Example]]:
-    """Generated rows for the bundled base, from tasks that no demo client has: (task name, example)."""
+    """Rows for the bundled base, of tasks that no demo client has, as (task name, example)."""
     rng = random.Random(f"pretraining {seed}")
     for _ in range(count):
         task = rng.choice(PRETRAINING)

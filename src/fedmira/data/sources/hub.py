@@ -1,4 +1,7 @@
-"""A data set of the Hugging Face hub, or a local data set folder or table, whose rows name their client in a column."""
+"""A data set of the Hugging Face hub, or a local one, that names each row's client in a column.
+
+A local one is a data set folder or a table.
+"""
 
 from __future__ import annotations
 

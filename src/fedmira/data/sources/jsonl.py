@@ -22,7 +22,10 @@ __all__ = ["read"]
 _PARTS = ("train.jsonl", "test.jsonl", "validation.jsonl")
 _LONGEST_LOOK = 2**20
 _TABLES = (".csv", ".tsv", ".parquet", ".json")
-_USE_HUB = "data.source = 'hub' reads one CSV, TSV, parquet or JSON file with the rows of all clients, of which data.column names the client"
+_USE_HUB = (
+    "data.source = 'hub' reads one CSV, TSV, parquet or JSON file with the rows of all clients, of "
+    "which data.column names the client"
+)
 _LAYOUTS = "PATH/<client>/train.jsonl, PATH/<client>.jsonl, or one .jsonl file with a client column"
 
 
@@ -68,7 +71,7 @@ def _one_file(path: Path, settings: DataSettings, seed: int, problems: Problems)
 
 
 def _holds_lines(path: Path) -> bool:
-    """Whether a file with the ending of another format has an object on its first line all the same."""
+    """Whether a file with another format's ending has an object on its first line all the same."""
     if path.suffix.lower() != ".json":
         return False
     with path.open("rb") as handle:

@@ -1,4 +1,6 @@
-"""Natural Instructions v2 in its original task files, prepared by FedKSeed's rules (Qin et al., arXiv 2312.06353).
+"""Natural Instructions v2 in its original task files, prepared by FedKSeed's rules.
+
+Those are the rules of Qin et al., arXiv 2312.06353.
 
 A row stays when its input has fewer than `input_limit` characters; a task stays when at least 20
 rows do; of these int(f * n) are drawn; the instruction is the first definition and the response the
@@ -26,7 +28,9 @@ _OFFICIAL_LIST = Path("splits") / "default" / "train_tasks.txt"
 
 
 def read(settings: DataSettings, seed: int) -> Reading:
-    """Reads the task files under `settings.path` in the order of the task list, or of their numbers where there is no list.
+    """Read the task files under `settings.path`.
+
+    They come in the order of the task list, or of their numbers where there is no list.
 
     With `partition = "task"` and a number of clients, reading ends when so many usable tasks are
     found.

@@ -1,4 +1,7 @@
-"""Clients on machines of their own: each node is asked over Flower's grid and answers from its rows."""
+"""Clients on machines of their own, each a node that answers from its rows.
+
+The nodes are asked over Flower's grid.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,10 @@ _AGAIN_SECONDS = 30.0
 
 The obstacle may be gone, such as a name that another node had.
 """
-_CLOCKS = "it is asked again; where this goes on, look at its log, and compare its clock with the SuperLink's"
+_CLOCKS = (
+    "it is asked again; where this goes on, look at its log, and compare its clock with the "
+    "SuperLink's"
+)
 _UNAVAILABLE = 3
 _LOST = frozenset({_UNAVAILABLE, 4, 5, 8})
 """Flower's error codes for an answer that never came.
@@ -92,7 +95,9 @@ class Identity:
 
 
 class Nodes:
-    """Knows which node is which client, greets nodes that come, refuses those that do not fit, and carries messages.
+    """Knows which node is which client and carries messages.
+
+    It greets nodes that come and refuses those that do not fit.
 
     A node is identified by what it answers, never by its node id, which changes when an
     unauthenticated node starts again.
@@ -311,13 +316,22 @@ class Nodes:
             self._ground.items(), (identity.base_sha256, identity.tokenizer_sha256), strict=True
         ):
             if found != expected:
-                return f"client {name!r} has another {what} (sha256 {found[:12]}, the server's is {expected[:12]}); install the same on both"
+                return (
+                    f"client {name!r} has another {what} (sha256 {found[:12]}, the server's is "
+                    f"{expected[:12]}); install the same on both"
+                )
         if identity.party.train_rows == 0:
             return f"client {name!r} has no training rows"
         if self._closed and name not in self._closed:
-            return f"client {name!r} was not there when the run began ({', '.join(self._closed)}); it can take part in the next run"
+            return (
+                f"client {name!r} was not there when the run began ({', '.join(self._closed)}); "
+                "it can take part in the next run"
+            )
         if self._closed and identity.party != self._closed[name]:
-            return f"the rows of client {name!r} changed since the run began; put them back, or start a new run"
+            return (
+                f"the rows of client {name!r} changed since the run began; put them back, or start "
+                "a new run"
+            )
         return ""
 
     def _name_problem(self, node: int, name: ClientId) -> str:
@@ -329,7 +343,10 @@ class Nodes:
         if unfit := id_problem(name):
             return unfit
         if registered and registered != name:
-            return f"the node is registered as {registered!r} but calls itself {name!r}; make the two names equal"
+            return (
+                f"the node is registered as {registered!r} but calls itself {name!r}; make the two "
+                "names equal"
+            )
         if self._allowed and name not in self._allowed:
             return f"client {name!r} is not in federation.clients ({', '.join(self._allowed)})"
         if any(
@@ -343,7 +360,10 @@ class Nodes:
             if of.party.client_id.casefold() == name.casefold()
         ]
         if set(alike) - {name}:
-            return f"clients {alike[0]!r} and {name!r} would share a folder where case is ignored; rename one"
+            return (
+                f"clients {alike[0]!r} and {name!r} would share a folder where case is ignored; "
+                "rename one"
+            )
         return ""
 
     def _notice(self, kind: str, header: Mapping[str, str], node: int) -> Message:

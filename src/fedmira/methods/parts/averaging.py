@@ -21,7 +21,7 @@ The star cannot be part of a client id.
 
 
 def by_rows(replies: Sequence[Reply]) -> tuple[list[Reply], list[float]]:
-    """The replies in order of their clients' ids, and the share of each in the training rows of all of them."""
+    """The replies in order of their clients' ids, and the share of each in all training rows."""
     ordered = sorted(replies, key=lambda reply: reply.client_id)
     total = sum(reply.num_examples for reply in ordered)
     return ordered, [reply.num_examples / total for reply in ordered]

@@ -25,7 +25,7 @@ from fedmira.graphs import ExactProducts, InnerProducts, SketchedProducts
 __all__ = ["KeptProducts", "Take", "Taken"]
 
 AT_A_TIME = 32
-"""Adapters that are in memory at a time while they are sketched, or compared with those that changed."""
+"""Adapters in memory at a time while they are sketched or compared with changed ones."""
 
 NO_DIFFERENCE = 1e-12
 """A squared difference below this share of the largest squared norm is rounding."""
@@ -64,7 +64,10 @@ _PARTS: Mapping[str, Callable[[Taken], Iterator[Tensor]]] = {
     "product": lambda taken: module_grams(*taken, *taken),
     "factor": lambda taken: iter([dot_products(taken[0], taken[0])]),
 }
-"""Space -> inner products of a few adapters with each other, float64 [n, n], a part of the adapter after the other."""
+"""Space -> inner products of a few adapters with each other, float64 [n, n].
+
+They are summed over the parts of the adapters, one part after the other.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,10 @@ class KeptProducts:
         others: Sequence[int],
         take: Take,
     ) -> None:
-        """Rows and columns of the changed clients, whose adapters stay in memory while the others come a few at a time."""
+        """Rows and columns of the changed clients.
+
+        Their adapters stay in memory while the others come a few at a time.
+        """
         taken, row = take(changed), torch.tensor(changed, dtype=torch.int64)[:, None]
         rows = {space: _VIEWS[space](taken) for space in self.spaces}
         for first in range(0, len(others), AT_A_TIME):

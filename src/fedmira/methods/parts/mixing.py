@@ -40,7 +40,7 @@ class Strengths(Protocol):
 
     @property
     def neighbours(self) -> Literal["fresh", "rescaled", "stale"]:
-        """Who pulls."""
+        """Who pulls the clients of the round."""
         ...
 
 
@@ -70,7 +70,7 @@ class Mixing:
     def row(self, k: int) -> tuple[list[int], list[float]]:
         """The clients that client k is made of, in ascending order, and their weights.
 
-        K is one of them even if its own weight is 0.
+        Client k is one of them even if its own weight is 0.
         """
         first, last = torch.searchsorted(self.rows, torch.tensor([k, k + 1])).tolist()
         entries = dict(
@@ -141,7 +141,7 @@ def mixing_matrix(
 ) -> Mixing:
     """P_kl = gamma_k c a_kl for k in the cohort and l among its neighbours, P_kk = 1 - sum_l P_kl.
 
-    I elsewhere.
+    Elsewhere P is the identity.
 
     gamma_k = gamma * size_scale / (size_scale + rows_k): clients with much data of their own move
     less. When the largest pull gamma_k c sum_l a_kl is above 1, gamma is cut for all clients so

@@ -13,7 +13,9 @@ __all__ = ["PartlySent"]
 
 @dataclass(frozen=True, slots=True)
 class PartlySent(Payload):
-    """Whole adapters, which a run in one process hands over to evaluate and save them, and the part that a network would carry.
+    """Whole adapters, and the part of them that a network would carry.
+
+    A run in one process hands the whole over to evaluate and save it.
 
     Attributes:
         sent: what travels; `tensors` may repeat it. Bytes are counted for this part alone.

@@ -1,4 +1,7 @@
-"""Tells the C library to keep memory that was freed, so that every step does not fault the same pages in again."""
+"""Tells the C library to keep memory that was freed.
+
+So not every step faults the same pages in again.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ _MEBIBYTE = 2**20
 
 @cache
 def keep_freed_memory() -> bool:
-    """Once in a process: blocks below 32 MiB come from the heap, and up to 1 GiB of free heap is kept; whether it was done.
+    """Set the heap's limits once in a process; whether it was done.
+
+    Blocks below 32 MiB come from the heap, and up to 1 GiB of free heap is kept.
 
     Activations of a CPU step are a few MiB each. By default glibc maps and unmaps each of them, and
     the kernel clears their pages every time. Where the user has set MALLOC_ variables, or the C

@@ -14,7 +14,7 @@ __all__ = ["LastLayer", "compile_free_parts", "decoder_layers", "find_last_layer
 
 @dataclass(frozen=True, slots=True)
 class LastLayer:
-    """The decoder's last layer: its index, as its attention knows it, and its feed-forward block."""
+    """The decoder's last layer: its index as its attention knows it, and its feed-forward block."""
 
     index: int
     feed_forward: nn.Module
@@ -45,7 +45,9 @@ def find_last_layer(model: PreTrainedModel) -> LastLayer | None:
 
 
 def compile_free_parts(layers: Sequence[nn.Module], carriers: Sequence[nn.Module]) -> int:
-    """Let torch.compile fuse those parts of the layers (norms, feed-forward blocks) that carry no adapter; how many there are.
+    """Let torch.compile fuse the parts of the layers that carry no adapter; how many there are.
+
+    Those are norms and feed-forward blocks.
 
     Args:
         layers: with no part compiled, see `uncompile`.

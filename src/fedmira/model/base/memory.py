@@ -43,8 +43,10 @@ _log = logging.getLogger("fedmira")
 _MOST_CLIENTS = 64
 _SHARE_OF_TOTAL = 0.25
 _COPIES = 8
-"""The most clients of a cohort, the most of all memory that their state may take, and how often each number of an adapter stands in it:
-value, gradient, two moments, and while the optimizer steps up to four copies of them.
+"""The most clients of a cohort, the most of all memory for their state, and copies of a number.
+
+Each number of an adapter stands in the state so often: value, gradient, two moments, and while the
+optimizer steps up to four copies of them.
 """
 
 Result = TypeVar("Result")

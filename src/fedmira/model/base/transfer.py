@@ -1,4 +1,4 @@
-"""Small tensors on their way to the device, without the program waiting for what the device still computes."""
+"""Small tensors on their way to the device, without a wait for what it still computes."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class BlockCache:
         self.own: dict[int, tuple[Tensor, ...]] = {}
 
     def __len__(self) -> int:
-        """Its groups."""
+        """The number of groups in the block."""
         return len(self._sizes)
 
     def keep(self, groups: Tensor, rows: Tensor) -> None:
@@ -172,7 +172,10 @@ class BlockCache:
     def _kept(
         self, module: nn.Module, key: Tensor, value: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """A layer's shared keys and values [G, key heads, P, size], and the rows' own [G, key heads, R, L, size]."""
+        """A layer's shared keys and values, and the rows' own.
+
+        [G, key heads, P, size] and [G, key heads, R, L, size].
+        """
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         if layer not in self.own:
             groups, rows = self._sizes.shape

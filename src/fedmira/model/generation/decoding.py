@@ -1,4 +1,6 @@
-"""Greedy decoding of a wave: prompts read packed, then one token of every row at a time against keys and values that stay in place.
+"""Greedy decoding of a wave, against keys and values that stay in place.
+
+Prompts are read packed, then one token of every row at a time.
 
 A group's shared prefix stands once in the cache. Its rows' own tokens are aligned on the right, so
 that every new token of a block's rows goes into the same column and masks change only where a
@@ -161,7 +163,10 @@ class WaveDecoder:
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
     ) -> Tensor:
-        """Attention of one layer; query [G, heads, R, size], key and value [G, key heads, R, size] -> [G, R, heads, size]."""
+        """Attention of one layer, [G, R, heads, size].
+
+        The query is [G, heads, R, size], key and value are [G, key heads, R, size].
+        """
         counts = [len(block) for block in self._blocks]
         parts = zip(
             self._blocks,

@@ -64,7 +64,9 @@ def generate_tokens(
     budget: int = 2048,
     cache_bytes: int | None = None,
 ) -> list[list[int]]:
-    """Continue (client, prompt token ids) pairs greedily until the end of sequence or `max_new_tokens`.
+    """Continue (client, prompt token ids) pairs greedily.
+
+    Each ends with the end of sequence or after `max_new_tokens`.
 
     An answer also ends where the model's context ends; a prompt that fills the context loses tokens
     from its middle. What a prompt is answered does not depend, but for float rounding, on what else
@@ -100,7 +102,10 @@ def generate_tokens(
 
 
 def answered(base: BaseModel, found: Sequence[tuple[Prompt, Sequence[int]]]) -> list[list[int]]:
-    """The new tokens of each prompt up to its end of sequence and its limit, in the order in which the prompts were asked."""
+    """The new tokens of each prompt, in the order in which the prompts were asked.
+
+    They go up to its end of sequence and its limit.
+    """
     ends = set(end_tokens(base))
     answers: list[list[int]] = [[]] * len(found)
     for prompt, tokens in found:
@@ -158,7 +163,9 @@ def _continue(
 
 
 def _survivors(done: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Groups [g] with unfinished rows and a rectangle [g, r] of their rows, where it is clearly smaller than `done` [G, R].
+    """Groups [g] with unfinished rows and a rectangle [g, r] of their rows.
+
+    Only where that is clearly smaller than `done` [G, R].
 
     Looking waits for the device, so it is done every few steps only.
     """

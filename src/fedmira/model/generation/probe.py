@@ -32,7 +32,9 @@ _agreed: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def decoding_agrees(base: BaseModel, branch: LoraBranch) -> bool:
-    """Whether prompts read packed and tokens read one by one from the cache give the losses of plain passes; tried once per model.
+    """Whether reading from the cache gives the losses of plain passes; tried once per model.
+
+    Prompts are read packed and tokens one by one.
 
     Architectures whose attention keeps more than keys and values, or shares them between layers, do
     not, or raise. The trial has an adapter of its own, so that no client's adapter decides.

@@ -16,8 +16,10 @@ __all__ = ["Block", "CacheShape", "Extent", "Prompt", "PromptGroup", "Size", "Wa
 
 _MOST_ROWS = 64
 _TOKEN_COST, _BLOCK_COST, _STEP_COST = 256, 1024, 8192
-"""What a token's way through the layers, a block's own attention and the fixed part of a step cost, in keys looked at; measured roughly,
-so only a guide."""
+"""What a token's way through the layers, a block's attention and a step cost, in keys looked at.
+
+Of a step it is the fixed part. Measured roughly, so only a guide.
+"""
 
 Part = TypeVar("Part")
 
@@ -69,7 +71,10 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Of a wave: its blocks, groups, rows and steps, and over all groups the sum of their shared columns and of those of a row's own."""
+    """The extent of a wave: its blocks, groups, rows and steps, and sums of columns.
+
+    The sums are over all groups, of their shared columns and of those of a row's own.
+    """
 
     blocks: int
     groups: int
@@ -91,7 +96,10 @@ class Size:
 
     @property
     def cost(self) -> int:
-        """What a step costs, in keys looked at. Shared keys cost a row less than its own, which nobody else looks at."""
+        """What a step costs, in keys looked at.
+
+        Shared keys cost a row less than its own, which nobody else looks at.
+        """
         own = self.rows * (self.groups * (_TOKEN_COST + self.limit) + self.own + self.prefix // 4)
         return _STEP_COST + self.blocks * _BLOCK_COST + own + self.prefix
 
@@ -106,7 +114,7 @@ class PromptGroup:
 
     @property
     def extent(self) -> Extent:
-        """Its sizes."""
+        """What the group takes as a block of its own."""
         own = len(self.prompts[0].prompt) - self.prefix
         return Extent(
             1, len(self.prompts), self.prefix, own, max(prompt.limit for prompt in self.prompts)
@@ -132,8 +140,7 @@ class Block:
 class Wave:
     """Blocks that are continued side by side.
 
-    One step for all, with as many rows in each group and as many steps as the largest needs.
-
+    One step is for all, with as many rows in each group and as many steps as the largest needs.
     Only attention looks at each block by itself.
     """
 
@@ -146,7 +153,7 @@ class Wave:
 
     @property
     def size(self) -> Size:
-        """What it takes."""
+        """The memory of all blocks beside each other."""
         return reduce(Size.beside, (block.extent.size for block in self.blocks))
 
 

@@ -55,11 +55,11 @@ class LoraKind:
 
     @property
     def summary(self) -> str:
-        """How many layers."""
+        """How many layers carry an adapter."""
         return f"{len(self.targets)} layers"
 
     def scale(self, rank: int) -> float:
-        """alpha / rank."""
+        """The factor alpha / rank in front of the product B A."""
         return scale(self.alpha, rank)
 
     def starts(self, ranks: Mapping[str, int], seed: int) -> dict[str, Adapter]:
@@ -119,7 +119,7 @@ class LoraKind:
         return found
 
     def token_budget(self) -> int:
-        """By a trial."""
+        """The budget that a short trial on this machine finds."""
         return choose_token_budget(self.base, self.targets)
 
     def write(self, folder: Path, adapter: Adapter) -> None:
@@ -128,5 +128,5 @@ class LoraKind:
         write_adapter(folder, adapter, self.base, self.targets, rank, self.alpha, self.dropout)
 
     def read(self, folder: Path) -> Adapter:
-        """The factors."""
+        """The factors A and B of every layer, from a PEFT folder."""
         return read_adapter(folder)

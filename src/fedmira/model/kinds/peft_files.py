@@ -1,4 +1,4 @@
-"""Adapters as PEFT folders: written so that plain `PeftModel.from_pretrained` loads them, and read back."""
+"""Adapters as PEFT folders, which plain `PeftModel.from_pretrained` loads, and read back."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def write_adapter(
 
 
 def write_encoder(folder: Path, adapter: Adapter, config: Any, embeddings: Tensor) -> None:
-    """Write what PEFT loads for inference, adapter_config.json and adapter_model.safetensors, and the encoder beside it.
+    """Write what PEFT loads for inference, and the encoder beside it.
+
+    That is adapter_config.json and adapter_model.safetensors.
 
     Args:
         adapter: the encoder's own parameters.

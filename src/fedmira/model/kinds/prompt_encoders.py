@@ -1,8 +1,10 @@
-"""Prompt encoders: what makes virtual tokens, or keys and values, that the frozen base reads in front of every row.
+"""Prompt encoders: they make what the frozen base reads in front of every row.
 
-    prompt     P [N, e] itself                                         Lester et al. 2021, arXiv 2104.08691
-    p-tuning   P = MLP(E), or MLP(LSTM(E)), E [N, e]                    Liu et al. 2021, arXiv 2103.10385
-    prefix     keys and values of every layer, [N, 2 * layers * e]       Li & Liang 2021, arXiv 2101.00190
+That is virtual tokens, or keys and values.
+
+    prompt     P [N, e] itself                                  Lester et al. 2021, arXiv 2104.08691
+    p-tuning   P = MLP(E), or MLP(LSTM(E)), E [N, e]            Liu et al. 2021, arXiv 2103.10385
+    prefix     keys and values of every layer, [N, 2 layers e]  Li & Liang 2021, arXiv 2101.00190
 
 PEFT makes them and runs the base with them, one client after another on one resident model. What is
 trained, averaged and sent is what `named_parameters` of the encoder names. PEFT's own state dict
@@ -182,7 +184,9 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
 
 class StackedEncoders:
-    """The encoders of a cohort of K clients as one float32 matrix [K, P], with gradients of the same shape.
+    """The encoders of a cohort of K clients as one float32 matrix [K, P].
+
+    Gradients have the same shape.
 
     Args:
         like: an encoder of the right shape.

@@ -57,17 +57,17 @@ class PromptKind:
 
     @property
     def base(self) -> BaseModel:
-        """The frozen base."""
+        """The frozen base behind the prompt model."""
         return self.model.base
 
     @property
     def packed(self) -> bool:
-        """No."""
+        """False: rows of several clients never share a pass."""
         return False
 
     @property
     def virtual_tokens(self) -> int:
-        """N."""
+        """The number N of virtual tokens, which take places of the context."""
         return self.model.num_tokens
 
     @property
@@ -76,7 +76,7 @@ class PromptKind:
         return f"{self.virtual_tokens} virtual tokens"
 
     def scale(self, rank: int) -> float:
-        """1."""
+        """Always 1, as an encoder has no rank."""
         return 1.0
 
     def starts(self, ranks: Mapping[str, int], seed: int) -> dict[str, Adapter]:
@@ -97,12 +97,12 @@ class PromptKind:
         rows: Sequence[Sequence[Row]],
         budget: int,
     ) -> list[float]:
-        """In turns."""
+        """Losses of each client's rows, one client after another."""
         branch = self._branch(adapters)
         return measure_with(branch, branch.losses, rows, budget, self.limits.measure)[0]
 
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
-        """In turns."""
+        """Which adapter each client takes, found out one client after another."""
 
         def measure(
             adapters: Sequence[Adapter],
@@ -150,7 +150,7 @@ class PromptKind:
         write_encoder(folder, adapter, *self.model.exported(adapter))
 
     def read(self, folder: Path) -> Adapter:
-        """The encoder."""
+        """The encoder's parameters, from a PEFT folder."""
         return read_adapter(folder, ENCODER_WEIGHTS)
 
     def _branch(self, adapters: Sequence[Adapter], trainable: bool = False) -> EncoderBranch:

@@ -1,4 +1,7 @@
-"""Kinds of adapters: how those of one kind begin, train, are measured, answer, and are kept in files. One table from name to kind."""
+"""Kinds of adapters, in one table from name to kind.
+
+A kind says how its adapters begin, train, are measured, answer, and are kept in files.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class AdapterKind(Protocol):
 
     @property
     def base(self) -> BaseModel:
-        """The frozen base."""
+        """The frozen base that all adapters of the run stand on."""
         ...
 
     @property
@@ -100,7 +103,7 @@ class AdapterKind(Protocol):
         max_new_tokens: int,
         budget: int,
     ) -> list[str]:
-        """Greedy answers to (position of the adapter, prompt token ids) pairs, in the order given."""
+        """Greedy answers to (position of the adapter, prompt token ids) pairs, in their order."""
         ...
 
     def token_budget(self) -> int:
@@ -128,7 +131,10 @@ def _lora(settings: AdapterSettings, base: BaseModel, engine: EngineSettings) ->
 
 
 def _prompts(settings: AdapterSettings, base: BaseModel, engine: EngineSettings) -> PromptKind:
-    """Make the model and try it on two tokens, as not every architecture can read virtual tokens or a prefix."""
+    """Make the model and try it on two tokens.
+
+    Not every architecture can read virtual tokens or a prefix.
+    """
     base = with_engine_options(base, engine, ())
     try:
         model = PromptModel(base, settings)

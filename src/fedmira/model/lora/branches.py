@@ -39,13 +39,16 @@ class TokenLosses:
 
 
 class Stack(Protocol):
-    """The adapters of a cohort of K clients as one float32 matrix [K, P], with gradients of the same shape."""
+    """The adapters of a cohort of K clients as one float32 matrix [K, P].
+
+    Gradients have the same shape.
+    """
 
     values: Tensor
     gradients: Tensor
 
     def __len__(self) -> int:
-        """K."""
+        """The number K of clients in the cohort."""
         ...
 
     def adapter(self, client: int) -> Adapter:
@@ -70,7 +73,7 @@ class Branch(Protocol):
 
     @property
     def adapters(self) -> Stack:
-        """What is applied."""
+        """The adapters that the model is run with."""
         ...
 
     def __enter__(self) -> Branch:
@@ -92,5 +95,5 @@ class Passes(Protocol):
     def __call__(
         self, batches: Sequence[tuple[int, Sequence[Row]]], budget: int, draws: Draws | None = None
     ) -> Iterator[TokenLosses]:
-        """Response losses of (client, rows) batches, of targets drawn by `draws` where they are given."""
+        """Response losses of (client, rows) batches, of targets that `draws` draws where given."""
         ...

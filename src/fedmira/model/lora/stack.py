@@ -33,7 +33,10 @@ def adapter_names(target: TargetModule) -> tuple[str, str]:
 
 
 def start_adapter(targets: Sequence[TargetModule], rank: int, seed: int) -> Adapter:
-    """The common start: A uniform in +-1/sqrt(inputs) (Kaiming with a = sqrt(5), as PEFT draws it), B zero."""
+    """The common start: A uniform in +-1/sqrt(inputs), B zero.
+
+    This is Kaiming with a = sqrt(5), as PEFT draws it.
+    """
     generator = torch.Generator().manual_seed(seed)
     adapter: dict[str, Tensor] = {}
     for target in targets:
@@ -54,7 +57,9 @@ class _Slot:
 
 
 class StackedAdapters:
-    """The adapters of a cohort of K clients as one float32 matrix [K, P], with gradients of the same shape.
+    """The adapters of a cohort of K clients as one float32 matrix [K, P].
+
+    Gradients have the same shape.
 
     Args:
         adapters: one per client; names and layer sizes agree, ranks may differ.
@@ -103,7 +108,10 @@ class StackedAdapters:
         )
 
     def factor(self, matrix: Tensor, client: int, name: str) -> Tensor:
-        """A client's factor in a [K, P] matrix (values, gradients, moments) as a view at its own rank."""
+        """A client's factor in a [K, P] matrix, as a view at its own rank.
+
+        The matrix may hold values, gradients or moments.
+        """
         return self._cut(matrix[client], self.ranks[client], name)
 
     def adapter(self, client: int) -> Adapter:
@@ -119,7 +127,10 @@ class StackedAdapters:
         }
 
     def views(self, matrix: Tensor, client: int) -> Adapter:
-        """A client's row of a [K, P] matrix (values, gradients, moments) as named views at its own rank."""
+        """A client's row of a [K, P] matrix, as named views at its own rank.
+
+        The matrix may hold values, gradients or moments.
+        """
         return {name: self.factor(matrix, client, name) for name in self._slots}
 
     def _cut(self, row: Tensor, rank: int, name: str) -> Tensor:

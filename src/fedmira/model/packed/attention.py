@@ -191,7 +191,11 @@ def _attend(
     scale: float,
     masks: Masks,
 ) -> Tensor:
-    """query [1, heads, S, size] at positions offset.., key and value [1, key heads, offset + S, size] -> [1, heads, S, size]."""
+    """Attention of a block, [1, heads, S, size].
+
+    The query [1, heads, S, size] stands at positions offset.., key and value are [1, key heads,
+    offset + S, size].
+    """
     _, heads, length, size = query.shape
     groups = key.shape[1]
     share = heads // groups

@@ -1,4 +1,6 @@
-"""Packed attention on a CPU: PyTorch's flash kernel on views of the flat row, without a copy of any key.
+"""Packed attention on a CPU: PyTorch's flash kernel on views of the flat row.
+
+No key is copied.
 
 A prefix, and a long remainder, is cut into blocks of queries that read only the keys before them;
 short remainders lie beside each other in one block, whose mask keeps them apart. What remainders
@@ -159,7 +161,7 @@ def _beside(lengths: tuple[int, ...], silent: tuple[int, ...]) -> Tensor:
 
 
 class _PackedAttention(torch.autograd.Function):
-    """Heads stand as [key heads, query heads of each, N, size] throughout, which are views of the model's own tensors."""
+    """Heads as [key heads, query heads of each, N, size], views of the model's own tensors."""
 
     @staticmethod
     def forward(

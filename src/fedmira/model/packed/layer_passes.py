@@ -23,7 +23,9 @@ __all__ = ["read_only_at", "recomputed"]
 def read_only_at(
     layer: LastLayer, places: Tensor, branch: LoraBranch, owners: Sequence[tuple[int, slice]]
 ) -> Iterator[None]:
-    """Within the block the last feed-forward block sees a flat row [1, N, hidden] at `places` only and gives zero elsewhere.
+    """Let the last feed-forward block see only `places` of a flat row [1, N, hidden].
+
+    Elsewhere it gives zero. This holds within the block of the with statement.
 
     Behind the last attention only the places that predict a response token are read.
 
@@ -59,7 +61,9 @@ def recomputed(
     branch: LoraBranch,
     surroundings: Callable[[], AbstractContextManager[Any]],
 ) -> Iterator[None]:
-    """Within the block each layer keeps only its input and computes the rest again in the backward pass (Chen et al. 2016).
+    """Let each layer keep only its input and compute the rest again in the backward pass.
+
+    This is recomputation by Chen et al. (2016), within the block of the with statement.
 
     Args:
         surroundings: what must be in force while a layer runs; the backward pass comes after it has

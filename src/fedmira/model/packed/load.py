@@ -31,7 +31,7 @@ def from_model(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> BaseModel:
-    """Freeze a model that is already in memory, wrap it, and probe whether packed steps agree with it.
+    """Freeze a model in memory, wrap it, and probe whether packed steps agree with it.
 
     Args:
         model: it is changed in place: eval mode, no gradients, greedy generation.

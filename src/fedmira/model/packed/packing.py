@@ -1,6 +1,8 @@
-"""Packed steps: a client's batch laid out as one row of tokens in which the shared prompt prefix stands once.
+"""Packed steps: a batch as one row of tokens in which the shared prompt prefix stands once.
 
-    [prefix][remainder 1][remainder 2]...        an example attends to the prefix and to itself, nothing else
+    [prefix][remainder 1][remainder 2]...
+
+An example attends to the prefix and to itself, and to nothing else.
 
 Under causal attention this is exactly the padded batch, and nothing is padded. A batch whose rows
 share more among some of them than all of them do (several tasks in one client) becomes several
@@ -26,7 +28,11 @@ __all__ = ["PackedBatch", "Segment", "common_prefix", "gather", "joined", "pack"
 _SEGMENT_COST = 16
 """What one more segment costs in attention calls, in tokens."""
 _MOST_ROWS = 128
-"""Rows of a segment: finding the best cut takes time with their square, and a prefix once for so many rows costs next to nothing."""
+"""Rows of a segment.
+
+Finding the best cut takes time with their square, and a prefix once for so many rows costs next to
+nothing.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ class Segment:
 
     @property
     def num_tokens(self) -> int:
-        """Token positions computed."""
+        """Token positions that a pass over the segment computes."""
         return self.prefix + sum(self.lengths)
 
 
@@ -110,7 +116,10 @@ def joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, slice]]:
 
 
 def common_prefix(rows: Sequence[Row]) -> int:
-    """Number of leading prompt tokens that all rows share, short of each row's last prompt token, which predicts."""
+    """Number of leading prompt tokens that all rows share.
+
+    Short of each row's last prompt token, which predicts.
+    """
     prompts = [tuple(row.prompt) for row in rows]
     limit = min(map(len, prompts)) - 1
     least, last = (
@@ -123,7 +132,9 @@ def common_prefix(rows: Sequence[Row]) -> int:
 def segment_rows(
     client: int, rows: Sequence[Row], budget: int, share_prefix: bool = True
 ) -> list[Segment]:
-    """Lay a client's batch out in segments of at most `budget` tokens that together compute the fewest tokens.
+    """Lay a client's batch out in segments that together compute the fewest tokens.
+
+    A segment holds at most `budget` tokens.
 
     Rows in the order of their prompts lie beside those they share most with, so the best cut into
     runs of that order is found by dynamic programming: a run costs its shared prefix once and the

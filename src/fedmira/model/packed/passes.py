@@ -35,7 +35,7 @@ def response_losses(
     budget: int,
     draws: Draws | None = None,
 ) -> Iterator[TokenLosses]:
-    """Response losses of (client, rows) batches, a forward pass of at most `budget` tokens at a time.
+    """Response losses of (client, rows) batches, at most `budget` tokens in a forward pass.
 
     A single row longer than the budget is computed on its own. The caller must use (backward) each
     result before the next.
@@ -75,7 +75,10 @@ def _packed(
 def _packed_pass(
     base: BaseModel, branch: LoraBranch, batch: PackedBatch, draws: Tensor | None
 ) -> TokenLosses:
-    """One forward pass; a function of its own, so that what it leaves behind is gone before the next pass begins."""
+    """One forward pass.
+
+    A function of its own, so that what it leaves behind is gone before the next pass begins.
+    """
     layout = Layout(batch, base.last_layer.index if base.last_layer else None, base.kernels)
     surroundings = partial(_packed_surroundings, base, branch, layout)
     with surroundings(), _recomputed(base, branch, surroundings):
@@ -120,7 +123,10 @@ def _padded(
     budget: int,
     draws: Draws | None,
 ) -> Iterator[TokenLosses]:
-    """The plain path: one client at a time, rows padded on the right, the model's own attention and head."""
+    """The plain path: one client at a time, with the model's own attention and head.
+
+    Rows are padded on the right.
+    """
 
     def forward(client: int, ids: Tensor, seen: Tensor) -> Tensor:
         surroundings = partial(branch.tokens, [(client, slice(None))])

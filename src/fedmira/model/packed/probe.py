@@ -20,8 +20,10 @@ __all__ = ["UNFIT", "choose_path", "losses_agree"]
 
 _OF_LOSSES = {torch.float32: 2e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
 _OF_GRADIENT = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""How far two ways may differ, as a share of the norm. In bfloat16 trained models were seen to differ from themselves, padded and packed,
-by 0.006 in losses and 0.04 in the gradient; what a wrong mask does to the gradient is far more.
+"""How far two ways may differ, as a share of the norm.
+
+In bfloat16 trained models were seen to differ from themselves, padded and packed, by 0.006 in
+losses and 0.04 in the gradient; what a wrong mask does to the gradient is far more.
 """
 
 _log = logging.getLogger("fedmira")
@@ -37,7 +39,9 @@ class _Row:
 
 
 def choose_path(base: BaseModel) -> BaseModel:
-    """The base with the fastest path whose losses and gradients of three short rows agree with the padded path's.
+    """The base with the fastest path that agrees with the padded path.
+
+    Losses and gradients of three short rows are compared.
 
     Architectures with their own attention, positions, soft-capping or scaled logits do not agree
     when packed, or raise; they take the padded path. What is lost on the way is logged.
@@ -114,7 +118,10 @@ def _fastest(base: BaseModel) -> BaseModel:
 
 
 def losses_agree(own: Tensor, plain: Tensor, dtype: torch.dtype) -> bool:
-    """Whether losses of equal tokens, made in two ways with a base of this number type, are the same but for rounding."""
+    """Whether losses of equal tokens, made in two ways, are the same but for rounding.
+
+    The rounding is that of the base's number type.
+    """
     return _near(own, plain, _OF_LOSSES.get(dtype, 2e-4))
 
 

@@ -43,7 +43,9 @@ class _Row:
 
 
 def choose_token_budget(base: BaseModel, targets: Sequence[TargetModule]) -> int:
-    """The number of tokens that this base trains fastest with on this machine, bounded by its free memory.
+    """The number of tokens that this base trains fastest with on this machine.
+
+    It is bounded by the machine's free memory.
 
     The trial's outcome is kept in the cache folder, so that later runs group tokens alike and give
     the same bits. Where nothing can be kept there, the usual number for the device is taken.
@@ -75,7 +77,10 @@ def _kind(base: BaseModel) -> str:
 def _try_out(
     base: BaseModel, targets: Sequence[TargetModule], candidates: Sequence[int]
 ) -> tuple[int, float] | None:
-    """The least candidate within 5 % of the fastest, and the bytes that training remembers of a token; None without memory for any."""
+    """The least candidate within 5 % of the fastest, and the bytes it remembers of a token.
+
+    Those are the bytes that training remembers; None without memory for any candidate.
+    """
     draw = torch.Generator().manual_seed(0)
     limit = min(base.num_embeddings, len(base.tokenizer))
     length = min(128, (base.max_positions or 128) - 1)
@@ -149,7 +154,10 @@ def _pass(
 
 
 def _bounded(budget: int, bytes_per_token: float, free: float) -> int:
-    """The budget, halved until what training remembers takes no more than a share of the free memory."""
+    """The budget, halved until it fits into a share of the free memory.
+
+    What must fit is what training remembers.
+    """
     while budget > LEAST_TOKENS and budget * bytes_per_token > _SHARE_OF_MEMORY * free:
         budget //= 2
     return max(budget, LEAST_TOKENS)

@@ -1,4 +1,6 @@
-"""Packed attention on CUDA: PyTorch's variable-length flash attention, one call for all rows of all clients, nothing padded.
+"""Packed attention on CUDA: one call for all rows of all clients, nothing padded.
+
+The call is PyTorch's variable-length flash attention.
 
 A prefix is a sequence of its own. A remainder is a sequence of queries whose keys are its prefix's
 and its own; the kernel aligns causal masks on the last key, so its first query sees the whole

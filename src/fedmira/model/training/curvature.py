@@ -17,7 +17,7 @@ __all__ = ["TargetDraws", "response_tokens", "without_dropout"]
 
 
 class TargetDraws:
-    """Uniform numbers for every response token of a client's batches, from a stream of the client's own.
+    """Uniform numbers for every response token of a client's batches, from its own stream.
 
     Args:
         seeds: of the clients of a cohort in this round; nobody's numbers depend on the others, nor
@@ -47,7 +47,7 @@ def response_tokens(batches: Mapping[int, Sequence[Row]]) -> dict[int, int]:
 
 @contextmanager
 def without_dropout(branch: Branch) -> Iterator[None]:
-    """The curvature is that of the adapter itself, and the streams of dropout are left where they are."""
+    """Measure the curvature of the adapter itself, and leave the streams of dropout alone."""
     dropout, branch.dropout = branch.dropout, 0.0
     try:
         yield

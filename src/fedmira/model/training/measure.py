@@ -33,7 +33,10 @@ __all__ = [
 ]
 
 Measured = tuple[list[float], list[int], int]
-"""The sum of each adapter's losses in nats, the token positions computed for it, and the budget that sufficed."""
+"""The sum of each adapter's losses in nats, the tokens computed, and the budget.
+
+Tokens are the positions that were computed for it; the budget is the one that sufficed.
+"""
 
 Measure = Callable[[Sequence[Adapter], Sequence[float], Sequence[Sequence[Row]], int], Measured]
 """(adapters, scales, rows of each, budget) -> what was measured."""
@@ -56,7 +59,9 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which of its adapters a client takes, the token positions that were computed to find out, and each adapter's loss per response token.
+    """Which of its adapters a client takes, and each adapter's loss per response token.
+
+    Between them stand the token positions that were computed to find out.
 
     Attributes:
         losses: infinite where they are not finite; empty where nothing was measured.
@@ -123,7 +128,10 @@ def choose_adapters(
 
 
 def choose_by(measure: Measure, contenders: Sequence[Contender], budget: int) -> list[Choice]:
-    """The same by any measure; where memory ran out, the next adapters start with the budget that sufficed."""
+    """The same by any measure.
+
+    Where memory ran out, the next adapters start with the budget that sufficed.
+    """
     found: list[list[float]] = [[] for _ in contenders]
     tokens = [0] * len(contenders)
     measured = [k for k, one in enumerate(contenders) if one.rows and len(one.adapters) > 1]

@@ -10,7 +10,7 @@ Sophia (Liu et al. 2023, arXiv 2305.14342) as clients' optimizer is Fed-Sophia (
 2024, arXiv 2406.06655). With the gradient g, and every few steps a gradient e of the mean loss on N
 tokens whose targets are drawn from the model itself,
 
-    h <- b2 h + (1 - b2) N e * e             (N e * e is on average the diagonal of the Gauss-Newton matrix)
+    h <- b2 h + (1 - b2) N e * e     (N e * e is on average the diagonal of the Gauss-Newton matrix)
     m <- b1 m + (1 - b1) g
     w <- w - lr decay w
     w <- w - lr clip(m / max(gamma h, epsilon), -rho, rho)

@@ -283,7 +283,10 @@ class _Cohort:
                 "local.learning_rate or set local.max_grad_norm"
             )
         elif not all_finite(adapter):
-            failure = f"the adapter is not finite after local step {len(losses)} (learning_rate {self.settings.learning_rate:g})"
+            failure = (
+                f"the adapter is not finite after local step {len(losses)} "
+                f"(learning_rate {self.settings.learning_rate:g})"
+            )
         tokens = sum(count for _, count in losses)
         kept = (
             self._kept_moments(client)
@@ -310,7 +313,10 @@ class _Cohort:
         return int(self.clipped[client]) / (entries * num_steps)
 
     def _backward(self, batches: Mapping[int, list[Row]], budget: int) -> Tensor:
-        """Each client's gradient of its own mean response loss, or what stands for it, and the sums of its losses [K]."""
+        """Each client's gradient of its own mean response loss, and the sums of losses [K].
+
+        A method may put something else in the gradient's place.
+        """
         if self.slopes is None:
             sums = self._gradients(batches, budget)
         else:
@@ -347,7 +353,7 @@ class _Cohort:
     def _passes(
         self, batches: Mapping[int, list[Row]], budget: int, draws: Draws | None = None
     ) -> Iterator[TokenLosses]:
-        """Passes over the batches; the tokens they computed count when none of them ran out of memory."""
+        """Pass over the batches; tokens count when no pass ran out of memory."""
         tokens = dict.fromkeys(batches, 0)
         for losses in self.passes(list(batches.items()), budget, draws):
             for client, number in losses.num_tokens.items():
@@ -357,7 +363,9 @@ class _Cohort:
             self.tokens[client] += number
 
     def _refresh_curvature(self, batches: Mapping[int, list[Row]]) -> Tensor:
-        """Sophia's estimate anew for clients whose turn it is, at the adapters and batches of the step to come.
+        """Estimate Sophia's curvature anew for the clients whose turn it is.
+
+        At the adapters and batches of the step to come.
 
         A client's turn comes every `sophia_refresh` of its own steps, the first included, wherever
         its kept state left off.

@@ -26,7 +26,9 @@ __all__ = ["RandomSlopes"]
 
 
 class RandomSlopes:
-    """The slopes of a cohort: each client draws candidates from a stream of its own, so nobody depends on who shares the cohort.
+    """The slopes of a cohort, each client with candidates from a stream of its own.
+
+    So nobody depends on who shares the cohort.
 
     Args:
         stacked: the cohort's adapters; its gradients receive g z.
