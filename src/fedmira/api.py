@@ -27,7 +27,7 @@ from fedmira.studies.result import Result
 __all__ = ["check", "compare", "load", "run"]
 
 Base = str | Path | BaseModel | tuple[Any, Any]
-"""A name or folder of a base, one that is loaded already, or a transformers model with its tokenizer."""
+"""A name or folder of a base, one that is loaded already, or (model, tokenizer) of transformers."""
 
 _OBJECT = "object"
 
@@ -56,17 +56,18 @@ def run(
     Args:
         config: a Config, a TOML file, a mapping of dotted keys to values, or None for the defaults.
         method: a name such as "mira", or an object of a `fedmira.Method`.
-        clients: client id -> rows (a list of dicts, a `datasets.Dataset`, a DataFrame, or a dict of such
-            parts by "train", "test" and "validation"), or a path of files as `data.path` takes it.
-        base: "bundled", a folder, a hub id, or (model, tokenizer) of transformers. A model is used in
-            place and given back as it was.
-        settings: dotted key -> value, such as {"rounds.count": 20}; they win over `config`. Paths, None
-            (leave it as it is) and numpy's numbers are fine.
+        clients: client id -> rows (a list of dicts, a `datasets.Dataset`, a DataFrame, or a dict of
+            such parts by "train", "test" and "validation"), or a path of files as `data.path` takes
+            it.
+        base: "bundled", a folder, a hub id, or (model, tokenizer) of transformers. A model is used
+            in place and given back as it was.
+        settings: dotted key -> value, such as {"rounds.count": 20}; they win over `config`. Paths,
+            None (leave it as it is) and numpy's numbers are fine.
         observers: who is told what happens, and may end the run.
         preset: the name of settings that lie under all others.
         output: the run folder, which must be new; with `resume` the folder of the run to continue.
-        resume: continue the run in `output` from its last checkpoint. Objects that it was made of must be
-            given again.
+        resume: continue the run in `output` from its last checkpoint. Objects that it was made of
+            must be given again.
 
     Raises:
         InputError: something is wrong with the settings, the rows or the base; nothing was trained.
@@ -120,10 +121,12 @@ def compare(
     preset: str | None = None,
     output: str | Path,
 ) -> Comparison:
-    """The same rows, seeds and budget for several methods; finished runs in the folder are not repeated.
+    """The same rows, seeds and budget for several methods.
 
-        table = fedmira.compare(["local", "fedavg", "mira"], clients=rows, seeds=range(3), output="runs/c")
-        table.rows, table.page
+    Finished runs in the folder are not repeated.
+
+        table = fedmira.compare(["local", "fedavg", "mira"], clients=rows, seeds=range(3),
+        output="runs/c") table.rows, table.page
 
     Args:
         methods: names and method objects; as a mapping, each under a name of its own.
@@ -174,7 +177,8 @@ def load(
         loaded = _base_of(*base)
     elif base is not None and loaded is None:
         raise ConfigError(
-            f"load: base is {base!r}; give (model, tokenizer), as a folder's own base is loaded by itself"
+            f"load: base is {base!r}; give (model, tokenizer), as a folder's own base is "
+            "loaded by itself"
         )
     return Result(folder, loaded, rows)
 
@@ -230,7 +234,8 @@ def _made(
     if isinstance(method, str):
         if method not in method_names():
             raise ConfigError(
-                f"method {method!r}: there is none of this name; there are {', '.join(method_names())}"
+                f"method {method!r}: there is none of this name; there are "
+                f"{', '.join(method_names())}"
             )
         given |= {"algorithm.name": method}
     path = Path(config) if isinstance(config, str | Path) else None
@@ -251,7 +256,8 @@ def _written(
         return {}
     if preset is not None:
         raise ConfigError(
-            f"preset {preset!r} cannot lie under a Config, which is complete; give the settings that "
+            f"preset {preset!r} cannot lie under a Config, which is complete; give the "
+            "settings that "
             "differ as a mapping instead"
         )
     return dict(config.model_dump(mode="json", exclude_unset=True, exclude_none=True))
@@ -300,7 +306,8 @@ def _told_apart(
             named.append(name)
         else:
             raise ConfigError(
-                f"compare: {name!r} stands for {method!r}; give names of methods and method objects, two of one "
+                f"compare: {name!r} stands for {method!r}; give names of methods and "
+                "method objects, two of one "
                 "name as a dict: {'weak': Half(pull=0.1), 'strong': Half(pull=0.9)}"
             )
     return named, objects

@@ -15,7 +15,7 @@ from fedmira.config.methods import DEFAULT, method_class, method_names
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 ROW = re.compile(
-    r"^\| `(?P<key>[a-z_.]+)` \| (?P<default>[^|]+) \| (?P<allowed>[^|]+) \| "
+    r"^\| `(?P<key>[a-z0-9_.]+)` \| (?P<default>[^|]+) \| (?P<allowed>[^|]+) \| "
     r"(?P<meaning>[^|]*) ?\|$"
 )
 NOT_SET = "not set"

@@ -18,7 +18,10 @@ from fedmira.data.sources.grouping import sampled
 __all__ = ["OBJECT", "ObjectRows", "rows_from_objects"]
 
 _PARTS = ("train", "test", "validation")
-_KNOWN = "a list of dicts, a datasets.Dataset, a DataFrame, or a dict of such parts by 'train', 'test' and 'validation'"
+_KNOWN = (
+    "a list of dicts, a datasets.Dataset, a DataFrame, or a dict of such parts by 'train', 'test' "
+    "and 'validation'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +61,12 @@ class ObjectRows:
 def rows_from_objects(clients: Mapping[str, Any]) -> ObjectRows:
     """Takes the rows of clients from objects.
 
-    Cells that are missing in a DataFrame (NaN, NaT, None) are missing in its rows. numpy's numbers become
-    Python's.
+    Cells that are missing in a DataFrame (NaN, NaT, None) are missing in its rows. numpy's numbers
+    become Python's.
 
     Args:
-        clients: client id -> its rows: a list of dicts, a `datasets.Dataset`, a DataFrame, or a dict of
-            such parts by "train", "test" and "validation".
+        clients: client id -> its rows: a list of dicts, a `datasets.Dataset`, a DataFrame, or a
+            dict of such parts by "train", "test" and "validation".
 
     Raises:
         DataError: with everything that holds no rows.
@@ -80,7 +83,8 @@ def rows_from_objects(clients: Mapping[str, Any]) -> ObjectRows:
         unknown = [repr(part) for part in named if part not in _PARTS]
         if unknown or "train" not in named:
             problems.add(
-                f"clients[{client!r}]: has the parts {', '.join(map(str, named)) or 'none'}; give {_KNOWN}"
+                f"clients[{client!r}]: has the parts "
+                f"{', '.join(map(str, named)) or 'none'}; give {_KNOWN}"
             )
             continue
         parts[client] = {

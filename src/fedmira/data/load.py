@@ -180,7 +180,8 @@ def _given(settings: DataSettings, rows: ObjectRows | None) -> ObjectRows:
     """
     if rows is None:
         raise DataError(
-            "data.source = 'object': the rows of this run were objects of Python, which no file holds; give "
+            "data.source = 'object': the rows of this run were objects of Python, which no "
+            "file holds; give "
             "them again: fedmira.run(clients=...) or fedmira.load(folder, clients=...)"
         )
     if settings.sha256 is not None and settings.sha256 != rows.sha256:

@@ -56,7 +56,8 @@ def prepare_kind(config: Config, base: BaseModel | None = None) -> AdapterKind:
     base = base or load_base(config.model)
     if config.model.sha256 not in (None, base.sha256):
         raise ModelError(
-            f"base: this is not the model of the run (its weights have the sha256 {base.sha256[:12]}, the run's "
+            "base: this is not the model of the run (its weights have the sha256 "
+            f"{base.sha256[:12]}, the run's "
             f"{config.model.sha256[:12]}); give the model that it was made with, or begin a new run"
         )
     taken = config.adapter.positions

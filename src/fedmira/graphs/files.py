@@ -131,7 +131,8 @@ def _edges(
         if problem is None:
             first = seen.setdefault(frozenset((edge["source"], edge["target"])), number)
             if first != number:
-                problem = f"joins {edge['source']!r} and {edge['target']!r} again after edge {first}; list a pair once"
+                pair = f"{edge['source']!r} and {edge['target']!r}"
+                problem = f"joins {pair} again after edge {first}; list a pair once"
         if problem is not None:
             problems.append(f"edge {number}: {problem}")
             continue

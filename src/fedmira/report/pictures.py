@@ -97,7 +97,8 @@ def picture_of_graph(run_folder: Path) -> Picture:
         raise InputError("graph.plot(): no graph has acted in this run")
     if len(run.graph.clients) > MOST_DRAWN_CLIENTS:
         raise InputError(
-            f"graph.plot(): {len(run.graph.clients)} clients; at most {MOST_DRAWN_CLIENTS} can be drawn, and "
+            f"graph.plot(): {len(run.graph.clients)} clients; at most {MOST_DRAWN_CLIENTS} "
+            "can be drawn, and "
             "graph.json holds all edges"
         )
     rows = {row.client: row for row in run.clients}
@@ -118,7 +119,7 @@ def _points(run: Run, name: str) -> list[tuple[float, float]]:
 
 
 def _standing_alone(drawing: Markup, title: str) -> Picture:
-    """An <svg> with the rules of the page's style that concern it, which touch nothing around it."""
+    """An <svg> with those rules of the page's style that concern it and touch nothing else."""
     head = '<svg xmlns="http://www.w3.org/2000/svg" style="max-width: 760px" '
     body = str(drawing).removeprefix("<svg ")
     opening, closing, rest = body.partition(">")

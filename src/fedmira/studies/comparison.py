@@ -137,7 +137,8 @@ def _of_object(
     """
     if name in known or not _NAME.fullmatch(name):
         raise ConfigError(
-            f"method {name!r}: must be a new name of letters, digits, '.', '_' and '-'; it names the run "
+            f"method {name!r}: must be a new name of letters, digits, '.', '_' and '-'; it "
+            "names the run "
             "folders (give a dict from name to method where two have one name)"
         )
     try:

@@ -236,19 +236,22 @@ class Result:
         unknown = [client for client in clients if client not in saved.adapters]
         if unknown or not clients:
             raise ConfigError(
-                f"merge: there is no client {', '.join(map(repr, unknown)) or 'given'} in this run; its clients "
+                f"merge: there is no client {', '.join(map(repr, unknown)) or 'given'} in "
+                "this run; its clients "
                 f"are {', '.join(list(saved.adapters)[:12])}"
             )
         given = [1.0] * len(clients) if weights is None else [float(weight) for weight in weights]
         if len(given) != len(clients) or min(given) < 0 or sum(given) <= 0:
             raise ConfigError(
-                f"merge: {len(given)} weights for {len(clients)} clients, with the sum {sum(given):g}; give one a "
+                f"merge: {len(given)} weights for {len(clients)} clients, with the sum "
+                f"{sum(given):g}; give one a "
                 "client, 0 or more and not all 0"
             )
         rank = max(saved.ranks[client] for client in clients)
         if rank == 0:
             raise ConfigError(
-                f"merge: adapters of kind {saved.config.adapter.kind!r} have no products to be averaged; only "
+                f"merge: adapters of kind {saved.config.adapter.kind!r} have no products "
+                "to be averaged; only "
                 "LoRA's have"
             )
         adapters = [saved.adapters[client] for client in clients]
@@ -295,7 +298,8 @@ class Result:
         path = self.folder / "metrics" / f"{name}.csv"
         if not path.exists():
             raise RunFolderError(
-                f"{path}: the run has written no such table yet (status: {self.status}); finish it with "
+                f"{path}: the run has written no such table yet (status: {self.status}); "
+                "finish it with "
                 "fedmira.run(output=..., resume=True)"
             )
         # Names are text even where they look like numbers, or like missing cells.

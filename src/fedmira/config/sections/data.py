@@ -18,7 +18,8 @@ class DataSettings(Section):
     source: SourceName = setting(
         "demo",
         help=(
-            'The reader. `"object"` stands for rows that were given from Python; no file holds them.'
+            'The reader. `"object"` stands for rows that were given from Python; no file '
+            "holds them."
         ),
     )
     sha256: str | None = setting(

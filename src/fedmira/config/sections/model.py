@@ -18,7 +18,8 @@ class ModelSettings(Section):
         help=(
             '`"bundled"`, a local folder in Hugging Face format (with `config.json` and a '
             "tokenizer), or a hub id, which transformers downloads or takes from its cache. "
-            'Code that comes with a model is never run. `"object"` stands for a model that was given '
+            'Code that comes with a model is never run. `"object"` stands for a model that '
+            "was given "
             "from Python."
         ),
     )

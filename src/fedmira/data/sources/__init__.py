@@ -27,7 +27,8 @@ def reader(name: str) -> Reader:
     found = source_reader(name)
     if not callable(found):
         raise ConfigError(
-            f"source {name!r}: {found!r} is no function; the entry point must name one that takes the "
+            f"source {name!r}: {found!r} is no function; the entry point must name one "
+            "that takes the "
             "[data] settings and the seed and returns a fedmira.data.Reading"
         )
     read: Reader = found

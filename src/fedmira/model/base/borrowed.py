@@ -17,8 +17,8 @@ __all__ = ["borrowed", "with_padding"]
 def borrowed(model: PreTrainedModel) -> Iterator[None]:
     """Gives a model back as it was at the beginning of the block.
 
-    Within it the model is frozen and generates greedily. Its weights are never changed, and neither are
-    their number type and their device.
+    Within it the model is frozen and generates greedily. Its weights are never changed, and neither
+    are their number type and their device.
 
     Args:
         model: of its owner.
@@ -37,7 +37,7 @@ def borrowed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, or a copy of it that pads with the end-of-sequence token where it has no other.
+    """The tokenizer, or a copy that pads with the end-of-sequence token where it has no other.
 
     Args:
         tokenizer: of its owner; it is not changed.
@@ -47,7 +47,8 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            "base: the tokenizer has no end-of-sequence token, so a response could never end; set its eos_token"
+            "base: the tokenizer has no end-of-sequence token, so a response could never "
+            "end; set its eos_token"
         )
     if tokenizer.pad_token_id is not None:
         return tokenizer

@@ -152,7 +152,8 @@ def _quantized(settings: ModelSettings, device: torch.device, dtype: torch.dtype
 def _location(base: str) -> str:
     if base == OBJECT:
         raise ModelError(
-            "model.base = 'object': the base of this run was an object of Python, which no file holds; give it "
+            "model.base = 'object': the base of this run was an object of Python, which no "
+            "file holds; give it "
             "again: fedmira.run(base=(model, tokenizer), ...) or fedmira.load(folder, base=...)"
         )
     if base == "bundled":
