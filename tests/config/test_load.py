@@ -424,7 +424,6 @@ def test_whole_numbers_may_stand_for_numbers_and_overrides_are_text_anyway(tmp_p
         ("adapter.lora_alpha", "adapter.alpha"),
         ("rounds.num_rounds", "rounds.count"),
         ("num_clients", "data.clients"),
-        ("model.name", "model.base"),
         ("model.model_name_or_path", "model.base"),
         ("data.max_seq_length", "data.max_length"),
         ("local.num_train_epochs", "local.epochs"),

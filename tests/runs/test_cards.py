@@ -44,7 +44,12 @@ def trained(folder: Path, form: str) -> tuple[Path, Path]:
     """
     tokenizer, base = tiny_tokenizer(), folder / "base"
     tokenizer.chat_template = CHAT
-    tiny_model("llama").save_pretrained(base)
+    model = tiny_model("llama")
+    # penalties of the base, which neither fedmira nor the card's code takes up
+    model.generation_config.repetition_penalty = 1.5
+    model.generation_config.no_repeat_ngram_size = 2
+    model.generation_config.min_new_tokens = 3
+    model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     written = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
     front = {"SpecialToken": {"id": "<bos>", "type_id": 0}}

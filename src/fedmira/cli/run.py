@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,13 @@ def run(
         typer.Option("--resume", help="Continue the run in --output from its last checkpoint."),
     ] = False,
     observer: Observers = None,
+    verify_adapters: Annotated[
+        bool,
+        typer.Option(
+            "--verify-adapters",
+            help="Load every saved adapter with plain PEFT and compare its loss, not one alone.",
+        ),
+    ] = False,
     format: FormatOption = Format.text,
 ) -> None:
     """Run a federation: every client ends with an adapter of its own.
@@ -61,6 +69,7 @@ def run(
 
     folder = output or fresh_folder(chosen.algorithm.name)
     experiment = build_experiment(chosen, resumed=folder if resume else None)
+    experiment = replace(experiment, verify_adapters=verify_adapters)
     for note in experiment.skipped:
         say(f"left out: {note}")
     say(

@@ -11,7 +11,6 @@ _NAMES: Mapping[str, Iterable[str]] = {
     "seed": ("random_seed", "random_state"),
     "model": ("llm",),
     "model.base": (
-        "model.name",
         "model.path",
         "model.id",
         "model_name",

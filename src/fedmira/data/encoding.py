@@ -65,6 +65,11 @@ class ClientData:
     overlaps: int = 0
 
     @property
+    def rows(self) -> tuple[EncodedExample, ...]:
+        """The rows of all three parts."""
+        return (*self.train, *self.validation, *self.test)
+
+    @property
     def train_tokens(self) -> int:
         """Prompt and response tokens of all training rows."""
         return sum(len(row.prompt) + len(row.response) for row in self.train)

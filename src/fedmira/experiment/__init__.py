@@ -1,6 +1,7 @@
 """The composition root: from a config to everything built, and the run of it."""
 
 from fedmira.experiment.build import Experiment, build_experiment
+from fedmira.experiment.places import where_they_lay
 from fedmira.experiment.ranks import client_ranks
 from fedmira.experiment.run import resume_experiment, run_experiment, start_experiment
 from fedmira.experiment.scheme import Scheme, make_scheme, prepare_kind, token_budget
@@ -16,4 +17,5 @@ __all__ = [
     "run_experiment",
     "start_experiment",
     "token_budget",
+    "where_they_lay",
 ]

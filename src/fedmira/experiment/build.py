@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedmira.adapters import Adapter
@@ -11,6 +11,7 @@ from fedmira.clients import Clients, CohortSettings, LocalClients, OverWire
 from fedmira.config import Config
 from fedmira.config.methods import written_form
 from fedmira.data import ClientSummary, Dataset, ObjectRows, load_clients
+from fedmira.experiment.places import where_they_lay
 from fedmira.experiment.scheme import make_scheme, prepare_kind, token_budget
 from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
@@ -19,6 +20,8 @@ from fedmira.model import (
     AdapterKind,
     BaseModel,
     TargetModule,
+    check_ids,
+    load_base,
     most_side_by_side,
 )
 from fedmira.runs import Ground, RunFolder, hash_of_rows
@@ -36,6 +39,7 @@ class Experiment:
         parties: what each client says of itself, by client id.
         data_sha256, token_budget, federation: as in `Ground`.
         skipped: what was left out of the data, one "name: reason" each.
+        verify_adapters: whether every saved adapter is loaded with plain PEFT, and not one alone.
     """
 
     config: Config
@@ -50,6 +54,7 @@ class Experiment:
     token_budget: int | None
     skipped: tuple[str, ...] = ()
     federation: Mapping[str, object] = field(default_factory=dict)
+    verify_adapters: bool = False
 
     def __post_init__(self) -> None:
         """Refuses a method that its papers or its clients do not know.
@@ -105,9 +110,14 @@ def build_experiment(
     Raises:
         InputError: something in the config cannot work; nothing was trained.
     """
+    places = config
+    if resumed is not None:  # perhaps from another folder than the one it was started in
+        places = where_they_lay(config, RunFolder(resumed).read_json("run.json"))
+        base = base or replace(load_base(places.model), name=config.model.base)
     kind = prepare_kind(config, base)
-    dataset = dataset or load_clients(config.data, config.seed, kind.base.tokenizer, rows)
+    dataset = dataset or load_clients(places.data, config.seed, kind.base.tokenizer, rows)
     data = {client.client_id: client for client in dataset.clients}
+    check_ids(kind.base, {name: client.rows for name, client in data.items()})
     parties = {party.client_id: party for party in dataset.summaries()}
     scheme = make_scheme(config, kind, parties)
     scales = {client: kind.scale(rank) for client, rank in scheme.ranks.items()}

@@ -16,6 +16,7 @@ from fedmira.errors import (
     RunFolderError,
 )
 from fedmira.experiment.build import Experiment
+from fedmira.experiment.export import check_export
 from fedmira.methods import ServerState
 from fedmira.observers import EndEvent, Observer, RunFacts, StartEvent
 from fedmira.rounds import run_rounds
@@ -189,20 +190,22 @@ class _Part:
         """Say in run.json and to the observers how the run ended.
 
         Raises:
-            RunError: clients diverged.
+            RunError: clients diverged, or a saved adapter is another one in plain PEFT.
         """
-        diverged = _divergence(result)
-        status, reason = ("failed", diverged) if diverged else (result.status, self.stopped)
+        export, problem = check_export(self._experiment, self._recorder.folder, result)
+        wrong = _divergence(result) or problem
+        status, reason = ("failed", wrong) if wrong else (result.status, self.stopped)
         self._provenance.write(
             status,
             error=reason,
             rounds_done=self._recorder.round_done,
             clients=len(self._clients),
             summary=result.summary,
+            export=export,
         )
         self._tell_end(status, reason, result)
-        if diverged:
-            raise RunError(diverged)
+        if wrong:
+            raise RunError(wrong)
         return result
 
     def save_what_there_is(self, error: BaseException) -> None:

@@ -26,7 +26,7 @@ from fedmira.messages import (
     Reply,
     Request,
 )
-from fedmira.model import AdapterKind, tokenizer_hash
+from fedmira.model import AdapterKind, check_ids, tokenizer_hash
 from fedmira.wire import (
     CHOICE,
     IDENTITY,
@@ -202,6 +202,7 @@ def own_node(config: Config, settings: NodeSettings) -> Node:
     here, name = _on_this_machine(config, settings), settings.name
     kind = prepare_kind(here)
     data = load_own(here.data, config.seed, kind.base.tokenizer, name)
+    check_ids(kind.base, {name: data.rows})
     rank = client_ranks(here.adapter, [name], kind.targets, config.seed)[name]
     memory = (
         Path(settings.memory) if settings.memory else (cache_folder() or Path(".fedmira")) / "nodes"

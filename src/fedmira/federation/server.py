@@ -31,7 +31,7 @@ from fedmira.experiment import (
 from fedmira.federation.ends import ServerEnd
 from fedmira.federation.node import memory_beside
 from fedmira.messages import ClientId
-from fedmira.model import AdapterKind, tokenizer_hash
+from fedmira.model import AdapterKind, check_ids, tokenizer_hash
 from fedmira.observers import Observer
 from fedmira.runs import Result, RunFolder, hash_of_rows
 
@@ -144,6 +144,7 @@ def build_simulation(
     kind = prepare_kind(config)
     dataset = load_clients(config.data, config.seed, kind.base.tokenizer)
     clients = {client.client_id: client for client in dataset.clients}
+    check_ids(kind.base, {name: client.rows for name, client in clients.items()})
     memory_beside(output).mkdir(parents=True, exist_ok=True)
     nodes = _nodes(config, grid, kind, tuple(clients))
     parties = nodes.gather((), len(clients), config.federation.wait_s, until_refused=True)

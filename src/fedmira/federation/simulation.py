@@ -18,6 +18,7 @@ from fedmira.data import load_clients
 from fedmira.errors import ConfigError
 from fedmira.experiment import client_ranks, prepare_kind, token_budget
 from fedmira.federation.node import Node, memory_beside
+from fedmira.model import check_ids
 from fedmira.wire import pack, unpack
 
 __all__ = ["SimulatedClients", "answer_simulated"]
@@ -43,6 +44,7 @@ class SimulatedClients:
         self._memory = memory
         self._kind = prepare_kind(config)
         self._clients = load_clients(config.data, config.seed, self._kind.base.tokenizer).clients
+        check_ids(self._kind.base, {client.client_id: client.rows for client in self._clients})
         self._ranks = client_ranks(
             config.adapter,
             [client.client_id for client in self._clients],

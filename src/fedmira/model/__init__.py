@@ -2,16 +2,18 @@
 
 from fedmira.model.base.borrowed import borrowed, with_padding
 from fedmira.model.base.hashing import tokenizer_hash
+from fedmira.model.base.ids import check_ids, check_prompt_ids
 from fedmira.model.base.loading import load_tokenizer
 from fedmira.model.base.memory import most_side_by_side, within_memory
 from fedmira.model.base.options import with_engine_options
 from fedmira.model.base.rows import Row
 from fedmira.model.base.targets import find_targets
 from fedmira.model.base.types import BaseModel, TargetModule
-from fedmira.model.generation.generate import generate, generate_tokens
+from fedmira.model.generation.generate import end_tokens, generate, generate_tokens
 from fedmira.model.kinds.lora import LoraKind
 from fedmira.model.kinds.peft_files import read_adapter, write_adapter
 from fedmira.model.kinds.prompts import PromptKind
+from fedmira.model.kinds.proof import prove_export
 from fedmira.model.kinds.registry import AdapterKind, adapter_kind
 from fedmira.model.lora.branch import LoraBranch
 from fedmira.model.lora.stack import StackedAdapters, start_adapter
@@ -38,9 +40,12 @@ __all__ = [
     "StackedAdapters",
     "TargetModule",
     "adapter_kind",
+    "check_ids",
+    "check_prompt_ids",
     "choose_adapters",
     "choose_token_budget",
     "count_steps",
+    "end_tokens",
     "find_targets",
     "from_model",
     "generate",
@@ -48,6 +53,7 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "most_side_by_side",
+    "prove_export",
     "read_adapter",
     "response_losses",
     "start_adapter",

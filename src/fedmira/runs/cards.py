@@ -14,7 +14,7 @@ from fedmira.config import Config
 from fedmira.data import PROMPTS, Encoder, Example
 from fedmira.messages import ClientId
 from fedmira.metrics import metrics
-from fedmira.model import BaseModel
+from fedmira.model import BaseModel, end_tokens
 
 __all__ = ["AdapterCards"]
 
@@ -181,19 +181,21 @@ class AdapterCards:
         lines = [
             "import torch",
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig",
             "",
             'folder, base = "THIS FOLDER", "FOLDER OR HUB ID OF THE BASE"',
             "tokenizer = AutoTokenizer.from_pretrained(base)",
-            "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, "
-            f'dtype="{_dtype(self._base)}"), folder)',
+            f'plain = AutoModelForCausalLM.from_pretrained(base, dtype="{_dtype(self._base)}")',
+            "plain.generation_config = GenerationConfig()  # the base's own penalties and sampling "
+            "do not act",
+            "model = PeftModel.from_pretrained(plain, folder)",
             prompt,
             f"ids = torch.tensor([{self._front} + tokenizer(prompt, "
             "add_special_tokens=False).input_ids])",
             "answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), "
             "max_new_tokens="
             f"{self._config.evaluation.max_new_tokens}, do_sample=False, "
-            "eos_token_id=tokenizer.eos_token_id)",
+            f"eos_token_id={end_tokens(self._base)}, pad_token_id={self._base.tokenizer.pad_token_id})",
             "print(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))",
         ]
         return "\n".join(lines)

@@ -105,6 +105,11 @@ class Provenance:
             "seed": self._recorder.config.seed,
             "base": {
                 "name": base.name,
+                **(
+                    {"location": base.location}
+                    if base.name not in (base.location, "bundled")
+                    else {}
+                ),
                 "sha256": base.sha256,
                 "parameters": base.num_parameters,
                 "dtype": str(base.dtype).removeprefix("torch."),
@@ -114,6 +119,7 @@ class Provenance:
             },
             "data": {
                 "sha256": self._ground.data_sha256,
+                **self._place_of_rows(),
                 "clients": list(self._recorder.clients.parties),
             },
             "token_budget": self._ground.token_budget,
@@ -135,6 +141,13 @@ class Provenance:
         folder.write_json("run.json", document)
         if status != "running":
             write_page(folder.path)
+
+    def _place_of_rows(self) -> dict[str, str]:
+        """The absolute path of the rows, empty where they are no file or folder here."""
+        written = self._recorder.config.data.path
+        there = self._before.get("data", {}).get("location")
+        path = Path(there or written).expanduser()
+        return {"location": str(path.resolve())} if written and path.exists() else {}
 
 
 def hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:

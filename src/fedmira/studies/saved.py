@@ -16,9 +16,15 @@ from fedmira.clients import CohortSettings, LocalClients
 from fedmira.config import Config, load_config
 from fedmira.data import Encoder, Example, ObjectRows, load_clients
 from fedmira.errors import ConfigError, DataError, RunFolderError
-from fedmira.experiment import prepare_kind, token_budget
+from fedmira.experiment import prepare_kind, token_budget, where_they_lay
 from fedmira.messages import ClientId
-from fedmira.model import AdapterKind, BaseModel, most_side_by_side, usual_token_budget
+from fedmira.model import (
+    AdapterKind,
+    BaseModel,
+    check_prompt_ids,
+    most_side_by_side,
+    usual_token_budget,
+)
 from fedmira.runs import RunFolder, hash_of_rows
 
 __all__ = ["SavedAdapters", "answer", "clients_of", "reload_adapters"]
@@ -63,7 +69,8 @@ def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
             f"{path}: the run has saved no adapters yet; finish it with: fedmira run "
             f"--resume --output {path}"
         )
-    config = load_config(path / "config.toml")
+    run: dict[str, Any] = folder.read_json("run.json")
+    config = where_they_lay(load_config(path / "config.toml"), run)
     kind = prepare_kind(config, base)
     ranks = {}
     for client, entry in index.items():
@@ -75,7 +82,7 @@ def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
                 f"{trained_on[:12]}, {config.model.base!r} "
                 f"has {kind.base.sha256[:12]}); give the base it was trained on"
             )
-    rows: Any = folder.read_json("run.json").get("data", {})
+    rows = run.get("data", {})
     adapters = LazyAdapters(index, lambda client: kind.read(folder.adapters / client))
     return SavedAdapters(
         path=path,
@@ -149,6 +156,7 @@ def answer(
     prompt = Encoder(kind.base.tokenizer, config.data.prompt, config.data.max_length).prompt(
         example
     )
+    check_prompt_ids(kind.base, prompt)
     limit = max_new_tokens or config.evaluation.max_new_tokens
     scales = [kind.scale(saved.ranks[client])]
     budget = (

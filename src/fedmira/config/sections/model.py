@@ -54,3 +54,11 @@ class ModelSettings(Section):
             "'.[quantized]'` in the checkout; not run on a GPU yet."
         ),
     )
+    name: str = setting(
+        "",
+        help=(
+            "The name under which others can have the base, such as `owner/name`: saved adapters "
+            "give it as `base_model_name_or_path`. Empty takes the hub id, or `_name_or_path` in "
+            "the folder's config.json where that is one, else the folder's absolute path."
+        ),
+    )

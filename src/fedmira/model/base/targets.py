@@ -39,6 +39,10 @@ def find_targets(model: nn.Module, wanted: Sequence[str]) -> list[TargetModule]:
     }
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if not wanted:
+        # A base that also reads pictures has layers of the same names outside its language model.
+        inside = _decoder_parts(model)
+        linear = {name: module for name, module in linear.items() if id(module) in inside}
+        suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
         wanted = next((usual for usual in _USUAL_TARGETS if set(usual) <= set(suffixes)), ())
         if not wanted:
             raise ModelError(
@@ -72,6 +76,12 @@ def _describe(path: str, module: nn.Module) -> TargetModule:
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
     return TargetModule(path, rows, columns, True)
+
+
+def _decoder_parts(model: nn.Module) -> set[int]:
+    """The identities of the language model's modules; of all modules where it cannot be told apart."""
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model  # type: ignore[no-untyped-call]
+    return {id(module) for module in (decoder or model).modules()}
 
 
 def _is_head(model: nn.Module, module: nn.Module) -> bool:

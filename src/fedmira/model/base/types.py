@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class BaseModel:
         kernels: whether packed attention uses the device's own kernels (probed too).
         recomputed_layers: layers that training computes a second time in the backward pass, to save
             memory.
+        published: the name under which others can have the base, "" where there is none.
     """
 
     model: PreTrainedModel
@@ -58,6 +60,19 @@ class BaseModel:
     last_layer: LastLayer | None = None
     kernels: bool = True
     recomputed_layers: Sequence[nn.Module] = ()
+    published: str = ""
+
+    @property
+    def known_as(self) -> str:
+        """What saved adapters call their base: its published name, else where it was loaded from."""
+        return self.published or self.location
+
+    @property
+    def reloadable(self) -> bool:
+        """Whether it can be loaded again: from a folder or by a hub id, and not quantised."""
+        config = self.model.config
+        from_files = self.location == self.published or Path(self.location).is_dir()
+        return from_files and not getattr(config, "quantization_config", None)
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +98,18 @@ class BaseModel:
     def max_positions(self) -> int | None:
         """The longest sequence it can read, or None where its config does not say."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return int(limit) if limit else None
+        # Some tables of positions begin behind the row of the padding token.
+        taken = next(
+            (
+                module.padding_idx + 1
+                for name, module in self.model.named_modules()
+                if name.endswith("position_embeddings")
+                and isinstance(module, nn.Embedding)
+                and module.padding_idx is not None
+            ),
+            0,
+        )
+        return int(limit) - taken if limit and limit > 0 else None
 
     @property
     def mixing_positions(self) -> int | None:

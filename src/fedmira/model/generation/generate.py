@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from fedmira.model.base.memory import free_bytes
 from fedmira.model.base.types import BaseModel
 from fedmira.model.generation.decoding import WaveDecoder, rectangle
-from fedmira.model.generation.probe import decoding_agrees
+from fedmira.model.generation.probe import decoding_agrees, padding_agrees
 from fedmira.model.generation.waves import (
     CacheShape,
     Prompt,
@@ -95,7 +95,7 @@ def generate_tokens(
         else:
             found = [
                 pair
-                for chosen in _padded_batches(asked, budget)
+                for chosen in _padded_batches(asked, budget, padding_agrees(base, branch, _padded))
                 for pair in _padded(base, branch, chosen)
             ]
     return answered(base, found)
@@ -176,13 +176,23 @@ def _survivors(done: Tensor) -> tuple[Tensor, Tensor] | None:
     return groups, done[groups].long().argsort(dim=1, stable=True)[:, :rows]
 
 
-def _padded_batches(prompts: Sequence[Prompt], budget: int) -> Iterator[list[Prompt]]:
+def _padded_batches(
+    prompts: Sequence[Prompt], budget: int, mixed: bool = True
+) -> Iterator[list[Prompt]]:
     """Prompts of like length, as many as fit `budget` tokens but at most 64.
 
     Those for which the context leaves less room than the others share it only with their equals.
+
+    Args:
+        mixed: whether prompts of different lengths may stand in one batch, padded; if not, those of
+            a batch have the same length.
     """
     order = sorted(prompts, key=lambda prompt: (-len(prompt.prompt), prompt.index))
-    for _, equals in groupby(order, key=lambda prompt: prompt.limit):
+
+    def kind_of(prompt: Prompt) -> tuple[int, int]:
+        return prompt.limit, 0 if mixed else len(prompt.prompt)
+
+    for _, equals in groupby(order, key=kind_of):
         waiting = list(equals)
         while waiting:
             at_once = max(1, min(_PADDED_ROWS, budget // (len(waiting[0].prompt) + 1)))

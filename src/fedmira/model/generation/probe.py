@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,10 +26,11 @@ from fedmira.model.lora.branch import LoraBranch
 from fedmira.model.lora.stack import StackedAdapters, start_adapter
 from fedmira.model.packed.probe import UNFIT, losses_agree
 
-__all__ = ["decoding_agrees"]
+__all__ = ["decoding_agrees", "padding_agrees"]
 
 _log = logging.getLogger("fedmira")
 _agreed: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_padded: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def decoding_agrees(base: BaseModel, branch: LoraBranch) -> bool:
@@ -61,6 +63,71 @@ def decoding_agrees(base: BaseModel, branch: LoraBranch) -> bool:
                 reason,
             )
     return _agreed[base.model]
+
+
+def padding_agrees(
+    base: BaseModel,
+    branch: LoraBranch,
+    answer: Callable[[BaseModel, LoraBranch, Sequence[Prompt]], Iterable[tuple[Prompt, list[int]]]],
+) -> bool:
+    """Whether short prompts padded on the left beside a long one get the answers they get alone; tried once per model.
+
+    Architectures that carry a state from token to token may read the padding too.
+
+    Args:
+        branch: entered by the caller; its layers carry the trial's adapter.
+        answer: continues prompts in one padded batch.
+    """
+    if base.model not in _padded:
+        stacked = StackedAdapters(
+            branch.adapters.targets,
+            [_adapter(branch.adapters.targets)],
+            [1.0],
+            base.device,
+            trainable=False,
+        )
+        with torch.no_grad(), branch.aside(), LoraBranch(base.model, stacked) as own:
+            _padded[base.model] = _padding_changes_nothing(base, own, answer)
+        if not _padded[base.model]:
+            _log.warning(
+                "%s: answers of %s depend on padding; prompts of one length are answered together "
+                "and none is padded, which is slower",
+                base.name,
+                type(base.model).__name__,
+            )
+    return _padded[base.model]
+
+
+def _padding_changes_nothing(
+    base: BaseModel,
+    branch: LoraBranch,
+    answer: Callable[[BaseModel, LoraBranch, Sequence[Prompt]], Iterable[tuple[Prompt, list[int]]]],
+) -> bool:
+    """Whether the logits of each step agree, alone and padded, as long as the same tokens were read."""
+    limit = min(base.num_embeddings, len(base.tokenizer))
+    draw = torch.Generator().manual_seed(5)
+    drawn = [torch.randint(0, limit, (size,), generator=draw).tolist() for size in (3, 6, 17)]
+    prompts = [Prompt(i, 0, tuple(ids[:-1]), tuple(ids[-1:]), 4) for i, ids in enumerate(drawn)]
+    steps: list[Tensor] = []
+
+    def keep(module: object, arguments: object, output: Any) -> None:
+        steps.append(output.logits[:, -1].float())
+
+    handle = base.model.register_forward_hook(keep)
+    try:
+        together = [tokens for _, tokens in answer(base, branch, prompts)]
+        padded = tuple(steps)
+        for number, prompt in enumerate(prompts):
+            steps.clear()
+            ((_, alone),) = answer(base, branch, [prompt])
+            for step, (beside, single) in enumerate(zip(padded, steps, strict=False)):
+                if alone[:step] != together[number][:step]:
+                    break  # a tie that rounding decides
+                if not losses_agree(beside[number], single[0], base.dtype):
+                    return False
+    finally:
+        handle.remove()
+    return True
 
 
 def _adapter(targets: Sequence[TargetModule]) -> Adapter:

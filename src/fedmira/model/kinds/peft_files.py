@@ -17,7 +17,14 @@ from fedmira.atomic import replace_file
 from fedmira.errors import RunFolderError
 from fedmira.model.base.types import BaseModel, TargetModule
 
-__all__ = ["ADAPTER_WEIGHTS", "ENCODER_WEIGHTS", "read_adapter", "write_adapter", "write_encoder"]
+__all__ = [
+    "ADAPTER_WEIGHTS",
+    "ENCODER_WEIGHTS",
+    "lora_config",
+    "read_adapter",
+    "write_adapter",
+    "write_encoder",
+]
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ENCODER_WEIGHTS = "encoder.safetensors"
@@ -34,17 +41,7 @@ def write_adapter(
     dropout: float,
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors into `folder`."""
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base.location,
-        inference_mode=True,
-        r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]  # PEFT takes a fraction as well
-        lora_dropout=dropout,
-        target_modules=sorted(target.name for target in targets),
-        fan_in_fan_out=any(target.stored_transposed for target in targets),
-        bias="none",
-    )
+    config = lora_config(base, targets, rank, alpha, dropout)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     _sort_targets(folder / "adapter_config.json")
@@ -52,6 +49,23 @@ def write_adapter(
         {name: tensor.contiguous() for name, tensor in sorted(adapter.items())},
         folder / ADAPTER_WEIGHTS,
         metadata={"format": "pt"},
+    )
+
+
+def lora_config(
+    base: BaseModel, targets: Sequence[TargetModule], rank: int, alpha: float, dropout: float
+) -> LoraConfig:
+    """PEFT's settings for adapters of this rank, as adapter_config.json has them."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.known_as,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]  # PEFT takes a fraction as well
+        lora_dropout=dropout,
+        target_modules=sorted(target.name for target in targets),
+        fan_in_fan_out=any(target.stored_transposed for target in targets),
+        bias="none",
     )
 
 

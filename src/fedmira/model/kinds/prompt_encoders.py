@@ -167,7 +167,7 @@ class PromptModel:
         """
         self.load(adapter)
         config = copy.deepcopy(self.config)
-        config.inference_mode, config.base_model_name_or_path = True, self.base.location
+        config.inference_mode, config.base_model_name_or_path = True, self.base.known_as
         embeddings: Tensor = self.peft_model.get_prompt_embedding_to_save(_SLOT)
         return config, embeddings.contiguous()
 

@@ -22,6 +22,8 @@ from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.kinds.lora import LoraKind
 from fedmira.model.kinds.prompt_encoders import PromptModel
 from fedmira.model.kinds.prompts import PromptKind
+from fedmira.model.kinds.proof import check_wrapped
+from fedmira.model.packed.probe import targets_in_use
 from fedmira.model.training.measure import Choice, Contender
 from fedmira.model.training.steps import LocalOutcome, LocalTask
 
@@ -124,7 +126,8 @@ class AdapterKind(Protocol):
 
 
 def _lora(settings: AdapterSettings, base: BaseModel, engine: EngineSettings) -> LoraKind:
-    targets = find_targets(base.model, settings.targets)
+    targets = targets_in_use(base, find_targets(base.model, settings.targets))
+    check_wrapped(base, targets, settings.alpha)
     return LoraKind(
         with_engine_options(base, engine, targets), targets, settings.alpha, settings.dropout
     )

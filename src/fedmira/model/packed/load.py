@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmira.config import ModelSettings
+from fedmira.model.base.causality import check_causal
 from fedmira.model.base.loading import freeze, read_base
 from fedmira.model.base.types import BaseModel
 from fedmira.model.packed.probe import choose_path
@@ -17,10 +18,10 @@ def load_base(settings: ModelSettings) -> BaseModel:
     """Load the base model, frozen and in eval mode, and probe whether packed steps agree with it.
 
     Raises:
-        ModelError: it cannot be loaded, the device is not there, or its vocabulary is smaller than
-            the tokenizer's.
+        ModelError: it cannot be loaded, is not what its files say, is not causal, or the device is
+            not there.
     """
-    return choose_path(read_base(settings))
+    return _tried(read_base(settings))
 
 
 def from_model(
@@ -41,6 +42,12 @@ def from_model(
         dtype, device: where it shall compute; None leaves it as it is.
 
     Raises:
-        ModelError: the tokenizer has more tokens than the model has embeddings.
+        ModelError: a weight is no finite number, the model is not causal, or it has no embedding
+            for the token that ends a response.
     """
-    return choose_path(freeze(model, tokenizer, name, location, dtype, device))
+    return _tried(freeze(model, tokenizer, name, location, dtype, device))
+
+
+def _tried(base: BaseModel) -> BaseModel:
+    check_causal(base)
+    return choose_path(base)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedmira.errors import ModelError
+from fedmira.model.base.causality import UNFIT
+from fedmira.model.base.files import listed
 from fedmira.model.base.layers import find_last_layer
 from fedmira.model.base.memory import out_of_memory
 from fedmira.model.base.targets import find_targets
 from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.lora.branch import LoraBranch
-from fedmira.model.lora.stack import StackedAdapters, start_adapter
+from fedmira.model.lora.stack import StackedAdapters, adapter_names, start_adapter
 
-__all__ = ["UNFIT", "choose_path", "losses_agree"]
+__all__ = ["UNFIT", "choose_path", "losses_agree", "targets_in_use"]
 
 _OF_LOSSES = {torch.float32: 2e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
 _OF_GRADIENT = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -27,8 +30,6 @@ losses and 0.04 in the gradient; what a wrong mask does to the gradient is far m
 """
 
 _log = logging.getLogger("fedmira")
-UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError)
-"""What architectures raise in passes that are not made for them."""
 _SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Settings of architectures that change the logits behind their head."""
 
@@ -67,7 +68,8 @@ def choose_path(base: BaseModel) -> BaseModel:
 
 def _fastest(base: BaseModel) -> BaseModel:
     try:
-        losses, gradient = _trial(base)
+        targets = _any_target(base)
+        losses, stacked = _trial(base, targets)
     except UNFIT as error:
         if out_of_memory(error):
             raise
@@ -90,7 +92,7 @@ def _fastest(base: BaseModel) -> BaseModel:
             if not there
         ]
         try:
-            own_losses, own_gradient = _trial(packed)
+            own_losses, own = _trial(packed, targets)
         except UNFIT as error:
             if out_of_memory(error):
                 raise
@@ -100,7 +102,7 @@ def _fastest(base: BaseModel) -> BaseModel:
             )
             continue
         if losses_agree(own_losses, losses, base.dtype) and _near(
-            own_gradient, gradient, _OF_GRADIENT.get(base.dtype, 2e-3)
+            own.gradients, stacked.gradients, _OF_GRADIENT.get(base.dtype, 2e-3)
         ):
             if lost:
                 _log.warning(
@@ -129,8 +131,57 @@ def _near(own: Tensor, plain: Tensor, share: float) -> bool:
     return bool((own - plain).norm() <= share * plain.norm())
 
 
-def _trial(base: BaseModel) -> tuple[Tensor, Tensor]:
-    """Losses of three rows, and the gradient of an adapter, whichever path the base takes."""
+def targets_in_use(base: BaseModel, targets: Sequence[TargetModule]) -> list[TargetModule]:
+    """The targets that text trains: those whose layer gets a gradient from three short rows.
+
+    Layers of experts are chosen by few tokens each, so those of one name are judged together.
+
+    Raises:
+        ModelError: none of them gets one, or the trial fails.
+    """
+    try:
+        _, stacked = _trial(base, targets)
+    except UNFIT as error:
+        if out_of_memory(error):
+            raise ModelError(
+                f"model.base {base.name!r}: out of memory on {base.device} in a trial of "
+                f"{len(targets)} adapter.targets; choose fewer, or free memory there"
+            ) from error
+        raise ModelError(
+            f"adapter.targets: a trial step on them ends in {type(error).__name__}: {error}; "
+            "choose others"
+        ) from error
+    used = {
+        one.name: bool(stacked.factor(stacked.gradients, 0, adapter_names(one)[1]).any())
+        for one in targets
+    }
+    of_experts = {_pattern(name) for name, there in used.items() if there and "expert" in name}
+    kept = [one for one in targets if used[one.name] or _pattern(one.name) in of_experts]
+    left = sorted({_pattern(one.name) for one in targets} - {_pattern(one.name) for one in kept})
+    left += [one.name for one in targets if one not in kept and _pattern(one.name) not in left]
+    if not kept:
+        raise ModelError(
+            f"adapter.targets: none of these layers of {type(base.model).__name__} gets a gradient "
+            f"from text: {listed(left)}; choose layers of its language model"
+        )
+    if left:
+        _log.warning(
+            "%s: %d of %d adapter.targets get no gradient from text and are left out: %s",
+            base.name,
+            len(targets) - len(kept),
+            len(targets),
+            listed(left),
+        )
+    return kept
+
+
+def _pattern(name: str) -> str:
+    """A layer's path with a star for each number."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _trial(base: BaseModel, targets: Sequence[TargetModule]) -> tuple[Tensor, StackedAdapters]:
+    """Losses of three rows, and an adapter with its gradient, whichever path the base takes."""
     from fedmira.model.packed.passes import response_losses
 
     limit = min(base.num_embeddings, len(base.tokenizer))
@@ -139,21 +190,22 @@ def _trial(base: BaseModel) -> tuple[Tensor, Tensor]:
         torch.randint(0, limit, (size,), generator=draw).tolist() for size in (9, 8, 14, 5)
     )
     rows = [_Row(head + tail[:-3], tail[-3:]) for tail in tails]
-    targets = _any_target(base)
     stacked = StackedAdapters(targets, [start_adapter(targets, 1, 0)], [1.0], base.device)
     with LoraBranch(base.model, stacked) as branch:
         (losses,) = response_losses(base, branch, [(0, rows)], 10_000)
-        losses.values.sum().backward()  # type: ignore[no-untyped-call]
-    return torch.cat(
-        [losses.values.detach()[losses.rows == i] for i in range(len(rows))]
-    ), stacked.gradients
+        total = losses.values.sum()
+        if total.requires_grad:  # no layer of these is read where it does not
+            total.backward()  # type: ignore[no-untyped-call]
+    return torch.cat([losses.values.detach()[losses.rows == i] for i in range(len(rows))]), stacked
 
 
 def _any_target(base: BaseModel) -> list[TargetModule]:
+    """Layers of the decoder; the head and what stands before it are none, packed steps leave them out."""
+    decoder = base.model.base_model
     linear = sorted(
         {
             name.rsplit(".", 1)[-1]
-            for name, module in base.model.named_modules()
+            for name, module in decoder.named_modules()
             if isinstance(module, torch.nn.Linear)
         }
     )

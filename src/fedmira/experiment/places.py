@@ -1,0 +1,29 @@
+"""Where the base and the rows of a run lay when it was made, for whoever takes it up from another folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmira.config import Config
+
+__all__ = ["where_they_lay"]
+
+
+def where_they_lay(config: Config, run: Mapping[str, Any]) -> Config:
+    """The config with the folders that run.json says, where they are still there.
+
+    config.toml keeps paths as they were written; relative ones begin at the folder where the run
+    was started.
+
+    Args:
+        run: what run.json holds.
+    """
+    changed = {}
+    for section, key, block in (("model", "base", "base"), ("data", "path", "data")):
+        written = getattr(getattr(config, section), key)
+        place = run.get(block, {}).get("location")
+        if isinstance(place, str) and place != written and Path(place).exists():
+            changed[section] = getattr(config, section).model_copy(update={key: place})
+    return config.model_copy(update=changed)
