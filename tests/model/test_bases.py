@@ -1,4 +1,7 @@
-"""A base is what its folder says: whatever is missing, left over, damaged or not causal is named before training."""
+"""A base is what its folder says.
+
+Whatever is missing, left over, damaged or not causal is named before training.
+"""
 
 from __future__ import annotations
 

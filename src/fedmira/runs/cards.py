@@ -195,7 +195,8 @@ class AdapterCards:
             "answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), "
             "max_new_tokens="
             f"{self._config.evaluation.max_new_tokens}, do_sample=False, "
-            f"eos_token_id={end_tokens(self._base)}, pad_token_id={self._base.tokenizer.pad_token_id})",
+            f"eos_token_id={end_tokens(self._base)}, "
+            f"pad_token_id={self._base.tokenizer.pad_token_id})",
             "print(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))",
         ]
         return "\n".join(lines)

@@ -17,7 +17,9 @@ _LENGTH, _CHANGED = 12, 3
 
 
 def check_causal(base: BaseModel) -> None:
-    """Refuse a base whose logits at a place change with later tokens: its losses are no next-token losses.
+    """Refuse a base whose logits at a place change with later tokens.
+
+    Its losses are no next-token losses.
 
     Raises:
         ModelError: they do, or the forward pass fails.

@@ -1,4 +1,7 @@
-"""What the files of a base say before it is built: weights that cannot be those of its config.json."""
+"""What the files of a base say before it is built.
+
+Weights that cannot be those of its config.json.
+"""
 
 from __future__ import annotations
 
@@ -154,7 +157,10 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _shapes(folder: Path, name: str) -> Mapping[str, tuple[tuple[int, ...], str]]:
-    """Tensor -> its shape and number type in the folder's safetensors files; none where there are no such files."""
+    """Tensor -> its shape and number type in the folder's safetensors files.
+
+    None where there are no such files.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         placed = _read_json(index).get("weight_map", {})
@@ -183,7 +189,10 @@ def _shapes(folder: Path, name: str) -> Mapping[str, tuple[tuple[int, ...], str]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where the file holds none; whoever loads the base says what is wrong with it."""
+    """A JSON object, empty where the file holds none.
+
+    Whoever loads the base says what is wrong with it.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -79,7 +79,10 @@ def _describe(path: str, module: nn.Module) -> TargetModule:
 
 
 def _decoder_parts(model: nn.Module) -> set[int]:
-    """The identities of the language model's modules; of all modules where it cannot be told apart."""
+    """The identities of the language model's modules.
+
+    Of all modules where it cannot be told apart.
+    """
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model  # type: ignore[no-untyped-call]
     return {id(module) for module in (decoder or model).modules()}
 

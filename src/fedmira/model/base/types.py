@@ -64,7 +64,10 @@ class BaseModel:
 
     @property
     def known_as(self) -> str:
-        """What saved adapters call their base: its published name, else where it was loaded from."""
+        """What saved adapters call their base.
+
+        Its published name, else where it was loaded from.
+        """
         return self.published or self.location
 
     @property

@@ -70,7 +70,9 @@ def padding_agrees(
     branch: LoraBranch,
     answer: Callable[[BaseModel, LoraBranch, Sequence[Prompt]], Iterable[tuple[Prompt, list[int]]]],
 ) -> bool:
-    """Whether short prompts padded on the left beside a long one get the answers they get alone; tried once per model.
+    """Whether short prompts padded on the left beside a long one get the answers they get alone.
+
+    Tried once per model.
 
     Architectures that carry a state from token to token may read the padding too.
 
