@@ -19,7 +19,7 @@ __all__ = ["check_export"]
 def check_export(
     experiment: Experiment, folder: RunFolder, result: Result
 ) -> tuple[dict[str, object], str | None]:
-    """Load one saved adapter, or every one, with plain PEFT, and compare its loss with the reported one.
+    """Loads saved adapters with plain PEFT and compares their losses with the reported ones.
 
     One is that of the client with the fewest test tokens.
 

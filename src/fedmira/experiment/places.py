@@ -1,4 +1,4 @@
-"""Where the base and the rows of a run lay when it was made, for whoever takes it up from another folder."""
+"""Where base and rows of a run lay when it was made, for whoever takes it up elsewhere."""
 
 from __future__ import annotations
 

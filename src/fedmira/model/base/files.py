@@ -34,7 +34,7 @@ _VOCABULARIES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tek
 _ABOUT_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _PUBLISHED = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SLACK = 2
-"""A model may be built larger than its files, by parts that are tied or made anew, but not twice."""
+"""A model may be larger than its files, by parts that are tied or made anew, but not twice."""
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -92,7 +92,7 @@ def published_name(location: str, name: str) -> str:
 
 
 def check_sizes(location: str, name: str, config: PreTrainedConfig) -> None:
-    """Refuse a config.json that asks for a far larger model than the folder's weights, before it is built.
+    """Refuses a config.json that asks for a far larger model than the weights, before it is built.
 
     Raises:
         ModelError: it does, or a file of weights is damaged.
@@ -125,7 +125,7 @@ def check_sizes(location: str, name: str, config: PreTrainedConfig) -> None:
 
 
 def refuse_odd_numbers(location: str, name: str, model: PreTrainedModel) -> None:
-    """Refuse weights that are stored as whole or otherwise unfit numbers without a word about it in config.json.
+    """Refuses weights that are stored as unfit numbers without a word about it in config.json.
 
     Raises:
         ModelError: names them.

@@ -105,7 +105,7 @@ def _padding_changes_nothing(
     branch: LoraBranch,
     answer: Callable[[BaseModel, LoraBranch, Sequence[Prompt]], Iterable[tuple[Prompt, list[int]]]],
 ) -> bool:
-    """Whether the logits of each step agree, alone and padded, as long as the same tokens were read."""
+    """Whether each step's logits agree, alone and padded, while the same tokens were read."""
     limit = min(base.num_embeddings, len(base.tokenizer))
     draw = torch.Generator().manual_seed(5)
     drawn = [torch.randint(0, limit, (size,), generator=draw).tolist() for size in (3, 6, 17)]

@@ -33,7 +33,7 @@ _PREFIX = "base_model.model."
 
 
 def check_wrapped(base: BaseModel, targets: Sequence[TargetModule], alpha: float) -> None:
-    """Refuse targets that PEFT takes for other layers, as it does where it rewrites those of experts.
+    """Refuses targets that PEFT takes for other layers, as where it rewrites those of experts.
 
     PEFT gets our settings for a copy of the model without numbers.
 
@@ -107,7 +107,7 @@ def prove_export(
 
 @contextmanager
 def _loaded(base: BaseModel, folder: Path) -> Iterator[nn.Module]:
-    """The adapter on a base that is loaded anew, or on the one at hand where that cannot be or memory is short."""
+    """The adapter on a base that is loaded anew, or on the one at hand where memory is short."""
     model = base.model
     needed = sum(part.numel() * part.element_size() for part in model.parameters())
     fresh = base.reloadable and needed < free_bytes(base.device) / 2

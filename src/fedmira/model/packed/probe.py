@@ -200,7 +200,7 @@ def _trial(base: BaseModel, targets: Sequence[TargetModule]) -> tuple[Tensor, St
 
 
 def _any_target(base: BaseModel) -> list[TargetModule]:
-    """Layers of the decoder; the head and what stands before it are none, packed steps leave them out."""
+    """Layers of the decoder, without the head and what stands before it."""
     decoder = base.model.base_model
     linear = sorted(
         {
