@@ -165,6 +165,8 @@ def _told_finished(folder: Path, format: Format) -> bool:
     return True
 
 
-def _number(cell: str) -> int | float | str:
-    """A number of clients.csv; empty cells stay empty."""
-    return cell and (int(cell) if cell.isdigit() else float(cell))
+def _number(cell: str) -> int | float | None:
+    """A number of clients.csv; None for an empty cell."""
+    if not cell:
+        return None
+    return int(cell) if cell.isdigit() else float(cell)

@@ -24,6 +24,8 @@ def where_they_lay(config: Config, run: Mapping[str, Any]) -> Config:
     for section, key, block in (("model", "base", "base"), ("data", "path", "data")):
         written = getattr(getattr(config, section), key)
         place = run.get(block, {}).get("location")
-        if isinstance(place, str) and place != written and Path(place).exists():
+        # An absolute path says itself where to look, also to somebody who has changed it.
+        relative = not Path(written).expanduser().is_absolute()
+        if relative and isinstance(place, str) and place != written and Path(place).exists():
             changed[section] = getattr(config, section).model_copy(update={key: place})
     return config.model_copy(update=changed)

@@ -111,7 +111,7 @@ def test_node_number_k_is_client_number_k_and_all_share_one_base(
     clients = simulation.SimulatedClients(make_config(base_folder, clients_folder), tmp_path)
     nodes = [clients.node(number, len(CLIENTS)) for number in range(len(CLIENTS))]
     assert [node.name for node in nodes] == sorted(CLIENTS)
-    assert len({id(node._cohort.kind) for node in nodes}) == 1
+    assert len({id(node._clients.kind) for node in nodes}) == 1
 
 
 def test_messages_to_all_clients_load_the_base_once(
