@@ -22,6 +22,7 @@ from fedmira.experiment import (
 )
 from fedmira.messages import Payload, Reply, Request
 from fedmira.model import BaseModel
+from fedmira.observers import Observer, RoundEvent
 from fedmira.rounds import run_rounds
 from small import (
     CLIENTS,
@@ -192,8 +193,16 @@ def test_bytes_are_those_of_the_messages(
         assert int(row["bytes_up"]) == sum(event["bytes_up"] for event in of_round)
 
 
-class PowerCut(Exception):
-    """Raised in the middle of a run, where no clean-up happens."""
+class PowerCut(BaseException):
+    """Raised in the middle of a run."""
+
+
+class Cut(Observer):
+    """Ends the run after its second round."""
+
+    def on_round(self, event: RoundEvent) -> None:
+        if event.round == 2:
+            raise PowerCut
 
 
 @pytest.mark.parametrize(
@@ -222,12 +231,8 @@ def test_a_compressed_run_that_is_cut_off_ends_in_the_same_bytes(
     )
     run_experiment(built(base, *folders, keys), tmp_path / "straight")
 
-    def cut(what: str, figures: Mapping[str, Any]) -> None:
-        if what == "round" and figures["round"] == 2:
-            raise PowerCut
-
     with pytest.raises(PowerCut):
-        run_experiment(built(base, *folders, keys), tmp_path / "run", cut)
+        run_experiment(built(base, *folders, keys), tmp_path / "run", [Cut()])
     resume_experiment(built(base, *folders, keys), tmp_path / "run")
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "straight")
     assert events_of(tmp_path / "run", timing=False) == events_of(

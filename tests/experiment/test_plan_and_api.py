@@ -120,7 +120,7 @@ def test_one_call_runs_a_mapping_of_dotted_keys(
         output=tmp_path / "run",
     )
     assert (
-        sorted(result.adapters) == [row["client"] for row in result.clients] == sorted(CLIENTS)
+        sorted(result.adapters) == list(result.clients["client"]) == sorted(CLIENTS)
         and result.graph is None
     )
     assert {tuple(tensor.shape) for tensor in result.adapters["apple-1"].values()} == {

@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from fedmira.config import LocalSettings, ModelSettings
+from fedmira.config import AdapterSettings, EngineSettings, LocalSettings, ModelSettings
 from fedmira.errors import ModelError
 from fedmira.experiment import prepare_kind
 from fedmira.model import (
     LocalTask,
     LoraBranch,
     StackedAdapters,
+    adapter_kind,
     find_targets,
     from_model,
     load_base,
@@ -243,18 +244,20 @@ def test_a_quantised_base_trains_close_to_the_whole_one(bits: str, base_folder: 
     assert abs(outcomes[0].first_loss - outcomes[1].first_loss) < 0.3
 
 
-def test_an_architecture_that_cannot_take_a_step_is_refused_by_name() -> None:
-    """State-space layers have no q_proj.
+def test_layers_that_mix_tokens_without_attention_are_never_packed() -> None:
+    """A state space reads on into the next row, however faintly it does so in a trial.
 
-    The first linear layer that is found is read past its forward method.
+    Its layer dt_proj is read past its forward method, so that no branch can act there.
     """
     model = MambaForCausalLM(
         MambaConfig(vocab_size=128, hidden_size=16, state_size=4, num_hidden_layers=2)
     )
-    with pytest.raises(
-        ModelError, match="model.base 'mamba': a trial step of MambaForCausalLM ends in "
-    ):
-        from_model(model, tiny_tokenizer(), "mamba")
+    base = from_model(model, tiny_tokenizer(), "mamba")
+    assert not base.packed
+    kind = adapter_kind(AdapterSettings(targets=("in_proj", "dt_proj")), base, EngineSettings())
+    assert {target.name.rsplit(".", 1)[-1] for target in kind.targets} == {"in_proj"}
+    with pytest.raises(ModelError, match="none of these layers .* gets a gradient"):
+        adapter_kind(AdapterSettings(targets=("dt_proj",)), base, EngineSettings())
 
 
 def test_bases_whose_long_rows_change_the_positions_of_others_say_from_where_on(

@@ -26,6 +26,7 @@ from fedmira.model.packed.varlen import (
 __all__ = [
     "PACKED_ATTENTION",
     "Layout",
+    "layers_seen",
     "packed_attention",
     "packed_layout",
     "refuse_what_is_not_told",
@@ -67,6 +68,22 @@ class Layout:
 
 
 _layout: ContextVar[Layout | None] = ContextVar("packed layout", default=None)
+_seen: ContextVar[set[int] | None] = ContextVar("layers seen", default=None)
+
+
+@contextmanager
+def layers_seen() -> Iterator[set[int]]:
+    """Within the block, the indices of the layers whose attention is packed are noted.
+
+    A layer that mixes tokens in another way, such as a state space, knows nothing of rows that
+    stand behind each other.
+    """
+    found: set[int] = set()
+    token = _seen.set(found)
+    try:
+        yield found
+    finally:
+        _seen.reset(token)
 
 
 @contextmanager
@@ -111,6 +128,8 @@ def packed_attention(
     layout = _layout.get()
     assert layout is not None, "packed attention is only used inside packed_layout"
     refuse_what_is_not_told(module, options)
+    if (seen := _seen.get()) is not None:
+        seen.add(module.layer_idx)
     batch = layout.batch
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")

@@ -18,6 +18,7 @@ from fedmira.model.base.targets import find_targets
 from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.lora.branch import LoraBranch
 from fedmira.model.lora.stack import StackedAdapters, adapter_names, start_adapter
+from fedmira.model.packed.attention import layers_seen
 
 __all__ = ["UNFIT", "choose_path", "losses_agree", "targets_in_use"]
 
@@ -92,7 +93,8 @@ def _fastest(base: BaseModel) -> BaseModel:
             if not there
         ]
         try:
-            own_losses, own = _trial(packed, targets)
+            with layers_seen() as attending:
+                own_losses, own = _trial(packed, targets)
         except UNFIT as error:
             if out_of_memory(error):
                 raise
@@ -101,6 +103,9 @@ def _fastest(base: BaseModel) -> BaseModel:
                 "%s: packed steps%s raise %s: %s", base.name, without, type(error).__name__, error
             )
             continue
+        layers = getattr(base.model.config.get_text_config(), "num_hidden_layers", 0)
+        if len(attending) < layers:
+            break  # rows would be read on into each other, be it ever so faintly in a trial
         if losses_agree(own_losses, losses, base.dtype) and _near(
             own.gradients, stacked.gradients, _OF_GRADIENT.get(base.dtype, 2e-3)
         ):
