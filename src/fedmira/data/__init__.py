@@ -1,5 +1,6 @@
 """From rows in files to clients with token ids."""
 
+from fedmira.data.answers import answer_text, turn_ends
 from fedmira.data.encoding import ClientData, EncodedExample, Encoder
 from fedmira.data.examples import Example, RawTask, Reading
 from fedmira.data.from_objects import ObjectRows, rows_from_objects
@@ -10,10 +11,12 @@ from fedmira.data.load import (
     id_problem,
     load_clients,
     load_own,
+    make_encoder,
     read_summary,
     summary_of,
 )
 from fedmira.data.prompts import PROMPTS
+from fedmira.data.rendering import clock_now, uses_clock
 from fedmira.data.sources import Reader, reader
 from fedmira.data.tokenizer import Tokenizer
 
@@ -31,11 +34,16 @@ __all__ = [
     "Reader",
     "Reading",
     "Tokenizer",
+    "answer_text",
     "check_apart",
+    "clock_now",
     "id_problem",
     "load_clients",
     "load_own",
+    "make_encoder",
     "reader",
     "read_summary",
     "summary_of",
+    "turn_ends",
+    "uses_clock",
 ]

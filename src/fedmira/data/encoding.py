@@ -5,22 +5,29 @@ Prompt and response apart, cut to a length, with everything that was cut counted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from fedmira.data.examples import Example
+from fedmira.data.answers import answer_text
+from fedmira.data.examples import Example, turns_of
 from fedmira.data.partition import ClientRows
 from fedmira.data.problems import Problems
 from fedmira.data.prompts import PROMPTS
+from fedmira.data.rendering import ChatTemplate, Rendering
 from fedmira.data.split import Split
 from fedmira.data.token_cache import TokenCache
 from fedmira.data.tokenizer import Tokenizer
 from fedmira.errors import DataError
 
-__all__ = ["HEADER_TOKENS", "ClientData", "EncodedExample", "Encoder"]
+__all__ = ["HEADER_TOKENS", "ClientData", "EncodedExample", "EncodedTurn", "Encoder"]
 
 HEADER_TOKENS = 16
 _BATCH = 2048
+_SAID_OTHERWISE = (
+    "answers are another text once they are tokens; they are scored by the text of their tokens"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +36,39 @@ class EncodedExample:
 
     Attributes:
         prompt: with the leading special tokens that the tokenizer itself adds; never empty.
-        response: ends with the end-of-sequence token unless it was cut; never empty.
+        response: ends with the end-of-sequence token, or as the chat template ends a turn, unless
+            it was cut; never empty.
     """
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTurn:
+    """A row, or one assistant turn of a conversation, with what became of it.
+
+    Attributes:
+        source: the row that it is, or is a turn of.
+        last: whether it is the whole row, and no earlier turn of it.
+        row: its tokens.
+        reading: equal for turns whose prompt reads the same once it is cut, however long their
+            responses are.
+        reference: what an answer is held against.
+        prompt_cut, response_cut: whether `data.max_length` cut it.
+        length: tokens before it was cut.
+        notes: what was done to it, in words that are equal for equal things.
+    """
+
+    source: Example
+    last: bool
+    row: EncodedExample
+    reading: Hashable
+    reference: str
+    prompt_cut: bool
+    response_cut: bool
+    length: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +77,18 @@ class ClientData:
 
     Attributes:
         client_id: safe as a folder name.
-        references: the raw test responses, one for each test row.
+        references: the test responses, one for each test row: as they were read, or as their
+            tokens say where that is another text.
         instruction: the instruction that all training rows share, "" where they differ.
         truncated_prompts, truncated_responses: rows that were cut to `data.max_length`, of all
             parts.
         duplicates: copies of rows that were dropped.
         overlaps: rows that were dropped because their prompt stands in the source's own test or
-            validation rows.
+            validation rows, and turns of conversations that stand on two sides.
+        system: the system message that all training rows share, "" where they differ.
+        tools: the functions that all training rows offer, as the text of a JSON list, or "".
+        conversation: whether the training rows are conversations.
+        notes: what was done to how many of the rows.
     """
 
     client_id: str
@@ -63,6 +103,10 @@ class ClientData:
     truncated_responses: int = 0
     duplicates: int = 0
     overlaps: int = 0
+    system: str = ""
+    tools: str = ""
+    conversation: bool = False
+    notes: tuple[tuple[str, int], ...] = ()
 
     @property
     def rows(self) -> tuple[EncodedExample, ...]:
@@ -79,6 +123,16 @@ class ClientData:
         """Tokens that carry loss in one pass over the training rows."""
         return sum(len(row.response) for row in self.train)
 
+    @property
+    def shared_prompt(self) -> dict[str, Any]:
+        """What stands in the prompts of all training rows, as it is saved with the adapter."""
+        return {
+            "instruction": self.instruction,
+            "system": self.system,
+            "tools": self.tools,
+            "conversation": self.conversation,
+        }
+
 
 class Encoder:
     """A tokenizer, a prompt template and a length.
@@ -87,6 +141,8 @@ class Encoder:
         tokenizer: any Hugging Face tokenizer.
         prompt: a key of `PROMPTS`.
         max_length: most tokens of a row, prompt and response together.
+        train_on: "all" assistant turns of a conversation, or the "last".
+        system, clock: as `ChatTemplate` has them.
 
     Attributes:
         longest_row: tokens of the longest row that was encoded so far, before it was cut.
@@ -96,7 +152,16 @@ class Encoder:
             asked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, max_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: str,
+        max_length: int,
+        *,
+        train_on: str = "all",
+        system: str = "merge",
+        clock: str = "",
+    ) -> None:
         name = tokenizer.name_or_path
         if tokenizer.eos_token_id is None:
             raise DataError(
@@ -104,16 +169,30 @@ class Encoder:
                 "never end; set its eos_token"
             )
         self._tokenizer = tokenizer
-        self._render = PROMPTS[prompt]
+        self._form = PROMPTS[prompt]
         self._max_length = max_length
+        self._train_on = train_on
         self.longest_row = 0
         self._cache = TokenCache(tokenizer)
         self._ids: dict[int, int] = {}
+        self._texts: dict[tuple[int, ...], str] = {}
         self._end: int = tokenizer.eos_token_id
+        self._chat = ChatTemplate(tokenizer, system, clock) if prompt == "chat" else None
         # A chat template writes the special tokens itself.
-        self._start: tuple[int, ...] = () if prompt == "chat" else _leading_tokens(tokenizer)
-        if prompt == "chat":
-            self._render(Example("probe", "", ""), tokenizer)
+        self._start: tuple[int, ...] = () if self._chat else _leading_tokens(tokenizer)
+        turn_end = self._chat.turn_end if self._chat else None
+        self._ends = {self._end} if turn_end is None else {self._end, turn_end}
+        self._adds_end = turn_end is None
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template, where the prompt form is chat."""
+        return self._chat
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Special tokens that stand in front of every prompt and are not written by a template."""
+        return self._start
 
     def prompt(self, example: Example) -> tuple[int, ...]:
         """The prompt's tokens at full length, for generation.
@@ -121,7 +200,13 @@ class Encoder:
         Raises:
             DataError: the chat template refuses the messages.
         """
-        return (*self._start, *self._tokens([self._render(example, self._tokenizer)])[0])
+        if self._chat is None:
+            text = self._form(example, self._tokenizer)
+            return (*self._start, *self._tokens([text])[0])
+        if self._chat.masked:
+            ids, stop = self._marked(self._chat, _with_answer(example))
+            return tuple(ids[: stop[0]])
+        return self._tokens([self._chat.prompt(example)])[0]
 
     def encode(
         self, rows: Sequence[Example], problems: Problems
@@ -133,60 +218,163 @@ class Encoder:
         its middle and keeps its head and its last `HEADER_TOKENS`. Rows with a problem are noted
         and left out.
         """
-        encoded: list[EncodedExample] = []
-        prompts_cut = responses_cut = 0
-        for start in range(
-            0, len(rows), _BATCH
-        ):  # bounds the memory that the tokenizer takes for one call
-            batch = self._rendered(rows[start : start + _BATCH], problems)
-            prompts = self._tokens([text for _, text in batch])
-            responses = self._tokens([row.output for row, _ in batch])
-            for (row, _), prompt, response in zip(batch, prompts, responses, strict=True):
-                if not response or not (prompt or self._start):
-                    problems.add(
-                        f"{row.where or repr(row.instruction[:40])}: "
-                        f"{'prompt' if response else 'response'} encodes to no token"
-                    )
-                    continue
-                whole_prompt, whole_response = (*self._start, *prompt), (*response, self._end)
-                self.longest_row = max(self.longest_row, len(whole_prompt) + len(whole_response))
-                example = self._fitted(whole_prompt, whole_response)
-                prompts_cut += len(example.prompt) < len(whole_prompt)
-                responses_cut += len(example.response) < len(whole_response)
-                encoded.append(example)
-        return tuple(encoded), prompts_cut, responses_cut
-
-    def encode_client(self, client: ClientRows, split: Split, problems: Problems) -> ClientData:
-        """Encodes the three parts of a client."""
-        train, *train_cut = self.encode(split.train, problems)
-        validation, *validation_cut = self.encode(split.validation, problems)
-        test, *test_cut = self.encode(split.test, problems)
-        prompts_cut, responses_cut = (
-            sum(cut) for cut in zip(train_cut, validation_cut, test_cut, strict=True)
+        turns = self.turns(rows, problems)
+        return (
+            tuple(turn.row for turn in turns),
+            sum(turn.prompt_cut for turn in turns),
+            sum(turn.response_cut for turn in turns),
         )
+
+    def turns(self, rows: Sequence[Example], problems: Problems) -> list[EncodedTurn]:
+        """Encodes rows, one for each assistant turn that is learned."""
+        turns = [(row, turn, turn is row) for row in rows for turn in turns_of(row, self._train_on)]
+        # A batch bounds the memory that the tokenizer takes for one call.
+        return [
+            encoded
+            for start in range(0, len(turns), _BATCH)
+            for encoded in self._batch(turns[start : start + _BATCH], problems)
+        ]
+
+    def encode_client(
+        self, client: ClientRows, split: Split, parts: Sequence[Sequence[EncodedTurn]]
+    ) -> ClientData:
+        """A client of its training, validation and test turns."""
+        (train, validation, test), duplicates, overlaps = _apart(parts, client.test is not None)
+        turns = [*train, *validation, *test]
+        notes = Counter(note for turn in turns for note in turn.notes)
         return ClientData(
-            client.client_id,
-            client.task,
-            client.category,
-            train,
-            validation,
-            test,
-            tuple(row.output for row in split.test),
-            _shared_instruction(split.train),
-            prompts_cut,
-            responses_cut,
-            split.duplicates,
-            split.overlaps,
+            client_id=client.client_id,
+            task=client.task,
+            category=client.category,
+            train=tuple(turn.row for turn in train),
+            validation=tuple(turn.row for turn in validation),
+            test=tuple(turn.row for turn in test),
+            references=tuple(turn.reference for turn in test),
+            instruction=_shared([row.instruction for row in split.train]),
+            truncated_prompts=sum(turn.prompt_cut for turn in turns),
+            truncated_responses=sum(turn.response_cut for turn in turns),
+            duplicates=split.duplicates + duplicates,
+            overlaps=split.overlaps + overlaps,
+            system=_shared([_system(row) for row in split.train]),
+            tools=_shared([row.tools for row in split.train]),
+            conversation=all(row.messages for row in split.train),
+            notes=tuple(notes.items()),
         )
 
-    def _rendered(self, rows: Sequence[Example], problems: Problems) -> list[tuple[Example, str]]:
-        rendered = []
-        for row in rows:
+    def _batch(
+        self, turns: Sequence[tuple[Example, Example, bool]], problems: Problems
+    ) -> list[EncodedTurn]:
+        found = []
+        for (source, turn, last), prompt, response, notes in self._whole(turns, problems):
+            if not response or not prompt:
+                problems.add(
+                    f"{turn.where or repr(turn.instruction[:40])}: "
+                    f"{'prompt' if response else 'response'} encodes to no token"
+                )
+                continue
+            length = len(prompt) + len(response)
+            self.longest_row = max(self.longest_row, length)
+            row = self._fitted(prompt, response)
+            reference, said = self._reference(turn, response)
+            found.append(
+                EncodedTurn(
+                    source=source,
+                    last=last,
+                    row=row,
+                    reading=self._reading(prompt, row),
+                    reference=reference,
+                    prompt_cut=len(row.prompt) < len(prompt),
+                    response_cut=len(row.response) < len(response),
+                    length=length,
+                    notes=(*notes, *said),
+                )
+            )
+        return found
+
+    def _whole(
+        self, turns: Sequence[tuple[Example, Example, bool]], problems: Problems
+    ) -> list[
+        tuple[tuple[Example, Example, bool], tuple[int, ...], tuple[int, ...], tuple[str, ...]]
+    ]:
+        """Prompt and response of each turn at full length, and what is to be said of it."""
+        if self._chat is None:
+            prompts = self._tokens([self._form(turn, self._tokenizer) for _, turn, _ in turns])
+            responses = self._tokens([turn.output for _, turn, _ in turns])
+            return [
+                (turn, (*self._start, *prompt), (*response, self._end) if response else (), ())
+                for turn, prompt, response in zip(turns, prompts, responses, strict=True)
+            ]
+        kept, renderings = [], []
+        for each in turns:
             try:
-                rendered.append((row, self._render(row, self._tokenizer)))
+                renderings.append(self._chat.render(each[1]))
+                kept.append(each)
             except DataError as error:
                 problems.add(str(error))
-        return rendered
+        return [
+            (each, prompt, response, (*rendering.notes, *notes))
+            for each, rendering, (prompt, response, notes) in zip(
+                kept, renderings, self._spans(self._chat, kept, renderings), strict=True
+            )
+        ]
+
+    def _spans(
+        self,
+        chat: ChatTemplate,
+        turns: Sequence[tuple[Example, Example, bool]],
+        renderings: Sequence[Rendering],
+    ) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]]:
+        """Prompt and response of each rendered turn, and what is to be said of it."""
+        found: list[tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]] = []
+        if chat.masked:
+            for _, turn, _ in turns:
+                ids, (start, stop) = self._marked(chat, turn)
+                ended = any(token in self._ends for token in ids[start:stop])
+                notes = (
+                    ()
+                    if ended
+                    else (
+                        "answers end without a token that ends a turn, as the chat template marks them ({% generation %})",
+                    )
+                )
+                found.append((tuple(ids[:start]), tuple(ids[start:stop]), notes))
+            return found
+        prompts = self._tokens([rendering.prompt for rendering in renderings])
+        wholes = self._tokens([rendering.whole for rendering in renderings])
+        for prompt, whole in zip(prompts, wholes, strict=True):
+            # A token may join the end of the prompt and the begin of the answer.
+            place = next(
+                (
+                    i
+                    for i, pair in enumerate(zip(prompt, whole, strict=False))
+                    if pair[0] != pair[1]
+                ),
+                min(len(prompt), len(whole)),
+            )
+            response, notes = whole[place:], ()
+            if self._adds_end and response:
+                response = (*response, self._end)
+                notes = (
+                    "answers end with the end-of-sequence token, as the chat template writes no "
+                    "token behind them",
+                )
+            found.append((whole[:place], response, notes))
+        return found
+
+    def _marked(self, chat: ChatTemplate, turn: Example) -> tuple[list[int], tuple[int, int]]:
+        """All ids of a turn, and where its answer begins and ends, by the template's own marks."""
+        ids, mask = chat.marked(turn)
+        stop = next((place + 1 for place in reversed(range(len(mask))) if mask[place]), 0)
+        start = next((place + 1 for place in reversed(range(stop)) if not mask[place]), 0)
+        return ids, (start, stop)
+
+    def _reference(self, turn: Example, response: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
+        text = self._texts.get(response)
+        if text is None:
+            text = self._texts[response] = answer_text(self._tokenizer, response, self._ends)
+        if text == turn.output.strip():
+            return turn.output, ()
+        return text, (_SAID_OTHERWISE,)
 
     def _tokens(self, texts: list[str]) -> list[tuple[int, ...]]:
         if not texts:
@@ -213,11 +401,58 @@ class Encoder:
             prompt = prompt[: room - tail] + prompt[len(prompt) - tail :]
         return EncodedExample(prompt, response)
 
+    def _reading(self, prompt: tuple[int, ...], row: EncodedExample) -> Hashable:
+        """The prompt, or where it was cut, what is left of it beside the longest response."""
+        if len(row.prompt) == len(prompt):
+            return prompt
+        room = self._max_length - self._max_length // 2
+        tail = min(HEADER_TOKENS, room - 1)
+        return ("cut", prompt[: room - tail], prompt[len(prompt) - tail :])
 
-def _shared_instruction(rows: Sequence[Example]) -> str:
-    """The instruction of all rows, or "" where they have none in common."""
-    instructions = {row.instruction for row in rows}
-    return instructions.pop() if len(instructions) == 1 else ""
+
+def _apart(
+    parts: Sequence[Sequence[EncodedTurn]], set_aside: bool
+) -> tuple[list[list[EncodedTurn]], int, int]:
+    """Parts without copies and without turns whose prompt stands in another part.
+
+    Whole rows are apart already; what is dropped are earlier turns of conversations.
+
+    Args:
+        parts: training, validation and test turns.
+        set_aside: whether the source set test rows aside, which then stay as they are.
+
+    Returns:
+        The parts, the copies that were dropped, and the turns that stood on two sides.
+    """
+    unique = [list({turn.row: turn for turn in reversed(part)}.values())[::-1] for part in parts]
+    copies = sum(len(part) for part in parts) - sum(len(part) for part in unique)
+    before = sum(len(part) for part in unique)
+    seen: set[Hashable] = set()
+    for place in (2, 1, 0) if set_aside else (0, 1, 2):
+        unique[place] = [turn for turn in unique[place] if turn.reading not in seen]
+        seen |= {turn.reading for turn in unique[place]}
+    return unique, copies, before - sum(len(part) for part in unique)
+
+
+def _with_answer(example: Example) -> Example:
+    return Example(
+        example.instruction,
+        example.input,
+        "Zqx",
+        messages=example.messages,
+        extras=example.extras and (*example.extras[: len(example.messages)], ""),
+        tools=example.tools,
+    )
+
+
+def _system(row: Example) -> str:
+    return row.messages[0][1] if row.messages and row.messages[0][0] == "system" else ""
+
+
+def _shared(texts: Sequence[str]) -> str:
+    """The one text that all are, or "" where they differ."""
+    distinct = set(texts)
+    return distinct.pop() if len(distinct) == 1 else ""
 
 
 def _leading_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:

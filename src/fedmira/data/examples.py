@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-__all__ = ["Example", "RawTask", "Reading", "by_prompt"]
+__all__ = ["Example", "RawTask", "Reading", "by_prompt", "turns_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,11 @@ class Example:
         where: file and line (or instance) the row came from, for error messages.
         messages: a conversation in place of instruction and input: (role, content) pairs that end
             before the response. Empty for instruction rows.
+        extras: further keys of each message as the text of a JSON object, "" where a message has
+            none; the last is the response's. Empty where no message has any.
+        tools: the functions that the assistant may call, as the text of a JSON list; "" for none.
+        untrained: positions of assistant messages that are not to be learned; the response stands
+            at position len(messages).
     """
 
     instruction: str
@@ -26,11 +31,14 @@ class Example:
     output: str
     where: str = field(default="", compare=False)
     messages: tuple[tuple[str, str], ...] = ()
+    extras: tuple[str, ...] = ()
+    tools: str = ""
+    untrained: tuple[int, ...] = ()
 
     @property
     def prompt(self) -> Hashable:
         """Equal for rows that ask the same, whatever the response."""
-        return (self.instruction, self.input, self.messages)
+        return (self.instruction, self.input, self.messages, self.extras[:-1], self.tools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +74,47 @@ class Reading:
     skipped: tuple[str, ...] = ()
 
 
-def by_prompt(rows: Iterable[Example]) -> list[list[Example]]:
-    """Rows with the same prompt together, in the order in which each prompt comes first."""
+def by_prompt(
+    rows: Iterable[Example], same: Mapping[Hashable, Hashable] | None = None
+) -> list[list[Example]]:
+    """Rows with the same prompt together, in the order in which each prompt comes first.
+
+    Args:
+        rows: of one client.
+        same: prompt -> the prompt it counts as, for prompts that differ and read the same.
+    """
     groups: dict[Hashable, list[Example]] = {}
     for row in rows:
-        groups.setdefault(row.prompt, []).append(row)
+        key = row.prompt
+        groups.setdefault(same.get(key, key) if same else key, []).append(row)
     return list(groups.values())
+
+
+def turns_of(row: Example, train_on: str) -> list[Example]:
+    """A row for each assistant turn that is learned, in their order; each ends with its turn.
+
+    Args:
+        row: an instruction row gives itself.
+        train_on: "all" assistant turns of a conversation, or the "last".
+    """
+    last = len(row.messages)
+    turns = []
+    if train_on == "all":
+        asked = False
+        for position, (role, content) in enumerate(row.messages):
+            calls = bool(row.extras and "tool_calls" in row.extras[position])
+            if role == "assistant" and asked and position not in row.untrained:
+                if content.strip() or calls:
+                    turns.append(_until(row, position))
+            asked |= role not in ("system", "developer", "assistant")
+    return turns if last in row.untrained else [*turns, row]
+
+
+def _until(row: Example, position: int) -> Example:
+    return replace(
+        row,
+        output=row.messages[position][1],
+        messages=row.messages[:position],
+        extras=row.extras[: position + 1],
+        untrained=(),
+    )

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from fedmira.config import DataSettings
-from fedmira.data.encoding import ClientData, Encoder
+from fedmira.data.encoding import ClientData, EncodedExample, EncodedTurn, Encoder
 from fedmira.data.from_objects import OBJECT, ObjectRows
 from fedmira.data.partition import ClientRows, partition_tasks
 from fedmira.data.problems import Problems
+from fedmira.data.rendering import uses_clock
 from fedmira.data.sources import reader
-from fedmira.data.split import split_rows
+from fedmira.data.split import Split, split_rows
 from fedmira.data.tokenizer import Tokenizer
 from fedmira.errors import DataError
 
@@ -28,6 +30,7 @@ __all__ = [
     "id_problem",
     "load_clients",
     "load_own",
+    "make_encoder",
     "read_summary",
     "summary_of",
 ]
@@ -72,10 +75,12 @@ class Dataset:
 
     Attributes:
         skipped: tasks and clients that a rule left out, one "name: reason" each.
+        notes: what was done to the rows that the user should know, a sentence each.
     """
 
     clients: tuple[ClientData, ...]
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def summaries(self) -> tuple[ClientSummary, ...]:
         """One summary for each client, in the same order."""
@@ -87,7 +92,7 @@ def load_clients(
 ) -> Dataset:
     """Reads the source and makes the clients of a run.
 
-    Logs a warning where more than `CUT_SHARE` of the prompts are cut.
+    Logs what was done to the rows, which is also kept as the notes of the data set.
 
     Args:
         settings: the [data] section.
@@ -100,7 +105,8 @@ def load_clients(
     """
     found, skipped = _read(settings, seed, rows)
     _check_ids(found)
-    return Dataset(_split_and_encoded(found, settings, seed, tokenizer), skipped)
+    clients, notes = _split_and_encoded(found, settings, seed, tokenizer)
+    return Dataset(clients, skipped, notes)
 
 
 def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str) -> ClientData:
@@ -119,6 +125,11 @@ def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str)
     """
     check_apart(settings)
     problems = Problems()
+    if settings.prompt == "chat" and not settings.clock and uses_clock(tokenizer):
+        problems.add(
+            f"the chat template of {tokenizer.name_or_path!r} asks for the time, which each machine "
+            "would answer for itself; set data.clock in the config of the run"
+        )
     rows, _ = _read(settings.model_copy(update={"clients": 0}), seed)
     found = [client for client in rows if client.client_id == name] or (
         rows if len(rows) == 1 else []
@@ -132,7 +143,7 @@ def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str)
     problems.raise_if_any()
     own = [replace(found[0], client_id=name)]
     _check_ids(own)
-    return _split_and_encoded(own, settings, seed, tokenizer)[0]
+    return _split_and_encoded(own, settings, seed, tokenizer)[0][0]
 
 
 def check_apart(settings: DataSettings) -> None:
@@ -192,38 +203,169 @@ def _given(settings: DataSettings, rows: ObjectRows | None) -> ObjectRows:
     return rows
 
 
+def make_encoder(settings: DataSettings, tokenizer: Tokenizer) -> Encoder:
+    """The encoder that the [data] section asks for.
+
+    Raises:
+        DataError: the tokenizer does not go with the prompt form.
+    """
+    return Encoder(
+        tokenizer,
+        settings.prompt,
+        settings.max_length,
+        train_on=settings.train_on,
+        system=settings.system,
+        clock=settings.clock,
+    )
+
+
 def _split_and_encoded(
     rows: Sequence[ClientRows], settings: DataSettings, seed: int, tokenizer: Tokenizer
-) -> tuple[ClientData, ...]:
-    """Each client's rows in three parts, as tokens."""
-    encoder = Encoder(tokenizer, settings.prompt, settings.max_length)
+) -> tuple[tuple[ClientData, ...], tuple[str, ...]]:
+    """Each client's rows in three parts, as tokens, and what is to be said of them all."""
+    encoder = make_encoder(settings, tokenizer)
     problems = Problems()
     splits = [
         split_rows(client, settings, seed, position, problems)
         for position, client in enumerate(rows)
     ]
     problems.raise_if_any()
-    clients = tuple(
-        encoder.encode_client(client, split, problems)
-        for client, split in zip(rows, splits, strict=True)
-        if split is not None
-    )
+    clients = []
+    for position, (client, split) in enumerate(zip(rows, splits, strict=True)):
+        assert split is not None, "a client without a split is a problem"
+        apart = _apart_as_read(client, split, settings, seed, position, encoder, problems)
+        if apart is not None and len(problems) == 0:
+            clients.append(encoder.encode_client(client, *apart))
+            _check_parts(clients[-1], settings, problems)
     problems.raise_if_any()
-    cut = sum(client.truncated_prompts for client in clients)
+    notes = _notes(clients, settings, encoder)
+    for note in notes:
+        _log.warning("%s", note)
+    return tuple(clients), notes
+
+
+def _apart_as_read(
+    client: ClientRows,
+    split: Split,
+    settings: DataSettings,
+    seed: int,
+    position: int,
+    encoder: Encoder,
+    problems: Problems,
+) -> tuple[Split, list[list[EncodedTurn]]] | None:
+    """A client's split and its turns, with no prompt on two sides as the model reads it.
+
+    Prompts that differ in the file may be one once they are rendered and cut. Where such rows came
+    on two sides, they are made one group and the client is split again.
+    """
+    same: dict[Hashable, Hashable] = {}
+    while True:
+        parts = [
+            encoder.turns(part, problems) for part in (split.train, split.validation, split.test)
+        ]
+        joined = _joined(parts, same)
+        if not joined or len(problems):
+            return split, parts
+        same = joined
+        again = split_rows(client, settings, seed, position, problems, same)
+        if again is None:
+            return None
+        split = again
+
+
+def _joined(
+    parts: Sequence[Sequence[EncodedTurn]], same: Mapping[Hashable, Hashable]
+) -> dict[Hashable, Hashable]:
+    """`same` with those prompts joined that read the same on two sides; empty where none do."""
+    places: dict[Hashable, set[int]] = {}
+    prompts: dict[Hashable, dict[Hashable, None]] = {}
+    for place, part in enumerate(parts):
+        for turn in part:
+            if turn.last:
+                key = turn.source.prompt
+                places.setdefault(turn.reading, set()).add(place)
+                prompts.setdefault(turn.reading, {}).setdefault(same.get(key, key))
+    crossing = [
+        list(prompts[reading])
+        for reading, found in places.items()
+        if len(found) > 1 and len(prompts[reading]) > 1
+    ]
+    if not crossing:
+        return {}
+    result = dict(same)
+    for first, *others in crossing:
+        target = result.get(first, first)
+        for other in others:
+            source = result.get(other, other)
+            if source != target:
+                result |= {key: target for key, value in result.items() if value == source}
+                result[source] = target
+    return result
+
+
+def _check_parts(client: ClientData, settings: DataSettings, problems: Problems) -> None:
+    wanted = {"training": client.train, "test": client.test} | (
+        {"validation": client.validation} if settings.validation_fraction else {}
+    )
+    for name, part in wanted.items():
+        if not part:
+            problems.add(
+                f"client {client.client_id!r} has no {name} rows left once rows that read the same "
+                "are on one side; add rows, or leave the client out with data.min_rows"
+            )
+
+
+def _notes(
+    clients: Sequence[ClientData], settings: DataSettings, encoder: Encoder
+) -> tuple[str, ...]:
+    """What the user should know before training, a sentence each."""
     total = sum(
         len(part) for client in clients for part in (client.train, client.validation, client.test)
     )
-    if cut > CUT_SHARE * total:
-        _log.warning(
-            "%d of %d prompts lose their middle: with its response each is longer than "
-            "data.max_length (%d tokens; the longest has %d); "
-            "raise data.max_length",
-            cut,
-            total,
-            settings.max_length,
-            encoder.longest_row,
+    notes = []
+    prompts = sum(client.truncated_prompts for client in clients)
+    if prompts > CUT_SHARE * total:
+        notes.append(
+            f"{prompts} of {total} prompts lose their middle: with its response each is longer "
+            f"than data.max_length ({settings.max_length} tokens; the longest has "
+            f"{encoder.longest_row}); raise data.max_length"
         )
-    return clients
+    if responses := sum(client.truncated_responses for client in clients):
+        notes.append(
+            f"{responses} of {total} responses lose their end and the token that ends them, so "
+            "that the model does not learn from them where an answer ends: they are longer than "
+            f"data.max_length ({settings.max_length} tokens; the longest row has "
+            f"{encoder.longest_row}) leaves room for; raise data.max_length"
+        )
+    counted: Counter[str] = Counter()
+    for client in clients:
+        for note, count in client.notes:
+            counted[note] += count
+    notes += [f"{count} of {total} {note}" for note, count in counted.items()]
+    elsewhere, tested = _tested_elsewhere(clients)
+    if elsewhere:
+        notes.append(
+            f"{elsewhere} of {tested} test rows also stand among the training rows of other "
+            "clients, prompt and response alike; what a client gains from others on them may be "
+            "memory"
+        )
+    return tuple(notes)
+
+
+def _tested_elsewhere(clients: Sequence[ClientData]) -> tuple[int, int]:
+    """Test rows that other clients train on, and all test rows."""
+    trainers: dict[EncodedExample, set[int]] = {}
+    tested = {row for client in clients for row in client.test}
+    for number, client in enumerate(clients):
+        for row in client.train:
+            if row in tested:
+                trainers.setdefault(row, set()).add(number)
+    found = sum(
+        bool(trainers.get(row, set()) - {number})
+        for number, client in enumerate(clients)
+        for row in client.test
+    )
+    return found, sum(len(client.test) for client in clients)
 
 
 def _check_ids(clients: Sequence[ClientRows]) -> None:

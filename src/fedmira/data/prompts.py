@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from fedmira.data.examples import Example
+from fedmira.data.rendering import ChatTemplate
 from fedmira.data.tokenizer import Tokenizer
-from fedmira.errors import DataError
 
 __all__ = ["PROMPTS", "PromptTemplate", "alpaca_prompt", "chat_prompt", "plain_prompt"]
 
@@ -55,7 +55,7 @@ def plain_prompt(example: Example) -> str:
 
 
 def chat_prompt(example: Example, tokenizer: Tokenizer) -> str:
-    """The tokenizer's own chat template, up to where the assistant begins.
+    """The tokenizer's own chat template, up to where the answer begins.
 
     An instruction row is one user message.
 
@@ -63,28 +63,7 @@ def chat_prompt(example: Example, tokenizer: Tokenizer) -> str:
         DataError: the tokenizer has no chat template, or the template refuses the messages (roles
             that do not alternate, say).
     """
-    # jinja2 comes with every tokenizer that has a chat template; without one there is nothing to
-    # render and no need for it.
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"prompt 'chat': tokenizer {tokenizer.name_or_path!r} has no chat template; "
-            'set data.prompt = "alpaca"'
-        )
-    from jinja2 import TemplateError
-
-    request = "\n\n".join(part for part in (example.instruction, example.input) if part)
-    messages = example.messages or (("user", request),)
-    conversation = [{"role": role, "content": content} for role, content in messages]
-    try:
-        return str(
-            tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        )
-    except TemplateError as error:
-        where = f"{example.where}: " if example.where else ""
-        raise DataError(
-            f"{where}the chat template of {tokenizer.name_or_path!r} refuses this row "
-            f'({error}); set data.prompt = "alpaca"'
-        ) from error
+    return ChatTemplate(tokenizer).prompt(example)
 
 
 PROMPTS: Mapping[str, PromptTemplate] = MappingProxyType(

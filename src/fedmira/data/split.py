@@ -6,7 +6,7 @@ The split depends on the seed, the client's id and its rows only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,7 +48,12 @@ def most_rows(settings: DataSettings, position: int) -> int:
 
 
 def split_rows(
-    client: ClientRows, settings: DataSettings, seed: int, position: int, problems: Problems
+    client: ClientRows,
+    settings: DataSettings,
+    seed: int,
+    position: int,
+    problems: Problems,
+    same: Mapping[Hashable, Hashable] | None = None,
 ) -> Split | None:
     """Splits one client's rows, or notes why it cannot be done.
 
@@ -62,9 +67,11 @@ def split_rows(
         seed: of the run.
         position: of the client among all clients, for a list of `max_rows`.
         problems: receives a line when the client would have no train, validation or test rows.
+        same: prompt -> the prompt it counts as, for prompts that differ and read the same.
     """
     rows = _distinct(client.examples)
-    parts = _parts(rows, client, settings, generator(seed, "split", client.client_id))
+    same = same or {}
+    parts = _parts(rows, client, settings, generator(seed, "split", client.client_id), same)
     wanted = {"training": parts.train, "test": parts.test} | (
         {"validation": parts.validation} if settings.validation_fraction else {}
     )
@@ -80,10 +87,14 @@ def split_rows(
 
 
 def _parts(
-    rows: Sequence[Example], client: ClientRows, settings: DataSettings, rng: np.random.Generator
+    rows: Sequence[Example],
+    client: ClientRows,
+    settings: DataSettings,
+    rng: np.random.Generator,
+    same: Mapping[Hashable, Hashable],
 ) -> Split:
     """The three parts at full size, and the number of rows that overlap with the source's own."""
-    groups = shuffled(by_prompt(rows), rng)
+    groups = shuffled(by_prompt(rows, same), rng)
     if client.test is not None:
         test = shuffled(_distinct(client.test), rng)
     else:
@@ -92,11 +103,11 @@ def _parts(
     validation = shuffled(_distinct(client.validation or ()), rng)
     before = sum(len(group) for group in groups) + len(validation)
     groups, validation = (
-        _without(groups, test),
-        [row for group in _without(by_prompt(validation), test) for row in group],
+        _without(groups, test, same),
+        [row for group in _without(by_prompt(validation, same), test, same) for row in group],
     )
     if client.validation is not None:
-        groups = _without(groups, validation)
+        groups = _without(groups, validation, same)
     overlaps = before - sum(len(group) for group in groups) - len(validation)
     if client.validation is None and settings.validation_fraction:
         share = settings.validation_fraction / (
@@ -173,6 +184,10 @@ def _take(
     ]
 
 
-def _without(groups: Sequence[list[Example]], rows: Sequence[Example]) -> list[list[Example]]:
-    prompts = {row.prompt for row in rows}
-    return [group for group in groups if group[0].prompt not in prompts]
+def _without(
+    groups: Sequence[list[Example]],
+    rows: Sequence[Example],
+    same: Mapping[Hashable, Hashable],
+) -> list[list[Example]]:
+    prompts = {same.get(row.prompt, row.prompt) for row in rows}
+    return [group for group in groups if same.get(group[0].prompt, group[0].prompt) not in prompts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,8 +11,20 @@ from fedmira.adapters import Adapter
 from fedmira.clients import Clients, CohortSettings, LocalClients, OverWire
 from fedmira.config import Config
 from fedmira.config.methods import written_form
+<<<<<<< HEAD
 from fedmira.data import ClientSummary, Dataset, ObjectRows, load_clients
 from fedmira.experiment.places import where_they_lay
+=======
+from fedmira.data import (
+    ClientSummary,
+    Dataset,
+    ObjectRows,
+    clock_now,
+    load_clients,
+    turn_ends,
+    uses_clock,
+)
+>>>>>>> 3cd333e (Rows are what the chat template renders; every assistant turn is learned; no prompt on two sides as it is read)
 from fedmira.experiment.scheme import make_scheme, prepare_kind, token_budget
 from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
@@ -24,7 +37,10 @@ from fedmira.model import (
     load_base,
     most_side_by_side,
 )
+from fedmira.model.generation.generate import end_tokens
 from fedmira.runs import Ground, RunFolder, hash_of_rows
+
+_log = logging.getLogger("fedmira")
 
 __all__ = ["Experiment", "build_experiment"]
 
@@ -39,7 +55,11 @@ class Experiment:
         parties: what each client says of itself, by client id.
         data_sha256, token_budget, federation: as in `Ground`.
         skipped: what was left out of the data, one "name: reason" each.
+<<<<<<< HEAD
         verify_adapters: whether every saved adapter is loaded with plain PEFT, and not one alone.
+=======
+        prompts, notes: as in `Ground`.
+>>>>>>> 3cd333e (Rows are what the chat template renders; every assistant turn is learned; no prompt on two sides as it is read)
     """
 
     config: Config
@@ -54,7 +74,12 @@ class Experiment:
     token_budget: int | None
     skipped: tuple[str, ...] = ()
     federation: Mapping[str, object] = field(default_factory=dict)
+<<<<<<< HEAD
     verify_adapters: bool = False
+=======
+    prompts: Mapping[ClientId, Mapping[str, object]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+>>>>>>> 3cd333e (Rows are what the chat template renders; every assistant turn is learned; no prompt on two sides as it is read)
 
     def __post_init__(self) -> None:
         """Refuses a method that its papers or its clients do not know.
@@ -87,7 +112,14 @@ class Experiment:
     @property
     def ground(self) -> Ground:
         """What the run stands on."""
-        return Ground(self.kind, self.data_sha256, self.token_budget, self.federation)
+        return Ground(
+            kind=self.kind,
+            data_sha256=self.data_sha256,
+            token_budget=self.token_budget,
+            federation=self.federation,
+            prompts=self.prompts,
+            notes=self.notes,
+        )
 
 
 def build_experiment(
@@ -115,7 +147,12 @@ def build_experiment(
         places = where_they_lay(config, RunFolder(resumed).read_json("run.json"))
         base = base or replace(load_base(places.model), name=config.model.base)
     kind = prepare_kind(config, base)
+<<<<<<< HEAD
     dataset = dataset or load_clients(places.data, config.seed, kind.base.tokenizer, rows)
+=======
+    config = _timed(config, kind.base)
+    dataset = dataset or load_clients(config.data, config.seed, kind.base.tokenizer, rows)
+>>>>>>> 3cd333e (Rows are what the chat template renders; every assistant turn is learned; no prompt on two sides as it is read)
     data = {client.client_id: client for client in dataset.clients}
     check_ids(kind.base, {name: client.rows for name, client in data.items()})
     parties = {party.client_id: party for party in dataset.summaries()}
@@ -130,6 +167,9 @@ def build_experiment(
     clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once)
     if config.engine.wire != "float32":
         clients = OverWire(clients, config.engine.wire, at_once)
+    notes = _about_answers(config, kind.base, dataset)
+    for note in notes:
+        _log.warning("%s", note)
     return Experiment(
         config=config,
         kind=kind,
@@ -142,7 +182,51 @@ def build_experiment(
         data_sha256=hash_of_rows(data),
         token_budget=budget,
         skipped=dataset.skipped,
+        prompts={client.client_id: client.shared_prompt for client in dataset.clients},
+        notes=(*dataset.notes, *notes),
     )
+
+
+def _timed(config: Config, base: BaseModel) -> Config:
+    """The config with the time that the chat template is told, where it asks for it."""
+    if config.data.prompt != "chat" or config.data.clock or not uses_clock(base.tokenizer):
+        return config
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"clock": clock_now()})}
+    )
+
+
+def _about_answers(config: Config, base: BaseModel, dataset: Dataset) -> list[str]:
+    """What will keep generated answers from being right, a sentence each."""
+    own = {base.tokenizer.eos_token_id, *turn_ends(base.tokenizer)}
+    ends = set(end_tokens(base))
+    rows = [
+        row for client in dataset.clients for row in (*client.train, *client.validation, *client.test)
+    ]
+    broken = [row for row in rows if _length(row.response, ends) < _length(row.response, own)]
+    notes = []
+    if broken:
+        first = base.tokenizer.decode([broken[0].response[_length(broken[0].response, ends)]])
+        notes.append(
+            f"{len(broken)} of {len(rows)} responses hold a token that ends an answer, {first!r}: "
+            "answers are cut there, and text metrics cannot be right; mend eos_token_id in the "
+            "base's generation_config.json"
+        )
+    most = config.evaluation.max_new_tokens
+    tested = [_length(row.response, own) for client in dataset.clients for row in client.test]
+    longer = sum(length > most for length in tested)
+    if config.evaluation.rouge and longer:
+        notes.append(
+            f"{longer} of {len(tested)} test responses are longer than evaluation.max_new_tokens = "
+            f"{most} (the longest has {max(tested)} tokens): generated answers end before them, and "
+            "text metrics suffer; raise it"
+        )
+    return notes
+
+
+def _length(response: Sequence[int], ends: set[int]) -> int:
+    """Tokens before the first that ends the response."""
+    return next((place for place, token in enumerate(response) if token in ends), len(response))
 
 
 def _token_budget(config: Config, kind: AdapterKind, resumed: Path | None) -> int:

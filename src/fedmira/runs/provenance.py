@@ -34,12 +34,16 @@ class Ground:
         token_budget: most tokens in one forward pass, or None where each client's machine has its
             own.
         federation: of clients on machines of their own, what a resume must know.
+        prompts: what the prompts of a client's training rows share, where its rows are here.
+        notes: what the user should know of rows and answers, a sentence each.
     """
 
     kind: AdapterKind
     data_sha256: str
     token_budget: int | None
     federation: Mapping[str, object] = field(default_factory=dict)
+    prompts: Mapping[ClientId, Mapping[str, object]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def base(self) -> BaseModel:
@@ -122,6 +126,8 @@ class Provenance:
                 **self._place_of_rows(),
                 "clients": list(self._recorder.clients.parties),
             },
+            **({"notes": list(self._ground.notes)} if self._ground.notes else {}),
+            **({"clock": clock} if (clock := self._recorder.config.data.clock) else {}),
             "token_budget": self._ground.token_budget,
             **({"federation": dict(self._ground.federation)} if self._ground.federation else {}),
             "machine": {

@@ -96,6 +96,7 @@ def write_results(
         entry |= {
             "sha256": content_hash(adapter),
             "base_sha256": ground.base.sha256,
+            **({"prompt": ground.prompts[client]} if client in ground.prompts else {}),
             "metrics": finite_figures(row),
         }
         (folder.adapters / client / "README.md").write_text(

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedmira.adapters import Adapter, LazyAdapters
 from fedmira.clients import CohortSettings, LocalClients
 from fedmira.config import Config, load_config
-from fedmira.data import Encoder, Example, ObjectRows, load_clients
+from fedmira.data import Example, ObjectRows, load_clients, make_encoder
 from fedmira.errors import ConfigError, DataError, RunFolderError
 from fedmira.experiment import prepare_kind, token_budget, where_they_lay
 from fedmira.messages import ClientId
@@ -42,6 +42,7 @@ class SavedAdapters:
         adapters: each client's, read when it is asked for.
         ranks: of each adapter, 0 where it has none.
         data_sha256: of the rows that the run was made with.
+        prompts: what the prompts of a client's training rows share, where it is known.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class SavedAdapters:
     adapters: Mapping[ClientId, Adapter]
     ranks: Mapping[ClientId, int]
     data_sha256: str
+    prompts: Mapping[ClientId, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
@@ -90,6 +92,11 @@ def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
         kind=kind,
         adapters=adapters,
         ranks=ranks,
+        prompts={
+            client: entry["prompt"]
+            for client, entry in index.items()
+            if isinstance(entry, dict) and isinstance(entry.get("prompt"), dict)
+        },
         data_sha256=rows.get("sha256", ""),
     )
 
@@ -151,12 +158,22 @@ def answer(
             f"{_listed(list(saved.adapters))}"
         )
     kind, config = saved.kind, saved.config
+<<<<<<< HEAD
     own = _usual_instruction(saved, client, rows) if instruction is None else instruction
     example = Example(own, text, "") if own else Example(text, "", "")
     prompt = Encoder(kind.base.tokenizer, config.data.prompt, config.data.max_length).prompt(
         example
     )
     check_prompt_ids(kind.base, prompt)
+=======
+    shared = dict(saved.prompts.get(client, {}))
+    if instruction is not None:
+        shared["instruction"] = instruction
+    elif "instruction" not in shared:
+        shared["instruction"] = _usual_instruction(saved, client, rows)
+    example = asked(shared, text)
+    prompt = make_encoder(config.data, kind.base.tokenizer).prompt(example)
+>>>>>>> 3cd333e (Rows are what the chat template renders; every assistant turn is learned; no prompt on two sides as it is read)
     limit = max_new_tokens or config.evaluation.max_new_tokens
     scales = [kind.scale(saved.ranks[client])]
     budget = (
@@ -165,6 +182,23 @@ def answer(
         else config.engine.token_budget
     )
     return kind.generate([saved.adapters[client]], scales, [(0, prompt)], limit, budget)[0]
+
+
+def asked(shared: Mapping[str, Any], text: str) -> Example:
+    """A request in the form of a client's training rows.
+
+    Args:
+        shared: what the prompts of the rows share, as index.json has it.
+        text: the input, or the whole request where there is no instruction.
+    """
+    instruction = shared.get("instruction", "")
+    if not shared.get("conversation"):
+        return Example(instruction, text, "") if instruction else Example(text, "", "")
+    request = "\n\n".join(part for part in (instruction, text) if part)
+    system = [("system", shared["system"])] if shared.get("system") else []
+    return Example(
+        "", "", "", messages=(*system, ("user", request)), tools=shared.get("tools", "")
+    )
 
 
 def _usual_instruction(saved: SavedAdapters, client: ClientId, rows: ObjectRows | None) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from fedmira.config.section import Count, Positive, Section, setting
 from fedmira.config.sources import SourceName
@@ -156,6 +157,42 @@ class DataSettings(Section):
         "alpaca",
         help="The form of the prompt.",
     )
+    train_on: Literal["all", "last"] = setting(
+        "all",
+        help=(
+            "Of a conversation, all assistant turns are learned, each as a row of its own, or "
+            "the last."
+        ),
+    )
+    system: Literal["merge", "template", "error"] = setting(
+        "merge",
+        help=(
+            "A leading system message that the chat template refuses or leaves out is put in "
+            "front of the first user message, left to the template, or an error."
+        ),
+        read_by={"prompt": ("chat",)},
+    )
+    clock: str = setting(
+        "",
+        help=(
+            "The time that chat templates are told, such as `2026-05-01T12:00:00`. Empty: the time "
+            "at which the run begins, which config.toml then keeps where the template asks for it."
+        ),
+        read_by={"prompt": ("chat",)},
+    )
+
+    @field_validator("clock")
+    @classmethod
+    def _clock_is_a_time(cls, value: str) -> str:
+        try:
+            if value:
+                datetime.fromisoformat(value)
+        except ValueError as error:
+            raise ValueError(
+                f"clock is {value!r}; must be a time such as '2026-05-01T12:00:00', or '' for "
+                "the time at which the run begins"
+            ) from error
+        return value
 
     @model_validator(mode="after")
     def _path_has_a_reader(self) -> DataSettings:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from fedmira.data import answer_text, turn_ends
 from fedmira.model.base.memory import free_bytes
 from fedmira.model.base.types import BaseModel
 from fedmira.model.generation.decoding import WaveDecoder, rectangle
@@ -50,7 +51,7 @@ def generate(
     budget: int = 2048,
     cache_bytes: int | None = None,
 ) -> list[str]:
-    """The texts of `generate_tokens`, without special tokens and surrounding blanks."""
+    """The texts of `generate_tokens`, as `texts_of` reads them."""
     return texts_of(
         base, generate_tokens(base, branch, prompts, max_new_tokens, budget, cache_bytes)
     )
@@ -115,9 +116,9 @@ def answered(base: BaseModel, found: Sequence[tuple[Prompt, Sequence[int]]]) -> 
 
 
 def texts_of(base: BaseModel, answers: list[list[int]]) -> list[str]:
-    """Tokens as texts, without special tokens and surrounding blanks."""
-    texts: list[str] = base.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    """Tokens as texts, as `answer_text` reads them."""
+    ends = end_tokens(base)
+    return [answer_text(base.tokenizer, answer, ends) for answer in answers]
 
 
 def _continue(
@@ -259,10 +260,13 @@ def _fitted(most: int | None, index: int, client: int, ids: tuple[int, ...], lim
 
 
 def end_tokens(base: BaseModel) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those the checkpoint names."""
+    """Tokens that end an answer.
+
+    The tokenizer's, those the checkpoint names, and the one with which the chat template ends a turn.
+    """
     named = base.model.generation_config.eos_token_id
     listed = named if isinstance(named, list) else [] if named is None else [named]
-    return sorted({base.tokenizer.eos_token_id, *listed})
+    return sorted({base.tokenizer.eos_token_id, *listed, *turn_ends(base.tokenizer)})
 
 
 def _cache_shape(base: BaseModel) -> CacheShape:
