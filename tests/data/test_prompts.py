@@ -85,7 +85,11 @@ def test_chat_without_a_template_names_the_tokenizer_and_the_way_out(gpt2: Any) 
 
 
 def test_a_row_that_the_template_refuses_is_named(words: Any) -> None:
-    words.chat_template = "{{ raise_exception('roles must alternate') }}"
+    words.chat_template = (
+        "{% for m in messages %}{% if m.content == 'Do.' %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}{% endfor %}"
+    )
     with pytest.raises(
         DataError,
         match=r"mine.jsonl:3: the chat template of 'words' refuses this row \(roles must "

@@ -35,7 +35,14 @@ def check(
     plan = make_plan(experiment)
     summaries = [asdict(party) for party in experiment.parties.values()]
     if format is Format.json:
-        print_json({"plan": asdict(plan), "clients": summaries, "skipped": experiment.skipped, "notes": experiment.notes})
+        print_json(
+            {
+                "plan": asdict(plan),
+                "clients": summaries,
+                "skipped": experiment.skipped,
+                "notes": experiment.notes,
+            }
+        )
         return
     columns = {
         "client_id": "client",

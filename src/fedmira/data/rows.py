@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ KEYS = frozenset(
 )
 """Keys that a row of any shape is read by."""
 
+_EXTRAS = ("name", "reasoning_content", "tool_call_id", "tool_calls")
 _SHAPES = (
     "instruction and output (input), instruction and response (context), prompt and completion, "
     "or messages"
@@ -68,12 +70,17 @@ def example_of(row: Row, where: str, problems: Problems) -> Example | None:
         key for key, value in row.items() if value is not None
     }  # tables of mixed shapes fill up with nulls
     if "messages" in found:
-        example = _from_messages(_messages_of(row, "messages", where, problems), where, problems)
+        turns = _messages_of(row, "messages", where, problems)
+        example = _from_messages(turns, row, ("messages",), where, problems)
     elif isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
         turns = _messages_of(row, "prompt", where, problems) + _messages_of(
             row, "completion", where, problems
         )
-        example = _from_messages(turns, where, problems) if len(problems) == before else None
+        example = (
+            _from_messages(turns, row, ("prompt", "completion"), where, problems)
+            if len(problems) == before
+            else None
+        )
     elif found & {"prompt", "completion"}:
         example = _from_texts(row, ("prompt", None, "completion"), where, problems)
     elif "instruction" in found and found & {"output", "response"}:
@@ -146,7 +153,9 @@ def _from_texts(
     return Example(instruction, material, output, where=where) if len(problems) == before else None
 
 
-def _from_messages(messages: Messages, where: str, problems: Problems) -> Example | None:
+def _from_messages(
+    messages: Messages, row: Row, keys: Sequence[str], where: str, problems: Problems
+) -> Example | None:
     answers = [i for i, (role, _) in enumerate(messages) if role == "assistant"]
     if not answers or answers[-1] == 0:
         if messages:
@@ -156,7 +165,31 @@ def _from_messages(messages: Messages, where: str, problems: Problems) -> Exampl
             )
         return None
     # What follows the last answer has no response to learn.
-    return Example("", "", messages[answers[-1]][1], where=where, messages=messages[: answers[-1]])
+    last = answers[-1]
+    given = [message for key in keys for message in row[key]][: last + 1]
+    extras = tuple(_extra(message) for message in given)
+    return Example(
+        "",
+        "",
+        messages[last][1],
+        where=where,
+        messages=messages[:last],
+        extras=extras if any(extras) else (),
+        tools=json.dumps(row["tools"], ensure_ascii=False) if row.get("tools") else "",
+        untrained=tuple(
+            place
+            for place, message in enumerate(given)
+            if message["role"] == "assistant" and message.get("weight") == 0
+        ),
+    )
+
+
+def _extra(message: Mapping[str, Any]) -> str:
+    """What a chat template may read of a message beside role and content, as JSON."""
+    more = {key: message[key] for key in _EXTRAS if message.get(key) is not None}
+    if message.get("content", "") is None:
+        more["content"] = None
+    return json.dumps(more, ensure_ascii=False) if more else ""
 
 
 def _messages_of(row: Row, key: str, where: str, problems: Problems) -> Messages:
@@ -178,17 +211,18 @@ def _messages_of(row: Row, key: str, where: str, problems: Problems) -> Messages
                 "'role' and 'content'"
             )
             continue
+        called = bool(message.get("tool_calls"))
         messages.append(
             (
                 text_of(message, "role", place, problems),
-                text_of(message, "content", place, problems),
+                text_of(message, "content", place, problems, optional=called),
             )
         )
     return tuple(messages) if len(problems) == before else ()
 
 
 def _is_usable(example: Example, before: int, problems: Problems) -> bool:
-    if not example.output.strip():
+    if not example.output.strip() and "tool_calls" not in "".join(example.extras[-1:]):
         problems.add(f"{example.where}: empty response; a row needs text to learn")
     if not example.messages and not (example.instruction.strip() or example.input.strip()):
         problems.add(f"{example.where}: empty prompt; a row needs an instruction")

@@ -77,7 +77,7 @@ def split_rows(
     )
     missing = [kind for kind, part in wanted.items() if not part]
     if missing:
-        problems.add(_shortage(client, rows, " or ".join(missing), len(wanted)))
+        problems.add(_shortage(client, rows, " or ".join(missing), len(wanted), same))
         return None
     copies = sum(
         len(part) - len(_distinct(part))
@@ -139,11 +139,18 @@ def _cut(parts: Split, settings: DataSettings, position: int) -> Split:
     )
 
 
-def _shortage(client: ClientRows, rows: Sequence[Example], missing: str, parts: int) -> str:
-    prompts = len(by_prompt(rows))
+def _shortage(
+    client: ClientRows,
+    rows: Sequence[Example],
+    missing: str,
+    parts: int,
+    same: Mapping[Hashable, Hashable],
+) -> str:
+    prompts = len(by_prompt(rows, same))
+    read = " (some prompts differ in the file and are the same tokens to the model)" if same else ""
     return (
         f"client {client.client_id!r} has no {missing} rows left: it has {len(rows)} "
-        f"distinct rows with {prompts} distinct prompts, and a "
+        f"distinct rows with {prompts} distinct prompts{read}, and a "
         f"prompt stays on one side (a source's own test rows first); at least {parts} "
         "prompts that differ are needed: add rows, or "
         "leave the client out with data.min_rows"

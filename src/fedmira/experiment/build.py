@@ -191,9 +191,7 @@ def _timed(config: Config, base: BaseModel) -> Config:
     """The config with the time that the chat template is told, where it asks for it."""
     if config.data.prompt != "chat" or config.data.clock or not uses_clock(base.tokenizer):
         return config
-    return config.model_copy(
-        update={"data": config.data.model_copy(update={"clock": clock_now()})}
-    )
+    return config.model_copy(update={"data": config.data.model_copy(update={"clock": clock_now()})})
 
 
 def _about_answers(config: Config, base: BaseModel, dataset: Dataset) -> list[str]:
@@ -201,7 +199,9 @@ def _about_answers(config: Config, base: BaseModel, dataset: Dataset) -> list[st
     own = {base.tokenizer.eos_token_id, *turn_ends(base.tokenizer)}
     ends = set(end_tokens(base))
     rows = [
-        row for client in dataset.clients for row in (*client.train, *client.validation, *client.test)
+        row
+        for client in dataset.clients
+        for row in (*client.train, *client.validation, *client.test)
     ]
     broken = [row for row in rows if _length(row.response, ends) < _length(row.response, own)]
     notes = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import string
 import re
+import string
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -30,7 +30,9 @@ def rouge_l(prediction: str, reference: str, *, use_stemmer: bool = False) -> fl
     Not comparable with `rouge_l_package`.
     """
     foreign = any(
-        not letter.isascii() and letter.isalnum() for text in (prediction, reference) for letter in text
+        not letter.isascii() and letter.isalnum()
+        for text in (prediction, reference)
+        for letter in text
     )
     return float(_scorer(use_stemmer, foreign)(reference, prediction))
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedmira.config import Config
-from fedmira.data import PROMPTS, Encoder, Example
+from fedmira.data import PROMPTS, Example, make_encoder
 from fedmira.messages import ClientId
 from fedmira.metrics import metrics
 from fedmira.model import BaseModel, end_tokens
@@ -51,7 +51,8 @@ class AdapterCards:
     def __init__(self, config: Config, base: BaseModel) -> None:
         self._config, self._base = config, base
         self._form = config.data.prompt
-        self._front = _leading_tokens(config, base)
+        self._encoder = make_encoder(config.data, base.tokenizer)
+        self._front = list(self._encoder.leading)
         self._templates = (
             {}
             if self._form == "chat"
@@ -65,7 +66,7 @@ class AdapterCards:
             entry: what index.json says of it.
             row: its line of metrics/clients.csv.
         """
-        figures = {**entry, **entry["metrics"]}
+        figures, shared = {**entry, **entry["metrics"]}, entry.get("prompt", {})
         meanings = _FIGURES | {metric.name: metric.meaning for metric in metrics()}
         lines = [
             f"| `{key}` | {_number(figures[key])} | {meaning} |"
@@ -82,11 +83,11 @@ class AdapterCards:
             "the care that the rows need.",
             self._about_base(),
             "## Prompt",
-            self._about_prompt(),
+            self._about_prompt(shared),
             "## Load it",
             "With plain PEFT, and no fedmira; what stands in braces or in capitals is for "
             "you to fill in.",
-            f"```python\n{self._code()}\n```",
+            f"```python\n{self._code(shared)}\n```",
             "## Figures",
             "From index.json in the folder above. Losses are nats per response token on "
             "the client's own test rows; lower is better.",
@@ -139,7 +140,7 @@ class AdapterCards:
             "(docs/python.md of fedmira says how)."
         )
 
-    def _about_prompt(self) -> str:
+    def _about_prompt(self, shared: Mapping[str, Any]) -> str:
         most = self._config.data.max_length
         special = (
             f"the token ids {self._front}, then the prompt's own"
@@ -153,6 +154,12 @@ class AdapterCards:
                 "one user message, with a blank line between them; without an input it is "
                 "the instruction alone."
             )
+            if not self._template_opens:
+                form += (
+                    " Under `add_generation_prompt` this template writes something else than in "
+                    "front of an answer, or asks for the time; the adapter was trained on the text "
+                    "that the code below holds, which ends where an answer begins."
+                )
         else:
             form = (
                 f"The form is `{self._form}`. As Python strings, so that every space and "
@@ -160,21 +167,47 @@ class AdapterCards:
                 f"    {self._templates['{input}']}\n\nwithout one:\n\n    {self._templates['']}"
             )
         return (
-            f"{form}\n\n{_CONVERSATIONS[self._form]} Instructions other than those of the "
+            f"{form}{_about_shared(shared)}\n\n{_CONVERSATIONS[self._form]} Instructions other than those of the "
             "client's rows are new to the adapter.\n\n"
             f"The model reads {special}, with no token behind them, and writes the answer "
-            "and the end-of-sequence token. "
+            f"and {self._end}. "
             f"In training a row had at most {most} tokens, prompt and answer together "
             "(`data.max_length`)."
         )
 
-    def _code(self) -> str:
-        if self._form == "chat":
-            request = '[{"role": "user", "content": "{instruction}\\n\\n{input}"}]'
-            prompt = (
-                f"prompt = tokenizer.apply_chat_template({request}, tokenize=False, "
-                "add_generation_prompt=True)"
+    @property
+    def _template_opens(self) -> bool:
+        """Whether the tokenizer's template alone writes the prompt of training."""
+        template = self._encoder.template
+        return template is not None and template.opens_answers and not self._config.data.clock
+
+    @property
+    def _end(self) -> str:
+        template = self._encoder.template
+        if template is None or template.turn_end is None:
+            return "the end-of-sequence token"
+        return f"what the template ends a turn with (token id {template.turn_end})"
+
+    def _chat_code(self, shared: Mapping[str, Any]) -> str:
+        """A line that makes the prompt of a request in the chat form."""
+        request = "{instruction}\n\n{input}"
+        system = shared.get("system") if shared.get("conversation") else ""
+        if self._template_opens:
+            messages = [{"role": "user", "content": request}]
+            if system:
+                messages.insert(0, {"role": "system", "content": system})
+            return (
+                f"prompt = tokenizer.apply_chat_template({_python(messages)}, "
+                "tokenize=False, add_generation_prompt=True)"
             )
+        template = self._encoder.template
+        assert template is not None, "the form is chat"
+        asked = (*([("system", system)] if system else []), ("user", request))
+        return f"prompt = {_python(template.prompt(Example('', '', '', messages=asked)))}"
+
+    def _code(self, shared: Mapping[str, Any]) -> str:
+        if self._form == "chat":
+            prompt = self._chat_code(shared)
         else:
             template = self._templates["{input}"]
             prompt = f'prompt = {template}.format(instruction="{{instruction}}", input="{{input}}")'
@@ -210,15 +243,23 @@ def _template(config: Config, base: BaseModel, material: str) -> str:
     )
 
 
-def _leading_tokens(config: Config, base: BaseModel) -> list[int]:
-    """The special tokens that stand in front of every prompt of a run."""
-    encoder = Encoder(base.tokenizer, config.data.prompt, config.data.max_length)
-    probe = Example("a", "", "")
-    bare = base.tokenizer(
-        PROMPTS[config.data.prompt](probe, base.tokenizer), add_special_tokens=False
-    )["input_ids"]
-    whole = encoder.prompt(probe)
-    return list(whole[: len(whole) - len(bare)])
+def _about_shared(shared: Mapping[str, Any]) -> str:
+    """What stands in the prompt of every row of the client."""
+    named = {
+        "system": "system message",
+        "instruction": "instruction",
+        "tools": "functions that may be called, as a JSON list",
+    }
+    return "".join(
+        f"\n\nAll training rows of the client have this {title}:\n\n    {_python(shared[key])}"
+        for key, title in named.items()
+        if shared.get(key)
+    )
+
+
+def _python(value: object) -> str:
+    """Texts and lists of them as Python writes them, with every space and line end."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _folder_name(base: BaseModel) -> str:

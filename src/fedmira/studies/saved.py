@@ -196,9 +196,7 @@ def asked(shared: Mapping[str, Any], text: str) -> Example:
         return Example(instruction, text, "") if instruction else Example(text, "", "")
     request = "\n\n".join(part for part in (instruction, text) if part)
     system = [("system", shared["system"])] if shared.get("system") else []
-    return Example(
-        "", "", "", messages=(*system, ("user", request)), tools=shared.get("tools", "")
-    )
+    return Example("", "", "", messages=(*system, ("user", request)), tools=shared.get("tools", ""))
 
 
 def _usual_instruction(saved: SavedAdapters, client: ClientId, rows: ObjectRows | None) -> str:
