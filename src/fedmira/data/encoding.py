@@ -206,7 +206,9 @@ class Encoder:
         if self._chat.masked:
             ids, stop = self._marked(self._chat, _with_answer(example))
             return tuple(ids[: stop[0]])
-        return self._tokens([self._chat.prompt(example)])[0]
+        turn = _with_answer(example)
+        ((prompt, _, _),) = self._spans(self._chat, [turn], [self._chat.render(turn)])
+        return prompt
 
     def encode(
         self, rows: Sequence[Example], problems: Problems
@@ -311,23 +313,24 @@ class Encoder:
                 kept.append(each)
             except DataError as error:
                 problems.add(str(error))
+        spans = self._spans(self._chat, [turn for _, turn, _ in kept], renderings)
         return [
             (each, prompt, response, (*rendering.notes, *notes))
             for each, rendering, (prompt, response, notes) in zip(
-                kept, renderings, self._spans(self._chat, kept, renderings), strict=True
+                kept, renderings, spans, strict=True
             )
         ]
 
     def _spans(
         self,
         chat: ChatTemplate,
-        turns: Sequence[tuple[Example, Example, bool]],
+        turns: Sequence[Example],
         renderings: Sequence[Rendering],
     ) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]]:
         """Prompt and response of each rendered turn, and what is to be said of it."""
         found: list[tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]] = []
         if chat.masked:
-            for _, turn, _ in turns:
+            for turn in turns:
                 ids, (start, stop) = self._marked(chat, turn)
                 ended = any(token in self._ends for token in ids[start:stop])
                 notes = (
@@ -372,7 +375,8 @@ class Encoder:
         text = self._texts.get(response)
         if text is None:
             text = self._texts[response] = answer_text(self._tokenizer, response, self._ends)
-        if text == turn.output.strip():
+        called = not turn.output.strip() and any(turn.extras[-1:])
+        if text == turn.output.strip() or called:
             return turn.output, ()
         return text, (_SAID_OTHERWISE,)
 

@@ -205,6 +205,17 @@ class AdapterCards:
         asked = (*([("system", system)] if system else []), ("user", request))
         return f"prompt = {_python(template.prompt(Example('', '', '', messages=asked)))}"
 
+    def _joined(self) -> str:
+        """A slice that takes the last tokens off a prompt that would be joined with the answer."""
+        template = self._encoder.template
+        if template is None:
+            return ""
+        probe = Example("a", "", "")
+        text = template.prompt(probe)
+        whole = self._base.tokenizer(text, add_special_tokens=False)["input_ids"]
+        joined = len(whole) - len(self._encoder.prompt(probe))
+        return f"[:-{joined}]" if joined else ""
+
     def _code(self, shared: Mapping[str, Any]) -> str:
         if self._form == "chat":
             prompt = self._chat_code(shared)
@@ -224,7 +235,7 @@ class AdapterCards:
             "model = PeftModel.from_pretrained(plain, folder)",
             prompt,
             f"ids = torch.tensor([{self._front} + tokenizer(prompt, "
-            "add_special_tokens=False).input_ids])",
+            f"add_special_tokens=False).input_ids{self._joined()}])",
             "answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), "
             "max_new_tokens="
             f"{self._config.evaluation.max_new_tokens}, do_sample=False, "
