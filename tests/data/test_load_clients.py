@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data.templates import TEMPLATES, byte_tokenizer
 from fedmira.config import DataSettings
 from fedmira.data import Dataset, load_clients
 from fedmira.data.sources.demo import DEMO_TEST_ROWS, demo_tasks
@@ -25,8 +26,8 @@ def write_clients(folder: Path, sizes: dict[str, int]) -> DataSettings:
     return DataSettings(source="jsonl", path=str(folder), prompt="plain")
 
 
-def test_the_demo_has_its_own_test_rows_and_the_sizes_of_its_tasks(words: Any) -> None:
-    data = load_clients(DataSettings(), 0, words)
+def test_the_demo_has_its_own_test_rows_and_the_sizes_of_its_tasks() -> None:
+    data = load_clients(DataSettings(), 0, byte_tokenizer())
     expected = {task.name: (len(task.examples), task.category) for task in demo_tasks(0)}
     assert {
         client.client_id: (len(client.train), client.category) for client in data.clients
@@ -224,3 +225,110 @@ def test_cut_prompts_are_a_warning_above_one_in_twenty(
         f"{longest}); raise data.max_length"
     )
     assert [record.getMessage() for record in caplog.records] == ([told] if warned else [])
+
+
+def write_rows(folder: Path, clients: dict[str, list[dict[str, Any]]], **keys: Any) -> DataSettings:
+    for client, rows in clients.items():
+        (folder / f"{client}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return DataSettings(source="jsonl", path=str(folder), **keys)
+
+
+def sides(data: Dataset) -> list[tuple[set[Any], set[Any]]]:
+    return [
+        ({row.prompt for row in client.train}, {row.prompt for row in client.test})
+        for client in data.clients
+    ]
+
+
+def test_rows_that_are_rendered_alike_are_on_one_side_and_once(tmp_path: Path) -> None:
+    rows = [
+        row
+        for i in range(20)
+        for row in (
+            {"instruction": f"q {i}", "output": "cards"},
+            {
+                "messages": [
+                    {"role": "user", "content": f" q {i}" if i % 2 else f"q {i}"},
+                    {"role": "assistant", "content": "cards"},
+                ]
+            },
+        )
+    ]
+    settings = write_rows(tmp_path, {"a": rows}, prompt="chat")
+    data = load_clients(settings, 0, byte_tokenizer(TEMPLATES["llama3"][0]))
+    ((train, test),) = sides(data)
+    assert not train & test and len(train) + len(test) == 20
+    assert data.clients[0].duplicates > 0
+
+
+def test_rows_that_are_cut_alike_are_on_one_side(tmp_path: Path, words: Any) -> None:
+    # Two of three words in the middle are cut, so rows with the same begin and end read the same.
+    rows = [
+        {"instruction": f"w{i} " + f"w{50 + k} " * 60 + f"w{i}", "output": f"w{k}"}
+        for i in range(12)
+        for k in range(3)
+    ]
+    settings = write_rows(tmp_path, {"a": rows}, prompt="plain", max_length=40)
+    ((train, test),) = sides(load_clients(settings, 0, words))
+    assert test and not train & test
+
+
+def test_test_rows_that_others_train_on_are_counted(tmp_path: Path, words: Any) -> None:
+    same = [{"instruction": f"w{i}", "output": "w1"} for i in range(20)]
+    other = [{"instruction": f"w{i}", "output": "w1"} for i in range(40, 60)]
+    settings = write_rows(tmp_path, {"a": same, "b": same, "c": other}, prompt="plain")
+    data = load_clients(settings, 0, words)
+    trained = [set(client.train) for client in data.clients]
+    expected = sum(
+        any(row in rows for j, rows in enumerate(trained) if j != i)
+        for i, client in enumerate(data.clients)
+        for row in client.test
+    )
+    assert expected > 0
+    tested = sum(len(client.test) for client in data.clients)
+    assert f"{expected} of {tested} test rows also stand among the training rows" in data.notes[0]
+
+
+def test_cut_responses_are_said(
+    tmp_path: Path, words: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"instruction": f"w{i}", "output": "w2 " * 40} for i in range(10)]
+    data = load_clients(write_rows(tmp_path, {"a": rows}, prompt="plain", max_length=20), 0, words)
+    (note,) = [note for note in data.notes if "responses" in note]
+    assert note.startswith("10 of 10 responses lose their end") and note in caplog.text
+
+
+def test_what_all_rows_share_is_known(tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": f"q {i}"},
+                {"role": "assistant", "content": "cards"},
+            ]
+        }
+        for i in range(10)
+    ]
+    tokenizer = byte_tokenizer(TEMPLATES["chatml"][0])
+    (client,) = load_clients(write_rows(tmp_path, {"a": rows}, prompt="chat"), 0, tokenizer).clients
+    assert client.shared_prompt == {
+        "instruction": "",
+        "system": "Be brief.",
+        "tools": "",
+        "conversation": True,
+    }
+    rows[0]["messages"][0]["content"] = "Be long."
+    (client,) = load_clients(
+        write_rows(tmp_path, {"a": rows}, prompt="chat", train_fraction=0.9), 0, tokenizer
+    ).clients
+    assert client.system in ("", "Be brief.")
+
+
+def test_references_are_what_answers_can_be(tmp_path: Path) -> None:
+    rows = [{"instruction": f"q {i}", "output": "one </s> two"} for i in range(10)]
+    data = load_clients(write_rows(tmp_path, {"a": rows}, prompt="plain"), 0, byte_tokenizer())
+    assert set(data.clients[0].references) == {"one"}
+    assert any(note.startswith("10 of 10 answers are another text") for note in data.notes)
+    special = [{"instruction": f"q {i}", "output": "<POS>"} for i in range(10)]
+    data = load_clients(write_rows(tmp_path, {"a": special}, prompt="plain"), 0, byte_tokenizer())
+    assert set(data.clients[0].references) == {"<POS>"} and data.notes == ()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from data.templates import byte_tokenizer
 from fedmira.config import DataSettings, cache_folder
 from fedmira.data import load_clients, token_cache
 from fedmira.data.token_cache import TokenCache
@@ -89,7 +90,7 @@ def test_clients_are_the_same_with_and_without_the_cache(
     loaded = []
     for folder in ("off", str(tmp_path), str(tmp_path)):
         monkeypatch.setenv("FEDMIRA_CACHE", folder)
-        loaded.append(load_clients(DataSettings(clients=2, max_rows=4), 0, tiny_tokenizer()))
+        loaded.append(load_clients(DataSettings(clients=2, max_rows=4), 0, byte_tokenizer()))
     assert loaded[0] == loaded[1] == loaded[2]
     assert any((tmp_path / "tokens").iterdir())
 

@@ -229,3 +229,41 @@ def test_a_summary_needs_clients_and_proper_weights(
 ) -> None:
     with pytest.raises(ValueError, match="weights"):
         summarise(values, weights)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "北京",
+        "Москва зимой",
+        "مرحبا بالعالم",
+        "Αθήνα",
+        "สวัสดีครับ",
+        "नमस्ते दुनिया",
+        "한국어 문장",
+        "東京タワー",
+    ],
+)
+def test_a_right_answer_in_any_script_scores_one_and_a_wrong_one_zero(text: str) -> None:
+    assert rouge_l(text, text) == 1.0
+    assert rouge_l("yes", text) == 0.0
+
+
+def test_characters_are_the_words_of_scripts_without_blanks() -> None:
+    # Two of three characters in order: precision and recall are 2/3.
+    assert rouge_l("北京市", "北京人") == pytest.approx(2 / 3)
+    assert rouge_l("Москва зимой", "Москва летом") == pytest.approx(1 / 2)
+
+
+@given(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127)))
+def test_texts_of_ascii_score_as_the_published_package_has_it(
+    prediction: str, reference: str
+) -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    published = RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
+    assert rouge_l(prediction, reference) == published
+
+
+def test_punctuation_beyond_ascii_does_not_change_how_words_are_split() -> None:
+    assert rouge_l("it\u2019s \u2014 fine", "it's fine") == 1.0

@@ -171,7 +171,7 @@ def answer(
         shared["instruction"] = instruction
     elif "instruction" not in shared:
         shared["instruction"] = _usual_instruction(saved, client, rows)
-    example = asked(shared, text)
+    example = _asked(shared, text)
     prompt = make_encoder(config.data, kind.base.tokenizer).prompt(example)
 >>>>>>> 3cd333e (Rows are what the chat template renders; every assistant turn is learned; no prompt on two sides as it is read)
     limit = max_new_tokens or config.evaluation.max_new_tokens
@@ -184,7 +184,7 @@ def answer(
     return kind.generate([saved.adapters[client]], scales, [(0, prompt)], limit, budget)[0]
 
 
-def asked(shared: Mapping[str, Any], text: str) -> Example:
+def _asked(shared: Mapping[str, Any], text: str) -> Example:
     """A request in the form of a client's training rows.
 
     Args:
