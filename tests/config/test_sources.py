@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import fedmira.config.sources as table
+from data.templates import byte_tokenizer
 from fedmira.config import load_config
 from fedmira.data import load_clients
 from fedmira.errors import ConfigError
-from tiny import tiny_tokenizer
 
 CODE = """
 from fedmira.data import Example, RawTask, Reading
@@ -46,7 +46,7 @@ def install(folder: Path, line: str) -> None:
 def test_a_source_of_another_package_is_read_by_its_name(folder: Path) -> None:
     install(folder, "echoes = their_rows:read")
     config = load_config(overrides=["data.source=echoes", "data.column=word"])
-    (client,) = load_clients(config.data, config.seed, tiny_tokenizer()).clients
+    (client,) = load_clients(config.data, config.seed, byte_tokenizer()).clients
     assert client.client_id == "echo"
     assert len(client.train) == 8, "train_fraction 0.8 of its ten rows"
 

@@ -28,6 +28,10 @@ _BATCH = 2048
 _SAID_OTHERWISE = (
     "answers are another text once they are tokens; they are scored by the text of their tokens"
 )
+_UNENDED = (
+    "answers end without a token that ends a turn, as the chat template marks them "
+    "({% generation %})"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,13 +337,7 @@ class Encoder:
             for turn in turns:
                 ids, (start, stop) = self._marked(chat, turn)
                 ended = any(token in self._ends for token in ids[start:stop])
-                notes = (
-                    ()
-                    if ended
-                    else (
-                        "answers end without a token that ends a turn, as the chat template marks them ({% generation %})",
-                    )
-                )
+                notes = () if ended else (_UNENDED,)
                 found.append((tuple(ids[:start]), tuple(ids[start:stop]), notes))
             return found
         prompts = self._tokens([rendering.prompt for rendering in renderings])

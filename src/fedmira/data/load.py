@@ -127,8 +127,8 @@ def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str)
     problems = Problems()
     if settings.prompt == "chat" and not settings.clock and uses_clock(tokenizer):
         problems.add(
-            f"the chat template of {tokenizer.name_or_path!r} asks for the time, which each machine "
-            "would answer for itself; set data.clock in the config of the run"
+            f"the chat template of {tokenizer.name_or_path!r} asks for the time, which each "
+            "machine would answer for itself; set data.clock in the config of the run"
         )
     rows, _ = _read(settings.model_copy(update={"clients": 0}), seed)
     found = [client for client in rows if client.client_id == name] or (

@@ -11,10 +11,6 @@ from fedmira.adapters import Adapter
 from fedmira.clients import Clients, CohortSettings, LocalClients, OverWire
 from fedmira.config import Config
 from fedmira.config.methods import written_form
-<<<<<<< HEAD
-from fedmira.data import ClientSummary, Dataset, ObjectRows, load_clients
-from fedmira.experiment.places import where_they_lay
-=======
 from fedmira.data import (
     ClientSummary,
     Dataset,
@@ -24,7 +20,7 @@ from fedmira.data import (
     turn_ends,
     uses_clock,
 )
->>>>>>> 3cd333e (Rows are what the chat template renders; every assistant turn is learned; no prompt on two sides as it is read)
+from fedmira.experiment.places import where_they_lay
 from fedmira.experiment.scheme import make_scheme, prepare_kind, token_budget
 from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
@@ -34,10 +30,10 @@ from fedmira.model import (
     BaseModel,
     TargetModule,
     check_ids,
+    end_tokens,
     load_base,
     most_side_by_side,
 )
-from fedmira.model.generation.generate import end_tokens
 from fedmira.runs import Ground, RunFolder, hash_of_rows
 
 _log = logging.getLogger("fedmira")
@@ -55,11 +51,8 @@ class Experiment:
         parties: what each client says of itself, by client id.
         data_sha256, token_budget, federation: as in `Ground`.
         skipped: what was left out of the data, one "name: reason" each.
-<<<<<<< HEAD
         verify_adapters: whether every saved adapter is loaded with plain PEFT, and not one alone.
-=======
         prompts, notes: as in `Ground`.
->>>>>>> 3cd333e (Rows are what the chat template renders; every assistant turn is learned; no prompt on two sides as it is read)
     """
 
     config: Config
@@ -74,12 +67,9 @@ class Experiment:
     token_budget: int | None
     skipped: tuple[str, ...] = ()
     federation: Mapping[str, object] = field(default_factory=dict)
-<<<<<<< HEAD
     verify_adapters: bool = False
-=======
     prompts: Mapping[ClientId, Mapping[str, object]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
->>>>>>> 3cd333e (Rows are what the chat template renders; every assistant turn is learned; no prompt on two sides as it is read)
 
     def __post_init__(self) -> None:
         """Refuses a method that its papers or its clients do not know.
@@ -147,12 +137,9 @@ def build_experiment(
         places = where_they_lay(config, RunFolder(resumed).read_json("run.json"))
         base = base or replace(load_base(places.model), name=config.model.base)
     kind = prepare_kind(config, base)
-<<<<<<< HEAD
-    dataset = dataset or load_clients(places.data, config.seed, kind.base.tokenizer, rows)
-=======
     config = _timed(config, kind.base)
-    dataset = dataset or load_clients(config.data, config.seed, kind.base.tokenizer, rows)
->>>>>>> 3cd333e (Rows are what the chat template renders; every assistant turn is learned; no prompt on two sides as it is read)
+    read = places.data.model_copy(update={"clock": config.data.clock})
+    dataset = dataset or load_clients(read, config.seed, kind.base.tokenizer, rows)
     data = {client.client_id: client for client in dataset.clients}
     check_ids(kind.base, {name: client.rows for name, client in data.items()})
     parties = {party.client_id: party for party in dataset.summaries()}
@@ -218,8 +205,8 @@ def _about_answers(config: Config, base: BaseModel, dataset: Dataset) -> list[st
     if config.evaluation.rouge and longer:
         notes.append(
             f"{longer} of {len(tested)} test responses are longer than evaluation.max_new_tokens = "
-            f"{most} (the longest has {max(tested)} tokens): generated answers end before them, and "
-            "text metrics suffer; raise it"
+            f"{most} (the longest has {max(tested)} tokens): generated answers end before them, "
+            "and text metrics suffer; raise it"
         )
     return notes
 

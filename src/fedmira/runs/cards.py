@@ -167,8 +167,8 @@ class AdapterCards:
                 f"    {self._templates['{input}']}\n\nwithout one:\n\n    {self._templates['']}"
             )
         return (
-            f"{form}{_about_shared(shared)}\n\n{_CONVERSATIONS[self._form]} Instructions other than those of the "
-            "client's rows are new to the adapter.\n\n"
+            f"{form}{_about_shared(shared)}\n\n{_CONVERSATIONS[self._form]} "
+            "Instructions other than those of the client's rows are new to the adapter.\n\n"
             f"The model reads {special}, with no token behind them, and writes the answer "
             f"and {self._end}. "
             f"In training a row had at most {most} tokens, prompt and answer together "

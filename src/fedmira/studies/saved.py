@@ -21,7 +21,6 @@ from fedmira.messages import ClientId
 from fedmira.model import (
     AdapterKind,
     BaseModel,
-    check_prompt_ids,
     most_side_by_side,
     usual_token_budget,
 )
@@ -158,14 +157,6 @@ def answer(
             f"{_listed(list(saved.adapters))}"
         )
     kind, config = saved.kind, saved.config
-<<<<<<< HEAD
-    own = _usual_instruction(saved, client, rows) if instruction is None else instruction
-    example = Example(own, text, "") if own else Example(text, "", "")
-    prompt = Encoder(kind.base.tokenizer, config.data.prompt, config.data.max_length).prompt(
-        example
-    )
-    check_prompt_ids(kind.base, prompt)
-=======
     shared = dict(saved.prompts.get(client, {}))
     if instruction is not None:
         shared["instruction"] = instruction
@@ -173,7 +164,7 @@ def answer(
         shared["instruction"] = _usual_instruction(saved, client, rows)
     example = _asked(shared, text)
     prompt = make_encoder(config.data, kind.base.tokenizer).prompt(example)
->>>>>>> 3cd333e (Rows are what the chat template renders; every assistant turn is learned; no prompt on two sides as it is read)
+    check_prompt_ids(kind.base, prompt)
     limit = max_new_tokens or config.evaluation.max_new_tokens
     scales = [kind.scale(saved.ranks[client])]
     budget = (

@@ -262,7 +262,8 @@ def _fitted(most: int | None, index: int, client: int, ids: tuple[int, ...], lim
 def end_tokens(base: BaseModel) -> list[int]:
     """Tokens that end an answer.
 
-    The tokenizer's, those the checkpoint names, and the one with which the chat template ends a turn.
+    The tokenizer's, those the checkpoint names, and the one with which the chat template ends a
+    turn.
     """
     named = base.model.generation_config.eos_token_id
     listed = named if isinstance(named, list) else [] if named is None else [named]
