@@ -21,6 +21,7 @@ from fedmira.messages import ClientId
 from fedmira.model import (
     AdapterKind,
     BaseModel,
+    check_prompt_ids,
     most_side_by_side,
     usual_token_budget,
 )

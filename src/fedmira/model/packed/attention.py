@@ -129,7 +129,7 @@ def packed_attention(
     assert layout is not None, "packed attention is only used inside packed_layout"
     refuse_what_is_not_told(module, options)
     if (seen := _seen.get()) is not None:
-        seen.add(module.layer_idx)
+        seen.add(int(module.layer_idx))  # type: ignore[arg-type]
     batch = layout.batch
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")
