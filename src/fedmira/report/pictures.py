@@ -41,7 +41,7 @@ class Picture:
     title: str
 
     def _repr_svg_(self) -> str:
-        """For notebooks."""
+        """The drawing that a notebook shows for this object."""
         return self.svg
 
     def __repr__(self) -> str:

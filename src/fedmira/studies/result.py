@@ -49,7 +49,7 @@ class RunGraph:
 
     @property
     def clients(self) -> tuple[ClientId, ...]:
-        """All client ids."""
+        """The ids of all clients, in the order of the rows."""
         return self.graph.clients
 
     def edges(self) -> list[tuple[ClientId, ClientId, float]]:
@@ -61,7 +61,7 @@ class RunGraph:
         return picture_of_graph(self.folder)
 
     def _repr_svg_(self) -> str:
-        """For notebooks."""
+        """The drawing that a notebook shows for this object."""
         return self.plot().svg
 
 
@@ -120,7 +120,7 @@ class Result:
 
     @property
     def report(self) -> Path:
-        """The page."""
+        """Where the page about the run lies; a run writes it at its end."""
         return self.folder / "report.html"
 
     @cached_property
