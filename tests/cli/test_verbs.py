@@ -85,7 +85,9 @@ def test_check_counts_and_plans_and_trains_nothing(config_file: Path, tmp_path: 
     ended = command("check", config_file, "--set", "rounds.count=9", "--format", "json")
     assert ended.returncode == 0, ended.stderr
     document = one_document(ended.stdout)
-    assert set(document) == {"plan", "clients", "skipped"} and document["plan"]["rounds"] == 9
+    assert (
+        set(document) == {"plan", "clients", "skipped", "notes"} and document["plan"]["rounds"] == 9
+    )
     counts = {
         row["client_id"]: (row["train_rows"], row["validation_rows"], row["test_rows"])
         for row in document["clients"]
