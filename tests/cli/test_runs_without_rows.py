@@ -60,7 +60,17 @@ def test_generate_says_what_is_missing_without_rows_and_instruction(
     fedmira: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
-    ended = fedmira("generate", moved_rows(tmp_path / "nowhere"), "--client", "apple-1", "w4 w8")
+    folder = moved_rows(tmp_path / "nowhere")
+    said = instruction_of(clients_folder, "apple-1")
+    shared = fedmira("generate", folder, "--client", "apple-1", "w4 w8")
+    given = fedmira("generate", folder, "--client", "apple-1", "w4 w8", "--instruction", said)
+    assert shared.code == 0 and shared.out == given.out, "the instruction is saved in index.json"
+    index = folder / "adapters" / "index.json"
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    for entry in entries.values():
+        del entry["prompt"]  # as runs were saved before
+    index.write_text(json.dumps(entries), encoding="utf-8")
+    ended = fedmira("generate", folder, "--client", "apple-1", "w4 w8")
     assert ended.code == 2 and "give --instruction" in " ".join(ended.err.split())
 
 
