@@ -40,6 +40,15 @@ def instruction_of(clients_folder: Path, client: str) -> str:
     return str(json.loads(line).get("instruction", ""))
 
 
+def forget_prompts(folder: Path) -> None:
+    """Takes what prompts share out of index.json, which runs did not save before."""
+    index = folder / "adapters" / "index.json"
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    for entry in entries.values():
+        del entry["prompt"]
+    index.write_text(json.dumps(entries), encoding="utf-8")
+
+
 def test_generate_needs_no_rows_where_the_instruction_is_given(
     command_run: Any,
     clients_folder: Path,
@@ -65,11 +74,7 @@ def test_generate_says_what_is_missing_without_rows_and_instruction(
     shared = fedmira("generate", folder, "--client", "apple-1", "w4 w8")
     given = fedmira("generate", folder, "--client", "apple-1", "w4 w8", "--instruction", said)
     assert shared.code == 0 and shared.out == given.out, "the instruction is saved in index.json"
-    index = folder / "adapters" / "index.json"
-    entries = json.loads(index.read_text(encoding="utf-8"))
-    for entry in entries.values():
-        del entry["prompt"]  # as runs were saved before
-    index.write_text(json.dumps(entries), encoding="utf-8")
+    forget_prompts(folder)
     ended = fedmira("generate", folder, "--client", "apple-1", "w4 w8")
     assert ended.code == 2 and "give --instruction" in " ".join(ended.err.split())
 
@@ -88,6 +93,7 @@ def test_rows_of_other_clients_are_not_taken_for_those_of_the_run(
     assert ended.code == 2 and "the rows of apple-1 are not on this machine" in " ".join(
         ended.err.split()
     )
+    forget_prompts(folder)
     ended = fedmira("generate", folder, "--client", "apple-1", "w4 w8")
     assert ended.code == 2 and "on another machine" in " ".join(ended.err.split())
 
