@@ -275,6 +275,15 @@ def test_check_says_what_a_run_would_cost(base: Any, clients: Any) -> None:
         ({"settings": {"round.count": 3}}, r"round.*unknown"),
         ({"settings": {3: 4}}, r"settings\[3\]: must be a dotted key"),
         ({"method": "mirra"}, "method 'mirra': there is none of this name"),
+        ({"method": fedmira.methods.Local}, r"Local is a class; give an object of it: Local\(\)"),
+        ({"method": 3}, "method 3: give the name of one"),
+        ({"base": tiny_model("llama")}, r"base is of type LlamaForCausalLM.*\(model, tokenizer\)"),
+        ({"base": (tiny_tokenizer(), 1)}, r"give \(model, tokenizer\) of transformers"),
+        ({"clients": [rows_of("x")]}, "clients is of type list; give a dict"),
+        ({"observers": fedmira.Observer()}, "give a list of them"),
+        ({"observers": [fedmira.Observer]}, r"Observer is a class; give an object"),
+        ({"observers": ["tensorboard"]}, "'tensorboard' is no observer"),
+        ({"resume": True, "settings": {}}, "this is no run folder"),
         ({"clients": {}}, "clients: there are none"),
         ({"clients": {"a": "text"}}, r"clients\['a'\]: rows of type str"),
         ({"clients": {"a": [3]}}, r"clients\['a'\] row 1: is of type int"),
@@ -307,3 +316,48 @@ def test_parts_of_a_client_are_taken_as_they_are(run: Any) -> None:
 def tensors_of(folder: Path) -> dict[str, bytes]:
     files = adapter_bytes(folder, cards=False)
     return {name: content for name, content in files.items() if name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "words"),
+    [
+        ([], (0,), r"methods is \[\]"),
+        ("local", (0,), "methods is 'local'; give a list"),
+        (["local"], (), r"seeds is \(\)"),
+        (["local"], 3, "seeds is 3"),
+        (["local"], (-1,), "0 or more"),
+        ([fedmira.methods.Local], (0,), "Local is a class"),
+    ],
+)
+def test_a_comparison_of_nothing_is_refused(
+    tmp_path: Path, methods: Any, seeds: Any, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        fedmira.compare(methods, seeds=seeds, output=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_wrong_setting_of_a_method_object_is_an_error_of_fedmira() -> None:
+    with pytest.raises(ConfigError, match=r"half: pull = 3: .* 1"):
+        Half(pull=3)
+    with pytest.raises(ConfigError, match="half: pul is no setting of it; .* pull, hold"):
+        Half(pul=0.3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("half", "wrong", "words"),
+    [
+        ("gradient", lambda *_: None, "gradient returned NoneType; must return a dict"),
+        ("gradient", lambda *_: {}, "gradient returned dict of ; must|gradient returned dict"),
+        ("begin", lambda *_: {}, r"begin returned dict.*Start"),
+        ("finish", lambda *_: None, r"finish returned NoneType.*\(Payload, Payload or None\)"),
+        ("combine", lambda _, state, replies: state, "combine returned ServerState.*Combined"),
+    ],
+)
+def test_what_a_half_of_a_method_must_return_is_named(
+    run: Any, tmp_path: Path, half: str, wrong: Any, words: str
+) -> None:
+    kind = type("Wrong", (Half,), {half: wrong, "__doc__": "Wrong.", "__module__": __name__})
+    with pytest.raises(fedmira.errors.RunError, match=f"wrong: {words}"):
+        run("run", method=kind())
+    assert fedmira.load(tmp_path / "run").status == "failed"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from fedmira.config import (
 )
 from fedmira.config.methods import AbsentMethod
 from fedmira.data import ObjectRows, rows_from_objects
-from fedmira.errors import ConfigError
+from fedmira.errors import ConfigError, ModelError
 from fedmira.experiment import build_experiment, start_experiment
 from fedmira.model import BaseModel, borrowed, from_model, with_padding
-from fedmira.observers import Observer
+from fedmira.observers import Observer, check_observers
+from fedmira.runs import RunFolder
 from fedmira.studies import Comparison, Plan, compare_algorithms, make_plan
 from fedmira.studies.result import Result
 
@@ -73,8 +75,9 @@ def run(
         InputError: something is wrong with the settings, the rows or the base; nothing was trained.
         RunError: the run failed; what was computed is in the folder.
     """
+    check_observers(observers)
     if resume and config is None and preset is None:
-        config = Path(output) / "config.toml"
+        config = RunFolder.reopen(Path(output)).path / "config.toml"
     with _prepared(config, method, clients, base, settings, preset) as ready:
         experiment = build_experiment(
             ready.config, ready.base, Path(output) if resume else None, rows=ready.rows
@@ -143,7 +146,9 @@ def compare(
         InputError: something is wrong; nothing was trained.
         RunError: a run failed; the tables hold the methods whose runs all finished.
     """
+    check_observers(observers)
     named, objects = _told_apart(methods)
+    _check_seeds(seeds)
     with _prepared(config, None, clients, base, settings, preset) as ready:
         return compare_algorithms(
             ready.config,
@@ -174,6 +179,7 @@ def load(
     loaded = base if isinstance(base, BaseModel) else None
     if isinstance(base, tuple):
         # The caller keeps the model for as long as the result is used, so it stays frozen.
+        _check_pair(base)
         loaded = _base_of(*base)
     elif base is not None and loaded is None:
         raise ConfigError(
@@ -181,6 +187,79 @@ def load(
             "loaded by itself"
         )
     return Result(folder, loaded, rows)
+
+
+def _check_kinds(method: object, clients: object, base: object, settings: object) -> None:
+    """Refuses arguments of a wrong type.
+
+    Raises:
+        InputError: naming the argument, and what it may be.
+    """
+    if method is not None:
+        _check_method(method)
+    if clients is not None and not isinstance(clients, str | Path | Mapping):
+        raise ConfigError(
+            f"clients is of type {type(clients).__name__}; give a dict of client ids to rows, such "
+            "as {'north': rows}, or the path of a folder or a .jsonl file"
+        )
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"settings is {settings!r}; give a dict of dotted keys to values, such as "
+            "{'rounds.count': 20}"
+        )
+    if base is None or isinstance(base, str | Path | BaseModel):
+        return
+    if not isinstance(base, tuple):
+        raise ModelError(
+            f"base is of type {type(base).__name__}; give 'bundled', a folder, a hub id, or "
+            "(model, tokenizer)"
+        )
+    _check_pair(base)
+
+
+def _check_pair(base: tuple[Any, ...]) -> None:
+    """Refuses a pair that is not a model with its tokenizer.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    kinds = [type(each).__name__ for each in base]
+    if len(base) != 2 or not (hasattr(base[0], "parameters") and hasattr(base[1], "eos_token_id")):
+        raise ModelError(
+            f"base is ({', '.join(kinds)}); give (model, tokenizer) of transformers, in this order"
+        )
+
+
+def _check_method(method: object) -> None:
+    """Refuses what is no method.
+
+    Raises:
+        ConfigError: it is neither a name nor an object of a method.
+    """
+    if isinstance(method, str | MethodSection):
+        return
+    if isinstance(method, type) and issubclass(method, MethodSection):
+        raise ConfigError(
+            f"method {method.__name__} is a class; give an object of it: {method.__name__}()"
+        )
+    raise ConfigError(
+        f"method {method!r}: give the name of one ({', '.join(method_names())}), or an object of "
+        "a class that extends fedmira.Method"
+    )
+
+
+def _check_seeds(seeds: object) -> None:
+    """Refuses seeds that are none.
+
+    Raises:
+        ConfigError: it is no list of whole numbers from 0 on, or an empty one.
+    """
+    given = list(seeds) if isinstance(seeds, Iterable) else []
+    if not given or not all(isinstance(seed, Integral) and int(seed) >= 0 for seed in given):
+        raise ConfigError(
+            f"compare: seeds is {seeds!r}; give at least one whole number, 0 or more, such as "
+            "seeds=[0, 1, 2] or seeds=range(3)"
+        )
 
 
 @dataclass(frozen=True)
@@ -202,6 +281,7 @@ def _prepared(
     preset: str | None,
 ) -> Iterator[_Ready]:
     """The config and its objects; a model is frozen within the block only."""
+    _check_kinds(method, clients, base, settings)
     if isinstance(base, tuple):
         with borrowed(base[0]):
             own = _base_of(*base)
@@ -288,8 +368,15 @@ def _told_apart(
     """Names of methods, and objects by the name under which they run.
 
     Raises:
-        ConfigError: two go by one name, or something is neither.
+        ConfigError: there are none, two go by one name, or something is neither.
     """
+    if isinstance(methods, str) or not isinstance(methods, Mapping | Sequence) or not methods:
+        raise ConfigError(
+            f"compare: methods is {methods!r}; give a list of at least one, such as "
+            "['local', 'mira'], or a dict of names to methods"
+        )
+    for each in methods.values() if isinstance(methods, Mapping) else methods:
+        _check_method(each)
     pairs = (
         list(methods.items())
         if isinstance(methods, Mapping)

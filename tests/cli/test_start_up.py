@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fedmira
 from small import environment
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy")
@@ -86,3 +87,9 @@ def test_the_demo_runs_without_a_network(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert "calls out" not in ended.stderr and (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_version_is_printed() -> None:
+    ended = python("from fedmira.cli import main; main()", "--version")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == f"fedmira {fedmira.__version__}\n"

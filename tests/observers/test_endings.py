@@ -13,11 +13,13 @@ from fedmira.experiment import Experiment, build_experiment, resume_experiment, 
 from fedmira.model import BaseModel
 from fedmira.observers import (
     ClientEvent,
+    Dispatcher,
     EarlyStopping,
     EndEvent,
     EvaluationEvent,
     Observer,
     RoundEvent,
+    RunFacts,
     StartEvent,
     Stop,
 )
@@ -280,3 +282,28 @@ def test_a_client_whose_loss_stopped_falling_trains_no_more_while_others_do(
     assert len({len(rounds) for rounds in trained.values()}) > 1, "clients stop at different times"
     steps = sum(event["steps"] for event in events_of(result.folder, "train"))
     assert steps < 5 * 2 * len(CLIENTS)
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "words"),
+    [
+        ("on_round", "enough", "returned 'enough' from on_round, which does nothing"),
+        ("on_start", Stop, "from on_start, which does nothing"),
+        ("resting", "ab", "returned 'ab' from resting"),
+        ("resting", ["nobody"], "clients rest that this run does not have: 'nobody'"),
+        ("state", {"value": object()}, "state that no checkpoint can hold"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_is_named_once_and_the_run_goes_on(
+    method: str, answer: Any, words: str
+) -> None:
+    kind = type("Odd", (Observer,), {method: lambda *_: answer})
+    said: list[str] = []
+    watchers = Dispatcher([kind()], said.append)
+    facts = RunFacts("1", "run", {})
+    watchers.tell(StartEvent(facts, ("a", "b"), 2, Path(), None))
+    for number in (1, 2):
+        assert watchers.resting() <= {"nobody"} and watchers.states() == []
+        watchers.tell(RoundEvent(facts, number, {}))
+    assert watchers.stop is None
+    assert len(said) == 1 and words in said[0] and "Odd" in said[0]

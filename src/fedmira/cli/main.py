@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from fedmira import __version__
 from fedmira.cli import (
     check,
     compare,
@@ -42,6 +44,25 @@ for _verb in (
 ):
     app.command()(_verb)
 app.add_typer(flower.app)
+
+
+def _told_version(asked: bool) -> None:
+    """Print the version and end, where it is asked for."""
+    if asked:
+        print(f"fedmira {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _shared(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_told_version, is_eager=True, help="Print the version and end."
+        ),
+    ] = False,
+) -> None:
+    """Options that stand before the verb."""
 
 
 def main() -> None:

@@ -158,7 +158,7 @@ class Cohort:
             movement=outcome.movement,
             losses=measured.losses,
         )
-        payload, kept = self.algorithm.finish(request.payload, memory, trained)
+        payload, kept = self.algorithm.finished(request.payload, memory, trained)
         metrics = {
             "loss": outcome.loss,
             "first_loss": outcome.first_loss,

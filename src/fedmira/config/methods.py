@@ -14,9 +14,15 @@ from enum import Enum
 from functools import cache
 from importlib.metadata import EntryPoint
 from types import CodeType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, PlainSerializer, SerializationInfo, WithJsonSchema
+from pydantic import (
+    BeforeValidator,
+    PlainSerializer,
+    SerializationInfo,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from fedmira.config.offered import loaded, offered
 from fedmira.config.section import Section
@@ -96,6 +102,22 @@ class MethodSection(Section):
     partly_sent: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = True
 
+    if not TYPE_CHECKING:  # type checkers know the settings as pydantic's arguments
+
+        def __init__(self, /, **settings: Any) -> None:
+            """Make a method of its settings.
+
+            Raises:
+                ConfigError: a setting is wrong or unknown.
+            """
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise ConfigError(_problems_of(type(self), error)) from error
+
+        # So that a config is validated without this method: its errors name the place in it.
+        __init__.__pydantic_base_init__ = True
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Names a class that does not name itself."""
@@ -117,6 +139,22 @@ class MethodSection(Section):
         if need not in self.needs:
             return ""
         return self.needs[need] or _USUAL_REASONS[need].format(name=self.name)
+
+
+def _problems_of(kind: type[MethodSection], error: ValidationError) -> list[str]:
+    """What is wrong with the settings of an object, one sentence each."""
+    known = ", ".join(kind.model_fields) or "none"
+    problems = []
+    for found in error.errors():
+        key, value = ".".join(map(str, found["loc"])), found["input"]
+        said = found["msg"].removeprefix("Value error, ")
+        if found["type"] == "extra_forbidden":
+            problems.append(f"{kind.name}: {key} is no setting of it; its settings are {known}")
+        elif key:
+            problems.append(f"{kind.name}: {key} = {value!r}: {said[:1].lower()}{said[1:]}")
+        else:
+            problems.append(f"{kind.name}: {said}")
+    return problems
 
 
 _USUAL_REASONS = {

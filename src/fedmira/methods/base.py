@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedmira.adapters import Adapter
 from fedmira.config.methods import MethodSection, Need
+from fedmira.errors import RunError
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.context import MethodContext, require_one_rank
@@ -263,8 +264,14 @@ class Method(MethodSection, ABC):
         return Payload({"adapter": trained.adapter}), None
 
     def started(self, payload: Payload, memory: Payload | None) -> Start:
-        """`begin`, with `gradient` in its hook where the method overrides it; what clients call."""
+        """`begin`, with `gradient` in its hook where the method overrides it; what clients call.
+
+        Raises:
+            RunError: one of the two returned something else than it must.
+        """
         start = self.begin(payload, memory)
+        if not isinstance(start, Start):
+            raise self._wrong("begin", start, "a fedmira.methods.Start")
         if type(self).gradient is Method.gradient:
             return start
         inner, own = start.hook, self.gradient
@@ -273,6 +280,47 @@ class Method(MethodSection, ABC):
         def hook(gradient: Adapter, adapter: Adapter) -> Adapter:
             for name in gradient.keys() - where.keys():
                 where[name] = start.adapter[name].to(gradient[name].device)
-            return own(inner(gradient, adapter) if inner else gradient, adapter, where)
+            made = own(inner(gradient, adapter) if inner else gradient, adapter, where)
+            if not isinstance(made, Mapping) or made.keys() != gradient.keys():
+                raise self._wrong(
+                    "gradient", made, "a dict with the parameter names of the gradient, all of them"
+                )
+            return made
 
         return replace(start, hook=hook)
+
+    def finished(
+        self, payload: Payload, memory: Payload | None, trained: Trained
+    ) -> tuple[Payload, Payload | None]:
+        """`finish`, with what it returned looked at; what clients call.
+
+        Raises:
+            RunError: it returned something else than it must.
+        """
+        made = self.finish(payload, memory, trained)
+        if (
+            not isinstance(made, tuple)
+            or len(made) != 2
+            or not isinstance(made[0], Payload)
+            or not isinstance(made[1], Payload | None)
+        ):
+            raise self._wrong("finish", made, "(Payload, Payload or None)")
+        return made
+
+    def combined(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
+        """`combine`, with what it returned looked at; what the loop calls.
+
+        Raises:
+            RunError: it returned something else than it must.
+        """
+        made = self.combine(state, replies)
+        if not isinstance(made, Combined):
+            raise self._wrong("combine", made, "a fedmira.methods.Combined")
+        return made
+
+    def _wrong(self, half: str, made: object, wanted: str) -> RunError:
+        told = type(made).__name__
+        if isinstance(made, Mapping | tuple):
+            inner = [each if isinstance(each, str) else type(each).__name__ for each in made]
+            told += f" of {', '.join(inner[:4])}{' ...' if len(inner) > 4 else ''}"
+        return RunError(f"{self.name}: {half} returned {told}; must return {wanted}")

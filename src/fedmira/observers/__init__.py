@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         StartEvent,
         Stop,
     )
-    from fedmira.observers.dispatch import Dispatcher
+    from fedmira.observers.dispatch import Dispatcher, check_observers
     from fedmira.observers.early_stopping import EarlyStopping
     from fedmira.observers.mlflow import MLflow
     from fedmira.observers.named import TRACKERS, tracker
@@ -45,6 +45,7 @@ __all__ = [
     "TensorBoard",
     "Trackio",
     "WandB",
+    "check_observers",
     "tracker",
 ]
 
@@ -57,6 +58,7 @@ _HOMES = {
     "TensorBoard": "tensorboard",
     "Trackio": "trackio",
     "WandB": "wandb",
+    "check_observers": "dispatch",
     "tracker": "named",
 }
 

@@ -156,7 +156,7 @@ def _content(figures: Figures, folder: Path) -> dict[str, Any]:
             (
                 "Mean test loss per response token",
                 legend(lines),
-                line_chart(lines, "Mean test loss of each method", size=(800, 320)),
+                line_chart(lines, "Mean test loss of each method", size=(560, 280)),
             )
         ]
         if lines

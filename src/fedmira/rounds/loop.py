@@ -104,7 +104,7 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
                 f"usable reply ({reasons}){needed}; the adapters "
                 f"of round {number - 1} are kept"
             )
-        combined = algorithm.combine(state, replies)
+        combined = algorithm.combined(state, replies)
         _check_motion(number, combined)
         state = combined.state
         outcome = RoundOutcome(

@@ -360,7 +360,7 @@ def _exchange(
         movement=moved,
         losses=measured,
     )
-    reply, kept = algorithm.finish(request, memory, trained)
+    reply, kept = algorithm.finished(request, memory, trained)
     up, line = _written(reply, experiment.config.engine.wire, line)
     return _Exchange(
         down=down,

@@ -235,10 +235,13 @@ class Result:
         saved = self._saved
         unknown = [client for client in clients if client not in saved.adapters]
         if unknown or not clients:
+            told = (
+                f"there is no client {', '.join(map(repr, unknown))} in this run"
+                if unknown
+                else "no client is given"
+            )
             raise ConfigError(
-                f"merge: there is no client {', '.join(map(repr, unknown)) or 'given'} in "
-                "this run; its clients "
-                f"are {', '.join(list(saved.adapters)[:12])}"
+                f"merge: {told}; its clients are {', '.join(list(saved.adapters)[:12])}"
             )
         given = [1.0] * len(clients) if weights is None else [float(weight) for weight in weights]
         if len(given) != len(clients) or min(given) < 0 or sum(given) <= 0:
