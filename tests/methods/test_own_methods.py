@@ -169,7 +169,7 @@ def test_an_experiment_cannot_be_given_another_method_behind_its_clients_back(
 
 
 def test_a_setting_outside_its_limits_is_named(config: Config) -> None:
-    with pytest.raises(ValueError, match="less than or equal to 1"):
+    with pytest.raises(ConfigError, match="pull = 2: .* less than or equal to 1"):
         HalfWay(pull=2)
 
 
