@@ -14,6 +14,7 @@ from fedmira.config import (
     MethodSection,
     load_config,
     method_names,
+    refuse_federation,
     with_method,
 )
 from fedmira.config.methods import AbsentMethod
@@ -79,6 +80,7 @@ def run(
     if resume and config is None and preset is None:
         config = RunFolder.reopen(Path(output)).path / "config.toml"
     with _prepared(config, method, clients, base, settings, preset) as ready:
+        refuse_federation(ready.config)
         experiment = build_experiment(
             ready.config, ready.base, Path(output) if resume else None, rows=ready.rows
         )

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -457,3 +458,26 @@ def test_when_every_run_fails_there_is_nothing_to_compare(config: Config, tmp_pa
     ):
         compare_algorithms(hopeless, ("local", "mira"), (0,), tmp_path / "all", [Watch()])
     assert not (tmp_path / "all" / "comparison.json").exists()
+
+
+def test_the_table_holds_the_rows_with_nan_where_nothing_was_measured(
+    compared: Comparison,
+) -> None:
+    table, rows = compared.table, compared.rows
+    assert list(table.columns) == list(rows[0]) and len(table) == len(rows)
+    assert list(table["method"]) == [row["method"] for row in rows]
+    for column in table.columns:
+        for cell, row in zip(table[column], rows, strict=True):
+            if row[column] is None:
+                assert math.isnan(cell)
+            else:
+                assert cell == row[column] or cell != cell
+
+
+def test_a_comparison_shows_its_losses_in_notebooks_with_all_text_escaped(
+    compared: Comparison,
+) -> None:
+    shown = replace(compared, page=Path("<a&b>/comparison.html"))._repr_html_()
+    for row in compared.rows:
+        assert f"<td>{row['method']}</td>" in shown and f"<td>{row['test_loss']:.3f}</td>" in shown
+    assert "<a&b>" not in shown and "&lt;a&amp;b&gt;/comparison.html" in shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,14 @@ def test_kept_moments_and_mixed_products_exclude_each_other(
         make_config(
             "bundled", "", {"local.optimizer_state": "kept", "data.source": "demo", **allowed}
         )
+
+
+def test_a_plan_shows_its_lines_in_notebooks_with_all_text_escaped(
+    base: BaseModel, base_folder: Path, clients_folder: Path
+) -> None:
+    config = make_config(base_folder, clients_folder, {"graph.kind": "category"})
+    plan = make_plan(build_experiment(config, base))
+    shown = replace(plan, base="<tiny & small>")._repr_html_()
+    assert shown.count("<tr>") == 1 + len(plan.lines())
+    assert "<td>rounds</td>" in shown and "&lt;tiny &amp; small&gt;" in shown
+    assert "<tiny" not in shown

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmira.errors import ConfigError
+from fedmira.errors import RunError
 from fedmira.graphs import (
     ExactProducts,
     Graph,
@@ -36,8 +36,10 @@ def names(count: int) -> tuple[str, ...]:
         ([[0.0, 1.0], [0.5, 0.0]], "symmetric"),
     ],
 )
-def test_graph_refuses_a_matrix_that_is_no_graph(weights: list[list[float]], part: str) -> None:
-    with pytest.raises(ConfigError, match=part):
+def test_a_matrix_that_is_no_graph_fails_the_run_as_no_setting_made_it(
+    weights: list[list[float]], part: str
+) -> None:
+    with pytest.raises(RunError, match=part):
         Graph.from_matrix("file", ("a", "b"), torch.tensor(weights, dtype=torch.float64))
 
 
@@ -55,8 +57,10 @@ def test_graph_refuses_a_matrix_that_is_no_graph(weights: list[list[float]], par
         ([[0.0, 1.0]], r"float64 \[edges, 3\]"),
     ],
 )
-def test_graph_refuses_an_edge_list_that_is_none(edges: list[list[float]], part: str) -> None:
-    with pytest.raises(ConfigError, match=part):
+def test_an_edge_list_that_is_none_fails_the_run_as_no_setting_made_it(
+    edges: list[list[float]], part: str
+) -> None:
+    with pytest.raises(RunError, match=part):
         Graph("file", ("a", "b", "c"), torch.tensor(edges, dtype=torch.float64))
 
 
@@ -69,8 +73,10 @@ def test_graph_refuses_an_edge_list_that_is_none(edges: list[list[float]], part:
         (("a", "b", float("nan")), "finite"),
     ],
 )
-def test_graph_refuses_edges_that_are_none(edge: tuple[str, str, float], part: str) -> None:
-    with pytest.raises(ConfigError, match=part):
+def test_edges_that_are_none_fail_the_run_as_no_setting_made_them(
+    edge: tuple[str, str, float], part: str
+) -> None:
+    with pytest.raises(RunError, match=part):
         Graph.from_edges("file", ("a", "b"), [edge])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fedmira.errors import RunError
 from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
 from fedmira.model import BaseModel
 from fedmira.observers import (
@@ -193,7 +194,11 @@ def test_an_observer_that_raises_is_reported_once_and_left_out(
     ("error", "status", "reason"),
     [
         (KeyboardInterrupt(), "interrupted", "interrupted from the keyboard"),
-        (OSError(28, "No space left on device"), "failed", "OSError: [Errno 28] No space"),
+        (
+            OSError(28, "No space left on device"),
+            "failed",
+            "No space left on device; what the last",
+        ),
     ],
 )
 def test_what_was_trained_is_saved_when_a_round_cannot_be_completed(
@@ -214,10 +219,10 @@ def test_what_was_trained_is_saved_when_a_round_cannot_be_completed(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "append_round", failing)
-        with pytest.raises(type(error)):
+        with pytest.raises(RunError if isinstance(error, OSError) else type(error)):
             run_experiment(experiment, folder, [notes])
     document = run_json(folder)
-    assert document["status"] == status and document["error"].startswith(reason)
+    assert document["status"] == status and reason in document["error"]
     assert document["rounds_done"] == 1
     one = run_experiment(experiment, tmp_path / "one", [Notes(("round", 1))])
     assert (

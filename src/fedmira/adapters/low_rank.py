@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters.arithmetic import Adapter
-from fedmira.errors import ConfigError
+from fedmira.errors import RunError
 
 __all__ = [
     "Mixed",
@@ -69,12 +69,13 @@ def modules(adapter: Adapter) -> dict[str, Factors]:
         module name -> (A [r, in], B [out, r]), in the order of the adapter.
 
     Raises:
-        ConfigError: a name is not a LoRA factor, a factor lacks its partner, or the two do not fit
+        RunError: a name is not a LoRA factor, a factor lacks its partner, or the two do not fit
             each other.
     """
     strangers = [name for name in adapter if not name.endswith((DOWN, UP))]
     problems = [
-        f"adapter: {name!r} is not a LoRA factor (...{DOWN} or ...{UP}); set adapter.kind to 'lora'"
+        f"adapter: {name!r} is not a LoRA factor (...{DOWN} or ...{UP}); a method that works on "
+        "factors must return such names alone"
         for name in strangers
     ]
     found: dict[str, Factors] = {}
@@ -96,7 +97,7 @@ def modules(adapter: Adapter) -> dict[str, Factors]:
         else:
             found[module] = (down, up)
     if problems:
-        raise ConfigError(problems)
+        raise RunError("\n".join(problems))
     return found
 
 
@@ -106,7 +107,7 @@ def truncate_rank(adapter: Adapter, rank: int) -> dict[str, Tensor]:
     How a common start is cut to a client's rank.
 
     Raises:
-        ConfigError: a module has a smaller rank than asked for.
+        RunError: a module has a smaller rank than asked for.
     """
     problems = [
         f"adapter: module {module!r} has rank {down.shape[0]}; cannot be cut to {rank} "
@@ -115,7 +116,7 @@ def truncate_rank(adapter: Adapter, rank: int) -> dict[str, Tensor]:
         if down.shape[0] < rank
     ]
     if problems:
-        raise ConfigError(problems)
+        raise RunError("\n".join(problems))
     return {
         name: (tensor[:rank] if name.endswith(DOWN) else tensor[:, :rank]).clone()
         for name, tensor in adapter.items()

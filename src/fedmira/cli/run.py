@@ -27,7 +27,7 @@ from fedmira.cli.screen import (
     progress,
     say,
 )
-from fedmira.config import load_config
+from fedmira.config import load_config, refuse_federation
 from fedmira.errors import ConfigError
 
 __all__ = ["print_summary", "run"]
@@ -64,6 +64,7 @@ def run(
         if _told_finished(config.parent, format):
             return
     chosen = settings(config, preset, overrides)
+    refuse_federation(chosen)
     watchers = observers_of(observer)
     from fedmira.experiment import build_experiment, start_experiment
 

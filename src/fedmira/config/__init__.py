@@ -18,6 +18,7 @@ from fedmira.config.methods import (
     method_names,
 )
 from fedmira.config.presets import preset_description, preset_names, preset_path
+from fedmira.config.problems import refuse_federation
 from fedmira.config.schema import (
     AdapterSettings,
     Config,
@@ -42,6 +43,7 @@ __all__ = [
     "Section",
     "method_class",
     "method_names",
+    "refuse_federation",
     "setting",
     "with_method",
     "AdapterSettings",

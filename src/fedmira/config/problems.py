@@ -24,8 +24,9 @@ from fedmira.config.layers import (
 from fedmira.config.methods import DEFAULT, OBJECT, method_class, method_names
 from fedmira.config.other_names import OTHER_NAMES
 from fedmira.config.schema import Config
+from fedmira.errors import ConfigError
 
-__all__ = ["describe_ignored", "describe_problems", "method_of"]
+__all__ = ["describe_ignored", "describe_problems", "method_of", "refuse_federation"]
 
 UNKNOWN_METHOD = "unknown_method"
 """The type of our own detail beside pydantic's."""
@@ -107,6 +108,31 @@ def describe_ignored(settings: Settings, written: Settings, layers: Sequence[Lay
             f"them{_origin(('local', 'steps'), layers)}"
         )
     return problems
+
+
+def refuse_federation(*configs: Config) -> None:
+    """Refuses keys of [federation] that somebody wrote for runs in one process.
+
+    A section that is there in full is let through, as in a run folder's config.toml, where nobody
+    chose its single keys.
+
+    Raises:
+        ConfigError: keys that differ from their defaults, all of them together.
+    """
+    problems = []
+    for config in configs:
+        section = config.federation
+        fields = type(section).model_fields
+        if set(fields) <= section.model_fields_set:
+            continue
+        problems += [
+            f"federation.{key} = {_show(getattr(section, key))}: a run in one process does not "
+            "read it; leave it out, or train over Flower (fedmira flower init, then flwr run)"
+            for key in fields
+            if key in section.model_fields_set and getattr(section, key) != fields[key].default
+        ]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
 
 
 def _mistyped(settings: Settings, layers: Sequence[Layer]) -> dict[_Path, list[ErrorDetails]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import uuid
 from collections.abc import Sequence
@@ -115,10 +116,18 @@ def _run(experiment: Experiment, folder: RunFolder, observers: Sequence[Observer
         checkpoints.tidy(checkpoint)
         state = part.train(checkpoint)
         result = part.save(state)
+    except OSError as error:
+        raise part.cut_short(error) from error
     except BaseException as error:
         part.save_what_there_is(error)
         raise
-    return part.end(result)
+    try:
+        return part.end(result)
+    except OSError as error:
+        raise part.cut_short(error) from error
+    except KeyboardInterrupt as error:
+        part.save_what_there_is(error)
+        raise
 
 
 class _Part:
@@ -208,8 +217,19 @@ class _Part:
             raise RunError(wrong)
         return result
 
+    def cut_short(self, error: OSError) -> RunError:
+        """What to raise where the run's files could not be written or read any more.
+
+        What still can be saved is.
+        """
+        failure = _unwritten(error, self._recorder.folder.path)
+        self.save_what_there_is(failure)
+        return failure
+
     def save_what_there_is(self, error: BaseException) -> None:
         """Save the last checkpoint's adapters, and say why the run ended.
+
+        After an interrupt from the keyboard nothing is measured, as somebody is waiting.
 
         What cannot be written any more, such as on a full disk, is a line in the log.
         """
@@ -223,7 +243,14 @@ class _Part:
             if last is not None:
                 recorder.return_to(last)
                 ground, ranks = experiment.ground, experiment.ranks
-                result = write_results(recorder, ground, ranks, last.state, generate=False)
+                result = write_results(
+                    recorder,
+                    ground,
+                    ranks,
+                    last.state,
+                    generate=False,
+                    measure=not interrupted,
+                )
                 done["rounds_done"] = last.round
         except (OSError, FedmiraError) as problem:
             _log.warning("the last adapters could not be saved: %s", problem)
@@ -254,6 +281,20 @@ class _Part:
 def _told(error: BaseException) -> str:
     """An error's own words; with its kind, where it is none of fedmira's."""
     return str(error) if isinstance(error, FedmiraError) else f"{type(error).__name__}: {error}"
+
+
+def _unwritten(error: OSError, folder: Path) -> RunError:
+    """A system's error on a file in one line: where, why, and how to go on."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "make room"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "allow this user to write there"
+    else:
+        remedy = "mend that"
+    return RunError(
+        f"{error.filename or folder}: {error.strerror or error}; what the last checkpoint holds "
+        f"is kept: {remedy} and continue with --resume"
+    )
 
 
 def _divergence(result: Result) -> str | None:

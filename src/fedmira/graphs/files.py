@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.atomic import replace_file
-from fedmira.errors import ConfigError
+from fedmira.errors import ConfigError, RunError
 from fedmira.graphs.graph import Graph
 
 __all__ = ["file_graph", "graph_of", "graph_text", "write_graph"]
@@ -54,9 +54,8 @@ def graph_of(text: str, place: str) -> Graph:
     """
     document = _document(text, place)
     clients = document["clients"]
-    return Graph.from_edges(
-        str(document.get("kind", "file")), clients, _edges(document, clients, place)
-    )
+    kind = str(document.get("kind", "file"))
+    return _built(kind, clients, _edges(document, clients, place), place)
 
 
 def file_graph(path: Path | str, clients: Sequence[str]) -> Graph:
@@ -77,7 +76,21 @@ def file_graph(path: Path | str, clients: Sequence[str]) -> Graph:
         raise ConfigError(
             f"{place}: is not text in UTF-8: {error}; write it as graph.json of a run folder"
         ) from error
-    return Graph.from_edges("file", clients, _edges(_document(text, place), clients, place))
+    return _built("file", clients, _edges(_document(text, place), clients, place), place)
+
+
+def _built(
+    kind: str, clients: Sequence[str], edges: Sequence[tuple[str, str, float]], place: str
+) -> Graph:
+    """The graph of a file's edges.
+
+    Raises:
+        ConfigError: they are none; in a file that is an input's fault, and not a run's.
+    """
+    try:
+        return Graph.from_edges(kind, clients, edges)
+    except RunError as error:
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def _document(text: str, place: str) -> dict[str, Any]:

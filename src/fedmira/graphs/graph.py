@@ -10,7 +10,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from fedmira.errors import ConfigError
+from fedmira.errors import RunError
 from fedmira.graphs.edges import (
     NO_EDGES,
     degrees_of,
@@ -33,7 +33,7 @@ class Graph:
             row < column, in order.
 
     Raises:
-        ConfigError: the edge list breaks one of these rules.
+        RunError: the edge list breaks one of these rules.
     """
 
     kind: str
@@ -43,12 +43,12 @@ class Graph:
     def __post_init__(self) -> None:
         edges, count = self.edge_list, len(self.clients)
         if edges.ndim != 2 or edges.shape[1] != 3 or edges.dtype != torch.float64:
-            raise ConfigError(
+            raise RunError(
                 f"graph {self.kind!r}: its edge list is {edges.dtype} "
                 f"{tuple(edges.shape)}; must be float64 [edges, 3]"
             )
         if not bool(torch.isfinite(edges).all()) or not bool((edges[:, 2] > 0).all()):
-            raise ConfigError(
+            raise RunError(
                 f"graph {self.kind!r}: a weight of its edge list is not above 0 or not "
                 "finite; leave such edges out"
             )
@@ -59,7 +59,7 @@ class Graph:
             and bool((columns < count).all())
         )
         if not in_range or not bool((torch.diff(rows * count + columns) > 0).all()):
-            raise ConfigError(
+            raise RunError(
                 f"graph {self.kind!r}: its edge list must hold each pair of its {count} "
                 "clients once, as (row, column) with "
                 "row < column, in order (build it with Graph.from_matrix or Graph.from_edges)"
@@ -70,20 +70,20 @@ class Graph:
         """The graph of a dense matrix of weights, float64 [K, K].
 
         Raises:
-            ConfigError: it is not symmetric and non-negative with a zero diagonal.
+            RunError: it is not symmetric and non-negative with a zero diagonal.
         """
         count = len(clients)
         if weights.shape != (count, count):
-            raise ConfigError(
+            raise RunError(
                 f"graph {kind!r}: weights have shape {tuple(weights.shape)}; {count} "
                 f"clients need {count} x {count}"
             )
         if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
-            raise ConfigError(
+            raise RunError(
                 f"graph {kind!r}: a weight is negative or not finite; weights must be 0 or more"
             )
         if bool(weights.diagonal().any()) or not torch.equal(weights, weights.T):
-            raise ConfigError(f"graph {kind!r}: weights must be symmetric with a zero diagonal")
+            raise RunError(f"graph {kind!r}: weights must be symmetric with a zero diagonal")
         return cls(kind, tuple(clients), list_of_matrix(weights))
 
     @classmethod
@@ -95,25 +95,25 @@ class Graph:
         Weights of 0 are left out.
 
         Raises:
-            ConfigError: an edge names an unknown client or joins one to itself, or a weight is
+            RunError: an edge names an unknown client or joins one to itself, or a weight is
                 negative or not finite.
         """
         row = {client: k for k, client in enumerate(clients)}
         listed = list(edges)
         unknown = [client for edge in listed for client in edge[:2] if client not in row]
         if unknown:
-            raise ConfigError(
+            raise RunError(
                 f"graph {kind!r}: an edge names {unknown[0]!r}, which is not one of its "
                 f"{len(row)} clients"
             )
         loops = [source for source, target, _ in listed if source == target]
         if loops:
-            raise ConfigError(
+            raise RunError(
                 f"graph {kind!r}: client {loops[0]!r} is joined to itself; leave the edge out"
             )
         weights = torch.tensor([weight for *_, weight in listed], dtype=torch.float64)
         if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
-            raise ConfigError(
+            raise RunError(
                 f"graph {kind!r}: a weight is negative or not finite; weights must be 0 or more"
             )
         ends = torch.tensor(

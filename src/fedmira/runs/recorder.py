@@ -245,11 +245,15 @@ class Recorder:
             self._given = (state, *self._chosen(state))
         return self._given[1:]
 
+    def aligned(self, state: ServerState) -> LazyAdapters:
+        """Each client's adapter with all of the server's pull, without asking for any choice."""
+        return LazyAdapters(list(self.clients.parties), partial(self.algorithm.adapter_for, state))
+
     def _chosen(self, state: ServerState) -> tuple[LazyAdapters, Mapping[ClientId, float]]:
         """What `given` returns, from passes over the validation rows."""
         clients = list(self.clients.parties)
         if not self.algorithm.may_decline:
-            return LazyAdapters(clients, partial(self.algorithm.adapter_for, state)), {}
+            return self.aligned(state), {}
 
         def candidates(client: ClientId) -> Mapping[float, Adapter]:
             aligned = self.algorithm.adapter_for(state, client)

@@ -53,22 +53,37 @@ def write_results(
     state: ServerState,
     *,
     generate: bool,
+    measure: bool = True,
 ) -> Result:
     """Evaluate each client's own adapter, save it as a PEFT folder, and write the tables.
 
     Adapters are read one after another.
+
+    Args:
+        recorder: what is known of the run.
+        ground: the base and the kind of adapter.
+        ranks: of each client's adapter.
+        state: whose adapters are saved.
+        generate: whether clients' answers are scored.
+        measure: False takes no pass over any row: losses that are not known stay empty, and where
+            clients may decline the server's pull, what is saved is the aligned adapter.
     """
     config, folder, clients = recorder.config, recorder.folder, recorder.clients
-    last, _ = recorder.given(state)
+    last = recorder.given(state)[0] if measure else recorder.aligned(state)
     best = config.evaluation.select == "best"
     kept = recorder.best_adapters
     chosen = LazyAdapters(
         ranks, lambda client: kept[client] if best and client in kept else last[client]
     )
-    measured = not best and recorder.latest_round == config.rounds.count
-    after = recorder.latest if measured else clients.losses(chosen)
+    after: Mapping[ClientId, TokenLoss]
+    if measure:
+        known = not best and recorder.latest_round == config.rounds.count
+        after = recorder.latest if known else clients.losses(chosen)
+    else:
+        known = not best and recorder.latest_round == recorder.round_done
+        after = recorder.latest if known and not recorder.algorithm.may_decline else {}
     # The best round's upload is not kept, so with "best" there is no "before" that would compare.
-    before = {} if best else _before(recorder, last, after)
+    before = _before(recorder, last, after) if measure and not best else {}
     losses = {
         "base_loss": recorder.base_losses,
         "before_align_loss": before,

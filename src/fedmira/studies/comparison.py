@@ -5,17 +5,20 @@ Finished runs are not repeated, interrupted ones continue.
 
 from __future__ import annotations
 
+import html
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedmira.config import (
     Config,
     MethodSection,
     dump_config,
+    refuse_federation,
     with_algorithm,
     with_method,
     with_overrides,
@@ -38,10 +41,17 @@ from fedmira.model import BaseModel, load_base
 from fedmira.observers import Observer
 from fedmira.report import Figures, check_target, write_comparison
 from fedmira.runs import RunFolder, hash_of_rows
+from fedmira.studies.notebook import html_table
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["Comparison", "compare_algorithms", "plan_methods"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+_SHOWN_COLUMNS = ("method", "seeds", "test_loss", "test_loss_spread", "worst_tenth")
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,29 @@ class Comparison:
         The standing is that of the clients against the baselines.
         """
         return self.figures.method_rows
+
+    @property
+    def table(self) -> pandas.DataFrame:
+        """`rows` as a table, with NaN where nothing was measured."""
+        import pandas
+
+        table = pandas.DataFrame(self.rows)
+        for column in table.columns[table.isna().any()]:
+            known = table[column].dropna()
+            table[column] = known.reindex(table.index) if len(known) else math.nan
+        return table
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the losses of each method and the path of the page."""
+        columns = [
+            column
+            for column in _SHOWN_COLUMNS
+            if any(row.get(column) is not None for row in self.rows)
+        ]
+        return (
+            html_table(columns, [[row.get(column) for column in columns] for row in self.rows])
+            + f"<p>report: <code>{html.escape(str(self.page))}</code></p>"
+        )
 
 
 def plan_methods(
@@ -184,6 +217,7 @@ def compare_algorithms(
             continue.
     """
     methods = plan_methods(config, algorithms, variants, objects)
+    refuse_federation(config, *methods.values())
     if reference and reference not in methods:
         raise ConfigError(
             f"reference {reference!r} is not among the compared methods; they are "

@@ -20,6 +20,7 @@ from fedmira.methods import ServerState, Start, Trained
 from fedmira.model import count_steps, most_side_by_side
 from fedmira.rounds import cohort_size, sample_clients
 from fedmira.runs import trained_parameters
+from fedmira.studies.notebook import html_table
 from fedmira.wire import Line, encode
 
 __all__ = ["Plan", "make_plan"]
@@ -108,6 +109,11 @@ class Plan:
             f"disk for all adapters: {self.server_mib:.1f} MiB",
             graph,
         ]
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what `lines` tells, as a table."""
+        parted = (line.partition(": ") for line in self.lines())
+        return html_table(["", ""], ([name, told] for name, _, told in parted))
 
     def _parameters(self) -> str:
         least, most = self.adapter_parameters_least, self.adapter_parameters

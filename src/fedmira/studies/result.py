@@ -19,6 +19,7 @@ from fedmira.metrics import metrics
 from fedmira.model import BaseModel
 from fedmira.report import Picture, picture_of_graph, picture_of_rounds
 from fedmira.runs import RunFolder
+from fedmira.studies.notebook import html_table
 from fedmira.studies.saved import SavedAdapters, answer, clients_of, reload_adapters
 
 if TYPE_CHECKING:
@@ -278,16 +279,13 @@ class Result:
         """For notebooks: one small table of the clients and the path of the report."""
         measured = [metric.name for metric in metrics() if self._is_measured(metric.name)]
         columns = ["client", "train_rows", *measured]
-        heads = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-        rows = [
-            "<tr>" + "".join(f"<td>{_cell(row[column])}</td>" for column in columns) + "</tr>"
-            for _, row in self.clients.head(_SHOWN_CLIENTS).iterrows()
-        ]
+        shown = self.clients.head(_SHOWN_CLIENTS)
+        rows = ([row[column] for column in columns] for _, row in shown.iterrows())
         more = len(self.clients) - _SHOWN_CLIENTS
         rest = f"<p>and {more} more clients</p>" if more > 0 else ""
         return (
             f"<p><b>{html.escape(self.folder.name)}</b>: {html.escape(self.status)}</p>"
-            f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>{rest}"
+            f"{html_table(columns, rows)}{rest}"
             f"<p>report: <code>{html.escape(str(self.report))}</code></p>"
         )
 
@@ -325,9 +323,3 @@ class Result:
 def _columns(path: Path) -> list[str]:
     """The columns of a table."""
     return path.read_text(encoding="utf-8").partition("\n")[0].split(",")
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return "" if value != value else f"{value:.3f}"
-    return html.escape(str(value))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedmira.adapters import Adapter
@@ -45,11 +45,7 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     _sort_targets(folder / "adapter_config.json")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in sorted(adapter.items())},
-        folder / ADAPTER_WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    _save(folder / ADAPTER_WEIGHTS, adapter)
 
 
 def lora_config(
@@ -81,14 +77,17 @@ def write_encoder(folder: Path, adapter: Adapter, config: Any, embeddings: Tenso
     """
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(
-        {"prompt_embeddings": embeddings}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"}
-    )
-    save_file(
-        {name: tensor.contiguous() for name, tensor in sorted(adapter.items())},
-        folder / ENCODER_WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    _save(folder / ADAPTER_WEIGHTS, {"prompt_embeddings": embeddings})
+    _save(folder / ENCODER_WEIGHTS, adapter)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as a safetensors file, so that a full disk is an OSError with the file's name.
+
+    Safetensors' own writer raises an error of its own kind, without the file.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    path.write_bytes(save(contiguous, metadata={"format": "pt"}))
 
 
 def _sort_targets(path: Path) -> None:
