@@ -83,6 +83,7 @@ HOMES = {
     "flwr": ("federation/flower/", "flower_app.py"),
     "jinja2": ("report/", "data/rendering.py"),  # there: the error that a chat template raises
     "networkx": ("report/",),
+    "pyarrow": ("data/",),
     "peft": ("model/",),
     "rich": ("cli/", "observers/progress.py"),
     "rouge": ("metrics/",),

@@ -67,11 +67,13 @@ class Reading:
 
     Attributes:
         tasks: in the order of the source; `data.clients` keeps the first so many.
-        skipped: tasks that were left out by a rule, one "name: reason" each.
+        skipped: tasks, files and rows that were left out, one "name: reason" each.
+        notes: what else is to be said of the rows, a sentence each.
     """
 
     tasks: tuple[RawTask, ...]
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def by_prompt(

@@ -12,7 +12,7 @@ from fedmira.config import DataSettings
 from fedmira.config.sources import OBJECT
 from fedmira.data.examples import Example, RawTask, Reading
 from fedmira.data.problems import Problems
-from fedmira.data.rows import Row, example_of, text_of
+from fedmira.data.rows import Row, RowReader, text_of
 from fedmira.data.sources.grouping import sampled
 
 __all__ = ["OBJECT", "ObjectRows", "rows_from_objects"]
@@ -47,15 +47,17 @@ class ObjectRows:
             DataError: with all rows that are of no known shape.
         """
         problems = Problems()
+        reader = RowReader(settings, problems)
         tasks = []
         for client, parts in sorted(self.parts.items()):
-            read = {part: _examples(client, part, rows, problems) for part, rows in parts.items()}
+            read = {part: _examples(client, part, rows, reader) for part, rows in parts.items()}
             first = parts["train"][0] if parts["train"] else {}
             category = text_of(first, "category", f"{client} row 1", problems, optional=True)
             train = sampled(read["train"], client, settings, seed)
             tasks.append(RawTask(client, category, train, read.get("test"), read.get("validation")))
+        skipped, notes = reader.finish()
         problems.raise_if_any()
-        return Reading(tuple(tasks))
+        return Reading(tuple(tasks), tuple(skipped), tuple(notes))
 
 
 def rows_from_objects(clients: Mapping[str, Any]) -> ObjectRows:
@@ -128,11 +130,9 @@ def _missing(value: Any) -> bool:
     return value is None or (not isinstance(value, list | dict) and bool(value != value))
 
 
-def _examples(client: str, part: str, rows: tuple[Row, ...], problems: Problems) -> list[Example]:
+def _examples(client: str, part: str, rows: tuple[Row, ...], reader: RowReader) -> list[Example]:
     of = client if part == "train" else f"{client} {part}"
-    found = (
-        example_of(row, f"{of} row {number}", problems) for number, row in enumerate(rows, start=1)
-    )
+    found = (reader.example(row, f"{of} row {number}") for number, row in enumerate(rows, start=1))
     return [example for example in found if example is not None]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from fedmira.config import DataSettings
 from fedmira.data.encoding import ClientData, EncodedExample, EncodedTurn, Encoder
 from fedmira.data.from_objects import OBJECT, ObjectRows
-from fedmira.data.partition import ClientRows, partition_tasks
+from fedmira.data.partition import ClientRows, partition_tasks, safe_id
 from fedmira.data.problems import Problems
 from fedmira.data.rendering import uses_clock
 from fedmira.data.sources import reader
@@ -39,7 +39,6 @@ CUT_SHARE = 0.05
 """Cut prompts are worth a warning above this share of all rows."""
 
 _log = logging.getLogger(__name__)
-_SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +102,12 @@ def load_clients(
     Raises:
         DataError: all problems of the first stage that has any.
     """
-    found, skipped = _read(settings, seed, rows)
+    found, skipped, said = _read(settings, seed, rows)
     _check_ids(found)
+    for note in said:
+        _log.warning("%s", note)
     clients, notes = _split_and_encoded(found, settings, seed, tokenizer)
-    return Dataset(clients, skipped, notes)
+    return Dataset(clients, skipped, (*said, *notes))
 
 
 def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str) -> ClientData:
@@ -130,7 +131,7 @@ def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str)
             f"the chat template of {tokenizer.name_or_path!r} asks for the time, which each "
             "machine would answer for itself; set data.clock in the config of the run"
         )
-    rows, _ = _read(settings.model_copy(update={"clients": 0}), seed)
+    rows, _, said = _read(settings.model_copy(update={"clients": 0}), seed)
     found = [client for client in rows if client.client_id == name] or (
         rows if len(rows) == 1 else []
     )
@@ -170,16 +171,17 @@ def check_apart(settings: DataSettings) -> None:
 
 def _read(
     settings: DataSettings, seed: int, rows: ObjectRows | None = None
-) -> tuple[list[ClientRows], tuple[str, ...]]:
-    """All clients of the source, sorted by id, and what was left out."""
+) -> tuple[list[ClientRows], tuple[str, ...], tuple[str, ...]]:
+    """All clients of the source, sorted by id, what was left out, and what is to be said."""
     if settings.source == OBJECT:
         reading = _given(settings, rows).reading(settings, seed)
     else:
         reading = reader(settings.source)(settings, seed)
     partition = partition_tasks(reading.tasks, settings, seed)
-    return sorted(partition.clients, key=lambda client: client.client_id), (
-        *reading.skipped,
-        *partition.skipped,
+    return (
+        sorted(partition.clients, key=lambda client: client.client_id),
+        (*reading.skipped, *partition.skipped),
+        (*reading.notes, *partition.notes),
     )
 
 
@@ -412,9 +414,9 @@ def read_summary(values: object) -> ClientSummary:
 
 def id_problem(name: str) -> str:
     """Why this cannot be a client's id, which names a folder; "" where it can."""
-    if _SAFE.fullmatch(name) and len(name) <= 200:
+    if name and safe_id(name) == name:
         return ""
-    proposal = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:200] or "client-1"
+    proposal = safe_id(name) or "client-1"
     return (
         f"client id {name[:200]!r} cannot name a folder: use at most 200 letters, digits, "
         "'.', '_' and '-', "

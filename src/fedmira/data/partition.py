@@ -6,6 +6,7 @@ A client per task, several per category, or a Dirichlet mix of categories each.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,9 +17,14 @@ from fedmira.data.examples import Example, RawTask, by_prompt
 from fedmira.data.problems import Problems
 from fedmira.data.randomness import generator, shuffled
 
-__all__ = ["MOST_DRAWS", "ClientRows", "Partition", "partition_tasks"]
+__all__ = ["MOST_DRAWS", "ClientRows", "Partition", "partition_tasks", "safe_id"]
 
 MOST_DRAWS = 1000
+_LONGEST_ID = 200
+_RESERVED = {"con", "prn", "aux", "nul"} | {
+    f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)
+}
+"""Names that Windows keeps for devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +49,11 @@ class ClientRows:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """All clients, and what was left out with its reason."""
+    """All clients, what was left out with its reason, and whose name was changed."""
 
     clients: tuple[ClientRows, ...]
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +98,12 @@ def partition_tasks(tasks: Sequence[RawTask], settings: DataSettings, seed: int)
     else:
         clients = [
             ClientRows(
-                task.name, task.name, task.category, task.examples, task.test, task.validation
+                safe_id(task.name) or task.name,
+                task.name,
+                task.category,
+                task.examples,
+                task.test,
+                task.validation,
             )
             for task in tasks
         ]
@@ -118,7 +130,13 @@ def _kept(clients: list[ClientRows], settings: DataSettings, problems: Problems)
         for line in small:
             problems.add(line)
     problems.raise_if_any()
-    return Partition(tuple(kept[: settings.clients or len(kept)]), tuple(small))
+    taken = tuple(kept[: settings.clients or len(kept)])
+    notes = tuple(
+        f"client {client.task!r} is called {client.client_id!r}, which can name a folder everywhere"
+        for client in taken
+        if settings.partition in ("task", "column") and client.client_id != client.task
+    )
+    return Partition(taken, tuple(small), notes)
 
 
 def _pools(tasks: Sequence[RawTask], problems: Problems) -> list[_Pool]:
@@ -287,6 +305,19 @@ def _cut(rows: Sequence[Example], bounds: np.ndarray, shares: list[list[Example]
     ends = [*(int(bound * len(rows)) for bound in bounds[:-1]), len(rows)]
     for share, start, end in zip(shares, [0, *ends[:-1]], ends, strict=True):
         share.extend(rows[start:end])
+
+
+def safe_id(name: str) -> str:
+    """A name as a client id, which names a folder on every system; "" where nothing is left.
+
+    Letters and digits of all scripts stay; blanks and other characters become hyphens.
+    """
+    plain = unicodedata.normalize("NFC", name)
+    plain = re.sub(r"[^\w.-]+", "-", plain).lstrip("-.").rstrip(".")
+    plain = plain.rstrip("-") if plain != name else plain
+    while len(plain.encode()) > _LONGEST_ID:
+        plain = plain[:-1]
+    return f"{plain}_" if plain.split(".")[0].lower() in _RESERVED else plain
 
 
 def _slug(category: str) -> str:

@@ -24,6 +24,7 @@ class Problems:
 
     def __init__(self) -> None:
         self._messages: list[str] = []
+        self._of_rows: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._messages)
@@ -31,6 +32,19 @@ class Problems:
     def add(self, message: str) -> None:
         """Notes a problem; the stage goes on."""
         self._messages.append(message)
+
+    def mark_row(self, first: int) -> None:
+        """Says that all problems from position `first` on are those of a single row."""
+        self._of_rows.update(range(first, len(self._messages)))
+
+    def forgive_rows(self) -> list[str]:
+        """Takes back the problems of single rows; what is equal in several rows comes once."""
+        taken = [self._messages[place] for place in sorted(self._of_rows)]
+        self._messages = [
+            message for place, message in enumerate(self._messages) if place not in self._of_rows
+        ]
+        self._of_rows = set()
+        return _grouped(taken)
 
     def raise_if_any(self) -> None:
         """Ends the stage when it had problems.

@@ -10,7 +10,18 @@ from pydantic import field_validator, model_validator
 from fedmira.config.section import Count, Positive, Section, setting
 from fedmira.config.sources import SourceName
 
-__all__ = ["DataSettings"]
+__all__ = ["ColumnSettings", "DataSettings"]
+
+
+class ColumnSettings(Section):
+    """[data.columns]: what a user's rows call the keys that rows are read by; "" is our own name."""
+
+    instruction: str = setting("", help="The column of the instruction.")
+    input: str = setting("", help="The column of what the instruction is about.")
+    output: str = setting("", help="The column of the answer.")
+    system: str = setting("", help="The column of the system's text.")
+    messages: str = setting("", help="The column of the messages.")
+    category: str = setting("", help="The column of the category.")
 
 
 class DataSettings(Section):
@@ -73,6 +84,35 @@ class DataSettings(Section):
         "client",
         help=("The key that names a row's client, in one jsonl file and in hub data sets."),
         read_by={"source": ("jsonl", "hub"), "partition": ("task", "column")},
+    )
+    columns: ColumnSettings = setting(
+        ColumnSettings(),
+        help=(
+            "What the rows call the keys that they are read by: "
+            '`columns = {input = "Frage", output = "Antwort"}`.'
+        ),
+    )
+    instruction: str = setting(
+        "",
+        help="The instruction of all rows that bring none; their question becomes the input.",
+    )
+    ignore: tuple[str, ...] = setting(
+        (),
+        help="Keys of rows that are not to reach the model; nothing is said of them.",
+    )
+    bad_rows: Literal["skip", "error"] = setting(
+        "skip",
+        help=(
+            "Empty and unusable rows are left out and named, up to `bad_rows_share` of all rows, "
+            "or are an error. Broken JSON is always an error."
+        ),
+    )
+    bad_rows_share: float = setting(
+        0.01,
+        ge=0,
+        le=1,
+        help="Most rows that are left out as unusable, as a share of all rows.",
+        read_by={"bad_rows": ("skip",)},
     )
     split: str = setting(
         "train",

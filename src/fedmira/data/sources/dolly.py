@@ -11,8 +11,8 @@ from fedmira.config import DataSettings
 from fedmira.data.examples import Reading
 from fedmira.data.files import read_json_lines
 from fedmira.data.problems import Problems
-from fedmira.data.rows import Row, key_problem
-from fedmira.data.sources.grouping import tasks_by_key
+from fedmira.data.rows import Row, RowReader, key_problem
+from fedmira.data.sources.grouping import tables_by_key
 
 __all__ = ["read"]
 
@@ -41,9 +41,16 @@ def read(settings: DataSettings, seed: int) -> Reading:
                 rows.append((where, row))
         if not rows and len(problems) == before:
             problems.add(f"{path}: holds no rows")
-    tasks = tasks_by_key(rows, "category", settings, seed, problems)
+    reader = RowReader(settings, problems)
+    tasks = (
+        tables_by_key({"train": rows}, "category", settings, seed, problems, reader)[0]
+        if rows
+        else []
+    )
+    skipped, notes = reader.finish()
     problems.raise_if_any()
-    return Reading(tuple(sorted(tasks, key=lambda task: task.name)))
+    ordered = sorted(tasks, key=lambda task: task.name)
+    return Reading(tuple(ordered), tuple(skipped), tuple(notes))
 
 
 def _file(path: str, problems: Problems) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedmira.config import DataSettings
@@ -13,12 +13,12 @@ from fedmira.data.randomness import generator, sample
 from fedmira.data.rows import (
     KEYS,
     Row,
-    example_of,
+    RowReader,
     key_problem,
     text_of,
 )
 
-__all__ = ["group_key", "sampled", "tasks_by_key"]
+__all__ = ["group_key", "sampled", "tables_by_key"]
 
 
 def group_key(settings: DataSettings) -> str:
@@ -29,35 +29,64 @@ def group_key(settings: DataSettings) -> str:
     return "category" if settings.partition in ("category", "dirichlet") else settings.column
 
 
-def tasks_by_key(
-    rows: Iterable[tuple[str, Row]], key: str, settings: DataSettings, seed: int, problems: Problems
-) -> list[RawTask]:
-    """One task per value of `key`, in order of first appearance.
+def tables_by_key(
+    tables: Mapping[str, Iterable[tuple[str, Row]]],
+    key: str,
+    settings: DataSettings,
+    seed: int,
+    problems: Problems,
+    reader: RowReader,
+) -> tuple[list[RawTask], list[str]]:
+    """One task per value of `key`, in order of first appearance, and what was left out.
 
-    Its category is that of its first row.
+    A task's category is that of its first row.
 
     Args:
-        rows: (file and line, row) pairs.
+        tables: part ("train", and perhaps "test" and "validation") -> (place, row) pairs.
         key: of the rows; text or a whole number.
+        settings: how many of the rows are used.
+        seed: of the run.
         problems: receives what is wrong with single rows.
+        reader: makes examples of them.
     """
-    groups: dict[str, list[Example]] = {}
+    parts: dict[str, dict[str, list[Example]]] = {}
     categories: dict[str, str] = {}
-    for where, row in rows:
-        example = example_of(row, where, problems)
-        name = _name(row, key, where, problems)
-        if name not in categories:
-            categories[name] = (
-                name
-                if key == "category"
-                else text_of(row, "category", where, problems, optional=True)
-            )
-        if example is not None:
-            groups.setdefault(name, []).append(example)
-    return [
-        RawTask(name, categories[name], sampled(examples, name, settings, seed))
-        for name, examples in groups.items()
+    for part, rows in tables.items():
+        before, number = len(problems), 0
+        groups = parts[part] = {}
+        for number, (where, row) in enumerate(rows, start=1):  # noqa: B007
+            example = reader.example(row, where)
+            if example is None and reader.was_blank:
+                continue
+            name = _name(row, key, where, problems)
+            if name not in categories:
+                categories[name] = (
+                    name
+                    if key == "category"
+                    else text_of(row, "category", where, problems, optional=True)
+                )
+            if example is not None:
+                groups.setdefault(name, []).append(example)
+        if not number and len(problems) == before and part == "train":
+            problems.add("the table holds no rows")
+    train = parts.pop("train")
+    left = [
+        f"{name}: {len(rows)} {part} rows, and no row to train on"
+        for part, groups in parts.items()
+        for name, rows in groups.items()
+        if name not in train
     ]
+    tasks = [
+        RawTask(
+            name,
+            categories[name],
+            sampled(examples, name, settings, seed),
+            parts.get("test", {}).get(name),
+            parts.get("validation", {}).get(name),
+        )
+        for name, examples in train.items()
+    ]
+    return tasks, left
 
 
 def sampled(examples: list[Example], name: str, settings: DataSettings, seed: int) -> list[Example]:

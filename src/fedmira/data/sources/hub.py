@@ -5,29 +5,33 @@ A local one is a data set folder or a table.
 
 from __future__ import annotations
 
-import csv
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedmira.config import DataSettings
 from fedmira.data.examples import Reading
 from fedmira.data.problems import Problems
-from fedmira.data.sources.grouping import group_key, tasks_by_key
+from fedmira.data.rows import Row, RowReader
+from fedmira.data.sources.grouping import group_key, tables_by_key
+from fedmira.data.sources.layouts import PARTS, parts_of, rows_of, sorted_out
+from fedmira.data.tables import ENDINGS, ending_of
 from fedmira.errors import DataError
 
 __all__ = ["read"]
 
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
-"""A file's ending -> what `datasets` reads it with."""
+Tables = dict[str, Iterable[tuple[str, Row]]]
+_SAVED = ("state.json", "dataset_dict.json")
 
 
 def read(settings: DataSettings, seed: int) -> Reading:
     """Reads split `settings.split` of the data set `settings.path`.
 
-    Tasks come in order of appearance.
+    Beside the split "train", those for test and validation are read as such. Tasks come in order of
+    appearance.
 
-    A local folder may be one that `save_to_disk` wrote, or one of data files (parquet, JSON Lines,
-    CSV); one such file will do, too, and its split is "train".
+    A local folder may be one that `save_to_disk` wrote, or one of data files; one such file will
+    do, too, and its split is "train".
 
     Raises:
         DataError: the data set cannot be reached or has no such split; or all problems of its rows,
@@ -38,42 +42,81 @@ def read(settings: DataSettings, seed: int) -> Reading:
             "data.path is empty; hub needs a data set id (owner/name), a local data set "
             "folder, or a CSV, parquet or JSON file"
         )
-    table = _load(settings)
     problems = Problems()
-    rows = (
-        (f"{settings.path}[{settings.split}] row {number}", row)
-        for number, row in enumerate(table, start=1)
-    )
-    tasks = tasks_by_key(rows, group_key(settings), settings, seed, problems)
+    reader = RowReader(settings, problems)
+    skipped: list[str] = []
+    notes: list[str] = []
+    tables = _tables(settings, problems, skipped, notes)
+    tasks, left = tables_by_key(tables, group_key(settings), settings, seed, problems, reader)
     if not tasks and not len(problems):
         problems.add(f"{settings.path}[{settings.split}]: holds no rows")
+    bad, said = reader.finish()
     problems.raise_if_any()
-    return Reading(tuple(tasks))
+    return Reading(tuple(tasks), (*skipped, *left, *bad), (*notes, *said))
 
 
-def _load(settings: DataSettings) -> Any:
+def _tables(
+    settings: DataSettings, problems: Problems, skipped: list[str], notes: list[str]
+) -> Tables:
+    """Part -> its rows with their places."""
+    place = Path(settings.path)
+    if place.is_file() and not ending_of(place):
+        raise DataError(
+            f"{settings.path}: hub reads {', '.join(ENDINGS)} files, also with .gz; write the "
+            "table as one of them"
+        )
+    saved = place.is_dir() and any((place / name).is_file() for name in _SAVED)
+    files: dict[str, list[Path]] = {}
+    if place.is_file():
+        files = {"train": [place]}
+    elif place.is_dir() and not saved:
+        tables, folders = sorted_out(place, skipped)
+        for folder in folders:
+            tables += sorted_out(folder, skipped)[0]
+        files = parts_of(tables, "train")
+    if files:
+        chosen = _chosen(list(files), settings, notes)
+        return {part: rows_of(files[split], problems, notes) for part, split in chosen.items()}
+    splits = _load(settings, saved)
+    chosen = _chosen(list(splits), settings, notes)
+    return {part: _placed(settings, split, splits[split]) for part, split in chosen.items()}
+
+
+def _placed(settings: DataSettings, split: str, table: Any) -> Iterator[tuple[str, Row]]:
+    for number, row in enumerate(table, start=1):
+        yield f"{settings.path}[{split}] row {number}", row
+
+
+def _chosen(splits: list[str], settings: DataSettings, notes: list[str]) -> dict[str, str]:
+    """Part -> the split that gives it."""
+    if settings.split not in splits:
+        raise DataError(
+            f"{settings.path}: no split {settings.split!r}, found {', '.join(splits) or 'none'}; "
+            "set data.split"
+        )
+    chosen = {"train": settings.split}
+    if settings.split == "train":
+        chosen |= {part: part for part in PARTS[1:] if part in splits}
+    unread = [split for split in splits if split not in chosen.values()]
+    if unread:
+        notes.append(f"{settings.path}: the splits {', '.join(unread)} are not read")
+    used = [split for part, split in chosen.items() if part != "train"]
+    if used:
+        notes.append(f"{settings.path}: the splits {', '.join(used)} are used as such")
+    return chosen
+
+
+def _load(settings: DataSettings, saved: bool) -> Mapping[str, Any]:
+    """Split -> its table, of a data set of the hub or one that `save_to_disk` wrote."""
     # Importing datasets takes seconds and every other source does without it.
     import datasets
 
-    folder = Path(settings.path)
-    if folder.is_file() and folder.suffix.lower() not in _BUILDERS:
-        raise DataError(
-            f"{settings.path}: hub reads {', '.join(_BUILDERS)} files; write the table as "
-            "one of them"
-        )
-    saved = folder.is_dir() and any(
-        (folder / name).is_file() for name in ("state.json", "dataset_dict.json")
-    )
     try:
-        if folder.is_file():
-            builder = _BUILDERS[folder.suffix.lower()]
-            more = _as_text(folder) if builder == "csv" else {}
-            return datasets.load_dataset(
-                builder, data_files=str(folder), split=settings.split, **more
-            )
-        if not saved:
-            return datasets.load_dataset(settings.path, split=settings.split)
-        table = datasets.load_from_disk(settings.path)
+        table = (
+            datasets.load_from_disk(settings.path)
+            if saved
+            else datasets.load_dataset(settings.path)
+        )
     except (
         datasets.exceptions.DatasetsError,
         OSError,
@@ -81,29 +124,11 @@ def _load(settings: DataSettings) -> Any:
         RuntimeError,
         IndexError,
     ) as error:  # IndexError: saved without rows
-        raise DataError(_unreachable(settings, folder, error)) from error
-    if not isinstance(table, datasets.DatasetDict):
-        return table
-    if settings.split not in table:
-        raise DataError(
-            f"{settings.path}: no split {settings.split!r}, found {', '.join(table)}; set "
-            "data.split"
-        )
-    return table[settings.split]
-
-
-def _as_text(path: Path) -> dict[str, Any]:
-    """How to read a CSV or TSV file.
-
-    Every cell is the text that stands there, and an empty one is none.
-    """
-    import datasets
-
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as handle:
-        names = next(csv.reader(handle, delimiter=separator), [])
-    features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
+        raise DataError(_unreachable(settings, Path(settings.path), error)) from error
+    found: Mapping[str, Any] = (
+        table if isinstance(table, datasets.DatasetDict) else {settings.split: table}
+    )
+    return found
 
 
 def _unreachable(settings: DataSettings, folder: Path, error: Exception) -> str:

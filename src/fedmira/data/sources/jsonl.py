@@ -1,32 +1,31 @@
-"""Users' own JSON Lines: a folder or a file per client, or one file with a client column.
+"""Users' own rows: a folder or a file per client, or one table with a client column.
 
-PATH/<client>/train.jsonl [test.jsonl] [validation.jsonl]
-PATH/<client>.jsonl
-PATH                         one .jsonl file whose rows name their client under `data.column`
+PATH/<client>/train.*  [test.*]  [validation.*]
+PATH/<client>.*
+PATH/train.*  [test.*]  [validation.*]     whose rows name their client under `data.column`
+PATH                                       one file of that kind
+
+The files are JSON Lines, JSON lists, CSV, TSV or parquet, each perhaps packed by gzip, in any
+mixture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedmira.config import DataSettings
 from fedmira.data.examples import Example, RawTask, Reading
-from fedmira.data.files import read_json_lines
 from fedmira.data.problems import Problems
-from fedmira.data.rows import Row, example_of, text_of
-from fedmira.data.sources.grouping import group_key, sampled, tasks_by_key
+from fedmira.data.rows import RowReader, text_of
+from fedmira.data.sources.grouping import group_key, sampled, tables_by_key
+from fedmira.data.sources.layouts import PARTS, part_of, parts_of, rows_of, sorted_out
+from fedmira.data.tables import ENDINGS, stem_of
 
 __all__ = ["read"]
 
-_PARTS = ("train.jsonl", "test.jsonl", "validation.jsonl")
-_LONGEST_LOOK = 2**20
-_TABLES = (".csv", ".tsv", ".parquet", ".json")
-_USE_HUB = (
-    "data.source = 'hub' reads one CSV, TSV, parquet or JSON file with the rows of all clients, of "
-    "which data.column names the client"
-)
 _LAYOUTS = "PATH/<client>/train.jsonl, PATH/<client>.jsonl, or one .jsonl file with a client column"
+_KINDS = f"{', '.join(ENDINGS)} files, also with .gz, are read"
 
 
 def read(settings: DataSettings, seed: int) -> Reading:
@@ -39,146 +38,116 @@ def read(settings: DataSettings, seed: int) -> Reading:
     """
     problems = Problems()
     place = Path(settings.path)
+    reader = _Clients(settings, seed, problems)
     tasks: list[RawTask] = []
     if settings.path and place.is_file():
-        tasks = _one_file(place, settings, seed, problems)
+        tasks = reader.of_tables({"train": [place]})
     elif settings.path and place.is_dir():
-        tasks = _one_folder(place, settings, seed, problems)
+        tasks = reader.of_folder(place)
     else:
         problems.add(f"data.path {settings.path!r} does not exist; jsonl needs {_LAYOUTS}")
+    skipped, notes = reader.rows.finish()
     problems.raise_if_any()
-    return Reading(tuple(tasks))
+    return Reading(tuple(tasks), (*reader.skipped, *skipped), (*reader.notes, *notes))
 
 
-def _one_file(path: Path, settings: DataSettings, seed: int, problems: Problems) -> list[RawTask]:
-    if path.suffix.lower() in _TABLES and not _holds_lines(path):
-        column = (
-            ""
-            if settings.column != "client"
-            else ", and data.column to the column that names each row's client"
+class _Clients:
+    """Reads the files of clients, and keeps what is to be said of them."""
+
+    def __init__(self, settings: DataSettings, seed: int, problems: Problems) -> None:
+        self.settings, self.seed, self.problems = settings, seed, problems
+        self.rows = RowReader(settings, problems)
+        self.skipped: list[str] = []
+        self.notes: list[str] = []
+
+    def of_tables(self, parts: dict[str, list[Path]]) -> list[RawTask]:
+        """The clients that one table names."""
+        tables = {part: rows_of(files, self.problems, self.notes) for part, files in parts.items()}
+        tasks, left = tables_by_key(
+            tables, group_key(self.settings), self.settings, self.seed, self.problems, self.rows
         )
-        problems.add(
-            f"{path}: source 'jsonl' reads JSON Lines (one object a line); set data.source "
-            f"to 'hub' for this file{column}"
-        )
-        return []
-    before = len(problems)
-    rows = ((f"{path}:{number}", row) for number, row in read_json_lines(path, problems))
-    tasks = tasks_by_key(rows, group_key(settings), settings, seed, problems)
-    if not tasks and len(problems) == before:
-        problems.add(f"{path}: holds no rows")
-    return tasks
+        self.skipped += left
+        return tasks
 
-
-def _holds_lines(path: Path) -> bool:
-    """Whether a file with another format's ending has an object on its first line all the same."""
-    if path.suffix.lower() != ".json":
-        return False
-    with path.open("rb") as handle:
-        first = handle.readline(_LONGEST_LOOK)
-    return first.lstrip().startswith(b"{") and (
-        len(first) == _LONGEST_LOOK or first.rstrip().endswith(b"}")
-    )
-
-
-def _one_folder(
-    folder: Path, settings: DataSettings, seed: int, problems: Problems
-) -> list[RawTask]:
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    files = [entry for entry in entries if entry.is_file() and entry.suffix == ".jsonl"]
-    stray = [file.name for file in files if file.name in _PARTS]
-    if stray:
-        problems.add(
-            f"{folder}: {', '.join(stray)} belong into a folder per client; looked for {_LAYOUTS}"
-        )
-        return []
-    folders = [entry for entry in entries if entry.is_dir()]
-    if not files and not folders:
-        tables = _tables_in(folder)
-        found = f", found {_some(tables)}; {_USE_HUB}" if tables else ""
-        problems.add(f"{folder}: holds no clients; looked for {_LAYOUTS}{found}")
-    of_tables = {
-        entry.name: _tables_in(entry)
-        for entry in folders
-        if not any(entry.glob("*.jsonl")) and _tables_in(entry)
-    }
-    if of_tables:
-        found = _some(sorted({name for names in of_tables.values() for name in names}))
-        problems.add(
-            f"{folder}: looked for <client>/train.jsonl, found {found} in "
-            f"{_some(list(of_tables))}; write these files as JSON Lines (one "
-            f"object a line), or as one table: {_USE_HUB}"
-        )
-        folders = [entry for entry in folders if entry.name not in of_tables]
-    for file in files:
-        if file.stem in {entry.name for entry in folders}:
-            problems.add(
-                f"{folder}: client {file.stem!r} stands there twice, as {file.name} and as "
-                f"{file.stem}/; keep one"
+    def of_folder(self, folder: Path) -> list[RawTask]:
+        """The clients of a folder."""
+        files, folders = sorted_out(folder, self.skipped)
+        stray = [file.name for file in files if part_of(file)]
+        if stray and len(stray) == len(files) and not folders:
+            return self.of_tables(parts_of(files))
+        if stray:
+            self.problems.add(
+                f"{folder}: {', '.join(stray)} belong into a folder per client; looked for "
+                f"{_LAYOUTS}"
             )
-    tasks = [_client_of_file(file, settings, seed, problems) for file in files]
-    tasks += [_client_of_folder(entry, settings, seed, problems) for entry in folders]
-    return sorted(tasks, key=lambda task: task.name)
+            return []
+        if not files and not folders:
+            found = f", found {_some([entry.split(': ')[0] for entry in self.skipped])}"
+            self.problems.add(
+                f"{folder}: holds no clients; looked for {_LAYOUTS}"
+                f"{found if self.skipped else ''}; {_KINDS}"
+            )
+        names: dict[str, str] = {entry.name: f"{entry.name}/" for entry in folders}
+        for file in files:
+            name = stem_of(file)
+            if name in names:
+                self.problems.add(
+                    f"{folder}: client {name!r} stands there twice, as {file.name} and as "
+                    f"{names[name]}; keep one"
+                )
+            names.setdefault(name, file.name)
+        tasks = [self._task(stem_of(file), [file]) for file in files]
+        tasks += [self._of_client(entry) for entry in folders]
+        return sorted(tasks, key=lambda task: task.name)
 
+    def _of_client(self, folder: Path) -> RawTask:
+        others: list[str] = []
+        files, folders = sorted_out(folder, others)
+        parts = parts_of(files)
+        for file in parts.get("", []):
+            self.problems.add(
+                f"{file}: not a file of a client; a client's folder holds "
+                f"{', '.join(f'{part}.jsonl' for part in PARTS)} or files of other endings"
+            )
+        if "train" not in parts:
+            names = sorted(entry.name for entry in folder.iterdir())
+            self.problems.add(
+                f"{folder}: looked for train.jsonl, found {_some(names) or 'nothing'}"
+            )
+            return RawTask(folder.name, "", [])
+        self.skipped += [*others, *(f"{entry}: a folder inside of a client's" for entry in folders)]
+        return self._task(folder.name, *(parts.get(part) for part in PARTS))
 
-def _tables_in(folder: Path) -> list[str]:
-    """Names of the files of other formats, sorted."""
-    return sorted(
-        path.name for path in folder.iterdir() if path.suffix.lower() in _TABLES and path.is_file()
-    )
+    def _task(
+        self,
+        name: str,
+        train: Sequence[Path] | None,
+        test: Sequence[Path] | None = None,
+        validation: Sequence[Path] | None = None,
+    ) -> RawTask:
+        examples, category = self._examples(train or [])
+        return RawTask(
+            name,
+            category,
+            sampled(examples, name, self.settings, self.seed),
+            self._examples(test)[0] if test is not None else None,
+            self._examples(validation)[0] if validation is not None else None,
+        )
+
+    def _examples(self, files: Sequence[Path]) -> tuple[list[Example], str]:
+        """The examples of files, and the category of the first row."""
+        examples: list[Example] = []
+        category = ""
+        key = self.settings.columns.category or "category"
+        for index, (where, row) in enumerate(rows_of(files, self.problems, self.notes)):
+            if index == 0:
+                category = text_of(row, key, where, self.problems, optional=True)
+            example = self.rows.example(row, where)
+            if example is not None:
+                examples.append(example)
+        return examples, category
 
 
 def _some(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _client_of_file(path: Path, settings: DataSettings, seed: int, problems: Problems) -> RawTask:
-    examples, category = _read_rows(path, problems)
-    return RawTask(path.stem, category, sampled(examples, path.stem, settings, seed))
-
-
-def _client_of_folder(
-    folder: Path, settings: DataSettings, seed: int, problems: Problems
-) -> RawTask:
-    present = [path.name for path in sorted(folder.glob("*.jsonl"))]
-    for name in present:
-        if name not in _PARTS:
-            problems.add(
-                f"{folder / name}: not a file of a client; a client's folder holds "
-                f"{', '.join(_PARTS)}"
-            )
-    if "train.jsonl" not in present:
-        found = (
-            ", ".join(present) or _some(sorted(path.name for path in folder.iterdir())) or "nothing"
-        )
-        problems.add(f"{folder}: looked for train.jsonl, found {found}")
-        return RawTask(folder.name, "", [])
-    examples, category = _read_rows(folder / "train.jsonl", problems)
-    test, validation = (
-        _read_rows(folder / name, problems)[0] if name in present else None for name in _PARTS[1:]
-    )
-    return RawTask(
-        folder.name, category, sampled(examples, folder.name, settings, seed), test, validation
-    )
-
-
-def _read_rows(path: Path, problems: Problems) -> tuple[list[Example], str]:
-    """The examples of a file, and the category of its first row."""
-    before = len(problems)
-    examples: list[Example] = []
-    category = ""
-    for index, (where, row) in enumerate(_numbered(path, problems)):
-        if index == 0:
-            category = text_of(row, "category", where, problems, optional=True)
-        example = example_of(row, where, problems)
-        if example is not None:
-            examples.append(example)
-    if not examples and len(problems) == before:
-        problems.add(f"{path}: holds no rows")
-    return examples, category
-
-
-def _numbered(path: Path, problems: Problems) -> Iterator[tuple[str, Row]]:
-    for number, row in read_json_lines(path, problems):
-        yield f"{path}:{number}", row
