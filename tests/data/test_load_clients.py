@@ -109,15 +109,28 @@ def column_file(folder: Path, clients: list[str]) -> DataSettings:
     )
 
 
-def test_client_ids_that_cannot_name_folders_are_all_named_with_a_proposal(
+def test_names_of_clients_become_ids_that_name_folders_everywhere(
     tmp_path: Path, words: Any
 ) -> None:
-    with pytest.raises(DataError) as error:
-        load_clients(column_file(tmp_path, ["law firm/2", "..", "fine"]), 0, words)
-    assert len(error.value.problems) == 2
-    assert "client id 'law firm/2' cannot name a folder" in str(
-        error.value
-    ) and "for example 'law-firm-2'" in str(error.value)
+    names = ["Klinik Sued", "\u6771", "con", "fine"]
+    data = load_clients(column_file(tmp_path, names), 0, words)
+    ids = ["Klinik-Sued", "con_", "fine", "\u6771"]
+    assert [client.client_id for client in data.clients] == ids
+    changed = [note for note in data.notes if "is called" in note]
+    assert [note.split("'")[1:4:2] for note in changed] == [
+        ["Klinik Sued", "Klinik-Sued"],
+        ["con", "con_"],
+    ]
+
+
+def test_a_name_of_which_nothing_can_name_a_folder_is_refused(tmp_path: Path, words: Any) -> None:
+    with pytest.raises(DataError, match="client id '..' cannot name a folder"):
+        load_clients(column_file(tmp_path, ["..", "fine"]), 0, words)
+
+
+def test_names_that_become_one_id_are_refused(tmp_path: Path, words: Any) -> None:
+    with pytest.raises(DataError, match="'Klinik-Sued' and 'Klinik-Sued' would share a folder"):
+        load_clients(column_file(tmp_path, ["Klinik Sued", "Klinik/Sued"]), 0, words)
 
 
 def test_client_ids_that_differ_in_case_only_are_refused(tmp_path: Path, words: Any) -> None:

@@ -83,7 +83,8 @@ def history_of(row: Row, where: str, problems: Problems, seen: Seen) -> list[Mes
     for number, pair in enumerate(value if isinstance(value, list) else [None], start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             problems.add(
-                f"{where}, history {number}: must be a pair of a question and its answer, or a message"
+                f"{where}, history {number}: must be a pair of a question and its answer, "
+                "or a message"
             )
             return []
         for role, text in zip(("user", "assistant"), pair, strict=True):

@@ -55,7 +55,7 @@ def test_a_folder_of_data_files(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
     assert [task.name for task in read(options(folder), 0).tasks] == ["b", "a"]
-    with pytest.raises(DataError, match="split 'nope' of this folder cannot be loaded"):
+    with pytest.raises(DataError, match="no split 'nope', found train; set data.split"):
         read(options(folder, split="nope"), 0)
 
 
@@ -90,12 +90,10 @@ def test_cells_of_a_csv_file_are_text(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_a_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "all.xlsx").write_bytes(b"PK")
-    with pytest.raises(
-        DataError, match=r"all\.xlsx: hub reads \.csv, \.tsv, \.parquet, \.json, \.jsonl files"
-    ):
+    with pytest.raises(DataError, match=r"all\.xlsx: hub reads \.jsonl, .* files, also with \.gz"):
         read(options(tmp_path / "all.xlsx"), 0)
     (tmp_path / "all.parquet").write_bytes(b"no table")
-    with pytest.raises(DataError, match="split 'train' of this file cannot be loaded"):
+    with pytest.raises(DataError, match="is no parquet file"):
         read(options(tmp_path / "all.parquet"), 0)
 
 

@@ -150,7 +150,7 @@ def test_all_row_problems_of_all_files_come_together(tmp_path: Path) -> None:
         {},
         {"instruction": "i", "input": "m"},
         {"instruction": "i", "output": ""},
-        {"instruction": 5, "output": "o"},
+        {"instruction": {"a": 5}, "output": "o"},
         {"prompt": "p"},
         {"instruction": " ", "output": "o"},
         [1],
@@ -163,20 +163,20 @@ def test_all_row_problems_of_all_files_come_together(tmp_path: Path) -> None:
         {"messages": [turn("user", "x")]},
         {"messages": [turn("assistant", "x")]},
         {"messages": [{"role": "user"}, 3]},
-        {"prompt": "p", "completion": [turn("assistant", "x")]},
+        {"prompt": 3, "completion": [turn("assistant", "x")]},
         {"messages": [turn("user", "x"), turn("assistant", "\n")]},
     )
     first, second = f"{tmp_path}/a.jsonl", f"{tmp_path}/b/train.jsonl"
     shapes = (
         "a row needs instruction and output (input), instruction and response (context), prompt "
-        "and completion, or messages"
+        "and completion, question and answer, or messages"
     )
     assert problems_of(tmp_path) == (
-        f"{first}:1: unknown shape, found text; {shapes}; rename the keys of the rows",
+        f"{first}:1: unknown shape, found text; {shapes}; name the columns in data.columns",
         f"{first}:2: unknown shape, found no keys; {shapes}",
         f"{first}:3: missing key 'output' or 'response', found instruction, input",
         f"{first}:4: empty response; a row needs text to learn",
-        f"{first}:5: 'instruction' is of type int; must be text",
+        f"{first}:5: 'instruction' is of type dict; must be text",
         f"{first}:6: missing key 'completion', found prompt",
         f"{first}:7: empty prompt; a row needs an instruction",
         f"{first}:8: holds a list; JSON Lines holds one object a line",
@@ -255,38 +255,14 @@ def test_equal_problems_of_scattered_lines_are_one_with_their_numbers(tmp_path: 
     )
 
 
-def test_rows_of_questions_and_answers_say_which_keys_to_rename(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", {"question": "q", "answer": "a"}, {"question": "p", "answer": "b"})
+def test_rows_of_unknown_names_say_how_to_name_their_columns(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", {"text": "q", "label": "a"}, {"text": "p", "label": "b"})
     (problem,) = problems_of(tmp_path)
-    assert problem.startswith(
-        f"{tmp_path}/a.jsonl, lines 1 to 2: unknown shape, found question, answer; a row "
-        "needs instruction and output"
-    )
-    assert problem.endswith("; rename 'question' to 'instruction' and 'answer' to 'output'")
-    write(tmp_path / "a.jsonl", {"instruction": "q", "answer": "a"})
-    assert problems_of(tmp_path)[0].endswith(
-        "found instruction, answer; rename 'answer' to 'output'"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("all.csv", "instruction,output\nDo.,done\n"), ("all.json", json.dumps([ROW], indent=1))],
-)
-def test_a_table_of_another_format_is_one_problem_that_names_the_way(
-    tmp_path: Path, name: str, text: str
-) -> None:
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    (problem,) = problems_of(tmp_path / name)
-    assert problem.startswith(
-        f"{tmp_path / name}: source 'jsonl' reads JSON Lines (one object a line); set "
-        "data.source to 'hub'"
-    )
-    assert problems_of(tmp_path)[0].endswith(
-        f"or one .jsonl file with a client column, found {name}; data.source = 'hub' reads "
-        "one CSV, TSV, parquet or JSON file with the "
-        "rows of all clients, of which data.column names the client"
-    )
+    assert problem.startswith(f"{tmp_path}/a.jsonl, lines 1 to 2: unknown shape, found text, label")
+    assert problem.endswith('; set data.columns = {instruction = "text", output = "label"}')
+    columns = {"instruction": "text", "output": "label"}
+    (task,) = read(options(tmp_path, columns=columns), 0).tasks
+    assert list(task.examples) == [Example("q", "", "a"), Example("p", "", "b")]
 
 
 def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
@@ -294,38 +270,21 @@ def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
     assert [task.name for task in read(options(path), 0).tasks] == ["a", "b"]
 
 
-def test_clients_of_another_format_are_one_problem(tmp_path: Path) -> None:
-    for client in ("a", "b", "c", "d"):
-        (tmp_path / client).mkdir()
-        (tmp_path / client / "train.csv").write_text("instruction,output\n", encoding="utf-8")
-    (problem,) = problems_of(tmp_path)
-    assert problem.startswith(
-        f"{tmp_path}: looked for <client>/train.jsonl, found train.csv in a, b, c and 1 "
-        "more; write these files as JSON"
-    )
-    (tmp_path / "e").mkdir()
-    (tmp_path / "e" / "notes.txt").write_text("x", encoding="utf-8")
-    assert problems_of(tmp_path) == (
-        problem,
-        f"{tmp_path}/e: looked for train.jsonl, found notes.txt",
-    )
-
-
 def test_layout_problems_say_what_was_looked_for(tmp_path: Path) -> None:
     assert (
         "does not exist; jsonl needs PATH/<client>/train.jsonl" in problems_of(tmp_path / "no")[0]
     )
     assert "holds no clients; looked for PATH/<client>/train.jsonl" in problems_of(tmp_path)[0]
-    write(tmp_path / "law" / "eval.jsonl", ROW)
+    write(tmp_path / "law" / "other.jsonl", ROW)
     write(tmp_path / "bank" / "train.jsonl")
     write(tmp_path / "bank.jsonl", ROW)
-    assert problems_of(tmp_path) == (
+    found = problems_of(tmp_path)
+    assert found[:2] == (
         f"{tmp_path}: client 'bank' stands there twice, as bank.jsonl and as bank/; keep one",
         f"{tmp_path}/bank/train.jsonl: holds no rows",
-        f"{tmp_path}/law/eval.jsonl: not a file of a client; a client's folder holds "
-        "train.jsonl, test.jsonl, validation.jsonl",
-        f"{tmp_path}/law: looked for train.jsonl, found eval.jsonl",
     )
+    assert found[2].startswith(f"{tmp_path}/law/other.jsonl: not a file of a client")
+    assert found[3] == f"{tmp_path}/law: looked for train.jsonl, found other.jsonl"
     write(tmp_path / "train.jsonl", ROW)
     assert "train.jsonl belong into a folder per client" in problems_of(tmp_path)[0]
 

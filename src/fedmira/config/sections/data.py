@@ -14,7 +14,7 @@ __all__ = ["ColumnSettings", "DataSettings"]
 
 
 class ColumnSettings(Section):
-    """[data.columns]: what a user's rows call the keys that rows are read by; "" is our own name."""
+    """[data.columns]: what a user's rows call the keys they are read by; "" is our own name."""
 
     instruction: str = setting("", help="The column of the instruction.")
     input: str = setting("", help="The column of what the instruction is about.")

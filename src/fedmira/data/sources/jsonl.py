@@ -19,7 +19,7 @@ from fedmira.data.examples import Example, RawTask, Reading
 from fedmira.data.problems import Problems
 from fedmira.data.rows import RowReader, text_of
 from fedmira.data.sources.grouping import group_key, sampled, tables_by_key
-from fedmira.data.sources.layouts import PARTS, part_of, parts_of, rows_of, sorted_out
+from fedmira.data.sources.layouts import PARTS, parts_of, rows_of, sorted_out
 from fedmira.data.tables import ENDINGS, stem_of
 
 __all__ = ["read"]
@@ -72,9 +72,10 @@ class _Clients:
     def of_folder(self, folder: Path) -> list[RawTask]:
         """The clients of a folder."""
         files, folders = sorted_out(folder, self.skipped)
-        stray = [file.name for file in files if part_of(file)]
-        if stray and len(stray) == len(files) and not folders:
-            return self.of_tables(parts_of(files))
+        parts = parts_of(files)
+        if "train" in parts and "" not in parts and not folders:
+            return self.of_tables(parts)
+        stray = [file.name for file in files if stem_of(file).lower() in PARTS]
         if stray:
             self.problems.add(
                 f"{folder}: {', '.join(stray)} belong into a folder per client; looked for "

@@ -28,7 +28,7 @@ _WORDS = {
 
 
 def part_of(path: Path) -> str:
-    """Which part a file holds by its name, as in test.csv or train-00000-of-00002.parquet; or ""."""
+    """Which part a file holds by its name, such as test.csv; "" where the name says none."""
     words = [word for word in re.split(r"[-_. 0-9]+", stem_of(path).lower()) if word]
     rest = [word for word in words if word not in _WORDS and word != "of"]
     found = {_WORDS[word] for word in words if word in _WORDS}
