@@ -6,7 +6,6 @@ Each stage reports all its problems together.
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
