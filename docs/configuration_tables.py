@@ -122,5 +122,7 @@ def _allowed(part: Mapping[str, Any]) -> str:
     if part.get("type") == "object":
         return f"table of client id = {_allowed(part['additionalProperties'])}"
     limits = [phrase.format(part[name]) for name, phrase in _PHRASES.items() if name in part]
+    if "type" not in part:  # a section of its own
+        return "a table of keys"
     words = _KINDS[str(part["type"])] + (", " + " and ".join(limits) if limits else "")
     return words + (", not empty" if part.get("minLength") == 1 else "")
