@@ -2,7 +2,7 @@
 
 | shape | keys |
 |---|---|
-| instruction | instruction, question, prompt; input, context; output, response, answer, completion |
+| instruction | instruction, question, prompt; input, context; output, response, answer |
 | with turns before | the same, and system, history (pairs, or messages) |
 | prompt and completion | two texts, or two lists of messages |
 | messages | messages or conversations: role and content, or from and value; beside them tools |
