@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from fedmira.experiment import build_experiment, run_experiment
 from fedmira.graphs import graph_source
 from fedmira.graphs import sources as graph_kinds
 from fedmira.model import BaseModel
-from small import adapter_bytes, make_config
+from small import adapter_bytes, make_config, table_of
 from tiny import tiny_tokenizer
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -88,3 +89,20 @@ def test_a_fixed_graph_is_a_function_and_a_line(
     source = graph_source(GraphSettings.model_construct(kind="ring"), clients, {}, seed=0)
     graph = source.graph(source.initial(clients), clients)
     assert torch.equal(graph.degrees, torch.full((4,), 2.0, dtype=torch.float64))
+
+
+def test_a_tracker_is_a_file(
+    recipe: Callable[[str], ModuleType],
+    base: BaseModel,
+    base_folder: Path,
+    clients_folder: Path,
+    tmp_path: Path,
+) -> None:
+    lines = recipe("A new tracker").Lines(tmp_path / "rounds.jsonl")
+    config = make_config(base_folder, clients_folder, {"algorithm.name": "local"})
+    run_experiment(build_experiment(config, base), tmp_path / "run", [lines])
+    written = [json.loads(line) for line in lines.path.read_text(encoding="utf-8").splitlines()]
+    rows = table_of(tmp_path / "run" / "metrics" / "rounds.csv")
+    assert [line["round"] for line in written] == list(range(1, config.rounds.count + 1))
+    assert [line["train_loss"] for line in written] == [float(row["train_loss"]) for row in rows]
+    assert {line["run"] for line in written} == {"run"}
