@@ -49,12 +49,16 @@ def run(
 ) -> Result:
     """Runs a federation.
 
-        result = fedmira.run(
-            method="mira",
-            clients={"north": rows, "south": data_frame},
-            settings={"rounds.count": 20, "local.steps": 5},
-            output="runs/first",
-        )
+    >>> import fedmira
+    >>> rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(9)]
+    >>> result = fedmira.run(
+    ...     method="fedavg",
+    ...     clients={"north": rows, "south": rows, "east": rows},
+    ...     settings={"rounds.count": 1, "local.steps": 1, "evaluation.rouge": False},
+    ...     output="runs/first",
+    ... )
+    >>> result.status
+    'finished'
 
     Args:
         config: a Config, a TOML file, a mapping of dotted keys to values, or None for the defaults.
@@ -99,6 +103,12 @@ def check(
 ) -> Plan:
     """What a run will cost and whether its alignment can act; nothing is trained.
 
+    >>> import fedmira
+    >>> rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(9)]
+    >>> plan = fedmira.check(method="fedavg", clients={"north": rows, "south": rows})
+    >>> plan.clients
+    2
+
     Args:
         config: as for `run`.
         method: as for `run`.
@@ -130,8 +140,16 @@ def compare(
 
     Finished runs in the folder are not repeated.
 
-        table = fedmira.compare(["local", "fedavg", "mira"], clients=rows, seeds=range(3),
-        output="runs/c") table.rows, table.page
+    >>> import fedmira
+    >>> rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(9)]
+    >>> table = fedmira.compare(
+    ...     ["local", "fedavg"],
+    ...     clients={"north": rows, "south": rows},
+    ...     settings={"rounds.count": 1, "local.steps": 1, "evaluation.rouge": False},
+    ...     output="runs/both",
+    ... )
+    >>> len(table.rows)
+    2
 
     Args:
         methods: names and method objects; as a mapping, each under a name of its own.
@@ -168,6 +186,10 @@ def load(
     folder: str | Path, *, clients: Mapping[str, Any] | None = None, base: Base | None = None
 ) -> Result:
     """A run from its folder, however it ended.
+
+    >>> import fedmira
+    >>> sorted(fedmira.load("runs/first").clients["client"])
+    ['east', 'north', 'south']
 
     Args:
         folder: the run folder.

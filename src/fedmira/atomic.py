@@ -28,6 +28,7 @@ def replace_file(
     """Put a file with this content in the place of `path`, in a folder that exists.
 
     Args:
+        path: the file that is replaced or made.
         content: text is written as UTF-8, its line ends as they are.
         lasting: the disk holds the file when this returns, so that it survives a power cut.
         shared: several processes may write this path at once; each then writes aside under a name
@@ -59,6 +60,10 @@ def replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
     A crash between the removal of the old folder and the renaming of the new one leaves neither
     under this name, so a caller that needs one of them gives each version a name of its own.
+
+    Args:
+        path: the folder that is replaced or made.
+        files: file name -> content.
     """
     partial = path.with_name(path.name + PARTIAL)
     if partial.exists():

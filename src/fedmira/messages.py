@@ -27,7 +27,12 @@ _BETWEEN = "|"
 
 
 def flat_name(part: str, name: str) -> str:
-    """The name of a part's tensor among those of all parts, "part|name"."""
+    """The name of a part's tensor among those of all parts, "part|name".
+
+    Args:
+        part: of a payload, without a "|".
+        name: of a tensor in that part.
+    """
     return f"{part}{_BETWEEN}{name}"
 
 
@@ -44,6 +49,7 @@ def in_parts(flat: Adapter, parts: Iterable[str]) -> dict[str, dict[str, Tensor]
     """Undo `flattened`.
 
     Args:
+        flat: tensors by flat names.
         parts: their names, none with a "|"; those without tensors come back empty.
     """
     found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
@@ -55,7 +61,17 @@ def in_parts(flat: Adapter, parts: Iterable[str]) -> dict[str, dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """Named adapters and named numbers."""
+    """Named adapters and named numbers.
+
+    >>> import torch
+    >>> from fedmira.messages import Payload
+    >>> Payload({"adapter": {"A": torch.zeros(2, 3)}}, {"loss": 1.5}).num_bytes
+    32
+
+    Attributes:
+        tensors: part, such as "adapter" -> its tensors by name.
+        scalars: name -> number.
+    """
 
     tensors: Mapping[str, Adapter]
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -87,6 +103,10 @@ class Volume:
     """What one message took: bytes of its arrays, and 8 for each number, without framing.
 
     And the number types, as `Payload.dtype`.
+
+    Attributes:
+        num_bytes: of the arrays as they were written, and 8 for each number.
+        dtype: number types of the arrays.
     """
 
     num_bytes: int = 0
@@ -95,7 +115,12 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What one client's exchange took, counted where messages are written."""
+    """What one client's exchange took, counted where messages are written.
+
+    Attributes:
+        down: from the server to the client.
+        up: from the client to the server.
+    """
 
     down: Volume
     up: Volume
@@ -103,7 +128,14 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Server to client: train in this round from this payload."""
+    """Server to client: train in this round from this payload.
+
+    Attributes:
+        client_id: who is asked.
+        round: its number, from 1.
+        seed: of the client's draws in this round.
+        payload: what the method's `instruct` gave.
+    """
 
     client_id: ClientId
     round: int
@@ -115,7 +147,17 @@ class Request:
 class Reply:
     """Client to server: what local training made of it.
 
+    >>> from fedmira.messages import Payload, Reply
+    >>> reply = Reply("north", 1, num_examples=12, payload=Payload({"adapter": {}}))
+    >>> reply.client_id, reply.num_examples
+    ('north', 12)
+
     Attributes:
+        client_id: who answers.
+        round: its number, as in the request.
+        num_examples: training rows of the client.
+        payload: what the method's `finish` gave.
+        metrics: figures of local training, such as "loss" and "steps".
         traffic: what travelled, where an engine writes messages; None where payloads are handed
             over as they are.
     """
@@ -133,6 +175,10 @@ class Failure:
     """In place of a reply: what went wrong, and where ("train", "reply", "wire", ...).
 
     Attributes:
+        client_id: whose work failed.
+        round: its number, as in the request.
+        stage: where it went wrong.
+        reason: what went wrong, in words.
         traffic: what travelled all the same, where an engine writes messages.
     """
 

@@ -102,7 +102,7 @@ def test_a_tracker_is_a_file(
     config = make_config(base_folder, clients_folder, {"algorithm.name": "local"})
     run_experiment(build_experiment(config, base), tmp_path / "run", [lines])
     written = [json.loads(line) for line in lines.path.read_text(encoding="utf-8").splitlines()]
-    rows = table_of(tmp_path / "run" / "metrics" / "rounds.csv")
+    rows = table_of(tmp_path / "run", "rounds")
     assert [line["round"] for line in written] == list(range(1, config.rounds.count + 1))
     assert [line["train_loss"] for line in written] == [float(row["train_loss"]) for row in rows]
     assert {line["run"] for line in written} == {"run"}

@@ -35,7 +35,12 @@ DIGEST_DIGITS = 16
 
 
 def map_tensors(function: Callable[..., Tensor], *adapters: Adapter) -> dict[str, Tensor]:
-    """Apply `function` name by name; all adapters must have the names of the first."""
+    """Apply `function` name by name; all adapters must have the names of the first.
+
+    Args:
+        function: takes one tensor of each adapter, in their order, and gives the new tensor.
+        adapters: one or more, of equal names.
+    """
     return {name: function(*(adapter[name] for adapter in adapters)) for name in adapters[0]}
 
 
@@ -43,6 +48,15 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[
     """Sum of weight * adapter, in the tensors' own dtype.
 
     It is summed in the given order in float64.
+
+    >>> import torch
+    >>> from fedmira.adapters import weighted_sum
+    >>> weighted_sum([{"A": torch.tensor([2.0])}, {"A": torch.tensor([4.0])}], [0.5, 0.5])
+    {'A': tensor([3.])}
+
+    Args:
+        adapters: one or more, of equal names and shapes.
+        weights: one for each adapter; they need not sum to 1.
     """
 
     def combine(*tensors: Tensor) -> Tensor:
@@ -55,7 +69,12 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[
 
 
 def subtract(left: Adapter, right: Adapter) -> dict[str, Tensor]:
-    """left - right, name by name."""
+    """left - right, name by name.
+
+    Args:
+        left: what is taken from.
+        right: what is taken away, of equal names and shapes.
+    """
     return map_tensors(torch.sub, left, right)
 
 
@@ -67,7 +86,12 @@ def norm(adapter: Adapter) -> float:
 
 
 def distance(left: Adapter, right: Adapter) -> float:
-    """Euclidean distance between two adapters of equal shapes."""
+    """Euclidean distance between two adapters of equal shapes.
+
+    Args:
+        left: one end.
+        right: the other end.
+    """
     return norm(subtract(left, right))
 
 
@@ -75,6 +99,10 @@ def dot_products(rows: Sequence[Adapter], columns: Sequence[Adapter]) -> Tensor:
     """Euclidean inner products between two lists of adapters of one shape, float64 [rows, columns].
 
     Summed in order of the names, so that an adapter read back from a file gives the same bits.
+
+    Args:
+        rows: adapters, one for each row of the result.
+        columns: adapters, one for each column.
     """
     total = torch.zeros(len(rows), len(columns), dtype=torch.float64)
     if not rows or not columns:
@@ -94,7 +122,12 @@ def all_finite(adapter: Adapter) -> bool:
 
 
 def same_shapes(left: Adapter, right: Adapter) -> bool:
-    """Whether both adapters have the same names with the same shapes."""
+    """Whether both adapters have the same names with the same shapes.
+
+    Args:
+        left: an adapter.
+        right: the adapter that it is held against.
+    """
     return {name: tensor.shape for name, tensor in left.items()} == {
         name: tensor.shape for name, tensor in right.items()
     }

@@ -22,6 +22,10 @@ def direction(seed: int, like: Adapter) -> dict[str, Tensor]:
 
     They are drawn in order of the names, so that the order in which an adapter was stored does not
     matter.
+
+    Args:
+        seed: names the direction.
+        like: an adapter whose names and shapes the direction has.
     """
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(like[name].shape, generator=generator) for name in sorted(like)}
@@ -40,7 +44,12 @@ def movement(coefficients: Mapping[int, float]) -> dict[str, Tensor]:
 
 
 def summed_movements(movements: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The weighted sum, seed by seed, in the given order in float64."""
+    """The weighted sum, seed by seed, in the given order in float64.
+
+    Args:
+        movements: coefficients by seed, one movement for each client.
+        weights: one for each movement.
+    """
     total: dict[int, float] = {}
     for part, weight in zip(movements, weights, strict=True):
         for seed, value in zip(part[SEEDS].tolist(), part[COEFFICIENTS].tolist(), strict=True):
@@ -49,7 +58,12 @@ def summed_movements(movements: Sequence[Adapter], weights: Sequence[float]) -> 
 
 
 def moved_along(start: Adapter, moves: Adapter) -> dict[str, Tensor]:
-    """start + sum_j c_j z_j, summed by ascending seed in float64: equal inputs give equal bits."""
+    """start + sum_j c_j z_j, summed by ascending seed in float64: equal inputs give equal bits.
+
+    Args:
+        start: the adapter that is moved.
+        moves: a movement: seeds z_j and their coefficients c_j.
+    """
     total = {name: tensor.to(torch.float64) for name, tensor in start.items()}
     for seed, value in zip(moves[SEEDS].tolist(), moves[COEFFICIENTS].tolist(), strict=True):
         for name, part in direction(seed, start).items():

@@ -58,7 +58,16 @@ class Mixed:
 
 
 def scale(alpha: float, rank: int) -> float:
-    """LoRA's factor s = alpha / r in front of B A; 1 for adapters without a rank, where r is 0."""
+    """LoRA's factor s = alpha / r in front of B A; 1 for adapters without a rank, where r is 0.
+
+    >>> from fedmira.adapters import scale
+    >>> scale(alpha=16.0, rank=8)
+    2.0
+
+    Args:
+        alpha: LoRA's alpha.
+        rank: of the adapter, 0 for kinds that have none.
+    """
     return alpha / rank if rank else 1.0
 
 
@@ -105,6 +114,10 @@ def truncate_rank(adapter: Adapter, rank: int) -> dict[str, Tensor]:
     """Keep the first `rank` rows of every A and columns of every B.
 
     How a common start is cut to a client's rank.
+
+    Args:
+        adapter: LoRA factors.
+        rank: how many directions stay.
 
     Raises:
         RunError: a module has a smaller rank than asked for.
@@ -183,6 +196,12 @@ def module_grams(
     """Inner products of one module after the other, float64 [rows, columns] each.
 
     Modules come in order of their names.
+
+    Args:
+        rows: adapters, one for each row of a result.
+        row_scales: s = alpha / r of each.
+        columns: adapters, one for each column.
+        column_scales: s = alpha / r of each.
     """
     row_modules, column_modules = (
         [modules(adapter) for adapter in rows],
@@ -208,6 +227,12 @@ def cross_gram(
     differ. Modules are summed in order of their names, so that an adapter read back from a file
     gives the same bits.
 
+    Args:
+        rows: adapters with the factors A_i, B_i.
+        row_scales: s_i = alpha / r of each.
+        columns: adapters with the factors C_j, D_j.
+        column_scales: t_j = alpha / r of each.
+
     Returns:
         float64 [rows, columns].
     """
@@ -218,7 +243,12 @@ def cross_gram(
 
 
 def gram(adapters: Sequence[Adapter], scales: Sequence[float]) -> Tensor:
-    """Inner products of all pairs of updates s_i B_i A_i, float64 [K, K], exactly symmetric."""
+    """Inner products of all pairs of updates s_i B_i A_i, float64 [K, K], exactly symmetric.
+
+    Args:
+        adapters: K adapters, whose ranks may differ.
+        scales: s_i = alpha / r of each.
+    """
     products = cross_gram(adapters, scales, adapters, scales)
     return (products + products.T) / 2
 
@@ -226,12 +256,24 @@ def gram(adapters: Sequence[Adapter], scales: Sequence[float]) -> Tensor:
 def inner(
     left: Adapter, right: Adapter, left_scale: float = 1.0, right_scale: float = 1.0
 ) -> float:
-    """<s B A, t D C> summed over modules, in float64."""
+    """<s B A, t D C> summed over modules, in float64.
+
+    Args:
+        left: the adapter with the factors A, B.
+        right: the adapter with the factors C, D; its rank may differ.
+        left_scale: s.
+        right_scale: t.
+    """
     return float(cross_gram([left], [left_scale], [right], [right_scale]))
 
 
 def product_norm(adapter: Adapter, scale: float = 1.0) -> float:
-    """Frobenius norm of s B A over all modules, in float64."""
+    """Frobenius norm of s B A over all modules, in float64.
+
+    Args:
+        adapter: LoRA factors.
+        scale: s = alpha / r.
+    """
     return math.sqrt(max(0.0, inner(adapter, adapter, scale, scale)))
 
 
@@ -294,6 +336,16 @@ def mix(
     than `rank` is filled up with the rows of the fallback's A at those places and zero columns of
     B, which changes nothing and leaves them free to learn; a sum that is zero altogether thus keeps
     the fallback's A, with B = 0.
+
+    >>> import torch
+    >>> from fedmira.adapters import mix
+    >>> names = "q.lora_A.weight", "q.lora_B.weight"
+    >>> one = dict(zip(names, (torch.ones(1, 2), torch.ones(2, 1))))
+    >>> other = dict(zip(names, (torch.ones(1, 2), 3 * torch.ones(2, 1))))
+    >>> mixed = mix([one, other], [0.5, 0.5], [1.0, 1.0], 1, 1.0, one).adapter
+    >>> (mixed[names[1]] @ mixed[names[0]]).round(decimals=3)  # the mean of the products B A
+    tensor([[2., 2.],
+            [2., 2.]])
 
     Args:
         adapters: of any ranks, all with the same modules; those of weight 0 are skipped.

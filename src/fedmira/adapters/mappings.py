@@ -57,6 +57,14 @@ def replaced(
     """`adapters` with some entries changed or added, as a new mapping.
 
     A table on disk stays one, any other becomes a dict.
+
+    >>> from fedmira.adapters import replaced
+    >>> sorted(replaced({"north": {}, "south": {}}, {"east": {}}))
+    ['east', 'north', 'south']
+
+    Args:
+        adapters: name -> adapter; it stays as it is.
+        changes: name -> new adapter.
     """
     return (
         adapters.replaced(changes) if isinstance(adapters, Replaceable) else {**adapters, **changes}

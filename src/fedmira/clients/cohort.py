@@ -34,7 +34,13 @@ _FIRST, _SECOND, _STEPS = "optimizer.first", "optimizer.second", "optimizer.step
 
 @dataclass(frozen=True, slots=True)
 class CohortSettings:
-    """How clients train: [local], each client's scale, and the most tokens in one forward pass."""
+    """How clients train: [local], each client's scale, and the most tokens in one forward pass.
+
+    Attributes:
+        local: the settings of [local].
+        scales: client id -> s = alpha / r of its adapter.
+        token_budget: most token positions in one forward pass.
+    """
 
     local: LocalSettings
     scales: Mapping[ClientId, float]
@@ -58,7 +64,14 @@ class _Measured:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Clients that share one resident base model."""
+    """Clients that share one resident base model.
+
+    Attributes:
+        algorithm: the method, whose client half is called.
+        kind: the adapters, on their base.
+        clients: client id -> its rows.
+        settings: how they train.
+    """
 
     algorithm: Method
     kind: AdapterKind
@@ -71,6 +84,7 @@ class Cohort:
         """Train the requested clients together.
 
         Args:
+            requests: of one round, one for each client that trains.
             memories: each client's private memory, where it has one.
 
         Returns:

@@ -26,7 +26,11 @@ class Unread:
     """A key that a choice does not read.
 
     Attributes:
+        section: of the config, such as "graph".
+        key: within the section.
+        value: what it was set to.
         chooser: the dotted key that decides, and `chosen`, its value.
+        chosen: the value of `chooser`.
         readers: the choices that read it.
     """
 
@@ -139,6 +143,10 @@ def written_out(section: str, keys: object) -> bool:
     """Whether a section is there in full, so that nobody chose its single keys.
 
     A run folder's config.toml has it so, defaults and all.
+
+    Args:
+        section: of the config.
+        keys: those that were set in it.
     """
     if section not in _SECTIONS or not isinstance(keys, Mapping):
         return False

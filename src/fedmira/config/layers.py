@@ -54,6 +54,10 @@ class Layer:
     """Settings and where they were written, for error messages.
 
     "" for those of a config that was checked before.
+
+    Attributes:
+        source: the file or the option, such as "--set".
+        settings: nested by section.
     """
 
     source: str
@@ -74,6 +78,10 @@ class Layer:
 
 def read_toml(path: Path, source: str) -> Layer:
     """Read one config file.
+
+    Args:
+        path: of the file.
+        source: what errors call it.
 
     Raises:
         ConfigError: the file is missing, unreadable, or not TOML; the message gives file, line and
@@ -183,6 +191,10 @@ def cover(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Settings:
     of graph, what another kind of graph or adapter or another optimizer does not read, and the
     limit of gradients under slopes along random directions and the other way round. What `upper`
     itself sets is never dropped.
+
+    Args:
+        lower: nested settings; they stay as they are.
+        upper: nested settings that win.
     """
     kept = {
         name: dict(value) if isinstance(value, dict) else value for name, value in lower.items()

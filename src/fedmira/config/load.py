@@ -41,6 +41,11 @@ def load_config(
     another algorithm drops the settings that only the previous one has. Contradictions within one
     layer are errors.
 
+    >>> import fedmira
+    >>> config = fedmira.load_config(overrides=["algorithm.name=fedavg", "rounds.count=2"])
+    >>> config.algorithm.name, config.rounds.count
+    ('fedavg', 2)
+
     Args:
         path: a TOML file.
         preset: the name of a preset that lies under the file.
@@ -74,6 +79,10 @@ def with_algorithm(config: Config, name: str) -> Config:
 
     It keeps those settings of the present algorithm that it has too.
 
+    Args:
+        config: stays as it is.
+        name: of the method.
+
     Raises:
         ConfigError: there is no algorithm of that name.
     """
@@ -83,6 +92,10 @@ def with_algorithm(config: Config, name: str) -> Config:
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """The same run with `key=value` overrides on top.
+
+    Args:
+        config: stays as it is.
+        overrides: texts such as "rounds.count=20", the last of one key wins.
 
     Raises:
         ConfigError: with all problems together.

@@ -34,8 +34,11 @@ def setting(
 ) -> Any:
     """Declares a setting of a section or a method.
 
-        class Half(fedmira.methods.Local):
-            pull: float = fedmira.setting(0.5, ge=0, le=1, help="share of the way to the mean")
+    >>> import fedmira
+    >>> class Half(fedmira.methods.Local):
+    ...     pull: float = fedmira.setting(0.5, ge=0, le=1, help="share of the way to the mean")
+    >>> Half(pull=0.25).pull
+    0.25
 
     Args:
         default: the value where nobody sets one.

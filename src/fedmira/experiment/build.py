@@ -46,9 +46,14 @@ class Experiment:
     """Everything a run needs, built and checked; nothing has been trained.
 
     Attributes:
+        config: the resolved settings.
         kind: the adapters, on their base.
-        clients: who trains and measures, with the client half of the algorithm.
         parties: what each client says of itself, by client id.
+        ranks: client id -> LoRA rank, 0 for kinds without one.
+        starts: client id -> the adapter that it starts from.
+        graph: who is related, round by round.
+        algorithm: the method, built for these clients.
+        clients: who trains and measures, with the client half of the algorithm.
         data_sha256, token_budget, federation: as in `Ground`.
         skipped: what was left out of the data, one "name: reason" each.
         verify_adapters: whether every saved adapter is loaded with plain PEFT, and not one alone.
@@ -122,6 +127,7 @@ def build_experiment(
     """Load the base and the data and build the parts on them.
 
     Args:
+        config: the resolved settings.
         base: a base that is loaded already, to share it between runs.
         resumed: the folder of a run that is to be continued: with its token budget, so that it goes
             on bit for bit.

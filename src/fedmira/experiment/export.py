@@ -24,7 +24,9 @@ def check_export(
     One is that of the client with the fewest test tokens.
 
     Args:
+        experiment: the run that has ended.
         folder: of the run.
+        result: its saved adapters and reported losses.
 
     Returns:
         What run.json says of it, and what is wrong, or None.

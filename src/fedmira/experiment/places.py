@@ -18,6 +18,7 @@ def where_they_lay(config: Config, run: Mapping[str, Any]) -> Config:
     was started.
 
     Args:
+        config: as config.toml has it; it stays as it is.
         run: what run.json holds.
     """
     changed = {}

@@ -63,6 +63,8 @@ def client_ranks(
     Adapters of another kind than LoRA have no rank; theirs is 0.
 
     Args:
+        settings: of [adapter].
+        clients: ids of all clients.
         targets: the adapted layers, which the rank of type "mixed" depends on.
         run_seed: a client's type depends on it and on the client's id, never on the other clients
             or their order.
@@ -105,6 +107,8 @@ def draw_type(distribution: RankDistribution, run_seed: int, client: ClientId) -
 
     Args:
         distribution: any but "one", which draws nothing.
+        run_seed: of the whole run.
+        client: its id.
     """
     shares = SHARES[distribution]
     point = np.random.default_rng(seed_for(run_seed, "rank", client)).random()
@@ -126,6 +130,7 @@ def rank_of_type(
     same number of parameters.
 
     Args:
+        kind: the client's type.
         type_ranks: of light, mid and heavy clients.
         targets: the adapted layers; a layer whose path names attention counts as attention.
     """

@@ -45,6 +45,8 @@ def run_experiment(
     However the run ends, run.json says how, and the adapters of its last checkpoint are saved.
 
     Args:
+        experiment: what `build_experiment` gave.
+        output: the run folder, new or empty.
         observers: are told what happens; one that returns a `Stop` ends the run, whose result then
             has the status "stopped". Such a run can be resumed to its full length.
 
@@ -61,6 +63,11 @@ def resume_experiment(
     experiment: Experiment, output: Path, observers: Sequence[Observer] = ()
 ) -> Result:
     """Continue the run in `output` from its last checkpoint; its config must be the experiment's.
+
+    Args:
+        experiment: built from the same settings, with `resumed` set to the folder.
+        output: the folder of the run.
+        observers: as for `run_experiment`.
 
     Raises:
         RunFolderError: there is no such run, or it was made with other settings, base or data.

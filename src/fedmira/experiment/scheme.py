@@ -36,6 +36,12 @@ class Scheme:
     """What is decided before round 1.
 
     Each client's rank and start, who is related, and how adapters are combined.
+
+    Attributes:
+        ranks: client id -> LoRA rank, 0 for kinds without one.
+        starts: client id -> the adapter that it starts from.
+        graph: who is related, round by round.
+        algorithm: the method, built for these clients.
     """
 
     ranks: Mapping[ClientId, int]
@@ -48,6 +54,7 @@ def prepare_kind(config: Config, base: BaseModel | None = None) -> AdapterKind:
     """The adapters of this run on its base model, which has the options of [engine].
 
     Args:
+        config: the resolved settings.
         base: one that is loaded already, to share it between runs.
 
     Raises:
@@ -87,7 +94,12 @@ def prepare_kind(config: Config, base: BaseModel | None = None) -> AdapterKind:
 
 
 def token_budget(config: Config, kind: AdapterKind) -> int:
-    """The most tokens in one forward pass: as set, else what is fastest on this machine."""
+    """The most tokens in one forward pass: as set, else what is fastest on this machine.
+
+    Args:
+        config: the resolved settings.
+        kind: the adapters, on the base whose passes are tried.
+    """
     return (
         kind.token_budget() if config.engine.token_budget == "auto" else config.engine.token_budget
     )
@@ -99,6 +111,8 @@ def make_scheme(
     """Build the algorithm for these clients.
 
     Args:
+        config: the resolved settings.
+        kind: the adapters, on their base.
         parties: sorted by id.
 
     Raises:

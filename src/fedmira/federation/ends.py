@@ -109,6 +109,10 @@ class ServerEnd:
         A reply is accepted here: the next request says so. After a failure the line is what it was
         before the request; where the client does not hold our reference, the next message goes
         whole.
+
+        Args:
+            request: as it was sent.
+            encoded: the answer as it came.
         """
         sent = self._sent.pop(request.client_id)
         answer, line = decode_answer(request, encoded, sent.line)
@@ -122,6 +126,11 @@ class ServerEnd:
         """A failure in place of an answer that never came.
 
         The line is what it was before. At stage "send" nothing has travelled.
+
+        Args:
+            request: as it was sent, or was to be sent.
+            stage: where it went wrong.
+            reason: what went wrong, in words.
         """
         down = self._sent.pop(request.client_id).volume
         return Failure(

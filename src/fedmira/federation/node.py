@@ -136,6 +136,10 @@ class Node:
     def answer(self, kind: str, message: Encoded) -> Encoded:
         """Do what a message asks for.
 
+        Args:
+            kind: the message's type.
+            message: as it came.
+
         Raises:
             FedmiraError: it cannot be done.
         """

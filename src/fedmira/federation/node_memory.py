@@ -71,6 +71,10 @@ class NodeMemory:
 
         The one before stays until a `recall` says that it is not needed.
 
+        Args:
+            round_number: the round that the memory is of.
+            memory: the client's private one.
+
         Raises:
             RunFolderError: the folder cannot be written.
         """

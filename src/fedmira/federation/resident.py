@@ -67,6 +67,12 @@ def ask_resident(
 ) -> bytes:
     """Have the resident process of this node answer, and start it where there is none.
 
+    Args:
+        node: the settings that the node was started with.
+        settings: those of the run.
+        kind: the message's type.
+        content: the message, as one run of bytes.
+
     Raises:
         NodeError: it cannot be done; the message is the resident process's own.
     """

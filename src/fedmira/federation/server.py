@@ -55,7 +55,12 @@ def run_federation(
     """Run a federation, or continue the one in `output`.
 
     Args:
+        config: the resolved settings.
+        grid: Flower's, by which nodes are reached.
+        output: the run folder.
+        resume: whether the run in `output` is continued.
         simulated: Flower simulates the nodes, and their rows are the run's own data.
+        observers: who is told what happens.
 
     Raises:
         InputError: the settings cannot work, or too few nodes came that fit them; nothing was
@@ -95,6 +100,9 @@ def build_federation(
     """Wait for the nodes, learn who they are, and build the run's parts.
 
     Args:
+        config: the resolved settings.
+        grid: Flower's, by which nodes are reached.
+        output: the run folder.
         before: who took part so far, where a run is resumed. All of them are waited for, but
             `rounds.min_replies` suffice: the others may come back later.
 
@@ -134,6 +142,8 @@ def build_simulation(
     """Load the data, wait for the nodes that Flower simulates, and build the run's parts.
 
     Args:
+        config: the resolved settings.
+        grid: Flower's, by which nodes are reached.
         output: the run folder; the clients' private memories are kept beside it.
         before: who took part so far, where a run is resumed.
 

@@ -47,6 +47,11 @@ def _generator(seed: int, purpose: str) -> torch.Generator:
 def check_pairs(kind: str, clients: int, pairs: int) -> None:
     """Refuse a rule that relates too many pairs, before anything is built.
 
+    Args:
+        kind: of graph, for the error.
+        clients: how many there are.
+        pairs: how many the rule would relate.
+
     Raises:
         ConfigError: there are more than `MOST_EDGES`.
     """
@@ -69,6 +74,10 @@ def random_graph(clients: Sequence[str], seed: int) -> Graph:
     """The authors' recipe for a random graph.
 
     b ~ U(0, 1) in every cell, a = (b + b^T) / 2, and a = 0 where it is below 0.25.
+
+    Args:
+        clients: ids, in the order of the rows.
+        seed: of the draw.
 
     Raises:
         ConfigError: there are too many pairs.
@@ -105,6 +114,10 @@ def uniform_graph(clients: Sequence[str]) -> Graph:
 def category_graph(clients: Sequence[str], categories: Mapping[str, str]) -> Graph:
     """Weight 1 between clients of the same category, 0 otherwise.
 
+    Args:
+        clients: ids, in the order of the rows.
+        categories: client id -> category.
+
     Raises:
         ConfigError: clients without a category, all of them together; or categories have too many
             pairs.
@@ -130,6 +143,10 @@ def permutation_without_fixed_points(count: int, seed: int) -> Tensor:
     """A random cycle through all places, int64 [count].
 
     Nobody keeps a place when there are two or more (Sattolo 1986).
+
+    Args:
+        count: how many places.
+        seed: of the draw.
     """
     generator = _generator(seed, "shuffled graph")
     places = list(range(count))
@@ -143,6 +160,10 @@ def shuffled(graph: Graph, seed: int) -> Graph:
     """A control: the same graph with every client in another one's place.
 
     Degrees stay and relatedness is lost.
+
+    Args:
+        graph: stays as it is.
+        seed: of the places.
     """
     # Client k takes the weights of client places[k], so those of client places[k] move to k.
     places = permutation_without_fixed_points(len(graph.clients), seed)

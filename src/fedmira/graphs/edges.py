@@ -41,7 +41,12 @@ def list_of_matrix(weights: Tensor) -> Tensor:
 
 
 def matrix_of_list(edges: Tensor, count: int) -> Tensor:
-    """The symmetric matrix of an edge list, float64 [K, K]: for few clients."""
+    """The symmetric matrix of an edge list, float64 [K, K]: for few clients.
+
+    Args:
+        edges: row, column and weight of each edge, float64 [E, 3].
+        count: clients K.
+    """
     weights = torch.zeros(count, count, dtype=torch.float64)
     rows, columns = edges[:, :2].to(torch.int64).unbind(dim=1)
     weights[rows, columns] = edges[:, 2]
@@ -50,7 +55,12 @@ def matrix_of_list(edges: Tensor, count: int) -> Tensor:
 
 
 def degrees_of(edges: Tensor, count: int) -> Tensor:
-    """Each client's sum of weights, float64 [K]."""
+    """Each client's sum of weights, float64 [K].
+
+    Args:
+        edges: row, column and weight of each edge, float64 [E, 3].
+        count: clients K.
+    """
     rows, columns = edges[:, :2].to(torch.int64).unbind(dim=1)
     return (
         torch.zeros(count, dtype=torch.float64)
@@ -77,7 +87,14 @@ def joined(rows: Tensor, columns: Tensor, weights: Tensor, count: int) -> Tensor
 
 
 def blended(old: Tensor, new: Tensor, share: float, count: int) -> Tensor:
-    """share * old + (1 - share) * new, edge by edge."""
+    """share * old + (1 - share) * new, edge by edge.
+
+    Args:
+        old: an edge list, float64 [E, 3].
+        new: another one between the same clients.
+        share: of the old one, 0 to 1.
+        count: clients K.
+    """
     keys, place = torch.unique(
         torch.cat([_keys(old, count), _keys(new, count)]), return_inverse=True
     )

@@ -24,6 +24,7 @@ def graph_text(graph: Graph, about: Mapping[str, float] | None = None) -> str:
     """The content of graph.json, an edge a line and each pair once.
 
     Args:
+        graph: whose edges are written.
         about: what stands beside the graph, such as the round it acted in; all finite.
     """
     head = json.dumps({"kind": graph.kind, **(about or {})}, indent=1, allow_nan=False)
@@ -39,7 +40,13 @@ def graph_text(graph: Graph, about: Mapping[str, float] | None = None) -> str:
 
 
 def write_graph(path: Path, graph: Graph, **about: float) -> None:
-    """Write graph.json; `about` as in `graph_text`."""
+    """Write graph.json; `about` as in `graph_text`.
+
+    Args:
+        path: of the file.
+        graph: whose edges are written.
+        about: what stands beside the graph, as in `graph_text`.
+    """
     replace_file(path, graph_text(graph, about))
 
 
@@ -47,6 +54,7 @@ def graph_of(text: str, place: str) -> Graph:
     """The graph in the content of a graph.json, with its own kind and clients.
 
     Args:
+        text: the whole content of the file.
         place: what an error calls it.
 
     Raises:
@@ -60,6 +68,10 @@ def graph_of(text: str, place: str) -> Graph:
 
 def file_graph(path: Path | str, clients: Sequence[str]) -> Graph:
     """Read a graph.json for these clients, whatever their order in the file.
+
+    Args:
+        path: of the file.
+        clients: ids of the run, in the order of the rows.
 
     Raises:
         ConfigError: the file cannot be read or is not such a document; or its clients are not those

@@ -69,6 +69,11 @@ class Graph:
     def from_matrix(cls, kind: str, clients: Sequence[str], weights: Tensor) -> Graph:
         """The graph of a dense matrix of weights, float64 [K, K].
 
+        Args:
+            kind: how the graph was made, in a word.
+            clients: ids, in the order of the rows.
+            weights: a_kl in row k and column l.
+
         Raises:
             RunError: it is not symmetric and non-negative with a zero diagonal.
         """
@@ -93,6 +98,16 @@ class Graph:
         """The graph of (client, client, weight), each pair once in either direction.
 
         Weights of 0 are left out.
+
+        >>> from fedmira.graphs import Graph
+        >>> graph = Graph.from_edges("pair", ("a", "b", "c"), [("a", "b", 0.5)])
+        >>> graph.degrees.tolist()
+        [0.5, 0.5, 0.0]
+
+        Args:
+            kind: how the graph was made, in a word.
+            clients: ids, in the order of the rows.
+            edges: pairs of client ids with their weights.
 
         Raises:
             RunError: an edge names an unknown client or joins one to itself, or a weight is

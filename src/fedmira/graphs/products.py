@@ -27,6 +27,10 @@ class InnerProducts(Protocol):
         """The similarity graph of one round among the clients that have trained, bool [K].
 
         An edge list, float64 [E, 3].
+
+        Args:
+            trained: which clients have trained, bool [K].
+            nearest: how many neighbours each client keeps.
         """
         ...
 

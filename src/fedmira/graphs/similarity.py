@@ -88,6 +88,10 @@ def nearest_neighbours(weights: Tensor, nearest: int) -> Tensor:
     The result is float64 [K, K].
 
     Of equal weights the client that comes first is taken.
+
+    Args:
+        weights: symmetric, float64 [K, K].
+        nearest: how many neighbours each client keeps.
     """
     order = torch.sort(weights, dim=1, descending=True, stable=True).indices[:, :nearest]
     kept = torch.zeros_like(weights).scatter_(1, order, weights.gather(1, order)).clamp_min_(0)

@@ -90,7 +90,12 @@ class GraphSource(Protocol):
         ...
 
     def graph(self, memory: Tensor, clients: Sequence[str]) -> Graph:
-        """The graph that stands in the memory."""
+        """The graph that stands in the memory.
+
+        Args:
+            memory: what `initial` or the last `update` gave.
+            clients: ids, in the order of the rows.
+        """
         ...
 
     def acts(self, round_number: int) -> bool:
@@ -201,7 +206,12 @@ class LearnedGraph:
         )
 
     def edges_of_round(self, products: InnerProducts, trained: Tensor) -> Tensor:
-        """The graph of this round alone: an edge list, float64 [E, 3]."""
+        """The graph of this round alone: an edge list, float64 [E, 3].
+
+        Args:
+            products: inner products of the updates of all clients.
+            trained: which clients have trained, bool [K].
+        """
         return products.similarity(trained, self.nearest)
 
     def graph(self, memory: Tensor, clients: Sequence[str]) -> Graph:
@@ -267,6 +277,10 @@ def sketch_entries(settings: GraphSettings, clients: int) -> int:
     """Entries of a client's sketch, 0 for exact inner products.
 
     "auto" is exact up to 512 clients and 1,024 entries above.
+
+    Args:
+        settings: of [graph].
+        clients: how many there are.
     """
     if settings.sketch != "auto":
         return settings.sketch

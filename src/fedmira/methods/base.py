@@ -36,6 +36,11 @@ GradientHook = Callable[[Adapter, Adapter], Adapter]
 class ServerState:
     """All that the server remembers between rounds; the checkpoint is this value.
 
+    >>> from fedmira.methods import ServerState
+    >>> state = ServerState({"shared": {}})
+    >>> list(state.adapters), dict(state.numbers)
+    (['shared'], {})
+
     Attributes:
         adapters: by client id, or by a name of the algorithm's own such as "shared". In a run they
             lie on disk: change them with `fedmira.adapters.replaced`, and read one at a time.
@@ -68,7 +73,16 @@ class Diagnostics:
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """The new state and what was done to get there."""
+    """The new state and what was done to get there.
+
+    >>> from fedmira.methods import Combined, ServerState
+    >>> Combined(ServerState({})).diagnostics.expects_motion
+    frozenset()
+
+    Attributes:
+        state: what the server remembers from now on.
+        diagnostics: for the log and for the loop's check.
+    """
 
     state: ServerState
     diagnostics: Diagnostics = Diagnostics()
@@ -95,7 +109,9 @@ class Start:
     """What a client begins local training with.
 
     Attributes:
-        alternatives: what it may begin with in place of `adapter`, as `Algorithm.alternatives`
+        adapter: what is trained.
+        hook: changes each step's gradient; None leaves it as it is.
+        alternatives: what it may begin with in place of `adapter`, as `Method.alternatives`
             names them. Its own validation rows choose.
         blend: what `adapter` is blended with before training, where the client has validation rows;
             not beside alternatives.
@@ -112,6 +128,10 @@ class Trained:
     """What local training hands to `finish`.
 
     Attributes:
+        adapter: after the last local step.
+        num_examples: training rows of the client.
+        num_steps: local steps that were made.
+        learning_rate: of local training.
         movement: of zeroth-order training, the whole way from the start as seeds and coefficients
             (`fedmira.adapters.directions`).
         losses: what was measured for `Start.blend`; empty where nothing was.
@@ -132,11 +152,19 @@ class Method(MethodSection, ABC):
     arguments. The server half may read `context`, the client half may not, since a client on a
     machine of its own knows no others.
 
-        class Half(fedmira.methods.Local):
-            pull: float = fedmira.setting(0.5, ge=0, le=1, help="share of the way to the mean")
+    `combine` is the server's step, and `gradient` changes a client's local steps:
 
-            def combine(self, state, replies): ...
-            def gradient(self, gradient, adapter, start): ...
+    >>> import fedmira
+    >>> class Half(fedmira.methods.Local):
+    ...     pull: float = fedmira.setting(0.5, ge=0, le=1, help="share of the way to the mean")
+    ...
+    ...     def combine(self, state, replies):
+    ...         return fedmira.methods.Combined(state)
+    ...
+    ...     def gradient(self, gradient, adapter, start):
+    ...         return gradient
+    >>> Half(pull=0.25).name, Half().pull
+    ('half', 0.5)
     """
 
     _context: MethodContext | None = PrivateAttr(default=None)
@@ -198,7 +226,12 @@ class Method(MethodSection, ABC):
 
     @abstractmethod
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
-        """What the server sends this client; its "adapter" is where local training starts."""
+        """What the server sends this client; its "adapter" is where local training starts.
+
+        Args:
+            state: of the server; it is not changed.
+            client: its id.
+        """
 
     @abstractmethod
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
@@ -211,7 +244,12 @@ class Method(MethodSection, ABC):
 
     @abstractmethod
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
-        """The adapter that is evaluated and saved for this client unless it takes another."""
+        """The adapter that is evaluated and saved for this client unless it takes another.
+
+        Args:
+            state: of the server; it is not changed.
+            client: its id.
+        """
 
     def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
         """What a client may have in place of what the server made of its adapter.
@@ -265,6 +303,10 @@ class Method(MethodSection, ABC):
 
     def started(self, payload: Payload, memory: Payload | None) -> Start:
         """`begin`, with `gradient` in its hook where the method overrides it; what clients call.
+
+        Args:
+            payload: what the server sent.
+            memory: the client's private one, None in its first round.
 
         Raises:
             RunError: one of the two returned something else than it must.

@@ -43,7 +43,12 @@ __all__ = ["HetLora", "padded"]
 
 
 def padded(adapter: Adapter, rank: int) -> dict[str, Tensor]:
-    """The same update at a larger rank: zero rows below every A and zero columns beside every B."""
+    """The same update at a larger rank: zero rows below every A and zero columns beside every B.
+
+    Args:
+        adapter: LoRA factors.
+        rank: at least the adapter's own.
+    """
     return {
         name: pad(
             tensor,

@@ -13,6 +13,10 @@ __all__ = ["summarise", "text_scores"]
 def text_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Means of all text metrics over rows.
 
+    Args:
+        predictions: generated texts, one a row.
+        references: the rows' responses, in the same order.
+
     Returns:
         Name of each of `TEXT_METRICS` -> mean over rows.
 
@@ -38,6 +42,10 @@ def summarise(
     values: Sequence[float], weights: Sequence[float], *, higher_is_better: bool = False
 ) -> dict[str, float]:
     """One metric over all clients.
+
+    >>> from fedmira.metrics import summarise
+    >>> summarise([1.0, 3.0], [1, 3])
+    {'mean': 2.0, 'weighted_mean': 2.5, 'worst_tenth': 3.0, 'spread': 1.0}
 
     Args:
         values: one for each client.

@@ -28,6 +28,15 @@ def rouge_l(prediction: str, reference: str, *, use_stemmer: bool = False) -> fl
 
     Most papers report this one. Natural Instructions' own script also stems (`use_stemmer=True`).
     Not comparable with `rouge_l_package`.
+
+    >>> from fedmira.metrics import rouge_l
+    >>> round(rouge_l("the cat sat", "the cat ran"), 3)  # two words of three in common
+    0.667
+
+    Args:
+        prediction: the generated text.
+        reference: the row's response.
+        use_stemmer: whether words are cut to their stems first.
     """
     foreign = any(
         not letter.isascii() and letter.isalnum()
@@ -45,6 +54,10 @@ def rouge_l_package(prediction: str, reference: str) -> float:
     FedKSeed and MIRA report this one, after lower case and strip; so do we. Sentences end at every
     full stop, also within a number. A text without a word (empty, or full stops only) scores 0. Not
     comparable with `rouge_l`: 'a a a a' against 'a' scores 1 here.
+
+    Args:
+        prediction: the generated text.
+        reference: the row's response.
     """
     prediction, reference = prediction.lower().strip(), reference.lower().strip()
     if not prediction.strip(". \n\t") or not reference.strip(". \n\t"):
@@ -61,6 +74,14 @@ def exact_match(prediction: str, reference: str) -> float:
     Normalised: lower case, without ASCII punctuation, white space joined. This is the normalisation
     of Natural Instructions; articles stay. A prediction and a reference that both become empty
     count as equal.
+
+    >>> from fedmira.metrics import exact_match
+    >>> exact_match("Yes.", "yes"), exact_match("yes", "no")
+    (1.0, 0.0)
+
+    Args:
+        prediction: the generated text.
+        reference: the row's response.
     """
     return float(_normalise(prediction) == _normalise(reference))
 

@@ -13,6 +13,10 @@ class TokenLoss:
 
     `TokenLoss()` is the zero of addition, so `sum(losses, TokenLoss())` works.
 
+    >>> from fedmira.metrics import TokenLoss
+    >>> (TokenLoss(6.0, tokens=2) + TokenLoss(3.0, tokens=1)).per_token
+    3.0
+
     Attributes:
         total: cross-entropy in nats, summed over response tokens.
         tokens: how many response tokens that is.

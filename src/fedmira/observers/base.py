@@ -26,6 +26,10 @@ __all__ = [
 class Stop:
     """What an observer returns to end the run after the round at hand.
 
+    >>> from fedmira.observers import Stop
+    >>> Stop("the budget is spent").reason
+    'the budget is spent'
+
     Attributes:
         reason: stands in run.json and in the report.
     """
@@ -53,6 +57,7 @@ class StartEvent:
     """A run, or the next part of one, begins.
 
     Attributes:
+        run: which run it is.
         clients: ids of all clients.
         rounds: how many the run has.
         folder: the run folder.
@@ -71,6 +76,9 @@ class ClientEvent:
     """A client answered in a round.
 
     Attributes:
+        run: which run it is.
+        round: its number, from 1.
+        client: its id.
         metrics: of its reply, such as "loss" and "steps"; empty where it failed.
         failure: why it failed, or None.
     """
@@ -87,6 +95,7 @@ class EvaluationEvent:
     """All clients were evaluated, each with the adapter that it would be given now.
 
     Attributes:
+        run: which run it is.
         round: 0 for the base, before any training.
         test: client -> loss for each response token of its test rows.
         validation: the same for validation rows, of the clients that have such rows.
@@ -107,6 +116,8 @@ class RoundEvent:
     """A round has ended and is safe on the disk.
 
     Attributes:
+        run: which run it is.
+        round: its number, from 1.
         figures: the row of rounds.csv as numbers; None where a cell is empty.
     """
 
@@ -120,6 +131,7 @@ class EndEvent:
     """The run, or this part of it, has ended.
 
     Attributes:
+        run: which run it is.
         status: "finished", "stopped", "interrupted" or "failed", as in run.json.
         reason: why, where it is not "finished".
         summary: figure -> its mean, weighted_mean, worst_tenth and spread; empty where nothing
@@ -141,6 +153,14 @@ class Observer:
     where there is one, and the round; at last the end. A `Stop` from any of them but `on_end` ends
     the run once the round at hand is saved. An observer that raises an Exception is reported and
     left out; it never fails the run. One object may watch several runs, one after the other.
+
+    >>> from fedmira.observers import EvaluationEvent, Observer, RunFacts, Stop
+    >>> class UntilGood(Observer):
+    ...     def on_evaluation(self, event):
+    ...         return Stop("good enough") if event.test_loss < 1 else None
+    >>> measured = EvaluationEvent(RunFacts("1", "first", {}), 4, {"a": 0.8}, {}, 0.8, None)
+    >>> UntilGood().on_evaluation(measured)
+    Stop(reason='good enough')
     """
 
     def on_start(self, event: StartEvent) -> Stop | None:

@@ -15,6 +15,15 @@ __all__ = ["EarlyStopping"]
 class EarlyStopping(Observer):
     """Stops after `patience` evaluations in a row without improvement.
 
+    >>> from fedmira.observers import EarlyStopping, EvaluationEvent, RunFacts
+    >>> stopping = EarlyStopping(patience=1, metric="test_loss")
+    >>> for number, loss in enumerate([2.0, 1.5, 1.6]):
+    ...     event = EvaluationEvent(RunFacts("1", "first", {}), number, {}, {}, loss, None)
+    ...     print(stopping.on_evaluation(event))
+    None
+    None
+    Stop(reason='mean test_loss has not improved by more than 0 in 1 evaluations')
+
     Args:
         patience: evaluations without improvement that are allowed; at least 1.
         metric: mean over clients of which loss.

@@ -43,7 +43,12 @@ class Tracker(Observer, ABC):
 
     @abstractmethod
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Send figures of a round."""
+        """Send figures of a round.
+
+        Args:
+            figures: name -> number.
+            step: the round, 0 for the base.
+        """
 
     @abstractmethod
     def finish(self, event: EndEvent) -> None:

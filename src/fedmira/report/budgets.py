@@ -29,8 +29,8 @@ class Budget:
 
     Attributes:
         local_steps: optimizer steps.
-        response_tokens: tokens that carried loss; `tokens` are the positions computed for them,
-            prompts and padding included.
+        response_tokens: tokens that carried loss.
+        tokens: positions computed for them, prompts and padding included.
         bytes_up, bytes_down: of the tensors and numbers that travelled, clients to server and
             server to clients.
         bytes_up_each, bytes_down_each: of one client in one round, on average over the replies.
@@ -97,6 +97,7 @@ def inequalities(runs: Mapping[str, Run], seed: int) -> dict[str, list[str]]:
 
     Args:
         runs: method -> its run with this seed; the first is what the others are held against.
+        seed: of the runs, for the sentences.
 
     Returns:
         Method -> sentences about it; only methods that differ from the first.

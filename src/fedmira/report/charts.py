@@ -56,6 +56,11 @@ def element(name: str, *content: Markup | str, **attributes: str | float) -> Mar
     """An SVG or HTML element; everything that is not Markup is escaped.
 
     `class_` is class, `stroke_width` is stroke-width.
+
+    Args:
+        name: of the element, such as "rect".
+        content: what stands inside, in this order.
+        attributes: of the element.
     """
     pairs = Markup("").join(
         Markup(' {}="{}"').format(
@@ -75,7 +80,12 @@ def nice_number(value: float) -> str:
 
 
 def percent_text(share: float, decimals: int = 0) -> str:
-    """A signed percentage with a true minus sign, such as "+12 %"; zero has no sign."""
+    """A signed percentage with a true minus sign, such as "+12 %"; zero has no sign.
+
+    Args:
+        share: 0.12 for 12 %.
+        decimals: digits behind the point.
+    """
     text = f"{100 * share:+.{decimals}f}"
     return (
         "0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")

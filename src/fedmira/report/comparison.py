@@ -113,7 +113,12 @@ def write_comparison(
 
 
 def heat(loss: float, best: float) -> int:
-    """0 for the best of a row, up to 5 for more than a quarter above it (HEAT_LIMITS)."""
+    """0 for the best of a row, up to 5 for more than a quarter above it (HEAT_LIMITS).
+
+    Args:
+        loss: of one method.
+        best: the lowest loss of the row.
+    """
     excess = (loss - best) / best if best else 0.0
     return sum(excess > limit for limit in HEAT_LIMITS)
 

@@ -361,6 +361,7 @@ def budget_text(row: Mapping[str, Any], figure: str) -> str:
     """A figure of one client in a row of methods, as a range where clients differ.
 
     Args:
+        row: of one method.
         figure: "parameters" or "trained".
     """
     least, most = row[f"{figure}_least"], row[f"{figure}_most"]

@@ -39,6 +39,10 @@ def write_tables(figures: Figures, folder: Path) -> None:
 
     These are comparison.json, comparison.csv, comparison-runs.csv, comparison-clients.csv and
     comparison.md.
+
+    Args:
+        figures: of the whole comparison.
+        folder: of the comparison.
     """
     texts = {
         "comparison.json": json.dumps(figures.document(), indent=1, allow_nan=False) + "\n",
@@ -198,6 +202,8 @@ def interval_text(row: Mapping[str, Any], baseline: str, prefix: str = "") -> st
     A dash for the baseline itself.
 
     Args:
+        row: of one method.
+        baseline: the name of the method that it is held against.
         prefix: "best_" for the clients' best rounds.
     """
     name = f"{prefix}difference_to_{baseline}"

@@ -55,6 +55,14 @@ class SummaryRow:
     """One headline figure: its name in run.json, its title, and its statistics.
 
     The statistics are over the clients, None where the figure was not measured.
+
+    Attributes:
+        name: in run.json.
+        title: on the page.
+        mean: every client counts alike.
+        weighted_mean: by test tokens or test rows.
+        worst_tenth: mean over the worst tenth of the clients.
+        spread: standard deviation over clients.
     """
 
     name: str
@@ -67,7 +75,13 @@ class SummaryRow:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A client's test loss before and after the server's step."""
+    """A client's test loss before and after the server's step.
+
+    Attributes:
+        client: its id.
+        before: nats per response token.
+        after: nats per response token.
+    """
 
     client: str
     before: float
@@ -95,6 +109,11 @@ class Kept:
     """Clients that chose by their own validation rows, when they were evaluated last.
 
     How much of the server's pull they kept.
+
+    Attributes:
+        nothing: clients that kept none of it.
+        some: clients that kept a part.
+        everything: clients that kept all.
     """
 
     nothing: int
@@ -109,7 +128,14 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What travelled in the whole run, in MiB, and per client and round."""
+    """What travelled in the whole run, in MiB, and per client and round.
+
+    Attributes:
+        up_mib: clients to server.
+        down_mib: server to clients.
+        up_mib_each: of one client in one round, None where no client answered.
+        down_mib_each: the same, server to client.
+    """
 
     up_mib: float
     down_mib: float
@@ -180,6 +206,10 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, An
     """Nested sections as dotted keys, {"local": {"steps": 5}} -> {"local.steps": 5}.
 
     An empty section is a value of its own.
+
+    Args:
+        settings: nested by section.
+        prefix: stands before each key.
     """
     flat: dict[str, Any] = {}
     for key, value in settings.items():
@@ -206,7 +236,13 @@ def changed_settings(run: Run, defaults: Mapping[str, Any]) -> list[tuple[str, A
 
 
 def mean_series(run: Run, kind: str, number: str) -> list[tuple[int, float]]:
-    """The mean over clients of one number of one kind of event, as (round, mean)."""
+    """The mean over clients of one number of one kind of event, as (round, mean).
+
+    Args:
+        run: the run that is read.
+        kind: of event, such as "evaluate".
+        number: the key of the number.
+    """
     of_round: dict[int, list[float]] = {}
     for points in run.series(kind, number).values():
         for round_number, value in points:

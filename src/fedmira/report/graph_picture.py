@@ -31,7 +31,13 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What is known of a client: its number on the page, its category and its training rows."""
+    """What is known of a client: its number on the page, its category and its training rows.
+
+    Attributes:
+        number: on the page.
+        category: "" where there is none.
+        train_rows: its training rows, which set its size.
+    """
 
     number: int
     category: str = ""

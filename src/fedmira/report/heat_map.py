@@ -43,7 +43,13 @@ class HeatCell:
 
 @dataclass(frozen=True, slots=True)
 class HeatRow:
-    """A client: its training rows, as text, and a cell per method, None where not measured."""
+    """A client: its training rows, as text, and a cell per method, None where not measured.
+
+    Attributes:
+        client: its id.
+        train_rows: its training rows, as text.
+        cells: one for each method.
+    """
 
     client: str
     train_rows: str

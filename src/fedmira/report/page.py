@@ -119,6 +119,10 @@ def render(template: str, content: Mapping[str, Any]) -> str:
     """Fill a template with content, styles and the one script.
 
     The page's own security policy allows the script by its hash.
+
+    Args:
+        template: its file name.
+        content: name in the template -> value.
     """
     templates = environment()
     style, script = (Markup(_source(templates, name)) for name in ("style.css", "sort.js"))

@@ -60,6 +60,7 @@ class ClientDifference:
     """One client under two methods.
 
     Attributes:
+        client: its id.
         own, other: mean test losses over the seeds.
         error: standard error of own - other over the seeds; 0 with one seed.
         seeds: how many there are.
@@ -101,8 +102,8 @@ class Pairing:
     Attributes:
         clients: by client id.
         seeds: how many seeds both have.
-        difference: mean over clients and seeds; below 0 is a gain. `low` and `high` bound its
-            bootstrap interval.
+        difference: mean over clients and seeds; below 0 is a gain.
+        low, high: bounds of its bootstrap interval.
     """
 
     clients: Mapping[str, ClientDifference]
@@ -136,6 +137,8 @@ def pair(own: Losses, other: Losses, pools: Mapping[str, str] | None = None) -> 
     A client counts when both measured it with every common seed. None where nothing is common.
 
     Args:
+        own: losses of the method.
+        other: losses of the baseline.
         pools: client -> the pool that its rows were dealt from; None where each client has rows of
             its own.
     """

@@ -18,6 +18,11 @@ class Client:
     """A row of metrics/clients.csv; losses are per response token, None where not measured.
 
     Attributes:
+        client, task, category: as in the table; "" where it says none.
+        rank, train_rows, test_rows, test_tokens, rounds_trained: numbers of the table.
+        base_loss, before_align_loss, after_align_loss: on test rows.
+        best_round, best_validation_loss, best_test_loss: of the round that the client's validation
+            rows choose.
         scores: name of a text metric -> the client's figure, of those that were measured.
     """
 
@@ -47,7 +52,18 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A row of metrics/rounds.csv; None where not measured."""
+    """A row of metrics/rounds.csv; None where not measured.
+
+    Attributes:
+        round, clients: its number, and the clients whose reply was used.
+        train_loss, train_loss_weighted: while training, each client alike and by tokens.
+        test_loss, test_loss_weighted: of all clients, each alike and by tokens.
+        disagreement_before, disagreement_after: of related clients, around the server's step.
+        pull, pull_kept: shares, mean over clients.
+        train_seconds, evaluate_seconds: of the exchange and of the evaluation.
+        tokens_per_second: response tokens that were trained.
+        bytes_up, bytes_down: of all clients.
+    """
 
     round: float
     clients: float | None = None
@@ -68,7 +84,15 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A line of events.jsonl: its kind, round, client ("" for none), finite numbers and texts."""
+    """A line of events.jsonl: its kind, round, client ("" for none), finite numbers and texts.
+
+    Attributes:
+        kind: such as "train" or "evaluate".
+        round: its number, 0 for the base.
+        client: its id.
+        numbers: key -> finite number.
+        texts: key -> text.
+    """
 
     kind: str
     round: int
@@ -79,7 +103,13 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class TaskGraph:
-    """graph.json: every edge once, as (source, target, weight)."""
+    """graph.json: every edge once, as (source, target, weight).
+
+    Attributes:
+        kind: how it was made.
+        clients: ids.
+        edges: with weights above 0.
+    """
 
     kind: str
     clients: tuple[str, ...]
@@ -91,11 +121,19 @@ class Run:
     """Everything a report says about a run.
 
     Attributes:
-        settings: config.toml parsed; `settings_text` is the file itself.
+        folder: the run folder.
+        settings: config.toml parsed.
+        settings_text: config.toml itself.
         provenance: run.json parsed.
+        status: as in run.json.
+        error: why it failed or ended early; "" where it did not.
         started: when the run began; None where run.json does not say.
         summary: figure (such as "after_align_loss") -> statistic ("mean", "worst_tenth", ...) ->
             value; empty where a run failed early.
+        clients: rows of metrics/clients.csv.
+        rounds: rows of metrics/rounds.csv.
+        events: lines of events.jsonl.
+        graph: of graph.json, None where there is none.
         adapters: client -> its entry of adapters/index.json.
         notes: what was left out while reading, one sentence each: a line cut off by a crash, a
             number that is not finite.
@@ -126,6 +164,10 @@ class Run:
         """One number of one kind of event, as client -> (round, value) by rising round.
 
         Of two events of a round the later one counts.
+
+        Args:
+            kind: of event, such as "evaluate".
+            number: the key of the number.
         """
         values: dict[str, dict[int, float]] = {}
         for event in self.events:

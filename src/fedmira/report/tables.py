@@ -35,6 +35,12 @@ class Cell:
     """A table cell: its text, how it sorts and how it is set.
 
     "" sorts last. It may be set as a number, and with a CSS class.
+
+    Attributes:
+        text: what is shown.
+        key: what the cell sorts by.
+        number: whether it is set as a number.
+        style: a CSS class.
     """
 
     text: str
@@ -45,7 +51,12 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A table column: its heading, and whether it holds numbers."""
+    """A table column: its heading, and whether it holds numbers.
+
+    Attributes:
+        title: the heading.
+        number: whether its cells are numbers.
+    """
 
     title: str
     number: bool = True
@@ -80,6 +91,10 @@ def worst_clients(clients: Sequence[Client], most: int) -> dict[int, Client]:
     """At most so many clients, those with the highest loss at the end.
 
     They come by their number from 1 and in their order.
+
+    Args:
+        clients: in the order of the table.
+        most: how many at most.
     """
     numbered = dict(enumerate(clients, start=1))
     if len(numbered) <= most:
@@ -173,7 +188,13 @@ def _add_texts(
 def number_cell(
     value: float | None, shown: Callable[[float | None], str] = number_text, style: str = ""
 ) -> Cell:
-    """A cell that sorts by its value, after all others where it has none."""
+    """A cell that sorts by its value, after all others where it has none.
+
+    Args:
+        value: what the cell sorts by.
+        shown: how the value is written.
+        style: a CSS class.
+    """
     return Cell(shown(value), "" if value is None else repr(float(value)), True, style)
 
 

@@ -57,6 +57,7 @@ def reached(run: Run, target: float) -> Reached | None:
     None where no evaluated round did.
 
     Args:
+        run: the run that is read.
         target: test loss per response token, mean over clients.
     """
     number = next(
@@ -84,6 +85,10 @@ def mean_reached(runs: Sequence[Run], target: float) -> dict[str, Any]:
     """Columns for a method's row: seeds that reached the target.
 
     Mean rounds and seconds to it, None unless all seeds reached it.
+
+    Args:
+        runs: of one method, a run a seed.
+        target: test loss per response token, mean over clients.
     """
     found = [reached(run, target) for run in runs]
     there = [each for each in found if each is not None]

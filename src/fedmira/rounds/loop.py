@@ -26,7 +26,14 @@ __all__ = ["RoundOutcome", "run_rounds"]
 class RoundOutcome:
     """All that a round produced.
 
-    `train_seconds` is the exchange, `combine_seconds` the server's step.
+    Attributes:
+        round: its number, from 1.
+        requests: what the round's clients were asked, in the order of their ids.
+        replies: the usable ones, in the order of client ids; empty where too few came.
+        failures: of the other clients, in the order of their ids.
+        combined: the new state of the server, and what was done.
+        train_seconds: of the exchange.
+        combine_seconds: of the server's step.
     """
 
     round: int
@@ -54,8 +61,15 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
     Replies are sorted by client id before they are combined, so arrival order does not matter.
 
     Args:
+        algorithm: the method, whose server half is called.
+        workers: who trains.
+        state: of the server before `first_round`.
+        clients: ids of all clients.
+        settings: of [rounds].
+        run_seed: of the whole run.
         on_round: is called after every round, before the next begins; no further round begins once
             it returns True.
+        first_round: counts from 1.
         resting: is asked before each round which clients are not to take part; a round is drawn
             from the others. The loop ends where there are none.
 

@@ -15,7 +15,12 @@ __all__ = ["cohort_size", "sample_clients"]
 
 
 def cohort_size(num_clients: int, settings: RoundsSettings) -> int:
-    """Clients per round: the share rounded half up ("keyed") or down ("shepherd"), at least one."""
+    """Clients per round: the share rounded half up ("keyed") or down ("shepherd"), at least one.
+
+    Args:
+        num_clients: those that can be drawn.
+        settings: of [rounds].
+    """
     share = num_clients * settings.participation
     return max(1, int(share) if settings.sampling == "shepherd" else math.floor(share + 0.5))
 
@@ -26,6 +31,9 @@ def sample_clients(
     """The sorted clients of a round, drawn without replacement, whatever happened before.
 
     Args:
+        clients: ids of those that can be drawn.
+        settings: of [rounds].
+        run_seed: of the whole run.
         round_number: counts from 1. With sampling = "shepherd" numpy's legacy generator is seeded
             with the round index from 0, as in FedIT's public code (algorithm reference 2.1), so
             that every run has the same selection.

@@ -63,6 +63,7 @@ class AdapterCards:
         """The card of one client's adapter, as Markdown.
 
         Args:
+            client: its id.
             entry: what index.json says of it.
             row: its line of metrics/clients.csv.
         """

@@ -39,9 +39,11 @@ class Checkpoint:
     """The state after `round`.
 
     Attributes:
+        round: its number, from 1; 0 before the first.
+        state: of the server.
         memories: the clients' private memories that the engine keeps.
-        uploaded: each client's last adapter before alignment; best: its adapter at its best
-            validation loss.
+        uploaded: each client's last adapter before alignment.
+        best: each client's adapter at its best validation loss.
         values: plain JSON values of the recorder, such as file sizes and best losses.
         graph_json: the content of graph.json; empty where no graph has acted.
     """

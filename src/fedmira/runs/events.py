@@ -36,6 +36,7 @@ def train_events(outcome: RoundOutcome, sent_hashes: Mapping[ClientId, str]) -> 
     """A line per reply.
 
     Args:
+        outcome: of the round.
         sent_hashes: digest of the adapter that each client sent.
     """
     received = {request.client_id: request.payload for request in outcome.requests}
@@ -67,6 +68,7 @@ def align_events(outcome: RoundOutcome, saved_hash: Callable[[ClientId], str]) -
     """A line per reply: what the server's step did to the client.
 
     Args:
+        outcome: of the round.
         saved_hash: digest of the adapter that a client has after the step.
     """
     figures = outcome.combined.diagnostics.clients
@@ -99,6 +101,10 @@ def evaluate_event(
     """A client's losses in an evaluated round; numbers that are not finite become null.
 
     Args:
+        number: of the round, 0 for the base.
+        client: its id.
+        test: loss on the client's test rows.
+        validation: nats per response token of its validation rows, None where it has none.
         kept: the share of the server's pull in the adapter that was evaluated, where clients choose
             it.
     """
@@ -131,7 +137,9 @@ def round_row(
     """The row of rounds.csv.
 
     Args:
+        outcome: of the round.
         test: of all clients, or nothing in a round without evaluation.
+        evaluate_seconds: what the evaluation took.
     """
     replies, diagnostics = outcome.replies, outcome.combined.diagnostics
     losses = [reply.metrics["loss"] for reply in replies]

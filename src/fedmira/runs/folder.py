@@ -38,6 +38,10 @@ class RunFolder:
 
         config.toml is the first thing in it, so that whatever is there can be resumed.
 
+        Args:
+            path: of the folder, new or empty.
+            config_text: the content of config.toml.
+
         Raises:
             RunFolderError: the path is taken.
         """
@@ -158,7 +162,12 @@ class RunFolder:
                 os.truncate(path, sizes.get(path.name, 0))
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
-        """Replace metrics/`name` with a CSV of `rows`, which share their keys."""
+        """Replace metrics/`name` with a CSV of `rows`, which share their keys.
+
+        Args:
+            name: of the file.
+            rows: column -> cell, in the order of the lines.
+        """
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -166,11 +175,21 @@ class RunFolder:
         _replace(self.metrics / name, text.getvalue())
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace `name` (relative to the folder)."""
+        """Replace `name` (relative to the folder).
+
+        Args:
+            name: of the file.
+            text: its content.
+        """
         _replace(self.path / name, text)
 
     def write_json(self, name: str, value: object) -> None:
-        """Replace `name` (relative to the folder) with a JSON document."""
+        """Replace `name` (relative to the folder) with a JSON document.
+
+        Args:
+            name: of the file.
+            value: of JSON's types.
+        """
         _replace(self.path / name, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> dict[str, object]:

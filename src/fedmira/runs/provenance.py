@@ -93,6 +93,7 @@ class Provenance:
 
         Args:
             status: "running", "finished", "stopped", "interrupted" or "failed".
+            more: further keys of run.json, which win over the others.
         """
         folder, base, packed = self._recorder.folder, self._ground.base, self._ground.kind.packed
         document = {

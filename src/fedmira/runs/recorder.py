@@ -48,7 +48,13 @@ _SMALL_PULL = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """A client's best round by its own validation rows, with its test loss in that round."""
+    """A client's best round by its own validation rows, with its test loss in that round.
+
+    Attributes:
+        round: its number.
+        validation_loss: nats per response token of the client's validation rows.
+        test_loss: nats per response token of its test rows.
+    """
 
     round: int
     validation_loss: float
@@ -64,16 +70,25 @@ class Recorder:
     No adapter stays in memory here: they lie in the checkpoint's store.
 
     Attributes:
+        config: of the run.
+        folder: the run folder.
+        algorithm: the method, built for these clients.
         clients: who trains and measures.
-        facts: which run this is; `observers`: who is told what happens in it.
+        checkpoints: where checkpoints are written.
+        facts: which run this is.
+        observers: who is told what happens in it.
         spent_seconds: wall time of the parts of this run that came before.
         uploaded: each client's last adapter before alignment.
         best_adapters, best: each client's adapter at its lowest validation loss, and the figures of
             that round.
         rounds_trained: rounds in which each client's reply was used.
         ever_moved: whether alignment has moved any adapter so far.
-        graph: the graph that acted last; `graph_json`: the content of graph.json.
-        base_losses: test losses before round 1; `latest`: those of round `latest_round`.
+        warned: whether the run has been told that alignment moves nothing.
+        graph: the graph that acted last.
+        graph_json: the content of graph.json.
+        base_losses: test losses before round 1.
+        latest: test losses of round `latest_round`.
+        latest_round: the last evaluated round, -1 before the first.
         round_done: of the last checkpoint.
     """
 

@@ -27,7 +27,8 @@ class Result:
     """A finished run.
 
     Attributes:
-        folder: the run folder; `report` is its page.
+        folder: the run folder.
+        report: its page.
         adapters: each client's adapter as saved, read from its folder when it is asked for.
         clients: the rows of metrics/clients.csv; None where nothing was measured.
         graph: the graph of the last round, or None where the algorithm has none.

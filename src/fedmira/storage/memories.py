@@ -14,7 +14,13 @@ __all__ = ["MemoryTable", "StoredMemory", "remembered"]
 
 @dataclass(frozen=True, slots=True)
 class StoredMemory:
-    """Where a memory lies: its tensors' key in the store, its parts' names, and numbers."""
+    """Where a memory lies: its tensors' key in the store, its parts' names, and numbers.
+
+    Attributes:
+        key: of its tensors in the store.
+        parts: names of the payload's parts.
+        scalars: name -> number.
+    """
 
     key: str
     parts: tuple[str, ...]
@@ -39,7 +45,12 @@ class MemoryTable(Mapping[ClientId, Payload]):
 
     @classmethod
     def of(cls, store: AdapterStore, memories: Mapping[ClientId, Payload]) -> MemoryTable:
-        """The same memories with their tensors in the store."""
+        """The same memories with their tensors in the store.
+
+        Args:
+            store: where the tensors are written.
+            memories: client id -> memory.
+        """
         if isinstance(memories, MemoryTable) and memories.store is store:
             return memories
         return cls(store, {}).replaced(memories)
@@ -74,6 +85,10 @@ def remembered(
     """`memories` with some changed or added, as a new mapping.
 
     A table on disk stays one, any other becomes a dict.
+
+    Args:
+        memories: client id -> memory; it stays as it is.
+        changes: client id -> new memory.
     """
     return (
         memories.replaced(changes) if isinstance(memories, MemoryTable) else {**memories, **changes}

@@ -167,6 +167,10 @@ class AdapterTable(Mapping[str, Adapter]):
         """The same mapping with its adapters in the store.
 
         An adapter that several names share is hashed once.
+
+        Args:
+            store: where the adapters are written.
+            adapters: name -> adapter.
         """
         if isinstance(adapters, AdapterTable) and adapters.store is store:
             return adapters

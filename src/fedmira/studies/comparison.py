@@ -109,6 +109,7 @@ def plan_methods(
     """Name of a method -> its settings, in the order in which they run.
 
     Args:
+        config: the settings that all methods share.
         algorithms: names; each keeps those settings of the config's algorithm that it has too.
         variants: further methods by name, each with `key=value` overrides of the config.
         objects: further methods by name, each an object.
@@ -200,14 +201,18 @@ def compare_algorithms(
     `output`.
 
     Args:
+        config: the settings that all methods share.
+        algorithms: names of methods.
+        seeds: of the runs of each method.
+        output: the folder of the comparison.
         observers: watch the runs, one run after the other.
         variants: methods besides the algorithms, see `plan_methods`.
-        objects: methods given as objects, by name.
-        base: one that is loaded already, or was given as an object.
-        rows: of clients that were given as objects.
         reference: a method that the others are paired with besides local training.
         target_loss: a mean test loss; the tables then say after how many rounds and seconds each
             method reached it.
+        objects: methods given as objects, by name.
+        base: one that is loaded already, or was given as an object.
+        rows: of clients that were given as objects.
 
     Raises:
         InputError: a setting is wrong, a folder of another comparison is in the way, or rows or

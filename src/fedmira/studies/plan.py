@@ -31,16 +31,23 @@ class Plan:
     """Figures of a run that has not begun.
 
     Attributes:
-        base_mib, cohort_mib: memory of the frozen base, and of the stacked adapters, gradients and
-            moments of clients side by side.
-        server_mib: disk that all clients' adapters take on the server; in memory there are a
-            round's and a bounded cache.
+        base: its name.
+        parameters: of the base.
+        packed: whether steps are packed.
         adapter, targets: what an adapter is in a few words, and the layers that carry a LoRA
             branch.
         adapter_parameters, adapter_parameters_least: of a client's adapter, at the largest and the
             smallest rank.
         trained_parameters: of the largest adapter, those that local training moves; some methods
             freeze a part.
+        clients: how many there are.
+        clients_per_round: how many are drawn for each round.
+        rounds: how many the run has.
+        local_steps: optimizer steps of a client with the most rows in one round.
+        base_mib, cohort_mib: memory of the frozen base, and of the stacked adapters, gradients and
+            moments of clients side by side.
+        server_mib: disk that all clients' adapters take on the server; in memory there are a
+            round's and a bounded cache.
         download_mib, upload_mib: what travels to and from one client in its first round, measured
             on real messages; of the client with the most.
         later_download_mib, later_upload_mib: the same in its next round; None where there is none,
@@ -49,7 +56,7 @@ class Plan:
             all answer; None where it is not known.
         run_unknown: why not; "" where it is known.
         dtype, later_dtype: number types of what travels in a client's first and next round.
-        local_steps: optimizer steps of a client with the most rows in one round.
+        token_budget: most token positions in one forward pass, None where it is not known here.
         max_degree, largest_step: of a fixed graph: its largest degree and the largest server step
             that never overshoots (None without an edge); both None for a learned graph.
     """

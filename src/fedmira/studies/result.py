@@ -99,9 +99,8 @@ class MergedAdapter:
 class Result:
     """A run, read from its folder when it is asked for.
 
-        result = fedmira.load("runs/first")
-        result.clients["after_align_loss"].mean(), result.rounds, result.plot("test_loss")
-        result.generate("clinic-north", "The patient reports ...")
+    Tables are `clients`, `rounds` and `events`; `plot`, `generate`, `evaluate` and `merge` use what
+    the run has saved.
 
     Args:
         folder: the run folder.
@@ -175,6 +174,10 @@ class Result:
     def plot(self, figure: str = "test_loss") -> Picture:
         """A figure over the rounds.
 
+        >>> import fedmira
+        >>> fedmira.load("runs/first").plot("train_loss").svg.startswith("<svg")
+        True
+
         Args:
             figure: a column of `rounds`, such as "test_loss", "train_loss" or "pull".
         """
@@ -189,6 +192,12 @@ class Result:
         max_new_tokens: int | None = None,
     ) -> str:
         """What a client's adapter answers.
+
+        >>> import fedmira
+        >>> result = fedmira.load("runs/first")
+        >>> answer = result.generate("north", "3+1", instruction="Add.", max_new_tokens=4)
+        >>> isinstance(answer, str)
+        True
 
         Args:
             client: its id.
@@ -225,6 +234,11 @@ class Result:
         self, clients: Sequence[ClientId], weights: Sequence[float] | None = None
     ) -> MergedAdapter:
         """One adapter made of several: the weighted mean of their updates, cut to the largest rank.
+
+        >>> import fedmira
+        >>> merged = fedmira.load("runs/first").merge(["north", "south"], weights=[3, 1])
+        >>> merged.clients
+        ('north', 'south')
 
         Args:
             clients: whose adapters.

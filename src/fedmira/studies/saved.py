@@ -39,6 +39,7 @@ class SavedAdapters:
     Attributes:
         path: the run folder.
         config: of the run.
+        kind: the adapters, on their base.
         adapters: each client's, read when it is asked for.
         ranks: of each adapter, 0 where it has none.
         data_sha256: of the rows that the run was made with.
@@ -147,6 +148,14 @@ def answer(
     """What a client's adapter says to an input.
 
     The client's own instruction is used unless another is given.
+
+    Args:
+        saved: what the run has saved.
+        client: its id.
+        text: the input.
+        instruction: in place of the client's own.
+        max_new_tokens: longest answer in tokens; None takes evaluation.max_new_tokens.
+        rows: of a run whose rows were objects.
 
     Raises:
         ConfigError: there is no such client, or no instruction is given and its rows are not on

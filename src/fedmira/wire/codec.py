@@ -125,6 +125,7 @@ def encode(payload: Payload, wire: str, line: Line) -> tuple[Encoded, Line]:
     remains.
 
     Args:
+        payload: what is sent.
         wire: "float32", "float16" or "int8".
         line: of this end.
 
@@ -167,6 +168,7 @@ def decode(encoded: Encoded, line: Line) -> tuple[Payload, Line]:
     """Read a payload from the other end.
 
     Args:
+        encoded: the message as it came.
         line: of this end.
 
     Returns:
@@ -235,7 +237,12 @@ def joined(payloads: Mapping[str, Payload | None]) -> Payload:
 
 
 def separated(payload: Payload | None, name: str) -> Payload | None:
-    """One of the payloads that were `joined`; None where nothing bears its name."""
+    """One of the payloads that were `joined`; None where nothing bears its name.
+
+    Args:
+        payload: what `joined` gave, or None.
+        name: of the payload that is wanted.
+    """
     if payload is None:
         return None
     start = f"{name}."

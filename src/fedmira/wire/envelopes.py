@@ -44,6 +44,7 @@ def encode_request(request: Request, wire: str, line: Line, run_id: str) -> tupl
     """A request as a message.
 
     Args:
+        request: what is sent.
         wire: "float32", "float16" or "int8".
         line: the server's, for this client.
         run_id: the same in all parts of a run, also after a resume.
@@ -69,6 +70,7 @@ def decode_request(encoded: Encoded, line: Line) -> tuple[Request, Line]:
     """The request in a message.
 
     Args:
+        encoded: the message as it came.
         line: the client's, as of the round that the header calls accepted.
 
     Returns:
@@ -91,6 +93,7 @@ def encode_answer(answer: Reply | Failure, wire: str, line: Line) -> tuple[Encod
     """A reply or a failure as a message.
 
     Args:
+        answer: what is sent.
         wire: as in the request.
         line: what `decode_request` gave.
 
@@ -122,6 +125,7 @@ def decode_answer(request: Request, encoded: Encoded, line: Line) -> tuple[Reply
 
     Args:
         request: as it was sent.
+        encoded: the message as it came.
         line: what `encode_request` gave.
 
     Returns:

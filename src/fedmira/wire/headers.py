@@ -12,6 +12,10 @@ __all__ = ["number", "text", "whole_number"]
 def text(header: Mapping[str, object], name: str) -> str:
     """A text of a header.
 
+    Args:
+        header: as it was read.
+        name: its key.
+
     Raises:
         WireError: it is missing or no text.
     """
@@ -23,6 +27,10 @@ def text(header: Mapping[str, object], name: str) -> str:
 
 def number(header: Mapping[str, object], name: str) -> float:
     """A number of a header.
+
+    Args:
+        header: as it was read.
+        name: its key.
 
     Raises:
         WireError: it is missing or no number.
@@ -40,6 +48,10 @@ def number(header: Mapping[str, object], name: str) -> float:
 
 def whole_number(header: Mapping[str, object], name: str) -> int:
     """A whole number, 0 or more, of a header.
+
+    Args:
+        header: as it was read.
+        name: its key.
 
     Raises:
         WireError: it is missing or something else.

@@ -24,6 +24,10 @@ def checked_reply(request: Request, reply: Reply) -> Reply | Failure:
     It must be of the request's client and round, tell of at least one row, have all of `FIGURES`,
     and hold finite tensors and numbers only; its adapter must have the names, shapes and number
     types of the one that was sent.
+
+    Args:
+        request: as it was sent.
+        reply: what came back.
     """
     problem = (
         address_problem(request, reply.client_id, reply.round)
@@ -42,7 +46,13 @@ def checked_reply(request: Request, reply: Reply) -> Reply | Failure:
 
 
 def address_problem(request: Request, client: object, round_number: object) -> str:
-    """Why a reply is not one to this request; "" where it is."""
+    """Why a reply is not one to this request; "" where it is.
+
+    Args:
+        request: as it was sent.
+        client: whom the reply names.
+        round_number: the round that the reply names.
+    """
     if client != request.client_id:
         return f"the reply is of client {client!r}; expected {request.client_id!r}"
     if round_number != request.round:

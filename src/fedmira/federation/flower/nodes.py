@@ -55,7 +55,12 @@ _log = logging.getLogger("fedmira")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a client's answer did not come, and at which stage."""
+    """Why a client's answer did not come, and at which stage.
+
+    Attributes:
+        stage: where it went wrong.
+        reason: what went wrong, in words.
+    """
 
     stage: str
     reason: str
@@ -71,7 +76,13 @@ class _Bar:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a node says of itself."""
+    """What a node says of itself.
+
+    Attributes:
+        party: its client, and what is told of the client's rows.
+        base_sha256: of the base's parameters.
+        tokenizer_sha256: of the tokenizer.
+    """
 
     party: ClientSummary
     base_sha256: str
@@ -149,6 +160,9 @@ class Nodes:
         """Wait until so many of these clients are connected, or of any where no names are given.
 
         Args:
+            wanted: ids of clients; none where any will do.
+            count: how many are waited for.
+            wait_s: seconds at most.
             until_refused: no longer than until a node is refused, where no other can come in its
                 place.
 
@@ -182,6 +196,7 @@ class Nodes:
 
         Args:
             kind: the messages' type, which names what the node does with them.
+            messages: client id -> its message.
             group: Flower's group id, such as the round.
         """
         self._look()

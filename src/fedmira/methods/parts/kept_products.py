@@ -103,7 +103,12 @@ class KeptProducts:
         return {self._name(space): numbers[self._name(space)].clone() for space in self.spaces}
 
     def of(self, numbers: Mapping[str, Tensor], space: str) -> InnerProducts:
-        """The inner products in one of the spaces."""
+        """The inner products in one of the spaces.
+
+        Args:
+            numbers: those of the server's state.
+            space: the name of the space.
+        """
         kept = numbers[self._name(space)]
         return SketchedProducts(kept) if self.entries else ExactProducts(kept)
 

@@ -17,6 +17,10 @@ def toward(centre: Adapter, strength: float) -> GradientHook | None:
 
     The sum is what is clipped and what the optimizer sees; an optimizer with moments scales it like
     any gradient.
+
+    Args:
+        centre: the point w is pulled to.
+        strength: 0 or more.
     """
     if strength == 0:
         return None

@@ -44,13 +44,23 @@ class RankSplit:
         return {name: self._parts(name, tensor)[1] for name, tensor in adapter.items()}
 
     def joined(self, trained: Adapter, frozen: Adapter) -> Adapter:
-        """Both parts as one adapter."""
+        """Both parts as one adapter.
+
+        Args:
+            trained: the first directions.
+            frozen: the directions behind them.
+        """
         return {
             name: torch.cat([part, frozen[name]], dim=_axis(name)) for name, part in trained.items()
         }
 
     def still(self, gradient: Adapter, parameters: Adapter) -> Adapter:
-        """A gradient hook: zeros for the frozen part."""
+        """A gradient hook: zeros for the frozen part.
+
+        Args:
+            gradient: of both parts together.
+            parameters: of both parts; they are not read.
+        """
         return self.joined(
             self.trained(gradient),
             {name: torch.zeros_like(part) for name, part in self.frozen(gradient).items()},
