@@ -1,8 +1,8 @@
 """The docstring of what a room offers names every argument and every field.
 
 Arguments stand under `Args:`, fields of a dataclass under `Attributes:`. Three things are left out:
-a single argument, whose meaning the first sentence gives; a method that a base class of the package
-or a protocol that the class fulfils documents; and names that begin with _.
+a single argument, whose meaning the first sentence gives; a method or field that a base class of the
+package, or a protocol that the class fulfils, documents; and names that begin with _.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def undescribed(tree: ast.Module) -> dict[str, list[str]]:
         if not isinstance(node, ast.ClassDef):
             found[node.name] = missing(arguments(node), text)
             continue
-        found[node.name] = missing(fields(node), text)
+        above = {name for parent in parents(node) for name in fields(parent)}
+        found[node.name] = missing([name for name in fields(node) if name not in above], text)
         inherited = {name for parent in parents(node) for name in methods(parent)}
         for name, method in methods(node).items():
             if name not in inherited or name == "__init__":
