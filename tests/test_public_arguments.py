@@ -1,8 +1,8 @@
 """The docstring of what a room offers names every argument and every field.
 
 Arguments stand under `Args:`, fields of a dataclass under `Attributes:`. Three things are left out:
-a single argument, whose meaning the first sentence gives; a method or field that a base class of the
-package, or a protocol that the class fulfils, documents; and names that begin with _.
+a single argument, whose meaning the first sentence gives; a method or field that is documented by a
+base class of the package, or by a protocol that the class fulfils; and names that begin with _.
 """
 
 from __future__ import annotations

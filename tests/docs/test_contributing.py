@@ -20,9 +20,8 @@ from fedmira.data import load_clients
 from fedmira.experiment import build_experiment, run_experiment
 from fedmira.graphs import graph_source
 from fedmira.graphs import sources as graph_kinds
-from fedmira.model import BaseModel
+from fedmira.model import BaseModel, load_base
 from small import adapter_bytes, make_config, table_of
-from tiny import tiny_tokenizer
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
@@ -76,7 +75,7 @@ def test_a_source_is_a_file_and_a_line(
     recipe("A new source of rows")
     monkeypatch.setitem(sources.SOURCES, "sums", "recipe:read")  # type: ignore[arg-type]
     config = load_config(overrides=["data.source=sums"])
-    clients = load_clients(config.data, config.seed, tiny_tokenizer()).clients
+    clients = load_clients(config.data, config.seed, load_base(config.model).tokenizer).clients
     assert [client.client_id for client in clients] == ["plus-0", "plus-1", "plus-2"]
 
 
