@@ -99,8 +99,8 @@ def _row(key: str, part: Mapping[str, Any], meaning: str) -> str:
 
 def _toml(value: Any) -> str:
     """A value as TOML on one line."""
-    if isinstance(value, dict) and not value:
-        return "{}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + "}"
     text = tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
     return (
         " ".join(line.strip() for line in text.splitlines()).replace("[ ", "[").replace(", ]", "]")

@@ -25,7 +25,7 @@ from fedmira.clients import Clients, Cohort, LocalClients, OverWire
 from fedmira.config import Config, with_method
 from fedmira.experiment import Experiment, build_experiment
 from fedmira.messages import Payload
-from fedmira.methods import Method, ServerState, Start
+from fedmira.methods import Method, ServerState, Start, Trained
 from fedmira.model import BaseModel
 from fedmira.rounds import RoundOutcome, run_rounds
 from tiny import tiny_model, tiny_tokenizer
@@ -175,6 +175,11 @@ class Wrapping:
 
     def started(self, payload: Payload, memory: Payload | None) -> Start:
         return self.begin(payload, memory)  # type: ignore[no-any-return]
+
+    def finished(
+        self, payload: Payload, memory: Payload | None, trained: Trained
+    ) -> tuple[Payload, Payload | None]:
+        return self.finish(payload, memory, trained)  # type: ignore[no-any-return]
 
 
 def over_wire(experiment: Experiment, at_once: int = 64) -> Clients:

@@ -289,7 +289,7 @@ def test_check_says_what_a_run_would_cost(base: Any, clients: Any) -> None:
         ({"clients": {"a": [3]}}, r"clients\['a'\] row 1: is of type int"),
         ({"clients": {"a": {"test": []}}}, r"clients\['a'\]: has the parts test"),
         ({"clients": {"a": []}}, "holds no rows to train on"),
-        ({"clients": {"a/b": rows_of("x")}}, "a/b"),
+        ({"clients": {"//": rows_of("x")}}, "client id '//' cannot name a folder"),
         ({"clients": {"a": [{"question": "x"}]}}, "a row 1"),
     ],
 )

@@ -100,7 +100,7 @@ def test_broken_lines_are_named_with_file_and_line_all_together(
     data = write_clients(tmp_path / "data")
     for client, number, text in (
         ("apple-1", 3, '{"instruction": "w1", '),
-        ("birch-2", 2, json.dumps({"instruction": "w1", "answer": "w2"})),
+        ("birch-2", 2, json.dumps({"instruction": "w1", "reply": "w2"})),
     ):
         path = data / client / "train.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -110,7 +110,7 @@ def test_broken_lines_are_named_with_file_and_line_all_together(
     assert_refused(
         ended,
         r"apple-1/train\.jsonl:3: broken JSON",
-        r"birch-2/train\.jsonl:2: missing key 'output' or 'response', found instruction, answer",
+        r"birch-2/train\.jsonl:2: missing key 'output' or 'response', found instruction, reply",
     )
     assert not (tmp_path / "run").exists()
 

@@ -69,6 +69,8 @@ def test_rows_without_a_folder_of_their_own_are_refused_with_the_layouts(
     ended = call_main("check", *(part for setting in settings for part in ("--set", setting)))
     assert (
         ended.code == 2
-        and "train.jsonl belong into a folder per client; looked for PATH/<client>/train.jsonl"
+        and "missing key 'client'" in ended.err
+        and "where these rows are those of one client, data.path is the folder above it: "
+        "PATH/<client>/train.jsonl"
         in " ".join(ended.err.split())
     )

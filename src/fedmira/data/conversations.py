@@ -11,7 +11,7 @@ from fedmira.data.examples import Example
 from fedmira.data.problems import Problems
 from fedmira.data.texts import Row, Seen, holds, key_problem, text_of, value_text
 
-__all__ = ["Message", "conversation", "history_of", "messages_of", "tools_of"]
+__all__ = ["Message", "conversation", "from_json", "history_of", "messages_of", "tools_of"]
 
 _ROLES = {
     "human": "user",

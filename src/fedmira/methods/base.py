@@ -336,6 +336,11 @@ class Method(MethodSection, ABC):
     ) -> tuple[Payload, Payload | None]:
         """`finish`, with what it returned looked at; what clients call.
 
+        Args:
+            payload: what the server sent.
+            memory: what the client kept of its last round, or None.
+            trained: what local training made.
+
         Raises:
             RunError: it returned something else than it must.
         """
@@ -351,6 +356,10 @@ class Method(MethodSection, ABC):
 
     def combined(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """`combine`, with what it returned looked at; what the loop calls.
+
+        Args:
+            state: that of the server before the round.
+            replies: those of the clients that took part.
 
         Raises:
             RunError: it returned something else than it must.

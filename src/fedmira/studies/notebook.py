@@ -9,7 +9,12 @@ __all__ = ["html_table"]
 
 
 def html_table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """A table with a head; all text is escaped, and a cell without a value is empty."""
+    """A table with a head; all text is escaped, and a cell without a value is empty.
+
+    Args:
+        columns: the names in the head, in order.
+        rows: the cells of each row, one per column.
+    """
     heads = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     lines = (
         "<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows

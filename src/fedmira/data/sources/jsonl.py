@@ -74,7 +74,7 @@ class _Clients:
         files, folders = sorted_out(folder, self.skipped)
         parts = parts_of(files)
         if "train" in parts and "" not in parts and not folders:
-            return self.of_tables(parts)
+            return self._of_parts(folder, parts)
         stray = [file.name for file in files if stem_of(file).lower() in PARTS]
         if stray:
             self.problems.add(
@@ -100,6 +100,17 @@ class _Clients:
         tasks = [self._task(stem_of(file), [file]) for file in files]
         tasks += [self._of_client(entry) for entry in folders]
         return sorted(tasks, key=lambda task: task.name)
+
+    def _of_parts(self, folder: Path, parts: dict[str, list[Path]]) -> list[RawTask]:
+        """The clients of a folder with a table for each part, or what else it may have been."""
+        before = len(self.problems)
+        tasks = self.of_tables(parts)
+        if not any(task.name for task in tasks) and len(self.problems) > before:
+            self.problems.add(
+                f"{folder}: read as one table of all clients; where these rows are those of one "
+                f"client, data.path is the folder above it: {_LAYOUTS}"
+            )
+        return tasks
 
     def _of_client(self, folder: Path) -> RawTask:
         others: list[str] = []
