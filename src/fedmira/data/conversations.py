@@ -42,6 +42,8 @@ class Message:
     Attributes:
         extra: its further keys.
         untrained: whether it is not to be learned.
+        role: system, user, assistant or tool.
+        content: the text; parts are joined.
     """
 
     role: str
@@ -51,7 +53,15 @@ class Message:
 
 
 def messages_of(row: Row, key: str, where: str, problems: Problems, seen: Seen) -> list[Message]:
-    """The messages under a key; empty with problems noted where one cannot be read."""
+    """The messages under a key; empty with problems noted where one cannot be read.
+
+    Args:
+        row: a row as it was read.
+        key: the key of the row.
+        where: file and line, or client and row, as messages name it.
+        problems: collects what is wrong, with its place.
+        seen: collects the keys whose text was read.
+    """
     value = from_json(row.get(key))
     if not isinstance(value, list) or not value:
         problems.add(
@@ -75,7 +85,14 @@ def messages_of(row: Row, key: str, where: str, problems: Problems, seen: Seen) 
 
 
 def history_of(row: Row, where: str, problems: Problems, seen: Seen) -> list[Message]:
-    """Earlier turns: pairs of a question and its answer, or messages."""
+    """Earlier turns: pairs of a question and its answer, or messages.
+
+    Args:
+        row: a row as it was read.
+        where: file and line, or client and row, as messages name it.
+        problems: collects what is wrong, with its place.
+        seen: collects the keys whose text was read.
+    """
     value = from_json(row.get("history"))
     if isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value):
         return messages_of(row, "history", where, problems, seen)
@@ -93,7 +110,13 @@ def history_of(row: Row, where: str, problems: Problems, seen: Seen) -> list[Mes
 
 
 def tools_of(row: Row, where: str, problems: Problems) -> str:
-    """The functions that a row offers, as the text of a JSON list; "" for none."""
+    """The functions that a row offers, as the text of a JSON list; "" for none.
+
+    Args:
+        row: a row as it was read.
+        where: file and line, or client and row, as messages name it.
+        problems: collects what is wrong, with its place.
+    """
     key = "tools" if holds(row.get("tools")) else "functions"
     if not holds(row.get(key)):
         return ""
@@ -109,7 +132,15 @@ def tools_of(row: Row, where: str, problems: Problems) -> str:
 def conversation(
     turns: Sequence[Message], tools: str, where: str, problems: Problems, seen: Seen
 ) -> Example | None:
-    """The example of a conversation, which ends with its last answer."""
+    """The example of a conversation, which ends with its last answer.
+
+    Args:
+        turns: the messages, in order.
+        tools: the functions it offers, as the text of a JSON list; "" for none.
+        where: file and line, or client and row, as messages name it.
+        problems: collects what is wrong, with its place.
+        seen: collects the keys whose text was read.
+    """
     answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers or answers[-1] == 0:
         if turns:

@@ -93,6 +93,11 @@ class ClientData:
         tools: the functions that all training rows offer, as the text of a JSON list, or "".
         conversation: whether the training rows are conversations.
         notes: what was done to how many of the rows.
+        task: what the client does; empty where nothing says it.
+        category: the group of tasks it belongs to; empty where none is given.
+        train: rows, in order, to train on.
+        validation: rows to choose settings and checkpoints by.
+        test: rows to measure on.
     """
 
     client_id: str
@@ -223,6 +228,10 @@ class Encoder:
         the prompt leaves room, without the end-of-sequence token; then the prompt loses tokens from
         its middle and keeps its head and its last `HEADER_TOKENS`. Rows with a problem are noted
         and left out.
+
+        Args:
+            rows: the rows, in order.
+            problems: collects what is wrong, with its place.
         """
         turns = self.turns(rows, problems)
         return (
@@ -232,7 +241,12 @@ class Encoder:
         )
 
     def turns(self, rows: Sequence[Example], problems: Problems) -> list[EncodedTurn]:
-        """Encodes rows, one for each assistant turn that is learned."""
+        """Encodes rows, one for each assistant turn that is learned.
+
+        Args:
+            rows: the rows, in order.
+            problems: collects what is wrong, with its place.
+        """
         turns = [(row, turn, turn is row) for row in rows for turn in turns_of(row, self._train_on)]
         # A batch bounds the memory that the tokenizer takes for one call.
         return [
@@ -244,7 +258,13 @@ class Encoder:
     def encode_client(
         self, client: ClientRows, split: Split, parts: Sequence[Sequence[EncodedTurn]]
     ) -> ClientData:
-        """A client of its training, validation and test turns."""
+        """A client of its training, validation and test turns.
+
+        Args:
+            client: the rows of one client.
+            split: its rows in their parts.
+            parts: its encoded turns for training, validation and test, in this order.
+        """
         (train, validation, test), duplicates, overlaps = _apart(parts, client.test is not None)
         turns = [*train, *validation, *test]
         notes = Counter(note for turn in turns for note in turn.notes)

@@ -15,7 +15,12 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_text(path: Path, problems: Problems) -> str | None:
-    """The text of a UTF-8 file (a byte order mark is dropped), or None with a problem noted."""
+    """The text of a UTF-8 file (a byte order mark is dropped), or None with a problem noted.
+
+    Args:
+        path: a file.
+        problems: collects what is wrong, with its place.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -30,7 +35,12 @@ def read_text(path: Path, problems: Problems) -> str | None:
 
 
 def read_json(path: Path, problems: Problems) -> Mapping[str, Any] | None:
-    """The JSON object in a file, or None with a problem noted."""
+    """The JSON object in a file, or None with a problem noted.
+
+    Args:
+        path: a file.
+        problems: collects what is wrong, with its place.
+    """
     text = read_text(path, problems)
     if text is None:
         return None
@@ -55,6 +65,10 @@ def read_json_lines(path: Path, problems: Problems) -> Iterator[tuple[int, Mappi
 
     A broken line is noted and the next one is read; at a byte that is not UTF-8 the file is given
     up.
+
+    Args:
+        path: a file.
+        problems: collects what is wrong, with its place.
     """
     try:
         handle = path.open("rb")

@@ -49,6 +49,18 @@ class ClientSummary:
     Attributes:
         test_response_tokens: tokens that carry loss in its test rows.
         longest_row: tokens of the longest row, prompt and response together, of all parts.
+        client_id: names the client and its folders.
+        task: what the client does; empty where nothing says it.
+        category: the group of tasks it belongs to; empty where none is given.
+        train_rows: how many rows are trained on.
+        validation_rows: how many rows choose.
+        test_rows: how many rows measure.
+        train_tokens: tokens of the training rows, prompts and responses.
+        train_response_tokens: tokens of the training rows that are learned.
+        truncated_prompts: rows whose prompt was cut.
+        truncated_responses: rows whose response was cut.
+        duplicates: copies of rows of the same part that were left out.
+        overlaps: training and validation rows left out because their prompt is tested or chosen by.
     """
 
     client_id: str
@@ -74,6 +86,7 @@ class Dataset:
     Attributes:
         skipped: tasks and clients that a rule left out, one "name: reason" each.
         notes: what was done to the rows that the user should know, a sentence each.
+        clients: the clients, sorted by id.
     """
 
     clients: tuple[ClientData, ...]
@@ -118,6 +131,8 @@ def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str)
         settings: the [data] section, with the path of this machine.
         name: the client's; of a source that holds one client only, that one is taken whatever it is
             called there.
+        seed: the seed of the run.
+        tokenizer: that of the base.
 
     Raises:
         DataError: the source holds several clients and none of this name, or the settings deal rows
@@ -206,6 +221,10 @@ def _given(settings: DataSettings, rows: ObjectRows | None) -> ObjectRows:
 
 def make_encoder(settings: DataSettings, tokenizer: Tokenizer) -> Encoder:
     """The encoder that the [data] section asks for.
+
+    Args:
+        settings: the [data] section.
+        tokenizer: that of the base.
 
     Raises:
         DataError: the tokenizer does not go with the prompt form.

@@ -49,7 +49,13 @@ class ClientRows:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """All clients, what was left out with its reason, and whose name was changed."""
+    """All clients, what was left out with its reason, and whose name was changed.
+
+    Attributes:
+        clients: the clients, sorted by id.
+        skipped: what was seen and not used, one line each.
+        notes: what is to be said before training, one line each.
+    """
 
     clients: tuple[ClientRows, ...]
     skipped: tuple[str, ...] = ()
@@ -72,6 +78,11 @@ def partition_tasks(tasks: Sequence[RawTask], settings: DataSettings, seed: int)
     Clients come in the order of the tasks, or of their sorted categories. Rows that a source sets
     aside for testing or validation are dealt to clients in the same way, and stay test or
     validation rows. Among the clients of one category, all rows with the same prompt go to one.
+
+    Args:
+        tasks: the rows of each task.
+        settings: the [data] section.
+        seed: the seed of the run.
 
     Raises:
         DataError: a task without a category where the partition needs one; too few rows; fewer

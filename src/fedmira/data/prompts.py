@@ -59,6 +59,10 @@ def chat_prompt(example: Example, tokenizer: Tokenizer) -> str:
 
     An instruction row is one user message.
 
+    Args:
+        example: the row, in the one shape that prompts are made of.
+        tokenizer: that of the base.
+
     Raises:
         DataError: the tokenizer has no chat template, or the template refuses the messages (roles
             that do not alternate, say).

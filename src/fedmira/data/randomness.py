@@ -18,12 +18,23 @@ Item = TypeVar("Item")
 
 
 def generator(seed: int, purpose: str, *parts: str | int) -> np.random.Generator:
-    """A generator that depends on nothing but its arguments."""
+    """A generator that depends on nothing but its arguments.
+
+    Args:
+        seed: the seed of the run.
+        purpose: what is drawn, such as "split"; other purposes give other numbers.
+        parts: numbers and names that set one drawing apart from another.
+    """
     return np.random.Generator(np.random.PCG64(row_seed(seed, purpose, *parts)))
 
 
 def shuffled(items: Sequence[Item], rng: np.random.Generator) -> list[Item]:
-    """The items in random order."""
+    """The items in random order.
+
+    Args:
+        items: what to draw from; left as it is.
+        rng: the generator to draw with.
+    """
     return [items[int(i)] for i in rng.permutation(len(items))]
 
 
@@ -34,6 +45,12 @@ def sample(
 
     max(least, int(fraction * n)) of the n items, which is FedKSeed's floor, or all where there are
     fewer.
+
+    Args:
+        items: what to draw from; left as it is.
+        fraction: the share to keep, from 0 to 1.
+        rng: the generator to draw with.
+        least: the fewest items to keep.
     """
     if fraction == 1:
         return list(items)

@@ -85,7 +85,12 @@ class RowReader:
         self._blank = 0
 
     def example(self, row: Row, where: str) -> Example | None:
-        """The example in a row, or None where the row is unusable or blank."""
+        """The example in a row, or None where the row is unusable or blank.
+
+        Args:
+            row: a row as it was read.
+            where: file and line, or client and row, as messages name it.
+        """
         if row and not any(value is not None and value != "" for value in row.values()):
             self._blank += 1
             self.was_blank = True

@@ -28,6 +28,9 @@ class Split:
         duplicates: exact copies of another row of the same part that were dropped.
         overlaps: training and validation rows that were dropped because the source's own test (or
             validation) rows hold their prompt.
+        train: rows, in order, to train on.
+        validation: rows to choose settings and checkpoints by.
+        test: rows to measure on.
     """
 
     train: tuple[Example, ...]
@@ -41,6 +44,10 @@ def most_rows(settings: DataSettings, position: int) -> int:
     """The most training rows of the client at this position (0 = all).
 
     A list is given to the clients in turn.
+
+    Args:
+        settings: the [data] section.
+        position: of the client, from 0.
     """
     if isinstance(settings.max_rows, int):
         return settings.max_rows

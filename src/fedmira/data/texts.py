@@ -42,7 +42,15 @@ def holds(value: Any) -> bool:
 
 
 def text_of(row: Row, key: str, where: str, problems: Problems, *, optional: bool = False) -> str:
-    """The text under a key; "" when it is not there, with a problem noted unless it is optional."""
+    """The text under a key; "" when it is not there, with a problem noted unless it is optional.
+
+    Args:
+        row: a row as it was read.
+        key: the key of the row.
+        where: file and line, or client and row, as messages name it.
+        problems: collects what is wrong, with its place.
+        optional: whether a missing value is empty text in place of a problem.
+    """
     value = row.get(key)
     if value is None:
         if not optional:
@@ -65,7 +73,15 @@ def text_of(row: Row, key: str, where: str, problems: Problems, *, optional: boo
 def value_text(
     row: Row, key: str, where: str, problems: Problems, *, optional: bool = False
 ) -> str:
-    """As `text_of`, where numbers, dates and truth values are taken as their text, too."""
+    """As `text_of`, where numbers, dates and truth values are taken as their text, too.
+
+    Args:
+        row: a row as it was read.
+        key: the key of the row.
+        where: file and line, or client and row, as messages name it.
+        problems: collects what is wrong, with its place.
+        optional: whether a missing value is empty text in place of a problem.
+    """
     value = row.get(key)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -79,7 +95,13 @@ def value_text(
 
 
 def key_problem(where: str, key: str, row: Row) -> str:
-    """The message for a key that is not there, or null."""
+    """The message for a key that is not there, or null.
+
+    Args:
+        where: file and line, or client and row, as messages name it.
+        key: the key of the row.
+        row: a row as it was read.
+    """
     return f"{where}: missing key {key!r}, found {names_of(row)}"
 
 

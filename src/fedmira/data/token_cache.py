@@ -55,7 +55,12 @@ class TokenCache:
     def ids(
         self, texts: Sequence[str], tokenise: Callable[[Sequence[str]], list[list[int]]]
     ) -> list[list[int]]:
-        """The token ids of each text: from the cache, or from `tokenise` and into the cache."""
+        """The token ids of each text: from the cache, or from `tokenise` and into the cache.
+
+        Args:
+            texts: what to tokenise.
+            tokenise: text to ids, called for texts that are not kept yet.
+        """
         if (
             self._folder is None
             or self._fingerprint is None

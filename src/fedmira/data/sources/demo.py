@@ -145,7 +145,14 @@ Row = tuple[str, str]  # input, output
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A named task: its instruction, how a row is drawn, and its client's training rows."""
+    """A named task: its instruction, how a row is drawn, and its client's training rows.
+
+    Attributes:
+        name: the name of the task.
+        instruction: what all rows of the task ask.
+        draw: makes one row.
+        rows: how many training rows its client has.
+    """
 
     name: str
     instruction: str
@@ -471,7 +478,12 @@ def demo_tasks(seed: int = 0) -> list[RawTask]:
 
 
 def read(settings: DataSettings, seed: int) -> Reading:
-    """The demo's tasks as a source; `settings.path` plays no part."""
+    """The demo's tasks as a source; `settings.path` plays no part.
+
+    Args:
+        settings: the [data] section.
+        seed: the seed of the run.
+    """
     tasks = demo_tasks(seed)
     return Reading(
         tuple(
@@ -492,7 +504,12 @@ def _distinct(task: Task, count: int, seed: int) -> Iterator[Example]:
 
 
 def pretraining_rows(count: int, seed: int = 0) -> Iterator[tuple[str, Example]]:
-    """Rows for the bundled base, of tasks that no demo client has, as (task name, example)."""
+    """Rows for the bundled base, of tasks that no demo client has, as (task name, example).
+
+    Args:
+        count: how many rows.
+        seed: the seed of the run.
+    """
     rng = random.Random(f"pretraining {seed}")
     for _ in range(count):
         task = rng.choice(PRETRAINING)

@@ -24,6 +24,10 @@ def read(settings: DataSettings, seed: int) -> Reading:
 
     Tasks come sorted by category.
 
+    Args:
+        settings: the [data] section.
+        seed: the seed of the run.
+
     Raises:
         DataError: all problems of the file, together.
     """

@@ -93,6 +93,12 @@ def sampled(examples: list[Example], name: str, settings: DataSettings, seed: in
     """The share `sample_fraction` of a task's rows, `sample_least` at least.
 
     The draw depends on the seed and the task's name only.
+
+    Args:
+        examples: the rows of the task.
+        name: the name of the task or client.
+        settings: the [data] section.
+        seed: the seed of the run.
     """
     return sample(
         examples,

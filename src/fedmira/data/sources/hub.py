@@ -33,6 +33,10 @@ def read(settings: DataSettings, seed: int) -> Reading:
     A local folder may be one that `save_to_disk` wrote, or one of data files; one such file will
     do, too, and its split is "train".
 
+    Args:
+        settings: the [data] section.
+        seed: the seed of the run.
+
     Raises:
         DataError: the data set cannot be reached or has no such split; or all problems of its rows,
             together.

@@ -33,6 +33,10 @@ def read(settings: DataSettings, seed: int) -> Reading:
 
     Clients come sorted by name, those of one file in order of appearance.
 
+    Args:
+        settings: the [data] section.
+        seed: the seed of the run.
+
     Raises:
         DataError: all problems of all files, together.
     """

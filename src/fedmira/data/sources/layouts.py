@@ -36,7 +36,12 @@ def part_of(path: Path) -> str:
 
 
 def sorted_out(folder: Path, skipped: list[str]) -> tuple[list[Path], list[Path]]:
-    """The files with rows and the folders in a folder; all other files are named as left out."""
+    """The files with rows and the folders in a folder; all other files are named as left out.
+
+    Args:
+        folder: a folder.
+        skipped: a line is added for each file that is left out.
+    """
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.is_file()]
     tables = [file for file in files if ending_of(file)]
@@ -60,7 +65,13 @@ def parts_of(files: Iterable[Path], default: str = "") -> dict[str, list[Path]]:
 def rows_of(
     files: Sequence[Path], problems: Problems, notes: list[str]
 ) -> Iterator[tuple[str, Row]]:
-    """The rows of several files, one file after the other; a file without rows is a problem."""
+    """The rows of several files, one file after the other; a file without rows is a problem.
+
+    Args:
+        files: the files, in order.
+        problems: collects what is wrong, with its place.
+        notes: a line is added for what is to be said before training.
+    """
     for file in files:
         before = len(problems)
         number = 0

@@ -35,6 +35,10 @@ def read(settings: DataSettings, seed: int) -> Reading:
     With `partition = "task"` and a number of clients, reading ends when so many usable tasks are
     found.
 
+    Args:
+        settings: the [data] section.
+        seed: the seed of the run.
+
     Raises:
         DataError: all problems of the files that were read, together.
     """

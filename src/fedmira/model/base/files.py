@@ -42,6 +42,7 @@ def check_folder(folder: Path, name: str) -> None:
 
     Args:
         name: what the user called it.
+        folder: where the files are.
 
     Raises:
         ModelError: it has no config.json, holds an adapter too, or its tokenizer needs a package
@@ -94,6 +95,11 @@ def published_name(location: str, name: str) -> str:
 def check_sizes(location: str, name: str, config: PreTrainedConfig) -> None:
     """Refuses a config.json that asks for a far larger model than the weights, before it is built.
 
+    Args:
+        location: the folder of the base.
+        name: what messages call the base.
+        config: config.json as transformers read it.
+
     Raises:
         ModelError: it does, or a file of weights is damaged.
     """
@@ -126,6 +132,11 @@ def check_sizes(location: str, name: str, config: PreTrainedConfig) -> None:
 
 def refuse_odd_numbers(location: str, name: str, model: PreTrainedModel) -> None:
     """Refuses weights that are stored as unfit numbers without a word about it in config.json.
+
+    Args:
+        location: the folder of the base.
+        name: what messages call the base.
+        model: the model as it was loaded.
 
     Raises:
         ModelError: names them.

@@ -16,6 +16,7 @@ def check_ids(base: BaseModel, rows: Mapping[str, Iterable[Row]]) -> None:
 
     Args:
         rows: client id -> all its rows.
+        base: the frozen base.
 
     Raises:
         ModelError: names the clients, their largest id and its token.
@@ -38,6 +39,10 @@ def check_ids(base: BaseModel, rows: Mapping[str, Iterable[Row]]) -> None:
 
 def check_prompt_ids(base: BaseModel, prompt: Iterable[int]) -> None:
     """Refuse a question with a token id for which the base has no embedding.
+
+    Args:
+        base: the frozen base.
+        prompt: token ids.
 
     Raises:
         ModelError: names the id and its token.

@@ -14,7 +14,12 @@ __all__ = ["LastLayer", "compile_free_parts", "decoder_layers", "find_last_layer
 
 @dataclass(frozen=True, slots=True)
 class LastLayer:
-    """The decoder's last layer: its index as its attention knows it, and its feed-forward block."""
+    """The decoder's last layer: its index as its attention knows it, and its feed-forward block.
+
+    Attributes:
+        index: as its attention knows it.
+        feed_forward: its feed-forward block.
+    """
 
     index: int
     feed_forward: nn.Module

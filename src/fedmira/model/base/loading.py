@@ -222,6 +222,10 @@ def freeze(
     Args:
         dtype, device: where it shall compute; None leaves it as it is.
         published: the name under which others can have it, "" where there is none.
+        model: a causal language model of transformers; changed in place.
+        tokenizer: that of the model.
+        name: what messages call the base.
+        location: its folder; empty for a model in memory.
 
     Raises:
         ModelError: a weight is no finite number, or the model has no embedding for the token that

@@ -71,7 +71,13 @@ class PassLimit:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PassLimits:
-    """A limit for each kind of work, as one takes more memory than the other."""
+    """A limit for each kind of work, as one takes more memory than the other.
+
+    Attributes:
+        train: for passes with gradients.
+        measure: for losses without gradients.
+        generate: for answers.
+    """
 
     train: PassLimit = field(default_factory=PassLimit)
     measure: PassLimit = field(default_factory=PassLimit)
@@ -88,6 +94,8 @@ def within_memory(
     Args:
         limit: what earlier work of this kind has shown; it is obeyed, and lowered when memory runs
             out.
+        work: takes a budget in tokens; raises where memory runs out.
+        budget: most tokens in a forward pass.
 
     Raises:
         RunError: memory runs out even with the least budget.
@@ -157,6 +165,7 @@ def most_side_by_side(entries: int, device: torch.device) -> int:
 
     Args:
         entries: float32 numbers in the largest adapter.
+        device: where they train.
     """
     room = total_bytes(device) * _SHARE_OF_TOTAL / (_COPIES * 4 * max(entries, 1))
     return max(1, int(min(_MOST_CLIENTS, room)))

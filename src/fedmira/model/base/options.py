@@ -20,6 +20,11 @@ def with_engine_options(
 
     What an earlier run on it had asked for is undone.
 
+    Args:
+        base: the frozen base.
+        settings: the [engine] section.
+        targets: the linear layers that carry adapters, in the model's order.
+
     Raises:
         ModelError: the architecture's layers cannot be told apart, or none of their parts is free
             of adapters.

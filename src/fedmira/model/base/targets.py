@@ -28,6 +28,10 @@ def find_targets(model: nn.Module, wanted: Sequence[str]) -> list[TargetModule]:
 
     Empty `wanted` takes the usual ones.
 
+    Args:
+        model: the frozen model.
+        wanted: endings of module names, as in `adapter.targets`.
+
     Raises:
         ModelError: a wanted name matches nothing, or matches something that is not linear; lists
             what exists.

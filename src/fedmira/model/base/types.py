@@ -49,6 +49,7 @@ class BaseModel:
         recomputed_layers: layers that training computes a second time in the backward pass, to save
             memory.
         published: the name under which others can have the base, "" where there is none.
+        location: its folder; empty for a model in memory.
     """
 
     model: PreTrainedModel

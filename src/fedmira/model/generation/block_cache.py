@@ -23,6 +23,10 @@ class BlockCache:
     Args:
         sizes: int64 [G, R], tokens that are read ahead in each place.
         limit: most steps.
+
+    Attributes:
+        block: groups and rows of the block.
+        device: where the tensors are held.
     """
 
     def __init__(self, block: Block, sizes: Tensor, limit: int, device: torch.device) -> None:
@@ -57,7 +61,12 @@ class BlockCache:
         return len(self._sizes)
 
     def keep(self, groups: Tensor, rows: Tensor) -> None:
-        """Go on with some places only: `groups` [g] and for each of them `rows` [g, r]."""
+        """Go on with some places only: `groups` [g] and for each of them `rows` [g, r].
+
+        Args:
+            groups: indices of the groups that go on, int64 [g].
+            rows: for each of them the rows that go on, int64 [g, r].
+        """
         at = (groups[:, None], rows)
         self._sizes, self._mask, self._positions = (
             tensor[at] for tensor in (self._sizes, self._mask, self._positions)
@@ -82,6 +91,14 @@ class BlockCache:
         """Attention of one layer after `steps` steps.
 
         Query [G, heads, R, size], key and value [G, key heads, R, size].
+
+        Args:
+            module: the attention layer that calls.
+            query: [G, heads, R, size].
+            key: [G, key heads, R, size].
+            value: [G, key heads, R, size].
+            steps: new tokens so far.
+            options: what transformers hands to the layer's attention beside its tensors.
 
         Returns:
             [G, R, heads, size].
@@ -160,7 +177,14 @@ class BlockCache:
     def store(
         self, module: nn.Module, key: Tensor, value: Tensor, destinations: tuple[Tensor, ...]
     ) -> None:
-        """Put keys and values [1, key heads, N, size] of a packed pass in their places."""
+        """Put keys and values [1, key heads, N, size] of a packed pass in their places.
+
+        Args:
+            module: the attention layer that calls.
+            key: [1, key heads, N, size].
+            value: [1, key heads, N, size].
+            destinations: places in the cache.
+        """
         shared_from, shared_group, shared_column, own_from, own_group, own_row, own_column = (
             destinations
         )

@@ -53,6 +53,8 @@ class WaveDecoder:
         clients: the client of each group.
         places: int64 [G, R], group * R + row in the wave as it was planned; a place beyond its
             group's prompts is empty.
+        base: the frozen base.
+        wave: the prompts that are answered side by side.
     """
 
     def __init__(self, base: BaseModel, wave: Wave) -> None:
@@ -105,6 +107,10 @@ class WaveDecoder:
         To be called before the first step.
 
         Only keys and values are kept, so each pass ends in the last layer's attention.
+
+        Args:
+            branch: the adapters of the clients, as they are hooked into the layers.
+            budget: most tokens in a forward pass.
         """
         segments = []
         for number, group in enumerate(self._wave.groups):
@@ -147,6 +153,10 @@ class WaveDecoder:
         """Go on with some places only.
 
         `groups` [g], ascending, and for each of them `rows` [g, r].
+
+        Args:
+            groups: indices of the groups that go on, int64 [g].
+            rows: for each of them the rows that go on, int64 [g, r].
         """
         at = (groups[:, None], rows)
         self.clients = [self.clients[group] for group in groups.tolist()]
@@ -166,6 +176,13 @@ class WaveDecoder:
         """Attention of one layer, [G, R, heads, size].
 
         The query is [G, heads, R, size], key and value are [G, key heads, R, size].
+
+        Args:
+            module: the attention layer that calls.
+            query: [G, heads, R, size].
+            key: [G, key heads, R, size].
+            value: [G, key heads, R, size].
+            options: what transformers hands to the layer's attention beside its tensors.
         """
         counts = [len(block) for block in self._blocks]
         parts = zip(
@@ -180,7 +197,13 @@ class WaveDecoder:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def store(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
-        """Put the keys and values [1, key heads, N, size] of a packed pass in their places."""
+        """Put the keys and values [1, key heads, N, size] of a packed pass in their places.
+
+        Args:
+            module: the attention layer that calls.
+            key: [1, key heads, N, size].
+            value: [1, key heads, N, size].
+        """
         assert self._sources, "keys are stored while prompts are read"
         for block, sources in self._sources:
             block.store(module, key, value, sources)
@@ -223,6 +246,14 @@ def cached_attention(
 
     Packed while a wave's prompts are read, against its cache afterwards.
 
+    Args:
+        module: the attention layer that calls.
+        query: [batch, heads, tokens, size].
+        key: [batch, key heads, tokens, size].
+        value: [batch, key heads, tokens, size].
+        attention_mask: not read; the layout says who sees whom.
+        options: what transformers hands to the layer's attention beside its tensors.
+
     Raises:
         NotImplementedError: see `refuse_what_is_not_told`.
 
@@ -239,7 +270,13 @@ def cached_attention(
 
 
 def rectangle(wave: Wave, values: list[list[int]], device: torch.device) -> Tensor:
-    """A number of each prompt in its place, int64 [G, R]; 0 in empty places."""
+    """A number of each prompt in its place, int64 [G, R]; 0 in empty places.
+
+    Args:
+        wave: the prompts that are answered side by side.
+        values: for each group a number of each of its prompts.
+        device: where the tensor is made.
+    """
     rows = wave.size.rows
     return torch.tensor([row + [0] * (rows - len(row)) for row in values], device=device)
 

@@ -51,7 +51,16 @@ def generate(
     budget: int = 2048,
     cache_bytes: int | None = None,
 ) -> list[str]:
-    """The texts of `generate_tokens`, as `texts_of` reads them."""
+    """The texts of `generate_tokens`, as `texts_of` reads them.
+
+    Args:
+        base: the frozen base.
+        branch: the adapters of the clients, as they are hooked into the layers.
+        prompts: (client index, token ids) pairs.
+        max_new_tokens: most tokens of an answer.
+        budget: most tokens in a forward pass.
+        cache_bytes: most bytes of the cache; None measures what is free.
+    """
     return texts_of(
         base, generate_tokens(base, branch, prompts, max_new_tokens, budget, cache_bytes)
     )
@@ -78,6 +87,9 @@ def generate_tokens(
         budget: most prompt tokens read in one pass.
         cache_bytes: most bytes of keys, values and scores held at once (a single prompt always
             fits); None is 256 MiB on a CPU and a quarter of the free memory on CUDA.
+        base: the frozen base.
+        prompts: (client index, token ids) pairs.
+        max_new_tokens: most tokens of an answer.
 
     Returns:
         The new tokens of each prompt in the order given, without the one that ended it.
@@ -106,6 +118,10 @@ def answered(base: BaseModel, found: Sequence[tuple[Prompt, Sequence[int]]]) -> 
     """The new tokens of each prompt, in the order in which the prompts were asked.
 
     They go up to its end of sequence and its limit.
+
+    Args:
+        base: gives the tokens that end an answer.
+        found: prompts with their new tokens, in any order.
     """
     ends = set(end_tokens(base))
     answers: list[list[int]] = [[]] * len(found)
@@ -116,7 +132,12 @@ def answered(base: BaseModel, found: Sequence[tuple[Prompt, Sequence[int]]]) -> 
 
 
 def texts_of(base: BaseModel, answers: list[list[int]]) -> list[str]:
-    """Tokens as texts, as `answer_text` reads them."""
+    """Tokens as texts, as `answer_text` reads them.
+
+    Args:
+        base: the frozen base.
+        answers: new token ids of each prompt.
+    """
     ends = end_tokens(base)
     return [answer_text(base.tokenizer, answer, ends) for answer in answers]
 
@@ -242,6 +263,7 @@ def fit_prompts(
         prompts: (client, token ids) each.
         max_new_tokens: most tokens of an answer; fewer where the context ends before.
         extra: positions of the context that something else takes, in front of every prompt.
+        base: gives the length of the context.
     """
     most = None if base.max_positions is None else base.max_positions - extra
     return [

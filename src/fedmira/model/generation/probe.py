@@ -43,6 +43,7 @@ def decoding_agrees(base: BaseModel, branch: LoraBranch) -> bool:
 
     Args:
         branch: entered by the caller; its layers carry the trial's adapter.
+        base: the frozen base.
     """
     if base.model not in _agreed:
         stacked = StackedAdapters(
@@ -79,6 +80,7 @@ def padding_agrees(
     Args:
         branch: entered by the caller; its layers carry the trial's adapter.
         answer: continues prompts in one padded batch.
+        base: the frozen base.
     """
     if base.model not in _padded:
         stacked = StackedAdapters(

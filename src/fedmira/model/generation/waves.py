@@ -34,6 +34,7 @@ class Prompt:
         response: its last token alone, from which the first step goes on (the names are those of a
             packed row).
         limit: most new tokens, at least 1.
+        client: index of its client in the cohort.
     """
 
     index: int
@@ -45,7 +46,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Sizes of a block: groups x rows, and columns for shared, own and new tokens."""
+    """Sizes of a block: groups x rows, and columns for shared, own and new tokens.
+
+    Attributes:
+        groups: groups of prompts with a shared prefix.
+        rows: rows of a group.
+        prefix: tokens that all of a group share.
+        own: tokens of a prompt behind the shared ones.
+        limit: most new tokens.
+    """
 
     groups: int
     rows: int
@@ -74,6 +83,14 @@ class Size:
     """The extent of a wave: its blocks, groups, rows and steps, and sums of columns.
 
     The sums are over all groups, of their shared columns and of those of a row's own.
+
+    Attributes:
+        blocks: how many blocks.
+        groups: groups of prompts with a shared prefix.
+        rows: rows of a group.
+        limit: most new tokens.
+        prefix: tokens that all of a group share.
+        own: tokens of a prompt behind the shared ones.
     """
 
     blocks: int
@@ -106,7 +123,13 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class PromptGroup:
-    """Prompts of one client, longest first, whose first `prefix` tokens are the same."""
+    """Prompts of one client, longest first, whose first `prefix` tokens are the same.
+
+    Attributes:
+        client: index of the client in the cohort.
+        prompts: (client index, token ids) pairs.
+        prefix: tokens that all of a group share.
+    """
 
     client: int
     prompts: tuple[Prompt, ...]
@@ -181,6 +204,11 @@ def plan_waves(prompts: Sequence[Prompt], shape: CacheShape, most_bytes: int) ->
     The prompts of a client are sorted by length and cut into groups of nearly equal size. Groups,
     ordered by size and length, are then cut into blocks and these into waves, so that their steps
     together cost least.
+
+    Args:
+        prompts: (client index, token ids) pairs.
+        shape: what one token takes in the cache.
+        most_bytes: most bytes of the cache of a wave.
     """
     clients: dict[int, list[Prompt]] = {}
     for prompt in prompts:

@@ -39,6 +39,9 @@ class LoraKind:
     Attributes:
         alpha, dropout: of the branches.
         limits: how much memory was seen to hold.
+        base: the frozen base.
+        targets: the linear layers that carry adapters, in the model's order.
+        virtual_tokens: 0; prompt encoders have some.
     """
 
     base: BaseModel

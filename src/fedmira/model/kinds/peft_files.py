@@ -40,7 +40,17 @@ def write_adapter(
     alpha: float,
     dropout: float,
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors into `folder`."""
+    """Write adapter_config.json and adapter_model.safetensors into `folder`.
+
+    Args:
+        folder: made where it is missing.
+        adapter: the tensors by name.
+        base: the frozen base.
+        targets: the linear layers that carry adapters, in the model's order.
+        rank: r of the adapter.
+        alpha: scale of LoRA; the branch is alpha / r times B A.
+        dropout: share of the branch's inputs that are dropped in training.
+    """
     config = lora_config(base, targets, rank, alpha, dropout)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
@@ -51,7 +61,15 @@ def write_adapter(
 def lora_config(
     base: BaseModel, targets: Sequence[TargetModule], rank: int, alpha: float, dropout: float
 ) -> LoraConfig:
-    """PEFT's settings for adapters of this rank, as adapter_config.json has them."""
+    """PEFT's settings for adapters of this rank, as adapter_config.json has them.
+
+    Args:
+        base: the frozen base.
+        targets: the linear layers that carry adapters, in the model's order.
+        rank: r of the adapter.
+        alpha: scale of LoRA; the branch is alpha / r times B A.
+        dropout: share of the branch's inputs that are dropped in training.
+    """
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.known_as,
@@ -74,6 +92,7 @@ def write_encoder(folder: Path, adapter: Adapter, config: Any, embeddings: Tenso
         adapter: the encoder's own parameters.
         config: PEFT's settings for inference.
         embeddings: the encoder's output.
+        folder: made where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
@@ -105,6 +124,7 @@ def read_adapter(folder: Path, weights: str = ADAPTER_WEIGHTS) -> Adapter:
 
     Args:
         weights: the name of the file.
+        folder: where the files are.
 
     Raises:
         RunFolderError: there is no such file, or it is damaged.

@@ -137,6 +137,10 @@ class PromptModel:
         """Logits [n, L, vocabulary] of token ids [n, L] behind the virtual tokens of the slot.
 
         `seen` is their attention mask.
+
+        Args:
+            ids: token ids [n, L].
+            seen: 1 for tokens that are seen, 0 for padding, [n, L].
         """
         found: Tensor = self.peft_model(input_ids=ids, attention_mask=seen, use_cache=False).logits
         return found[:, self.extra :]
@@ -147,6 +151,11 @@ class PromptModel:
         What follows an end means nothing.
 
         No row is padded: behind virtual tokens a gap would move the prompt away from them.
+
+        Args:
+            ids: token ids [n, L].
+            limit: most new tokens.
+            ends: token ids that end an answer.
         """
         output = self.peft_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         tokens, cache = output.logits[:, -1].argmax(dim=-1), output.past_key_values
@@ -278,7 +287,13 @@ class EncoderBranch:
     def losses(
         self, batches: Sequence[tuple[int, Sequence[Row]]], budget: int, draws: Draws | None = None
     ) -> Iterator[TokenLosses]:
-        """Response losses of (client, rows) batches; see `fedmira.model.lora.branches.Passes`."""
+        """Response losses of (client, rows) batches; see `fedmira.model.lora.branches.Passes`.
+
+        Args:
+            batches: (client index, rows) pairs.
+            budget: most tokens in a forward pass.
+            draws: draws targets for Sophia; None reads those of the rows.
+        """
         yield from padded_losses(
             self.model.base, self._logits, batches, budget, draws, self.model.num_tokens
         )

@@ -49,6 +49,7 @@ class PromptKind:
     Attributes:
         model: the PEFT model.
         limits: how much memory was seen to hold.
+        targets: empty; prompt encoders change no layer.
     """
 
     model: PromptModel

@@ -37,6 +37,11 @@ def check_wrapped(base: BaseModel, targets: Sequence[TargetModule], alpha: float
 
     PEFT gets our settings for a copy of the model without numbers.
 
+    Args:
+        base: the frozen base.
+        targets: the linear layers that carry adapters, in the model's order.
+        alpha: scale of LoRA; the branch is alpha / r times B A.
+
     Raises:
         ModelError: names the layers.
     """
@@ -85,6 +90,7 @@ def prove_export(
         adapter: as it was trained.
         rows: whose response loss is compared.
         reported: that loss, in nats a response token.
+        base: the frozen base.
 
     Returns:
         PEFT's loss.

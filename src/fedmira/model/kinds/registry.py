@@ -174,6 +174,11 @@ _KINDS: Mapping[str, Callable[[AdapterSettings, BaseModel, EngineSettings], Adap
 def adapter_kind(settings: AdapterSettings, base: BaseModel, engine: EngineSettings) -> AdapterKind:
     """The kind that [adapter] asks for, on this base with its layers as [engine] asks for.
 
+    Args:
+        settings: the [adapter] section.
+        base: the frozen base.
+        engine: the [engine] section.
+
     Raises:
         ModelError: the base has no such layers, or cannot carry adapters of this kind.
     """

@@ -33,6 +33,8 @@ class LoraBranch:
         generators: one random stream per client for dropout, so that nobody's draws depend on who
             shares the cohort.
         owners: which tokens belong to whom, as `tokens` was told.
+        model: the frozen model.
+        adapters: the factors of all clients, stacked.
     """
 
     model: nn.Module

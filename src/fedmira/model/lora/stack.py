@@ -36,6 +36,11 @@ def start_adapter(targets: Sequence[TargetModule], rank: int, seed: int) -> Adap
     """The common start: A uniform in +-1/sqrt(inputs), B zero.
 
     This is Kaiming with a = sqrt(5), as PEFT draws it.
+
+    Args:
+        targets: the linear layers that carry adapters, in the model's order.
+        rank: r of the adapter.
+        seed: of the run.
     """
     generator = torch.Generator().manual_seed(seed)
     adapter: dict[str, Tensor] = {}
@@ -66,6 +71,9 @@ class StackedAdapters:
         scales: alpha / rank of each client.
         device: where the matrix lives.
         trainable: whether there are gradients; without them nothing is allocated for training.
+
+    Attributes:
+        targets: the linear layers that carry adapters, in the model's order.
 
     Raises:
         ModelError: an adapter does not fit `targets`.
@@ -111,6 +119,11 @@ class StackedAdapters:
         """A client's factor in a [K, P] matrix, as a view at its own rank.
 
         The matrix may hold values, gradients or moments.
+
+        Args:
+            matrix: one row of parameters a client, [K, P].
+            client: index of the client in the cohort.
+            name: of the factor, such as "q_proj.lora_A".
         """
         return self._cut(matrix[client], self.ranks[client], name)
 

@@ -47,6 +47,9 @@ class Layout:
         last_layer: index of a layer whose result is read at `batch.predict_at` only; None reads
             every place.
         kernels: whether the device's own kernels are used, or the plain way that every device has.
+        batch: the packed rows.
+        plans: kernel calls, made once a pass.
+        masks: attention masks, made once a pass.
     """
 
     batch: PackedBatch
@@ -91,6 +94,10 @@ def packed_layout(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
     """Within the block the model reads one flat packed row.
 
     Its own attention is put back afterwards.
+
+    Args:
+        model: the frozen model.
+        layout: what the layers of the pass share.
     """
     usual = model.config._attn_implementation
     token = _layout.set(layout)
@@ -118,6 +125,12 @@ def packed_attention(
         query: [1, heads, N, size]; key, value: [1, key heads, N, size], N tokens as `pack` lays
             them out.
         options: `sliding_window` is honoured.
+        module: the attention layer that calls.
+        key: [1, key heads, N, size].
+        value: [1, key heads, N, size].
+        attention_mask: not read; the layout says who sees whom.
+        scaling: factor of the scores; None is 1 / sqrt(size).
+        dropout: share of the branch's inputs that are dropped in training.
 
     Raises:
         NotImplementedError: see `refuse_what_is_not_told`; the probe then chooses the padded path.
@@ -156,6 +169,10 @@ def packed_attention(
 
 def refuse_what_is_not_told(module: nn.Module, options: Mapping[str, Any]) -> None:
     """Refuse architectures whose attention is more than its arguments say.
+
+    Args:
+        module: the attention layer that calls.
+        options: what transformers hands to the layer's attention beside its tensors.
 
     Raises:
         NotImplementedError: the scores are capped, there are attention sinks, or a window stands in

@@ -54,6 +54,7 @@ def plan_for_cpu(batch: PackedBatch, predicting: bool = False) -> CpuPlan:
     Args:
         predicting: whether the queries are those at `batch.predict_at` alone, in that order, or
             those of all tokens.
+        batch: the packed rows.
     """
     causal: list[tuple[slice, slice, Tensor]] = []
     to_prefixes: list[tuple[slice, slice]] = []
@@ -96,6 +97,10 @@ def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, plan: CpuPlan, scal
     Args:
         query: [1, heads, Q, size], the queries that the plan is for; key, value: [1, key heads, N,
             size].
+        key: keys of the N tokens.
+        value: values of the N tokens.
+        plan: the kernel calls of `plan_for_cpu`.
+        scale: factor of the scores before softmax.
 
     Returns:
         [1, Q, heads, size].

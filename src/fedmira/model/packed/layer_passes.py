@@ -32,6 +32,8 @@ def read_only_at(
     Args:
         places: int64 [M].
         owners: which of the M places belong to whom, for branches on layers inside the block.
+        layer: the last layer.
+        branch: the adapters of the clients, as they are hooked into the layers.
     """
     outside = branch.owners
     num_places = max(part.stop for _, part in outside)
@@ -68,6 +70,8 @@ def recomputed(
     Args:
         surroundings: what must be in force while a layer runs; the backward pass comes after it has
             ended.
+        layers: the decoder's layers.
+        branch: the adapters of the clients, as they are hooked into the layers.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

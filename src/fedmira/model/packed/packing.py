@@ -45,6 +45,7 @@ class Segment:
         prefix: number of shared leading prompt tokens.
         lengths: tokens of each row behind the prefix; the last response token is predicted, never
             read.
+        indices: positions of the rows in the client's batch.
     """
 
     client: int
@@ -69,6 +70,7 @@ class PackedBatch:
         targets: int64 [M], those response tokens.
         clients, rows: int64 [M], the client and the row within its batch that each belongs to.
         starts: where each segment begins.
+        segments: rows behind shared prefixes, in order.
     """
 
     segments: tuple[Segment, ...]
@@ -139,6 +141,12 @@ def segment_rows(
     Rows in the order of their prompts lie beside those they share most with, so the best cut into
     runs of that order is found by dynamic programming: a run costs its shared prefix once and the
     rest of each row, and `_SEGMENT_COST`. One row always fits, however long.
+
+    Args:
+        client: index of the client in the cohort.
+        rows: the batch.
+        budget: most tokens in a forward pass.
+        share_prefix: whether equal beginnings are computed once.
     """
     order = (
         sorted(range(len(rows)), key=lambda i: (tuple(rows[i].prompt), i))
@@ -200,7 +208,12 @@ def pack(segments: Sequence[Segment]) -> PackedBatch:
 
 
 def gather(segments: Sequence[Segment], budget: int) -> Iterator[list[Segment]]:
-    """Segments in the given order, as many at a time as fit `budget` tokens."""
+    """Segments in the given order, as many at a time as fit `budget` tokens.
+
+    Args:
+        segments: rows behind shared prefixes, in order.
+        budget: most tokens in a forward pass.
+    """
     batch: list[Segment] = []
     tokens = 0
     for segment in segments:

@@ -43,6 +43,10 @@ def response_losses(
     Args:
         draws: where given, the loss is that of targets drawn from the model by these numbers, in
             place of the rows' own response tokens; what the model reads stays the same.
+        base: the frozen base.
+        branch: the adapters of the clients, as they are hooked into the layers.
+        batches: (client index, rows) pairs.
+        budget: most tokens in a forward pass.
     """
     passes = _packed if base.packed else _padded
     yield from passes(base, branch, batches, budget, draws)
@@ -152,6 +156,8 @@ def padded_losses(
         budget: most token positions in one forward pass; a longer row is computed on its own.
         draws: as in `response_losses`.
         extra: positions that the forward pass puts in front of every row.
+        base: the frozen base.
+        batches: (client index, rows) pairs.
     """
     for client, rows in batches:
         for chosen in _padded_chunks(rows, budget, extra):

@@ -128,6 +128,11 @@ def losses_agree(own: Tensor, plain: Tensor, dtype: torch.dtype) -> bool:
     """Whether losses of equal tokens, made in two ways, are the same but for rounding.
 
     The rounding is that of the base's number type.
+
+    Args:
+        own: losses of packed passes.
+        plain: losses of plain passes, of the same shape.
+        dtype: that the base computes in.
     """
     return _near(own, plain, _OF_LOSSES.get(dtype, 2e-4))
 
@@ -140,6 +145,10 @@ def targets_in_use(base: BaseModel, targets: Sequence[TargetModule]) -> list[Tar
     """The targets that text trains: those whose layer gets a gradient from three short rows.
 
     Layers of experts are chosen by few tokens each, so those of one name are judged together.
+
+    Args:
+        base: the frozen base.
+        targets: the linear layers that carry adapters, in the model's order.
 
     Raises:
         ModelError: none of them gets one, or the trial fails.

@@ -49,6 +49,10 @@ def choose_token_budget(base: BaseModel, targets: Sequence[TargetModule]) -> int
 
     The trial's outcome is kept in the cache folder, so that later runs group tokens alike and give
     the same bits. Where nothing can be kept there, the usual number for the device is taken.
+
+    Args:
+        base: the frozen base.
+        targets: the linear layers that carry adapters, in the model's order.
     """
     folder, key = cache_folder(), _key(base, targets)
     if folder is None:

@@ -16,6 +16,11 @@ def batch_indices(num_rows: int, settings: LocalSettings, seed: int) -> Iterator
 
     With `epochs`, every epoch is a new order cut into batches, the last one shorter. With `steps`,
     orders follow one another without a cut. A batch is never larger than the client's rows.
+
+    Args:
+        num_rows: training rows of the client.
+        settings: the [local] section.
+        seed: of the run.
     """
     generator = torch.Generator().manual_seed(seed)
     size = min(settings.batch_size, num_rows)
@@ -33,7 +38,12 @@ def batch_indices(num_rows: int, settings: LocalSettings, seed: int) -> Iterator
 
 
 def count_steps(num_rows: int, settings: LocalSettings) -> int:
-    """Number of local steps a client with so many rows takes in a round."""
+    """Number of local steps a client with so many rows takes in a round.
+
+    Args:
+        num_rows: training rows of the client.
+        settings: the [local] section.
+    """
     if not settings.epochs:
         return settings.steps
     size = min(settings.batch_size, num_rows)

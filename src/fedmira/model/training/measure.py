@@ -65,6 +65,8 @@ class Choice:
 
     Attributes:
         losses: infinite where they are not finite; empty where nothing was measured.
+        index: of the adapter among the contenders.
+        tokens: response tokens that were read.
     """
 
     index: int
@@ -87,6 +89,8 @@ def summed_losses(
         adapters, scales, rows: of K clients that are measured side by side.
         budget: most token positions in one forward pass; lowered when memory runs out.
         limit: remembers for later calls how far it was lowered.
+        base: the frozen base.
+        targets: the linear layers that carry adapters, in the model's order.
     """
     branch = LoraBranch(
         base.model, StackedAdapters(targets, adapters, scales, base.device, trainable=False)
@@ -101,7 +105,15 @@ def measure_with(
     budget: int,
     limit: PassLimit | None = None,
 ) -> Measured:
-    """The same for adapters of any kind, which a branch holds: one for each client's rows."""
+    """The same for adapters of any kind, which a branch holds: one for each client's rows.
+
+    Args:
+        branch: the adapters of the clients, as they are hooked into the layers.
+        passes: how losses of batches are made.
+        rows: each client's rows.
+        budget: most tokens in a forward pass.
+        limit: remembers a budget that memory allowed.
+    """
     batches = list(enumerate(rows))
     with torch.no_grad(), branch:
         (losses, tokens), budget = within_memory(
@@ -123,6 +135,13 @@ def choose_adapters(
 
     All clients' first adapters are measured side by side, then their second ones, and so on. A loss
     that is not finite is the highest there is.
+
+    Args:
+        base: the frozen base.
+        targets: the linear layers that carry adapters, in the model's order.
+        contenders: each client's rows and the adapters to choose among.
+        budget: most tokens in a forward pass.
+        limit: remembers a budget that memory allowed.
     """
     return choose_by(partial(summed_losses, base, targets, limit=limit), contenders, budget)
 
@@ -131,6 +150,11 @@ def choose_by(measure: Measure, contenders: Sequence[Contender], budget: int) ->
     """The same by any measure.
 
     Where memory ran out, the next adapters start with the budget that sufficed.
+
+    Args:
+        measure: gives summed losses of adapters on rows.
+        contenders: each client's rows and the adapters to choose among.
+        budget: most tokens in a forward pass.
     """
     found: list[list[float]] = [[] for _ in contenders]
     tokens = [0] * len(contenders)

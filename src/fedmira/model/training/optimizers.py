@@ -38,6 +38,11 @@ class Moments:
     """State of all clients: first and second moment [K, P] and steps taken so far, int64 [K].
 
     Sophia's second moment is its estimate of the curvature, which `add_curvature` refreshes.
+
+    Attributes:
+        first: first moment [K, P].
+        second: second moment [K, P].
+        steps: steps taken so far, int64 [K].
     """
 
     first: Tensor
@@ -56,7 +61,15 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class CohortOptimizer:
-    """A named update rule with its settings; `gamma` and `rho` are Sophia's."""
+    """A named update rule with its settings; `gamma` and `rho` are Sophia's.
+
+    Attributes:
+        name: as `local.optimizer` names it.
+        learning_rate: step size.
+        weight_decay: share of the values that each step takes off, times the learning rate.
+        gamma: scale of Sophia's curvature.
+        rho: most that an entry moves, in learning rates (Sophia).
+    """
 
     name: str
     learning_rate: float
@@ -68,6 +81,12 @@ class CohortOptimizer:
         self, values: Tensor, gradients: Tensor, moments: Moments, active: Tensor
     ) -> Tensor | None:
         """Move the rows `active` (int64 indices) of `values` in place.
+
+        Args:
+            values: parameters, one row a client, [K, P]; changed in place.
+            gradients: [K, P].
+            moments: changed in place.
+            active: the rows that move, int64.
 
         Returns:
             Of each of these rows the number of entries whose step was clipped, int64, or None where
@@ -90,6 +109,10 @@ def clip_rows(gradients: Tensor, limit: float) -> Tensor:
     """Scale each client's gradient row in place to a norm of at most `limit` (0 = no limit).
 
     Returns what is left of each, [K].
+
+    Args:
+        gradients: [K, P].
+        limit: largest norm of a row; 0 = no limit.
     """
     if not limit:
         return gradients.new_ones(len(gradients))

@@ -78,6 +78,11 @@ class LocalOutcome:
             steps; None with the others.
         movement: of optimizer "zeroth-order", all its steps as seeds and coefficients; None with
             the others.
+        adapter: the trained tensors.
+        num_steps: steps that were taken.
+        first_loss: mean loss of the first step.
+        last_loss: mean loss of the last step.
+        moments: first and second moment and the steps behind them; None where none are kept.
     """
 
     adapter: Adapter
@@ -112,6 +117,10 @@ def train_cohort(
             and on `budget`, never on who shares its cohort.
         budget: most token positions in one forward pass; lowered when memory runs out.
         limit: remembers for later cohorts how far it was lowered.
+        base: the frozen base.
+        targets: the linear layers that carry adapters, in the model's order.
+        tasks: clients with their adapters and rows.
+        settings: the [local] section.
 
     Returns:
         One outcome per task, in order. A client whose loss, gradient or adapter becomes non-finite
@@ -146,6 +155,8 @@ def train_with(
         passes: forward passes with that branch.
         budget: most token positions in one of them; lowered when memory runs out.
         limit: remembers for later cohorts how far it was lowered.
+        tasks: clients with their adapters and rows.
+        settings: the [local] section.
 
     Returns:
         One outcome per task, in order.

@@ -91,6 +91,7 @@ class RandomSlopes:
 
         Args:
             shares: what clipping left of each client's gradient, [K].
+            learning_rate: that of the step.
         """
         self._steps.append((self._chosen, -learning_rate * shares.double() * self._slopes))
 
