@@ -127,7 +127,7 @@ class PromptGroup:
 
     Attributes:
         client: index of the client in the cohort.
-        prompts: (client index, token ids) pairs.
+        prompts: one at least.
         prefix: tokens that all of a group share.
     """
 
@@ -206,7 +206,7 @@ def plan_waves(prompts: Sequence[Prompt], shape: CacheShape, most_bytes: int) ->
     together cost least.
 
     Args:
-        prompts: (client index, token ids) pairs.
+        prompts: of all clients, in any order.
         shape: what one token takes in the cache.
         most_bytes: most bytes of the cache of a wave.
     """

@@ -41,7 +41,7 @@ class LoraKind:
         limits: how much memory was seen to hold.
         base: the frozen base.
         targets: the linear layers that carry adapters, in the model's order.
-        virtual_tokens: 0; prompt encoders have some.
+        virtual_tokens: always 0: LoRA takes no places of the context, as prompt encoders do.
     """
 
     base: BaseModel

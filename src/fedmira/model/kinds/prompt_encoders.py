@@ -292,7 +292,7 @@ class EncoderBranch:
         Args:
             batches: (client index, rows) pairs.
             budget: most tokens in a forward pass.
-            draws: draws targets for Sophia; None reads those of the rows.
+            draws: see `Draws`; None measures the responses of the rows.
         """
         yield from padded_losses(
             self.model.base, self._logits, batches, budget, draws, self.model.num_tokens

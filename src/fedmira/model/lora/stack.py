@@ -123,7 +123,7 @@ class StackedAdapters:
         Args:
             matrix: one row of parameters a client, [K, P].
             client: index of the client in the cohort.
-            name: of the factor, such as "q_proj.lora_A".
+            name: of the factor, as `adapter_names` gives it.
         """
         return self._cut(matrix[client], self.ranks[client], name)
 

@@ -122,15 +122,13 @@ def packed_attention(
     """Attention for transformers' AttentionInterface.
 
     Args:
-        query: [1, heads, N, size]; key, value: [1, key heads, N, size], N tokens as `pack` lays
-            them out.
-        options: `sliding_window` is honoured.
         module: the attention layer that calls.
-        key: [1, key heads, N, size].
-        value: [1, key heads, N, size].
+        query: [1, heads, N, size], N tokens as `pack` lays them out.
+        key, value: [1, key heads, N, size].
         attention_mask: not read; the layout says who sees whom.
         scaling: factor of the scores; None is 1 / sqrt(size).
-        dropout: share of the branch's inputs that are dropped in training.
+        dropout: that of the attention; taken from the call and not applied.
+        options: `sliding_window` is honoured.
 
     Raises:
         NotImplementedError: see `refuse_what_is_not_told`; the probe then chooses the padded path.

@@ -95,10 +95,8 @@ def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, plan: CpuPlan, scal
     """Attention of N tokens as `pack` lays them out.
 
     Args:
-        query: [1, heads, Q, size], the queries that the plan is for; key, value: [1, key heads, N,
-            size].
-        key: keys of the N tokens.
-        value: values of the N tokens.
+        query: [1, heads, Q, size], the queries that the plan is for.
+        key, value: [1, key heads, N, size].
         plan: the kernel calls of `plan_for_cpu`.
         scale: factor of the scores before softmax.
 

@@ -99,10 +99,9 @@ def attend_on_cuda(
     """Attention of N tokens as `pack` lays them out.
 
     Args:
-        query: [1, heads, N, size]; key, value: [1, key heads, N, size].
+        query: [1, heads, N, size].
+        key, value: [1, key heads, N, size].
         window: how many keys a query sees at most, itself included; None is all.
-        key: keys of the N tokens.
-        value: values of the N tokens.
         sequences: starts and lengths of what sees itself.
         scale: factor of the scores before softmax.
 

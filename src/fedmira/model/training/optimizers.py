@@ -66,7 +66,8 @@ class CohortOptimizer:
     Attributes:
         name: as `local.optimizer` names it.
         learning_rate: step size.
-        weight_decay: share of the values that each step takes off, times the learning rate.
+        weight_decay: times the values, it is added to the gradient (sgd, adam), or taken off
+            apart from it (adamw, sophia).
         gamma: scale of Sophia's curvature.
         rho: most that an entry moves, in learning rates (Sophia).
     """

@@ -71,8 +71,7 @@ class LocalOutcome:
 
     Attributes:
         failure: "" or why the result must not be used; the adapter is then the start.
-        loss: nats per response token over all steps; `first_loss` and `last_loss` of the first and
-            last step.
+        loss: nats per response token over all steps.
         response_tokens, tokens: tokens that carried loss, and token positions computed.
         clip_share: of optimizer "sophia", the share of entries whose step was clipped, over all
             steps; None with the others.
@@ -80,8 +79,7 @@ class LocalOutcome:
             the others.
         adapter: the trained tensors.
         num_steps: steps that were taken.
-        first_loss: mean loss of the first step.
-        last_loss: mean loss of the last step.
+        first_loss, last_loss: that of the first and of the last step.
         moments: first and second moment and the steps behind them; None where none are kept.
     """
 
