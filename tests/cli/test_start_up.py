@@ -61,6 +61,31 @@ def test_the_heavy_libraries_wait_until_they_are_needed(code: str) -> None:
     assert ended.stderr.splitlines()[-1].strip() == "loaded:"
 
 
+@pytest.mark.parametrize("verb", ["run", "check", "compare --algorithms local"])
+def test_a_wrong_row_is_told_before_anything_heavy_is_loaded(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "north.jsonl").write_text('{"question": "2+2?"}\n' * 12, encoding="utf-8")
+    ended = python(
+        "import sys\nfrom fedmira.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n"
+        "    print('ended', end.code, *[name for name in ('torch', 'transformers', 'peft') if name "
+        "in sys.modules])",
+        *verb.split(),
+        *("--set", "data.source=jsonl", "--set", f"data.path={tmp_path}"),
+        *("--set", "model.base=a-base-that-is-nowhere"),
+    )
+    assert ended.stdout == "ended 2\n"
+    assert "north.jsonl, lines 1 to 12" in ended.stderr and "answer" in ended.stderr
+
+
+def test_a_wrong_setting_is_told_before_the_rows_are_read(tmp_path: Path) -> None:
+    ended = python(
+        "from fedmira.cli import main; main()",
+        *("check", "--set", "data.source=jsonl", "--set", f"data.path={tmp_path / 'nowhere'}"),
+        *("--set", "rounds.count=0"),
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: rounds.count = 0") and "nowhere" not in ended.stderr
+
+
 def test_the_demo_runs_without_a_network(tmp_path: Path) -> None:
     """The bundled base and the demo data, with every way out of the process blocked.
 

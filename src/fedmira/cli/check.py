@@ -10,7 +10,7 @@ from fedmira.cli.options import (
     FormatOption,
     Overrides,
     PresetName,
-    settings,
+    settings_and_rows,
 )
 from fedmira.cli.screen import print_json, print_table, say
 
@@ -27,11 +27,11 @@ def check(
 
     Example: fedmira check --set data.source=natural-instructions --set data.path=tasks
     """
-    chosen = settings(config, preset, overrides)
+    chosen, rows = settings_and_rows(config, preset, overrides)
     from fedmira.experiment import build_experiment
     from fedmira.studies import make_plan
 
-    experiment = build_experiment(chosen)
+    experiment = build_experiment(chosen, rows=rows)
     plan = make_plan(experiment)
     summaries = [asdict(party) for party in experiment.parties.values()]
     if format is Format.json:

@@ -17,7 +17,7 @@ from fedmira.cli.options import (
     PresetName,
     fresh_folder,
     observers_of,
-    settings,
+    settings_and_rows,
 )
 from fedmira.cli.screen import (
     print_json,
@@ -74,8 +74,8 @@ def compare(
 
     Example: fedmira compare --algorithms local,fedavg,mira --seeds 0,1,2 --output runs/demo
     """
-    chosen = settings(config, preset, overrides)
     numbers = _seeds(seeds)
+    chosen, rows = settings_and_rows(config, preset, overrides, numbers[0])
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     if not names:
         raise ConfigError("--algorithms is empty; name at least one, such as local,fedavg,mira")
@@ -97,6 +97,7 @@ def compare(
         variants=further,
         reference=reference,
         target_loss=target_loss,
+        rows=rows,
     )
     if format is Format.json:
         print_json(

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmira.config import Config, load_config
+from fedmira.config import Config, load_config, load_data_settings
 from fedmira.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedmira.data import ReadRows
     from fedmira.observers import Observer
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "fresh_folder",
     "observers_of",
     "settings",
+    "settings_and_rows",
 ]
 
 
@@ -94,6 +96,34 @@ def settings(config: Path | None, preset: str | None, overrides: list[str] | Non
             "presets lists them)"
         )
     return load_config(config, preset, overrides or [])
+
+
+def settings_and_rows(
+    config: Path | None,
+    preset: str | None,
+    overrides: list[str] | None,
+    seed: int | None = None,
+) -> tuple[Config, ReadRows]:
+    """The checked config and the rows that it names.
+
+    Rows come before what takes seconds to load, so that a wrong one is told within one.
+
+    Args:
+        config, preset, overrides: as for `settings`.
+        seed: to draw and split the rows with; None for that of the config.
+
+    Raises:
+        ConfigError: with all problems of the settings together.
+        DataError: with all problems of the rows together.
+    """
+    from fedmira.data import read_rows
+
+    rows = None
+    if found := load_data_settings(config, preset, overrides or []):
+        data, own = found
+        rows = read_rows(data, own if seed is None else seed)
+    chosen = settings(config, preset, overrides)
+    return chosen, rows or read_rows(chosen.data, chosen.seed if seed is None else seed)
 
 
 def observers_of(texts: list[str] | None) -> list[Observer]:

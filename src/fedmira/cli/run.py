@@ -20,6 +20,7 @@ from fedmira.cli.options import (
     fresh_folder,
     observers_of,
     settings,
+    settings_and_rows,
 )
 from fedmira.cli.screen import (
     print_json,
@@ -63,13 +64,18 @@ def run(
         config = _resumed_config(config, preset, overrides, output)
         if _told_finished(config.parent, format):
             return
-    chosen = settings(config, preset, overrides)
+        chosen, rows = settings(config, preset, overrides), None  # read where they lay then
+    else:
+        chosen, rows = settings_and_rows(config, preset, overrides)
     refuse_federation(chosen)
     watchers = observers_of(observer)
-    from fedmira.experiment import build_experiment, start_experiment
-
     folder = output or fresh_folder(chosen.algorithm.name)
-    experiment = build_experiment(chosen, resumed=folder if resume else None)
+    from fedmira.experiment import build_experiment, start_experiment
+    from fedmira.runs import RunFolder
+
+    if not resume:
+        RunFolder.refuse_taken(folder)
+    experiment = build_experiment(chosen, resumed=folder if resume else None, rows=rows)
     experiment = replace(experiment, verify_adapters=verify_adapters)
     for note in experiment.skipped:
         say(f"left out: {note}")

@@ -5,6 +5,7 @@ from fedmira.config.flat import FlatValue, flattened, unflattened
 from fedmira.config.load import (
     dump_config,
     load_config,
+    load_data_settings,
     with_algorithm,
     with_method,
     with_overrides,
@@ -63,6 +64,7 @@ __all__ = [
     "dump_config",
     "flattened",
     "load_config",
+    "load_data_settings",
     "preset_description",
     "preset_names",
     "preset_path",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fedmira.config.choices import needs_no_graph
 from fedmira.config.layers import (
@@ -18,13 +18,38 @@ from fedmira.config.layers import (
     read_settings,
     read_toml,
 )
-from fedmira.config.methods import DEFAULT, OBJECT, AbsentMethod, MethodSection
+from fedmira.config.methods import (
+    DEFAULT,
+    OBJECT,
+    AbsentMethod,
+    MethodSection,
+    method_names,
+)
 from fedmira.config.presets import preset_path
 from fedmira.config.problems import describe_ignored, describe_problems, method_of
-from fedmira.config.schema import Config
+from fedmira.config.schema import Config, DataSettings
+from fedmira.config.section import Count
 from fedmira.errors import ConfigError
 
-__all__ = ["dump_config", "load_config", "with_algorithm", "with_method", "with_overrides"]
+__all__ = [
+    "dump_config",
+    "load_config",
+    "load_data_settings",
+    "with_algorithm",
+    "with_method",
+    "with_overrides",
+]
+
+_KEYS = set(Config.model_fields)
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if name != "algorithm"
+    and isinstance(field.annotation, type)
+    and issubclass(field.annotation, BaseModel)
+}
+"""The sections whose class is known without a method."""
+_SEED: TypeAdapter[int] = TypeAdapter(Count)
 
 
 def load_config(
@@ -57,6 +82,46 @@ def load_config(
         ConfigError: with all problems together: unreadable sources, unknown keys, values out of
             their limits.
     """
+    layers, problems = _layers(path, preset, overrides, settings or {})
+    return _check(layers, problems)
+
+
+def load_data_settings(
+    path: Path | None = None, preset: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[DataSettings, int] | None:
+    """[data] and the seed of the config that `load_config` will read, in a tenth of the time.
+
+    It imports no method, and with it torch: rows can be read, and be refused, before that.
+
+    Args:
+        path: as for `load_config`.
+        preset: as for `load_config`.
+        overrides: as for `load_config`.
+
+    Returns:
+        None where something is wrong, which `load_config` tells.
+    """
+    try:
+        layers, problems = _layers(path, preset, overrides, {})
+        settings = _joined(layers)
+        if problems or _method_name(settings) not in method_names() or set(settings) - _KEYS:
+            return None
+        for name, section in _SECTIONS.items():
+            section.model_validate(settings.get(name, {}))
+        data = DataSettings.model_validate(settings.get("data", {}))
+        return data, _SEED.validate_python(settings.get("seed", 0))
+    except (ConfigError, ValidationError):
+        return None
+
+
+def _layers(
+    path: Path | None, preset: str | None, overrides: Sequence[str], settings: Mapping[str, Any]
+) -> tuple[list[Layer], list[str]]:
+    """All layers, lowest first, and what is wrong with the values from outside files.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
     layers: list[Layer] = []
     problems: list[str] = []
     for source in (preset, path):
@@ -70,8 +135,8 @@ def load_config(
     override_layer, override_problems = read_overrides(overrides)
     if problems:
         raise ConfigError([*problems, *override_problems])
-    given, given_problems = read_settings(settings or {})
-    return _check([*layers, override_layer, given], [*override_problems, *given_problems])
+    given, given_problems = read_settings(settings)
+    return [*layers, override_layer, given], [*override_problems, *given_problems]
 
 
 def with_algorithm(config: Config, name: str) -> Config:
@@ -139,10 +204,22 @@ def dump_config(config: Config) -> str:
     return tomli_w.dumps(settings)
 
 
-def _check(layers: Sequence[Layer], problems: Sequence[str]) -> Config:
+def _joined(layers: Sequence[Layer]) -> Settings:
+    """The settings of all layers; the last one that sets a key wins."""
     settings: Settings = {}
     for layer in layers:
         settings = cover(settings, layer.settings)
+    return settings
+
+
+def _method_name(settings: Settings) -> object:
+    """What [algorithm] names, be it a method or not."""
+    section = settings.get("algorithm", {})
+    return section.get("name", DEFAULT) if isinstance(section, dict) else section
+
+
+def _check(layers: Sequence[Layer], problems: Sequence[str]) -> Config:
+    settings = _joined(layers)
     section = settings.get("algorithm")
     if isinstance(section, dict) and section.get("method") != OBJECT:
         section.setdefault("name", DEFAULT)

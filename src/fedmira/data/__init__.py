@@ -8,7 +8,7 @@ from fedmira.data.load import (
     ClientSummary,
     Dataset,
     check_apart,
-    id_problem,
+    check_clock,
     load_clients,
     load_own,
     make_encoder,
@@ -16,6 +16,7 @@ from fedmira.data.load import (
     summary_of,
 )
 from fedmira.data.prompts import PROMPTS
+from fedmira.data.reading import ReadRows, id_problem, read_rows
 from fedmira.data.rendering import clock_now, uses_clock
 from fedmira.data.sources import Reader, reader
 from fedmira.data.tokenizer import Tokenizer
@@ -31,16 +32,19 @@ __all__ = [
     "Example",
     "PROMPTS",
     "RawTask",
+    "ReadRows",
     "Reader",
     "Reading",
     "Tokenizer",
     "answer_text",
     "check_apart",
+    "check_clock",
     "clock_now",
     "id_problem",
     "load_clients",
     "load_own",
     "make_encoder",
+    "read_rows",
     "reader",
     "read_summary",
     "summary_of",

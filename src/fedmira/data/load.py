@@ -1,4 +1,4 @@
-"""From the [data] settings to encoded clients: read, partition, split, encode.
+"""From the [data] settings to encoded clients: read, split, encode.
 
 Each stage reports all its problems together.
 """
@@ -12,11 +12,11 @@ from dataclasses import dataclass, fields, replace
 
 from fedmira.config import DataSettings
 from fedmira.data.encoding import ClientData, EncodedExample, EncodedTurn, Encoder
-from fedmira.data.from_objects import OBJECT, ObjectRows
-from fedmira.data.partition import ClientRows, partition_tasks, safe_id
+from fedmira.data.from_objects import ObjectRows
+from fedmira.data.partition import ClientRows
 from fedmira.data.problems import Problems
+from fedmira.data.reading import ReadRows, check_ids, read_all, read_rows, split_all
 from fedmira.data.rendering import uses_clock
-from fedmira.data.sources import reader
 from fedmira.data.split import Split, split_rows
 from fedmira.data.tokenizer import Tokenizer
 from fedmira.errors import DataError
@@ -26,7 +26,7 @@ __all__ = [
     "ClientSummary",
     "Dataset",
     "check_apart",
-    "id_problem",
+    "check_clock",
     "load_clients",
     "load_own",
     "make_encoder",
@@ -99,7 +99,10 @@ class Dataset:
 
 
 def load_clients(
-    settings: DataSettings, seed: int, tokenizer: Tokenizer, rows: ObjectRows | None = None
+    settings: DataSettings,
+    seed: int,
+    tokenizer: Tokenizer,
+    rows: ObjectRows | ReadRows | None = None,
 ) -> Dataset:
     """Reads the source and makes the clients of a run.
 
@@ -109,17 +112,15 @@ def load_clients(
         settings: the [data] section.
         seed: of the run; the same settings and seed give the same rows on every machine.
         tokenizer: of the base model.
-        rows: of a run whose rows are objects.
+        rows: of a run whose rows are objects, or what `read_rows` gave for these settings.
 
     Raises:
         DataError: all problems of the first stage that has any.
     """
-    found, skipped, said = _read(settings, seed, rows)
-    _check_ids(found)
-    for note in said:
-        _log.warning("%s", note)
-    clients, notes = _split_and_encoded(found, settings, seed, tokenizer)
-    return Dataset(clients, skipped, (*said, *notes))
+    if not isinstance(rows, ReadRows):
+        rows = read_rows(settings, seed, rows)
+    clients, notes = _encoded(rows.clients, rows.splits, settings, seed, tokenizer)
+    return Dataset(clients, rows.skipped, (*rows.notes, *notes))
 
 
 def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str) -> ClientData:
@@ -139,13 +140,9 @@ def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str)
             among clients.
     """
     check_apart(settings)
+    check_clock(settings, tokenizer)
     problems = Problems()
-    if settings.prompt == "chat" and not settings.clock and uses_clock(tokenizer):
-        problems.add(
-            f"the chat template of {tokenizer.name_or_path!r} asks for the time, which each "
-            "machine would answer for itself; set data.clock in the config of the run"
-        )
-    rows, _, said = _read(settings.model_copy(update={"clients": 0}), seed)
+    rows, _, said = read_all(settings.model_copy(update={"clients": 0}), seed)
     found = [client for client in rows if client.client_id == name] or (
         rows if len(rows) == 1 else []
     )
@@ -157,8 +154,25 @@ def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str)
         )
     problems.raise_if_any()
     own = [replace(found[0], client_id=name)]
-    _check_ids(own)
-    return _split_and_encoded(own, settings, seed, tokenizer)[0][0]
+    check_ids(own)
+    return _encoded(own, split_all(own, settings, seed), settings, seed, tokenizer)[0][0]
+
+
+def check_clock(settings: DataSettings, tokenizer: Tokenizer) -> None:
+    """Refuse a chat template that asks for the time where several machines render with it.
+
+    Args:
+        settings: the [data] section.
+        tokenizer: that of the base.
+
+    Raises:
+        DataError: it does, and data.clock is not set.
+    """
+    if settings.prompt == "chat" and not settings.clock and uses_clock(tokenizer):
+        raise DataError(
+            f"the chat template of {tokenizer.name_or_path!r} asks for the time, which each "
+            "machine would answer for itself; set data.clock in the config of the run"
+        )
 
 
 def check_apart(settings: DataSettings) -> None:
@@ -183,42 +197,6 @@ def check_apart(settings: DataSettings) -> None:
     problems.raise_if_any()
 
 
-def _read(
-    settings: DataSettings, seed: int, rows: ObjectRows | None = None
-) -> tuple[list[ClientRows], tuple[str, ...], tuple[str, ...]]:
-    """All clients of the source, sorted by id, what was left out, and what is to be said."""
-    if settings.source == OBJECT:
-        reading = _given(settings, rows).reading(settings, seed)
-    else:
-        reading = reader(settings.source)(settings, seed)
-    partition = partition_tasks(reading.tasks, settings, seed)
-    return (
-        sorted(partition.clients, key=lambda client: client.client_id),
-        (*reading.skipped, *partition.skipped),
-        (*reading.notes, *partition.notes),
-    )
-
-
-def _given(settings: DataSettings, rows: ObjectRows | None) -> ObjectRows:
-    """The rows that were given as objects.
-
-    Raises:
-        DataError: there are none, or they are not those that the settings name.
-    """
-    if rows is None:
-        raise DataError(
-            "data.source = 'object': the rows of this run were objects of Python, which no "
-            "file holds; give "
-            "them again: fedmira.run(clients=...) or fedmira.load(folder, clients=...)"
-        )
-    if settings.sha256 is not None and settings.sha256 != rows.sha256:
-        raise DataError(
-            f"clients: these are not the rows of the run (sha256 {rows.sha256[:12]}, the run has "
-            f"{settings.sha256[:12]}); give the rows that it was made with, or begin a new run"
-        )
-    return rows
-
-
 def make_encoder(settings: DataSettings, tokenizer: Tokenizer) -> Encoder:
     """The encoder that the [data] section asks for.
 
@@ -239,20 +217,18 @@ def make_encoder(settings: DataSettings, tokenizer: Tokenizer) -> Encoder:
     )
 
 
-def _split_and_encoded(
-    rows: Sequence[ClientRows], settings: DataSettings, seed: int, tokenizer: Tokenizer
+def _encoded(
+    rows: Sequence[ClientRows],
+    splits: Sequence[Split],
+    settings: DataSettings,
+    seed: int,
+    tokenizer: Tokenizer,
 ) -> tuple[tuple[ClientData, ...], tuple[str, ...]]:
-    """Each client's rows in three parts, as tokens, and what is to be said of them all."""
+    """Each client's parts as tokens, and what is to be said of them all."""
     encoder = make_encoder(settings, tokenizer)
     problems = Problems()
-    splits = [
-        split_rows(client, settings, seed, position, problems)
-        for position, client in enumerate(rows)
-    ]
-    problems.raise_if_any()
     clients = []
     for position, (client, split) in enumerate(zip(rows, splits, strict=True)):
-        assert split is not None, "a client without a split is a problem"
         apart = _apart_as_read(client, split, settings, seed, position, encoder, problems)
         if apart is not None and len(problems) == 0:
             clients.append(encoder.encode_client(client, *apart))
@@ -388,26 +364,6 @@ def _tested_elsewhere(clients: Sequence[ClientData]) -> tuple[int, int]:
     return found, sum(len(client.test) for client in clients)
 
 
-def _check_ids(clients: Sequence[ClientRows]) -> None:
-    """Refuse client ids that cannot name folders.
-
-    They must be plain, and differ even where a file system ignores case.
-    """
-    problems = Problems()
-    folders: dict[str, str] = {}
-    for client in clients:
-        name = client.client_id
-        if problem := id_problem(name):
-            problems.add(problem)
-        if name.casefold() in folders:
-            problems.add(
-                f"client ids {folders[name.casefold()]!r} and {name!r} would share a "
-                "folder where case is ignored; rename one"
-            )
-        folders[name.casefold()] = name
-    problems.raise_if_any()
-
-
 def read_summary(values: object) -> ClientSummary:
     """A summary that was written elsewhere.
 
@@ -428,18 +384,6 @@ def read_summary(values: object) -> ClientSummary:
                 f"{'text' if kind is str else 'whole number, 0 or more'}"
             )
     return ClientSummary(**values)
-
-
-def id_problem(name: str) -> str:
-    """Why this cannot be a client's id, which names a folder; "" where it can."""
-    if name and safe_id(name) == name:
-        return ""
-    proposal = safe_id(name) or "client-1"
-    return (
-        f"client id {name[:200]!r} cannot name a folder: use at most 200 letters, digits, "
-        "'.', '_' and '-', "
-        f"and begin with a letter, digit or '_'; for example {proposal!r}"
-    )
 
 
 def summary_of(client: ClientData) -> ClientSummary:

@@ -1,6 +1,7 @@
 """The composition root: from a config to everything built, and the run of it."""
 
 from fedmira.experiment.build import Experiment, build_experiment
+from fedmira.experiment.clock import with_clock
 from fedmira.experiment.places import where_they_lay
 from fedmira.experiment.ranks import client_ranks
 from fedmira.experiment.run import resume_experiment, run_experiment, start_experiment
@@ -18,4 +19,5 @@ __all__ = [
     "start_experiment",
     "token_budget",
     "where_they_lay",
+    "with_clock",
 ]

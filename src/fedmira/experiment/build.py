@@ -15,11 +15,12 @@ from fedmira.data import (
     ClientSummary,
     Dataset,
     ObjectRows,
-    clock_now,
+    ReadRows,
     load_clients,
+    read_rows,
     turn_ends,
-    uses_clock,
 )
+from fedmira.experiment.clock import with_clock
 from fedmira.experiment.places import where_they_lay
 from fedmira.experiment.scheme import make_scheme, prepare_kind, token_budget
 from fedmira.graphs import GraphSource
@@ -32,6 +33,7 @@ from fedmira.model import (
     check_ids,
     end_tokens,
     load_base,
+    load_tokenizer,
     most_side_by_side,
 )
 from fedmira.runs import Ground, RunFolder, hash_of_rows
@@ -122,9 +124,12 @@ def build_experiment(
     base: BaseModel | None = None,
     resumed: Path | None = None,
     dataset: Dataset | None = None,
-    rows: ObjectRows | None = None,
+    rows: ObjectRows | ReadRows | None = None,
 ) -> Experiment:
-    """Load the base and the data and build the parts on them.
+    """Load the data and the base and build the parts on them.
+
+    Rows are read and encoded before the weights of the base are loaded, so that a wrong one is told
+    soon.
 
     Args:
         config: the resolved settings.
@@ -133,7 +138,7 @@ def build_experiment(
             on bit for bit.
         dataset: what `load_clients` gave for this config's [data] and seed, to share it between
             runs.
-        rows: of a run whose rows are objects.
+        rows: of a run whose rows are objects, or what `read_rows` gave for this config.
 
     Raises:
         InputError: something in the config cannot work; nothing was trained.
@@ -141,11 +146,15 @@ def build_experiment(
     places = config
     if resumed is not None:  # perhaps from another folder than the one it was started in
         places = where_they_lay(config, RunFolder(resumed).read_json("run.json"))
-        base = base or replace(load_base(places.model), name=config.model.base)
+    if dataset is None and not isinstance(rows, ReadRows):
+        rows = read_rows(places.data, config.seed, rows)
+    tokenizer = base.tokenizer if base else load_tokenizer(places.model)
+    config = with_clock(config, tokenizer)
+    if dataset is None:
+        read = places.data.model_copy(update={"clock": config.data.clock})
+        dataset = load_clients(read, config.seed, tokenizer, rows)
+    base = base or replace(load_base(places.model, tokenizer), name=config.model.base)
     kind = prepare_kind(config, base)
-    config = _timed(config, kind.base)
-    read = places.data.model_copy(update={"clock": config.data.clock})
-    dataset = dataset or load_clients(read, config.seed, kind.base.tokenizer, rows)
     data = {client.client_id: client for client in dataset.clients}
     check_ids(kind.base, {name: client.rows for name, client in data.items()})
     parties = {party.client_id: party for party in dataset.summaries()}
@@ -178,13 +187,6 @@ def build_experiment(
         prompts={client.client_id: client.shared_prompt for client in dataset.clients},
         notes=(*dataset.notes, *notes),
     )
-
-
-def _timed(config: Config, base: BaseModel) -> Config:
-    """The config with the time that the chat template is told, where it asks for it."""
-    if config.data.prompt != "chat" or config.data.clock or not uses_clock(base.tokenizer):
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"clock": clock_now()})})
 
 
 def _about_answers(config: Config, base: BaseModel, dataset: Dataset) -> list[str]:

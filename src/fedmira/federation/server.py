@@ -18,7 +18,9 @@ from fedmira.config import Config
 from fedmira.data import (
     ClientSummary,
     check_apart,
+    check_clock,
     load_clients,
+    read_rows,
     read_summary,
 )
 from fedmira.errors import ConfigError, RunFolderError
@@ -31,7 +33,7 @@ from fedmira.experiment import (
 from fedmira.federation.ends import ServerEnd
 from fedmira.federation.node import memory_beside
 from fedmira.messages import ClientId
-from fedmira.model import AdapterKind, check_ids, tokenizer_hash
+from fedmira.model import AdapterKind, check_ids, load_base, load_tokenizer, tokenizer_hash
 from fedmira.observers import Observer
 from fedmira.runs import Result, RunFolder, hash_of_rows
 
@@ -151,8 +153,11 @@ def build_simulation(
         ConfigError: a node was refused or did not come in time, or the settings cannot work.
         DataError: the clients cannot be made.
     """
-    kind = prepare_kind(config)
-    dataset = load_clients(config.data, config.seed, kind.base.tokenizer)
+    rows = read_rows(config.data, config.seed)
+    tokenizer = load_tokenizer(config.model)
+    check_clock(config.data, tokenizer)
+    dataset = load_clients(config.data, config.seed, tokenizer, rows)
+    kind = prepare_kind(config, load_base(config.model, tokenizer))
     clients = {client.client_id: client for client in dataset.clients}
     check_ids(kind.base, {name: client.rows for name, client in clients.items()})
     memory_beside(output).mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import math
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fedmira.config import (
     Config,
     MethodSection,
+    ModelSettings,
     dump_config,
     refuse_federation,
     with_algorithm,
@@ -24,7 +26,7 @@ from fedmira.config import (
     with_overrides,
 )
 from fedmira.config.methods import method_names
-from fedmira.data import Dataset, ObjectRows, load_clients
+from fedmira.data import Dataset, ObjectRows, ReadRows, load_clients
 from fedmira.errors import (
     ConfigError,
     InputError,
@@ -36,8 +38,9 @@ from fedmira.experiment import (
     make_scheme,
     prepare_kind,
     start_experiment,
+    with_clock,
 )
-from fedmira.model import BaseModel, load_base
+from fedmira.model import BaseModel, load_base, load_tokenizer
 from fedmira.observers import Observer
 from fedmira.report import Figures, check_target, write_comparison
 from fedmira.runs import RunFolder, hash_of_rows
@@ -193,7 +196,7 @@ def compare_algorithms(
     target_loss: float | None = None,
     objects: Mapping[str, MethodSection] | None = None,
     base: BaseModel | None = None,
-    rows: ObjectRows | None = None,
+    rows: ObjectRows | ReadRows | None = None,
 ) -> Comparison:
     """Run every method with every seed and compare the results in `output`.
 
@@ -212,7 +215,7 @@ def compare_algorithms(
             method reached it.
         objects: methods given as objects, by name.
         base: one that is loaded already, or was given as an object.
-        rows: of clients that were given as objects.
+        rows: of clients that were given as objects, or what `read_rows` gave for one of the seeds.
 
     Raises:
         InputError: a setting is wrong, a folder of another comparison is in the way, or rows or
@@ -221,6 +224,7 @@ def compare_algorithms(
         RunError: a run failed; the tables hold the methods whose runs all finished. Call again to
             continue.
     """
+    config = _with_one_clock(config, output, base)
     methods = plan_methods(config, algorithms, variants, objects)
     refuse_federation(config, *methods.values())
     if reference and reference not in methods:
@@ -237,11 +241,10 @@ def compare_algorithms(
         for name, method in methods.items()
     ]
     unfinished = [run for run in plans if not run.is_finished()]
-    failures = (
-        _run(unfinished, _CommonGround(base or load_base(config.model), folders, rows), observers)
-        if unfinished
-        else {}
-    )
+    failures: dict[str, RunError] = {}
+    if unfinished:
+        ground = _CommonGround(config.model, folders, base, rows)
+        failures = _run(unfinished, ground, observers)
     return _compared(folders, output, reference, failures, target_loss)
 
 
@@ -349,25 +352,48 @@ class _Planned:
         return RunFolder(self.folder).read_json("run.json").get("status") == "finished"
 
 
+def _with_one_clock(config: Config, output: Path, base: BaseModel | None) -> Config:
+    """The config with the time that the chat template is told in all runs of the comparison."""
+    if config.data.prompt != "chat" or config.data.clock:
+        return config
+    for path in sorted(output.glob("*/config.toml")):  # one that was begun says what it is
+        clock = tomllib.loads(path.read_text(encoding="utf-8")).get("data", {}).get("clock", "")
+        return config.model_copy(update={"data": config.data.model_copy(update={"clock": clock})})
+    return with_clock(config, base.tokenizer if base else load_tokenizer(config.model))
+
+
 class _CommonGround:
     """What all methods stand on: the base, and the rows of a seed.
 
-    Those that were asked for last are in memory.
+    Those that were asked for last are in memory. The base is loaded once its first rows are read.
 
     Args:
+        model: the [model] section.
         folders: method -> seed -> folder, of all runs, finished or not.
+        base: one that is loaded already.
+        given: rows of objects, or rows of a seed that are read already.
     """
 
     def __init__(
         self,
-        base: BaseModel,
+        model: ModelSettings,
         folders: Mapping[str, Mapping[int, Path]],
-        given: ObjectRows | None = None,
+        base: BaseModel | None = None,
+        given: ObjectRows | ReadRows | None = None,
     ) -> None:
-        self.base = base
+        self._model = model
+        self._tokenizer = base.tokenizer if base else load_tokenizer(model)
+        self._base = base
         self._given = given
         self._folders = folders
         self._rows: tuple[int, Dataset] | None = None
+
+    @property
+    def base(self) -> BaseModel:
+        """The base of all runs."""
+        if self._base is None:
+            self._base = load_base(self._model, self._tokenizer)
+        return self._base
 
     def dataset(self, config: Config) -> Dataset:
         """The rows with this config's seed.
@@ -378,7 +404,10 @@ class _CommonGround:
         """
         if self._rows is None or self._rows[0] != config.seed:
             self._rows = None  # the other seed's go before these are read
-            dataset = load_clients(config.data, config.seed, self.base.tokenizer, self._given)
+            given = self._given
+            if isinstance(given, ReadRows) and given.seed != config.seed:
+                given = None
+            dataset = load_clients(config.data, config.seed, self._tokenizer, given)
             present = {
                 "data": hash_of_rows({client.client_id: client for client in dataset.clients}),
                 "base": self.base.sha256,

@@ -88,8 +88,14 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_base(settings: ModelSettings) -> BaseModel:
+def read_base(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None = None
+) -> BaseModel:
     """Load the base model, frozen and in eval mode; how its passes are made is not known yet.
+
+    Args:
+        settings: the [model] section.
+        tokenizer: its tokenizer, where it was loaded already.
 
     Raises:
         ModelError: it cannot be loaded, its files do not say all of it, a weight is no finite
@@ -99,7 +105,7 @@ def read_base(settings: ModelSettings) -> BaseModel:
     if device.type == "cpu":
         keep_freed_memory()
     dtype = _dtype(settings.dtype, device)
-    tokenizer = load_tokenizer(settings)
+    tokenizer = tokenizer or load_tokenizer(settings)
     location = _location(settings.base)
     quantized = _quantized(settings, device, dtype)
     model = _read_model(location, settings.base, quantized or {"dtype": "auto"})

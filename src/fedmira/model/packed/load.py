@@ -14,14 +14,20 @@ from fedmira.model.packed.probe import choose_path
 __all__ = ["from_model", "load_base"]
 
 
-def load_base(settings: ModelSettings) -> BaseModel:
+def load_base(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None = None
+) -> BaseModel:
     """Load the base model, frozen and in eval mode, and probe whether packed steps agree with it.
+
+    Args:
+        settings: the [model] section.
+        tokenizer: what `load_tokenizer` gave for these settings, where it was loaded already.
 
     Raises:
         ModelError: it cannot be loaded, is not what its files say, is not causal, or the device is
             not there.
     """
-    return _tried(read_base(settings))
+    return _tried(read_base(settings, tokenizer))
 
 
 def from_model(
