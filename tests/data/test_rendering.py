@@ -187,6 +187,177 @@ def test_tools_and_calls_reach_the_template_or_are_named() -> None:
         encode(byte_tokenizer(TEMPLATES["chatml"][0]), row_of(messages, tools=tools))
 
 
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"q": "it"}}}
+LOOKING: list[dict[str, Any]] = [
+    {"role": "user", "content": "look at it"},
+    {"role": "assistant", "content": "", "tool_calls": [LOOK]},
+    {"role": "tool", "content": "cards"},
+    {"role": "assistant", "content": "the desk"},
+]
+OFFERED = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+BODY = TEMPLATES["chatml"][0]
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        ("{% if tools %}{{ tools | tojson }}{% endif %}" + BODY, "tool_calls"),
+        (
+            BODY.replace("{{ m.content }}", "{{ m.content }}{{ (m.tool_calls or []) | tojson }}"),
+            "tools",
+        ),
+    ],
+    ids=["calls", "functions"],
+)
+def test_a_function_that_stands_elsewhere_hides_no_loss(template: str, lost: str) -> None:
+    """The name of a call also stands in the list of functions, and the other way round."""
+    tokenizer = byte_tokenizer(template)
+    with pytest.raises(DataError, match=f"leaves out {lost} of this row"):
+        encode(tokenizer, row_of(LOOKING, tools=OFFERED))
+
+
+def test_a_short_message_that_stands_elsewhere_by_chance_is_missed_all_the_same() -> None:
+    template = BODY.replace("for m in messages", "for m in messages if m.role != 'tool'")
+    messages = [
+        {"role": "user", "content": "is it 5 ?"},
+        {"role": "assistant", "content": "yes 5"},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "ok"},
+    ]
+    with pytest.raises(DataError, match="leaves out a tool message"):
+        encode(byte_tokenizer(template), row_of(messages))
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_thoughts_under_a_key_of_their_own_reach_the_template_or_are_said(key: str) -> None:
+    messages = [CONVERSATION[0], {"role": "assistant", "content": "the desk", key: "hm"}]
+    (deaf,) = Encoder(byte_tokenizer(BODY), "chat", 4096).turns([row_of(messages)], Problems())
+    assert [note for note in deaf.notes if key in note]
+    heard = BODY.replace("{{ m.content }}", f"{{{{ m.{key} }}}}{{{{ m.content }}}}")
+    tokenizer = byte_tokenizer(heard)
+    (turn,) = Encoder(tokenizer, "chat", 4096).turns([row_of(messages)], Problems())
+    assert "hmthe desk" in tokenizer.decode(list(turn.row.response))
+    assert not any(key in note for note in turn.notes)
+
+
+def test_a_name_that_the_template_leaves_out_is_said() -> None:
+    messages = [{"role": "user", "content": "what", "name": "anna"}, CONVERSATION[1]]
+    (turn,) = Encoder(byte_tokenizer(BODY), "chat", 4096).turns([row_of(messages)], Problems())
+    assert turn.notes == ("rows of which the chat template leaves out the name of a user",)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("given_as_text", [False, True])
+def test_arguments_of_calls_are_given_in_the_form_that_the_template_writes_as_json(
+    as_text: bool, given_as_text: bool
+) -> None:
+    said = "'' ~ c.function.arguments" if as_text else "c.function.arguments | tojson"
+    calls = "{% for c in m.tool_calls %}CALL{{ c.function.name }}{{ " + said + " }}{% endfor %}"
+    tokenizer = byte_tokenizer(
+        "{{ tools | tojson }}" + BODY.replace("{{ m.content }}", "{{ m.content }}" + calls)
+    )
+    arguments = '{"q": "it"}' if given_as_text else {"q": "it"}
+    function = {**LOOK["function"], "arguments": arguments}  # type: ignore[dict-item]
+    messages = [LOOKING[0], {**LOOKING[1], "tool_calls": [{**LOOK, "function": function}]}]
+    (row,) = encode(tokenizer, row_of(messages, tools=OFFERED))
+    assert tokenizer.decode(list(row.response)) == 'CALLlook{"q": "it"}<|im_end|>\n'
+
+
+def test_a_content_of_null_is_an_empty_text_where_the_template_needs_one() -> None:
+    calls = "{{ m.content + '' }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    tokenizer = byte_tokenizer("{{ tools | tojson }}" + BODY.replace("{{ m.content }}", calls))
+    messages = [LOOKING[0], {**LOOKING[1], "content": None}]
+    (row,) = encode(tokenizer, row_of(messages, tools=OFFERED))
+    assert [*row.prompt, *row.response] == own_ids(tokenizer, LOOKING[:2], tools=OFFERED)
+
+
+def test_a_system_message_that_stands_only_before_an_open_answer_is_merged() -> None:
+    """As Mistral's later templates do, which write it where the user speaks last."""
+    template = (
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST]"
+        "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n"
+        "{% endif %}{{ m.content }}[/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(template)
+    row = row_of([{"role": "system", "content": "Be brief."}, *CONVERSATION[:2]])
+    (found,) = encode(tokenizer, row)
+    assert "Be brief." in tokenizer.decode(list(found.prompt))
+    for system in ("merge", "template"):
+        encoder = Encoder(tokenizer, "chat", 4096, system=system)
+        (turn,) = encoder.turns([row], Problems())
+        assert encoder.prompt(row) == turn.row.prompt
+        chat = encoder.template
+        assert chat is not None and chat.prompt(row) == tokenizer.decode(list(turn.row.prompt))
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_blank_system_message_is_nothing_to_a_template_that_knows_none(blank: str) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES["gemma"][0])
+    (found,) = encode(tokenizer, row_of([{"role": "system", "content": blank}, *CONVERSATION[:2]]))
+    assert [*found.prompt, *found.response] == own_ids(tokenizer, CONVERSATION[:2])
+
+
+def test_what_is_learned_behind_the_end_of_a_turn_is_said() -> None:
+    template = BODY.partition("{% if add_generation_prompt %}")[0] + "<|im_start|>assistant\n"
+    (turn,) = Encoder(byte_tokenizer(template), "chat", 4096).turns(
+        [row_of(CONVERSATION[:2])], Problems()
+    )
+    assert any("'<|im_start|>assistant' there" in note for note in turn.notes)
+
+
+def test_a_token_that_stands_before_every_answer_does_not_end_it() -> None:
+    template = BODY.replace(
+        "{{ m.content }}",
+        "{% if m.role == 'assistant' %}<|end|>said: {% endif %}{{ m.content }}<|end|>",
+    )
+    tokenizer = byte_tokenizer(template)
+    assert turn_ends(tokenizer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    (turn,) = Encoder(tokenizer, "chat", 4096).turns([row_of(CONVERSATION[:2])], Problems())
+    assert "the desk" in turn.reference
+
+
+def test_an_answer_that_joins_the_end_of_the_prompt_is_said(words: Any) -> None:
+    words.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }}</s>{% endfor %}"
+    encoder = Encoder(byte_tokenizer(BODY), "chat", 4096)
+    plain, blank = encoder.turns(
+        [Example("what", "", "the desk"), Example("what", "", "\n\nthe desk")], Problems()
+    )
+    assert plain.notes == ()
+    joined = len(plain.row.prompt) != len(blank.row.prompt)
+    assert joined == any("joins the end of the prompt" in note for note in blank.notes)
+
+
+def test_an_answer_with_thoughts_may_begin_where_the_template_opens_them() -> None:
+    """Answers without thoughts are opened by an empty one, and the others by an open one."""
+    template = BODY.replace(
+        "{{ m.content }}",
+        "{% if m.role == 'assistant' and '</think>' not in m.content %}<think></think>{% endif %}"
+        "{{ m.content }}",
+    ).replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    tokenizer = byte_tokenizer(template)
+    messages = [CONVERSATION[0], {"role": "assistant", "content": "<think>hm</think>the desk"}]
+    (row,) = encode(tokenizer, row_of(messages))
+    assert [*row.prompt, *row.response] == own_ids(tokenizer, messages)
+    assert tokenizer.decode(list(row.prompt)).endswith("assistant\n<think>")
+    assert tokenizer.decode(list(row.response)).startswith("hm</think>the desk")
+
+
+def test_marks_with_holes_and_marks_beside_the_answer_are_mended() -> None:
+    whole = TEMPLATES["marked"][0]
+    tokenizer = byte_tokenizer(whole)
+    (turn,) = Encoder(tokenizer, "chat", 4096).turns([Example("hi", "", "ok 😀")], Problems())
+    assert tokenizer.decode(list(turn.row.response)).startswith("ok 😀")
+    beside = BODY.replace(
+        "{{ m.content }}<|im_end|>",
+        "{{ m.content }}{% generation %}<|im_end|>{% endgeneration %}",
+    )
+    tokenizer = byte_tokenizer(beside)
+    (turn,) = Encoder(tokenizer, "chat", 4096).turns([Example("hi", "", "the desk")], Problems())
+    assert tokenizer.decode(list(turn.row.response)).startswith("the desk<|im_end|>")
+    assert any("outside of what the chat template marks" in note for note in turn.notes)
+
+
 def test_any_error_of_a_template_is_one_line() -> None:
     tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content + m.get('name') }}{% endfor %}")
     with pytest.raises(DataError, match=r"the chat template of 'bytes' .*\(TypeError: "):

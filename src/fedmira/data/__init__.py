@@ -1,7 +1,8 @@
 """From rows in files to clients with token ids."""
 
 from fedmira.data.answers import answer_text, turn_ends
-from fedmira.data.encoding import ClientData, EncodedExample, Encoder
+from fedmira.data.encoded import ClientData, EncodedExample
+from fedmira.data.encoding import Encoder
 from fedmira.data.examples import Example, RawTask, Reading
 from fedmira.data.from_objects import ObjectRows, rows_from_objects
 from fedmira.data.load import (

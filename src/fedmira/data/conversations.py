@@ -27,11 +27,11 @@ _ROLES = {
 }
 """What other forms call a role -> what templates call it."""
 
-_EXTRAS = ("name", "reasoning_content", "tool_call_id", "tool_calls")
+_EXTRAS = ("name", "reasoning_content", "thinking", "tool_call_id", "tool_calls")
 _READ = frozenset(
     {"role", "from", "content", "value", "weight", "function_call", "refusal", *_EXTRAS}
 )
-_SPOKEN = frozenset({"text", "thinking", "reasoning", "thought", "audio", "images", "image"})
+_SPOKEN = frozenset({"text", "reasoning", "thought", "audio", "images", "image"})
 """Keys of a message that are likely meant for the model, and that nothing here reads."""
 
 

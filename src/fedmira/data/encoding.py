@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 from fedmira.data.answers import answer_text
+from fedmira.data.encoded import ClientData, EncodedExample, EncodedTurn
 from fedmira.data.examples import Example, turns_of
 from fedmira.data.partition import ClientRows
 from fedmira.data.problems import Problems
@@ -21,126 +21,23 @@ from fedmira.data.token_cache import TokenCache
 from fedmira.data.tokenizer import Tokenizer
 from fedmira.errors import DataError
 
-__all__ = ["HEADER_TOKENS", "ClientData", "EncodedExample", "EncodedTurn", "Encoder"]
+__all__ = ["HEADER_TOKENS", "Encoder"]
 
 HEADER_TOKENS = 16
 _BATCH = 2048
+_WORD = "Zqx"
 _SAID_OTHERWISE = (
     "answers are another text once they are tokens; they are scored by the text of their tokens"
 )
-_UNENDED = (
-    "answers end without a token that ends a turn, as the chat template marks them "
-    "({% generation %})"
+_UNENDED = "answers end without a token that ends a turn, so that nothing learns to stop there"
+_UNMARKED = (
+    "answers stand outside of what the chat template marks as written by the assistant "
+    "({% generation %}); all that stands behind the prompt is learned"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedExample:
-    """One row as tokens; only the response carries loss.
-
-    Attributes:
-        prompt: with the leading special tokens that the tokenizer itself adds; never empty.
-        response: ends with the end-of-sequence token, or as the chat template ends a turn, unless
-            it was cut; never empty.
-    """
-
-    prompt: tuple[int, ...]
-    response: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedTurn:
-    """A row, or one assistant turn of a conversation, with what became of it.
-
-    Attributes:
-        source: the row that it is, or is a turn of.
-        last: whether it is the whole row, and no earlier turn of it.
-        row: its tokens.
-        reading: equal for turns whose prompt reads the same once it is cut, however long their
-            responses are.
-        reference: what an answer is held against.
-        prompt_cut, response_cut: whether `data.max_length` cut it.
-        length: tokens before it was cut.
-        notes: what was done to it, in words that are equal for equal things.
-    """
-
-    source: Example
-    last: bool
-    row: EncodedExample
-    reading: Hashable
-    reference: str
-    prompt_cut: bool
-    response_cut: bool
-    length: int
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ClientData:
-    """Everything a client trains and is evaluated on.
-
-    Attributes:
-        client_id: safe as a folder name.
-        references: the test responses, one for each test row: as they were read, or as their
-            tokens say where that is another text.
-        instruction: the instruction that all training rows share, "" where they differ.
-        truncated_prompts, truncated_responses: rows that were cut to `data.max_length`, of all
-            parts.
-        duplicates: copies of rows that were dropped.
-        overlaps: rows that were dropped because their prompt stands in the source's own test or
-            validation rows, and turns of conversations that stand on two sides.
-        system: the system message that all training rows share, "" where they differ.
-        tools: the functions that all training rows offer, as the text of a JSON list, or "".
-        conversation: whether the training rows are conversations.
-        notes: what was done to how many of the rows.
-        task: what the client does; empty where nothing says it.
-        category: the group of tasks it belongs to; empty where none is given.
-        train: rows, in order, to train on.
-        validation: rows to choose settings and checkpoints by.
-        test: rows to measure on.
-    """
-
-    client_id: str
-    task: str
-    category: str
-    train: tuple[EncodedExample, ...]
-    validation: tuple[EncodedExample, ...]
-    test: tuple[EncodedExample, ...]
-    references: tuple[str, ...]
-    instruction: str = ""
-    truncated_prompts: int = 0
-    truncated_responses: int = 0
-    duplicates: int = 0
-    overlaps: int = 0
-    system: str = ""
-    tools: str = ""
-    conversation: bool = False
-    notes: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def rows(self) -> tuple[EncodedExample, ...]:
-        """The rows of all three parts."""
-        return (*self.train, *self.validation, *self.test)
-
-    @property
-    def train_tokens(self) -> int:
-        """Prompt and response tokens of all training rows."""
-        return sum(len(row.prompt) + len(row.response) for row in self.train)
-
-    @property
-    def train_response_tokens(self) -> int:
-        """Tokens that carry loss in one pass over the training rows."""
-        return sum(len(row.response) for row in self.train)
-
-    @property
-    def shared_prompt(self) -> dict[str, Any]:
-        """What stands in the prompts of all training rows, as it is saved with the adapter."""
-        return {
-            "instruction": self.instruction,
-            "system": self.system,
-            "tools": self.tools,
-            "conversation": self.conversation,
-        }
+_JOINED = (
+    "answers begin with what joins the end of the prompt, so that training and `generate` part "
+    "them at another token"
+)
 
 
 class Encoder:
@@ -212,9 +109,6 @@ class Encoder:
         if self._chat is None:
             text = self._form(example, self._tokenizer)
             return (*self._start, *self._tokens([text])[0])
-        if self._chat.masked:
-            ids, stop = self._marked(self._chat, _with_answer(example))
-            return tuple(ids[: stop[0]])
         turn = _with_answer(example)
         ((prompt, _, _),) = self._spans(self._chat, [turn], [self._chat.render(turn)])
         return prompt
@@ -353,41 +247,58 @@ class Encoder:
     ) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]]:
         """Prompt and response of each rendered turn, and what is to be said of it."""
         found: list[tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]] = []
-        if chat.masked:
-            for turn in turns:
-                ids, (start, stop) = self._marked(chat, turn)
-                ended = any(token in self._ends for token in ids[start:stop])
-                notes = () if ended else (_UNENDED,)
-                found.append((tuple(ids[:start]), tuple(ids[start:stop]), notes))
-            return found
         prompts = self._tokens([rendering.prompt for rendering in renderings])
+        if chat.masked:
+            return [
+                self._marked(chat, turn, prompt)
+                for turn, prompt in zip(turns, prompts, strict=True)
+            ]
         wholes = self._tokens([rendering.whole for rendering in renderings])
         for prompt, whole in zip(prompts, wholes, strict=True):
-            # A token may join the end of the prompt and the begin of the answer.
-            place = next(
-                (
-                    i
-                    for i, pair in enumerate(zip(prompt, whole, strict=False))
-                    if pair[0] != pair[1]
-                ),
-                min(len(prompt), len(whole)),
-            )
-            response, notes = whole[place:], ()
-            if self._adds_end and response:
-                response = (*response, self._end)
-                notes = (
-                    "answers end with the end-of-sequence token, as the chat template writes no "
-                    "token behind them",
-                )
-            found.append((whole[:place], response, notes))
+            place = _common(prompt, whole)  # a token may join prompt and answer
+            found.append((whole[:place], *self._ended(whole[place:])))
+            if len(prompt) - place != self._usually_joined:
+                found[-1] = (*found[-1][:2], (*found[-1][2], _JOINED))
         return found
 
-    def _marked(self, chat: ChatTemplate, turn: Example) -> tuple[list[int], tuple[int, int]]:
-        """All ids of a turn, and where its answer begins and ends, by the template's own marks."""
+    def _ended(self, response: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """A response with its end, and what is to be said of it."""
+        if self._adds_end and response:
+            return (*response, self._end), (
+                "answers end with the end-of-sequence token, as the chat template writes no "
+                "token behind them",
+            )
+        return response, () if any(token in self._ends for token in response) else (_UNENDED,)
+
+    @cached_property
+    def _usually_joined(self) -> int:
+        """How many of a prompt's last tokens are others once a word follows it."""
+        assert self._chat is not None, "the form is chat"
+        rendering = self._chat.render(Example("a", "", _WORD))
+        prompt, whole = self._tokens([rendering.prompt, rendering.whole])
+        return len(prompt) - _common(prompt, whole)
+
+    def _marked(
+        self, chat: ChatTemplate, turn: Example, prompt: Sequence[int]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
+        """Prompt and response of a turn by the template's own marks, and what is to be said."""
         ids, mask = chat.marked(turn)
-        stop = next((place + 1 for place in reversed(range(len(mask))) if mask[place]), 0)
-        start = next((place + 1 for place in reversed(range(stop)) if not mask[place]), 0)
-        return ids, (start, stop)
+        place = _common(prompt, ids)
+        # The marks may leave out tokens within an answer, those of a character of several.
+        start = next((i for i in range(place, len(mask)) if mask[i]), place)
+        while start and mask[start - 1] and mask[start]:
+            start -= 1
+        stop = next((i + 1 for i in reversed(range(start, len(mask))) if mask[i]), start)
+        while stop < len(ids) and self._tokenizer.decode(ids[start:stop]).endswith("\ufffd"):
+            stop += 1
+        text = self._tokenizer.decode(ids[start:stop])
+        if turn.output.strip() and not any(
+            part in text for part in (turn.output.strip(), *turn.output.split()[-1:])
+        ):
+            return tuple(ids[:place]), tuple(ids[place:]), (_UNMARKED,)
+        response = tuple(ids[start:stop])
+        ended = any(token in self._ends for token in response)
+        return tuple(ids[:start]), response, () if ended else (_UNENDED,)
 
     def _reference(self, turn: Example, response: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
         text = self._texts.get(response)
@@ -456,11 +367,17 @@ def _apart(
     return unique, copies, before - sum(len(part) for part in unique)
 
 
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def _with_answer(example: Example) -> Example:
     return Example(
         example.instruction,
         example.input,
-        "Zqx",
+        _WORD,
         messages=example.messages,
         extras=example.extras and (*example.extras[: len(example.messages)], ""),
         tools=example.tools,

@@ -11,7 +11,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from fedmira.config import DataSettings
-from fedmira.data.encoding import ClientData, EncodedExample, EncodedTurn, Encoder
+from fedmira.data.encoded import ClientData, EncodedExample, EncodedTurn
+from fedmira.data.encoding import Encoder
 from fedmira.data.from_objects import ObjectRows
 from fedmira.data.partition import ClientRows
 from fedmira.data.problems import Problems

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from fedmira.data.examples import Example
+from fedmira.data.probes import THOUGHTS, TOOLS, Probes
 from fedmira.data.tokenizer import Tokenizer
 from fedmira.errors import DataError
 
@@ -19,9 +20,10 @@ __all__ = ["ChatTemplate", "Rendering", "clock_now", "uses_clock"]
 _PROBE = "Zqx"
 _OTHER_PROBE = "Vjk"
 _WAY_OUT = 'set data.prompt = "alpaca"'
+_CALLS_WAY_OUT = "leave such rows out, or take a base whose template writes functions and calls"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK = re.compile(r"\bstrftime_now\s*\(\s*(?P<mark>['\"])(?P<form>.*?)(?P=mark)\s*\)")
-_THOUGHTS = "</think>"
+_CLOSED_THOUGHT = "</think>"
 _STARTED = datetime.now(UTC).astimezone().replace(tzinfo=None).isoformat(timespec="seconds")
 
 Message = dict[str, Any]
@@ -78,12 +80,14 @@ class ChatTemplate:
         self._template = self._timed(tokenizer.chat_template)
         self._regular = False
         question, answer = Example(_OTHER_PROBE, "", ""), _said(_PROBE)
+        self._probes = Probes(
+            lambda messages, tools: self._text(messages, tools, question)  # the row names no place
+        )
         probe = self._conversation(question, frozenset())
         whole = self._text([*probe, answer], None, question)
-        self._tail = whole[whole.rfind(_PROBE) + len(_PROBE) :] if _PROBE in whole else ""
-        self._regular = self._cut(probe, whole, None, question) == self._opened(
-            probe, None, question
-        )
+        cut = self._cut(probe, whole, None, question)
+        self._opening, _, self._tail = whole[len(cut) :].rpartition(_PROBE)
+        self._regular = cut == self._opened(probe, None, question)
 
     @property
     def opens_answers(self) -> bool:
@@ -99,12 +103,31 @@ class ChatTemplate:
 
     @cached_property
     def turn_end(self) -> int | None:
-        """The first special or added token behind an answer; None where there is none."""
+        """The first special or added token behind an answer; None where there is none.
+
+        One that stands before the answer, too, ends something else, unless it is the only one.
+        """
         special = set(getattr(self._tokenizer, "all_special_ids", ())) | set(
             getattr(self._tokenizer, "added_tokens_decoder", ())
         )
-        ids = self._tokenizer([self._tail], add_special_tokens=False)["input_ids"][0]
-        return next((token for token in ids if token in special), None)
+        opening, tail = self._tokenizer([self._opening, self._tail], add_special_tokens=False)[
+            "input_ids"
+        ]
+        ends = [token for token in tail if token in special]
+        return next((token for token in ends if token not in opening), ends[0] if ends else None)
+
+    @cached_property
+    def behind(self) -> str:
+        """What the template writes behind the end of an answer's turn, but for blanks and eos."""
+        if self.turn_end is None:
+            return ""
+        tail = self._tokenizer([self._tail], add_special_tokens=False)["input_ids"][0]
+        rest = [
+            token
+            for token in tail[list(tail).index(self.turn_end) + 1 :]
+            if token not in (self.turn_end, self._tokenizer.eos_token_id)
+        ]
+        return str(self._tokenizer.decode(rest)).strip()
 
     def render(self, example: Example) -> Rendering:
         """The conversation of a row with its response.
@@ -119,6 +142,17 @@ class ChatTemplate:
         answer = self._answer(example)
         whole = self._text([*conversation, answer], tools, example)
         notes += self._said_otherwise(example, whole)
+        notes += self._left_out(example, [*conversation, answer], tools)
+        if _calls(_extras(example)) != _calls([*conversation, answer]):
+            notes.append(
+                "rows whose calls of functions are given to the chat template as it writes them: "
+                "their arguments as an object or as a text"
+            )
+        if self.behind:
+            notes.append(
+                "answers are followed by more than the end of their turn, which is learned with "
+                f"them: the chat template writes {self.behind[:40]!r} there"
+            )
         return Rendering(self._cut(conversation, whole, tools, example), whole, tuple(notes))
 
     def prompt(self, example: Example) -> str:
@@ -130,8 +164,6 @@ class ChatTemplate:
         tools = json.loads(example.tools) if example.tools else None
         moved, _ = self._moved(example)
         conversation = self._conversation(example, moved)
-        if self._regular:
-            return self._opened(conversation, tools, example)
         whole = self._text([*conversation, _said(_PROBE)], tools, example)
         return self._cut(conversation, whole, tools, example)
 
@@ -233,6 +265,8 @@ class ChatTemplate:
             before[len(opened) :].strip()
         )
         cut = opened if before.startswith(opened) and opens else before
+        if opens and not whole.startswith(cut) and whole.startswith(opened):
+            return opened  # an answer with thoughts, where others are opened by an empty one
         if not whole.startswith(cut):
             raise self._refusal(
                 example,
@@ -245,33 +279,40 @@ class ChatTemplate:
         """The messages before the answer; those at `moved` in front of the first user message."""
         request = "\n\n".join(part for part in (example.instruction, example.input) if part)
         messages = example.messages or (("user", request),)
-        merged = [messages[position][1] for position in sorted(moved)]
+        merged = [text for position in sorted(moved) if (text := messages[position][1]).strip()]
         conversation: list[Message] = []
         for position, (role, content) in enumerate(messages):
             if position in moved:
                 continue
             if role == "user" and merged:
                 content, merged = "\n\n".join([*merged, content]), []
-            conversation.append(_message(role, content, example.extras, position))
+            conversation.append(self._message(role, content, example.extras, position))
         return conversation
 
     def _answer(self, example: Example) -> Message:
-        return _message("assistant", example.output, example.extras, len(example.messages))
+        return self._message("assistant", example.output, example.extras, len(example.messages))
+
+    def _message(self, role: str, content: str, extras: Sequence[str], position: int) -> Message:
+        """A message as the template is given it, calls of functions in the form that it takes."""
+        more = json.loads(extras[position]) if extras and extras[position] else {}
+        message = {"role": role, "content": content, **more}
+        return self._probes.calls.formed(message) if "tool_calls" in more else message
 
     def _moved(self, example: Example) -> tuple[frozenset[int], list[str]]:
         """Messages before the first user's that are merged into it, and what to say of it."""
         first = next((i for i, (role, _) in enumerate(example.messages) if role == "user"), 0)
         leading = [
             i
-            for i, (role, content) in enumerate(example.messages[:first])
-            if role in ("system", "developer", "assistant") and content.strip()
+            for i, (role, _) in enumerate(example.messages[:first])
+            if role in ("system", "developer", "assistant")
         ]
         if not leading:
             return frozenset(), []
         lost = frozenset(i for i in leading if self._loses(example.messages[i][0]))
-        if not lost:
-            return frozenset(), []
-        roles = " and ".join(dict.fromkeys(example.messages[i][0] for i in sorted(lost)))
+        said = [i for i in sorted(lost) if example.messages[i][1].strip()]
+        if not said:
+            return lost, []  # blank messages, which are nothing to a template that knows no such
+        roles = " and ".join(dict.fromkeys(example.messages[i][0] for i in said))
         if self._system == "error":
             raise self._refusal(
                 example,
@@ -290,8 +331,12 @@ class ChatTemplate:
         if role not in self._losses:
             question = Example(_OTHER_PROBE, "", "")
             probe = [{"role": role, "content": _PROBE}, {"role": "user", "content": _OTHER_PROBE}]
-            try:
-                lost = _PROBE not in self._opened(probe, None, question)
+            try:  # some write it only where the last message is the user's
+                texts = [
+                    self._opened(probe, None, question),
+                    self._text([*probe, _said(_OTHER_PROBE)], None, question),
+                ]
+                lost = any(_PROBE not in text for text in texts)
             except DataError:
                 lost = True
             self._losses[role] = lost
@@ -313,7 +358,8 @@ class ChatTemplate:
         for role, content in [*(example.messages or request), ("assistant", example.output)]:
             if _stands(content, whole):
                 continue
-            if _THOUGHTS in content and _stands(content.rpartition(_THOUGHTS)[2], whole):
+            answered = content.rpartition(_CLOSED_THOUGHT)[2]
+            if _CLOSED_THOUGHT in content and _stands(answered, whole):
                 notes.append("rows of which the chat template leaves out thoughts (<think>)")
             elif role in ("system", "developer") and self._system == "template":
                 notes.append(
@@ -327,9 +373,30 @@ class ChatTemplate:
         for name in _called(example):
             if not _stands(name, whole):
                 raise self._refusal(
-                    example, f"leaves out tools or tool_calls of this row ({name!r} is not there)"
+                    example,
+                    f"leaves out tools or tool_calls of this row ({name!r} is not there)",
+                    _CALLS_WAY_OUT,
                 )
         return notes
+
+    def _left_out(self, example: Example, conversation: Sequence[Message], tools: Any) -> list[str]:
+        """What the template leaves out of any conversation of this shape.
+
+        Raises:
+            DataError: the text of a message, tools or calls of them are left out.
+        """
+        notes = []
+        for position, key in sorted(self._probes.lost(conversation, tools)):
+            if (position, key) == TOOLS or key == "tool_calls":
+                raise self._refusal(example, f"leaves out {key} of this row", _CALLS_WAY_OUT)
+            role = conversation[position]["role"]
+            if key in THOUGHTS:
+                notes.append(f"rows of which the chat template leaves out thoughts ({key})")
+            elif key == "name":
+                notes.append(f"rows of which the chat template leaves out the name of a {role}")
+            elif role not in ("system", "developer") or self._system != "template":
+                raise self._refusal(example, f"leaves out a {role} message of this row")
+        return list(dict.fromkeys(notes))
 
     def _refusal(self, example: Example, what: str, way_out: str = _WAY_OUT) -> DataError:
         where = f"{example.where}: " if example.where else ""
@@ -342,11 +409,6 @@ def _said(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _message(role: str, content: str, extras: Sequence[str], position: int) -> Message:
-    more = json.loads(extras[position]) if extras and extras[position] else {}
-    return {"role": role, "content": content, **more}
-
-
 def _stands(text: str, whole: str) -> bool:
     """Whether a text is in a rendering: as it is but for outer blanks, or as JSON writes it."""
     bare = text.strip()
@@ -355,14 +417,19 @@ def _stands(text: str, whole: str) -> bool:
     )
 
 
+def _extras(example: Example) -> list[Message]:
+    """The further keys of those messages that have any."""
+    return [json.loads(extra) for extra in example.extras if extra]
+
+
+def _calls(messages: Sequence[Message]) -> list[Any]:
+    """All calls of functions, in order."""
+    return [call for message in messages for call in message.get("tool_calls") or ()]
+
+
 def _called(example: Example) -> list[str]:
     """Names of the functions in tools and tool calls."""
-    calls = [
-        call
-        for extra in example.extras
-        if extra
-        for call in json.loads(extra).get("tool_calls") or ()
-    ]
+    calls = _calls(_extras(example))
     tools = json.loads(example.tools) if example.tools else []
     found = []
     for each in [*calls, *tools]:

@@ -215,7 +215,7 @@ class AdapterCards:
         text = template.prompt(probe)
         whole = self._base.tokenizer(text, add_special_tokens=False)["input_ids"]
         joined = len(whole) - len(self._encoder.prompt(probe))
-        return f"[:-{joined}]" if joined else ""
+        return f"[:-{joined}]" if joined > 0 else ""
 
     def _code(self, shared: Mapping[str, Any]) -> str:
         if self._form == "chat":
