@@ -121,9 +121,9 @@ def main() -> None:
             mib.append(added)
         trained, started = state.numbers["last_round"] > 0, time.process_time()
         if source.sketch:
-            SketchedProducts(state.numbers["product_sketch"]).similarity(trained, nearest=3)
+            SketchedProducts(state.numbers["travelled_sketch"]).likeness(trained, nearest=3)
         else:
-            ExactProducts(state.numbers["product_gram"]).similarity(trained, nearest=3)
+            ExactProducts(state.numbers["product_gram"]).likeness(trained, nearest=3)
         similarity_seconds = time.process_time() - started
     edges = (
         combined.diagnostics.graph.pairs

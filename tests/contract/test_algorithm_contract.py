@@ -42,6 +42,7 @@ from fedmira.methods import (
     ServerState,
     ShareFactor,
     Trained,
+    TwoLevel,
 )
 from fedmira.model import (
     BaseModel,
@@ -83,6 +84,21 @@ SETTINGS: dict[str, tuple[MethodSection, GraphSource]] = {
     "fedfomo": (FedFomo(candidates=2), FIXED),
     "fedkseed": (FedKSeed(), FIXED),
     "mira": (Mira(), LEARNED),
+    "two-level": (TwoLevel(), LEARNED),
+    "two-level, fixed graph": (TwoLevel(), FIXED),
+    "two-level, sketched": (
+        TwoLevel(),
+        LearnedGraph(nearest=2, warmup_rounds=0, sketch=32),
+    ),
+    "two-level, principal angles": (
+        TwoLevel(),
+        LearnedGraph(nearest=2, warmup_rounds=0, space="subspace"),
+    ),
+    "two-level, pfedgraph": (TwoLevel(), CollaborationGraph(warmup_rounds=0)),
+    "two-level, nothing common": (TwoLevel(common_rank=0), LEARNED),
+    "two-level, nobody aligned": (TwoLevel(coupling=0), LEARNED),
+    "two-level, neither": (TwoLevel(coupling=0, common_rank=0), LEARNED),
+    "two-level, safeguarded": (TwoLevel(safeguard=True), LEARNED),
     "mira, fixed graph": (Mira(), FIXED),
     "mira, factor space": (Mira(space="factor", neighbours="rescaled"), LEARNED),
     "mira, as published": (

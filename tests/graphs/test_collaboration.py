@@ -48,7 +48,7 @@ def weights_of(
         source.initial(()),
         ExactProducts(vectors @ vectors.T),
         everybody(len(vectors)) if trained is None else trained,
-    )
+    ).memory
     return matrix_of_list(memory, len(vectors))
 
 
@@ -180,7 +180,8 @@ def test_sketches_without_loss_give_the_exact_graph() -> None:
     """Sketches whose inner products are those of the updates."""
     vectors = updates(6, 7)
     source = CollaborationGraph(sketch=12)
-    found = source.update(source.initial(()), SketchedProducts(vectors.float()), everybody(6))
+    products = SketchedProducts(vectors.float())
+    found = source.update(source.initial(()), products, everybody(6)).memory
     torch.testing.assert_close(
         matrix_of_list(found, 6), weights_of(CollaborationGraph(), vectors), rtol=1e-4, atol=1e-5
     )

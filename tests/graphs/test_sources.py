@@ -26,7 +26,9 @@ CATEGORIES = dict(zip(CLIENTS, "xxyyy", strict=True))
 
 
 def some_products(seed: int) -> ExactProducts:
-    vectors = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """Two related clients and three others."""
+    vectors = torch.randn(5, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    vectors[1] += 2 * vectors[0]
     return ExactProducts(vectors @ vectors.T)
 
 
@@ -38,7 +40,7 @@ def test_fixed_kinds_act_from_round_one_and_never_change(kind: str, shuffle: boo
     assert not source.learned
     assert source.acts(1)
     assert torch.equal(
-        source.update(memory, some_products(0), torch.ones(5, dtype=torch.bool)), memory
+        source.update(memory, some_products(0), torch.ones(5, dtype=torch.bool)).memory, memory
     )
     assert source.graph(memory, CLIENTS).kind == (f"{kind}-shuffled" if shuffle else kind)
 
@@ -74,17 +76,18 @@ def test_learned_graph_warms_up_while_it_learns() -> None:
     assert source.learned
     assert [source.acts(round_number) for round_number in (1, 2, 3)] == [False, False, True]
     trained = torch.ones(5, dtype=torch.bool)
-    first = source.update(source.initial(CLIENTS), some_products(0), trained)
-    assert torch.equal(first, some_products(0).similarity(trained, 2))
-    second = source.update(first, some_products(1), trained)
-    assert torch.equal(second, blended(first, some_products(1).similarity(trained, 2), 0.5, 5))
+    first = source.update(source.initial(CLIENTS), some_products(0), trained).memory
+    assert torch.equal(first, some_products(0).likeness(trained, 2).edges)
+    second = source.update(first, some_products(1), trained).memory
+    assert torch.equal(second, blended(first, some_products(1).likeness(trained, 2).edges, 0.5, 5))
 
 
 def test_shuffled_learned_graph_remembers_the_true_one() -> None:
     true, control = LearnedGraph(), LearnedGraph(shuffle_seed=4)
     trained = torch.ones(5, dtype=torch.bool)
-    memory = true.update(true.initial(CLIENTS), some_products(0), trained)
-    assert torch.equal(control.update(control.initial(CLIENTS), some_products(0), trained), memory)
+    memory = true.update(true.initial(CLIENTS), some_products(0), trained).memory
+    again = control.update(control.initial(CLIENTS), some_products(0), trained)
+    assert torch.equal(again.memory, memory)
     shuffled = control.graph(memory, CLIENTS)
     assert shuffled.kind == "similarity-shuffled"
     assert not torch.equal(shuffled.edge_list, true.graph(memory, CLIENTS).edge_list)
@@ -122,8 +125,8 @@ def test_tiny_remembered_weights_are_forgotten_only_where_updates_are_sketched()
     for vector in [vectors, *[parted] * 22]:
         gram = vector.double() @ vector.double().T
         memories = [
-            exact.update(memories[0], ExactProducts(gram), trained),
-            sketched.update(memories[1], SketchedProducts(vector), trained),
+            exact.update(memories[0], ExactProducts(gram), trained).memory,
+            sketched.update(memories[1], SketchedProducts(vector), trained).memory,
         ]
     pairs = [[tuple(pair) for pair in memory[:, :2].int().tolist()] for memory in memories]
     assert pairs == [[(0, 1), (2, 3)], [(2, 3)]]

@@ -37,9 +37,12 @@ DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 BLOCK_ENTRIES = 2**23
 """Most float64 entries of one block of factor products: 64 MiB."""
 
+LEAST_TURNED = 3**-0.5
+"""Singular values of a turned A are at least this, the length of a row of PEFT's start."""
+
 Factors = tuple[Tensor, Tensor]
-Split = Literal["balanced", "flex"]
-SHARE_OF_DOWN: Mapping[Split, float] = {"balanced": 0.5, "flex": 0.0}
+Split = Literal["balanced", "flex", "turned"]
+SHARE_OF_DOWN: Mapping[Split, float] = {"balanced": 0.5, "flex": 0.0, "turned": 0.0}
 """Exponent of the singular values that goes into A; the rest goes into B."""
 
 
@@ -310,7 +313,13 @@ def _refactor(
     # Directions below the rounding of float32 factors are noise; dropping them keeps a live row of
     # A for training instead.
     kept = min(rank, int((values > values[0] * torch.finfo(torch.float32).eps).sum()))
-    if kept:
+    if kept == rank and split == "turned":
+        new_down, new_up = _turned(
+            old_down[:rank].to(torch.float64),
+            left[:, :rank] * (values[:rank] / out_scale),
+            right[:rank],
+        )
+    elif kept:
         strongest = left[:, :kept].abs().argmax(dim=0, keepdim=True)
         sign = torch.where(left[:, :kept].gather(0, strongest) < 0, -1.0, 1.0).to(torch.float64)
         strength = values[:kept] / out_scale
@@ -318,6 +327,22 @@ def _refactor(
         new_down[:kept] = right[:kept] * sign.T * strength.pow(share)[:, None]
         new_up[:, :kept] = left[:, :kept] * sign * strength.pow(1 - share)
     return new_down.to(old_down.dtype), new_up.to(old_up.dtype), float(values[kept:].square().sum())
+
+
+def _turned(old_down: Tensor, left: Tensor, right: Tensor) -> Factors:
+    """A and B of the product left @ right, with A the old one turned into the rows of `right`.
+
+    With X mu Y^T the singular value decomposition of A_old V, V the columns of right^T, and mu no
+    smaller than `LEAST_TURNED`: A = X mu Y^T V^T and B = U S Y mu^-1 X^T.
+
+    Args:
+        old_down: A_old [r, in].
+        left: U S [out, r].
+        right: V^T, orthonormal rows [r, in].
+    """
+    first, turned, last = torch.linalg.svd(old_down @ right.T)
+    turned = turned.clamp_min(LEAST_TURNED)
+    return (first * turned) @ last @ right, left @ (last.T / turned) @ first.T
 
 
 def mix(
@@ -355,7 +380,9 @@ def mix(
         out_scale: alpha / rank of the receiver.
         fallback: the receiver's present adapter, of `rank` or more.
         split: where the singular values S go: "balanced" puts sqrt(S) into both factors, "flex" all
-            of S into B as FlexLoRA does.
+            of S into B as FlexLoRA does, "turned" keeps the fallback's A as far as the sum allows,
+            so that an optimizer finds the scale that it left; a sum of too few directions is split
+            as by "flex".
     """
     chosen = [
         (modules(adapter), weight * s)

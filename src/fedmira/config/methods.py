@@ -58,6 +58,7 @@ METHODS: Mapping[str, str] = {
     "fedfomo": "fedmira.methods.fedfomo:FedFomo",
     "fedkseed": "fedmira.methods.fedkseed:FedKSeed",
     "mira": "fedmira.methods.mira:Mira",
+    "two-level": "fedmira.methods.two_level:TwoLevel",
 }
 """algorithm.name -> where the class is. A new method is a file and a line here."""
 

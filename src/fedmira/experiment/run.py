@@ -179,7 +179,10 @@ class _Part:
             first_round=checkpoint.round + 1 if checkpoint else 1,
             resting=recorder.watchers.resting,
         )
-        if self.stopped is None and experiment.algorithm.aligns and not recorder.ever_moved:
+        still = self.stopped is None and experiment.algorithm.aligns and not recorder.ever_moved
+        if still and experiment.graph.learned:
+            recorder.note_nobody_related()
+        elif still:
             raise AlignmentError(
                 f"{config.algorithm.name}: alignment is on, yet in {config.rounds.count} "
                 "rounds no client was pulled: the graph "

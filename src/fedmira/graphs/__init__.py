@@ -13,7 +13,7 @@ from fedmira.graphs.collaboration import collaboration_weights, project_on_simpl
 from fedmira.graphs.files import file_graph, graph_of, graph_text, write_graph
 from fedmira.graphs.graph import Graph
 from fedmira.graphs.products import ExactProducts, InnerProducts, SketchedProducts
-from fedmira.graphs.similarity import similarity_weights
+from fedmira.graphs.similarity import Likeness, likeness
 from fedmira.graphs.sources import (
     CollaborationGraph,
     FixedGraph,
@@ -31,6 +31,7 @@ __all__ = [
     "GraphSource",
     "InnerProducts",
     "LearnedGraph",
+    "Likeness",
     "MOST_EDGES",
     "SketchedProducts",
     "all_pairs",
@@ -41,10 +42,10 @@ __all__ = [
     "graph_of",
     "graph_source",
     "graph_text",
+    "likeness",
     "project_on_simplex",
     "random_graph",
     "shuffled",
-    "similarity_weights",
     "uniform_graph",
     "write_graph",
 ]

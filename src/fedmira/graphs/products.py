@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedmira.graphs.edges import list_of_matrix
-from fedmira.graphs.similarity import similarity_weights, sketched_similarity
+from fedmira.graphs.similarity import Likeness, cosines_of, likeness, sketched_likeness
 
 __all__ = ["ExactProducts", "InnerProducts", "SketchedProducts"]
 
@@ -23,10 +22,8 @@ CHUNK = 128
 class InnerProducts(Protocol):
     """What the graph side asks of the inner products <x_k, x_l>."""
 
-    def similarity(self, trained: Tensor, nearest: int) -> Tensor:
+    def likeness(self, trained: Tensor, nearest: int) -> Likeness:
         """The similarity graph of one round among the clients that have trained, bool [K].
-
-        An edge list, float64 [E, 3].
 
         Args:
             trained: which clients have trained, bool [K].
@@ -60,22 +57,21 @@ class ExactProducts:
 
     Attributes:
         gram: float64 [K, K]; rows and columns of clients that never trained are not read.
+        error: of a cosine, root mean square, where the products themselves are estimates.
     """
 
     gram: Tensor
+    error: float = 0.0
 
-    def similarity(self, trained: Tensor, nearest: int) -> Tensor:
+    def likeness(self, trained: Tensor, nearest: int) -> Likeness:
         """The similarity graph, from exact cosines."""
-        return list_of_matrix(similarity_weights(self.gram, trained, nearest))
+        return likeness(self.gram, trained, nearest, self.error)
 
     def cosines(self, trained: Tensor) -> Tensor:
         """Exact, to float64 rounding."""
-        taking_part = torch.nonzero(trained & (self.gram.diagonal() > 0)).flatten()
-        inner = self.gram[taking_part][:, taking_part]
-        inverse_norm = inner.diagonal().rsqrt()
-        cosine = (inner + inner.T) / 2 * inverse_norm[:, None] * inverse_norm[None, :]
+        cosine, taking_part = cosines_of(self.gram, trained)
         cosines = torch.zeros_like(self.gram)
-        cosines[taking_part[:, None], taking_part[None, :]] = cosine.fill_diagonal_(1)
+        cosines[taking_part[:, None], taking_part[None, :]] = cosine
         return cosines
 
     def trace(self, laplacian: Any) -> float:
@@ -97,9 +93,9 @@ class SketchedProducts:
 
     sketches: Tensor
 
-    def similarity(self, trained: Tensor, nearest: int) -> Tensor:
+    def likeness(self, trained: Tensor, nearest: int) -> Likeness:
         """From cosines between sketches."""
-        return sketched_similarity(self.sketches, trained, nearest)
+        return sketched_likeness(self.sketches, trained, nearest)
 
     def cosines(self, trained: Tensor) -> Tensor:
         """Estimates from the sketches."""

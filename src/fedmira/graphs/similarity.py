@@ -1,16 +1,30 @@
-"""The learned graph: tasks whose updates point the same way are related.
+"""The learned graph: tasks whose updates point the same way are related, as far as noise allows.
 
-With V the updates s B A minus a share 1 - 2/K of their mean over the K clients that trained, C_kl =
-<v_k, v_l> / (|v_k| |v_l|); negative values are cut to 0, each client keeps its nearest few, the
-result is made symmetric by the larger value and divided by its largest degree, and a moving average
-over rounds is kept. Only the Gram matrix of the updates is needed, or a sketch of each.
+With x_k the updates at unit norm, c_kl their cosines, and V the x_k minus a share 1 - 2/K of their
+mean over the K clients that trained, the weight of a pair is
 
-The share is ours. Taking the whole mean out makes all cosines of a few related clients negative, as
-if they were strangers: the mean of a few cannot tell what everybody learns from what relatives
-learn. With two clients nothing is taken out, with many nearly all.
+    w_kl = max(0, cos(v_k, v_l) - 2 s) / FULL_DEGREE,    s^2 = mean of c_kl^2 over pairs c_kl < 0
+
+Each client keeps its nearest few, the result is made symmetric by the larger value, divided by its
+largest degree where that is above 1, and a moving average over rounds is kept. Only the Gram matrix
+of the updates is needed, or a sketch of each.
+
+Weights are absolute: a pair of unrelated clients has a cosine of noise, and is left alone even if
+it is the best pair there is. s is the noise of a cosine between unrelated updates, which is as
+often below 0 as above; over n such pairs it is known to about a share 1 / sqrt(2 n) of itself.
+Where no cosine is negative, everybody learns much in common, and s is what the sketches of the
+updates are off by, if there are any.
+
+The share of the mean is ours. Taking the whole mean out makes all cosines of a few related clients
+negative, as if they were strangers: the mean of a few cannot tell what everybody learns from what
+relatives learn. With two clients nothing is taken out, with many nearly all. Updates have unit norm
+before the mean is made, so that a large one does not bend it.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,19 +34,29 @@ from fedmira.graphs.edges import (
     blended,
     degrees_of,
     joined,
+    list_of_matrix,
 )
 
 __all__ = [
+    "FULL_DEGREE",
+    "Likeness",
     "SMALLEST_SHARE",
     "centred_cosines",
+    "cosines_of",
+    "likeness",
     "nearest_neighbours",
     "remember",
-    "similarity_weights",
-    "sketched_similarity",
+    "sketched_likeness",
 ]
 
 NO_NORM = 1e-12
-"""A squared norm below this share of the largest one is rounding, not a direction."""
+"""A squared norm below this, of a unit update without its share of the mean, is rounding."""
+FULL_DEGREE = 0.5
+"""A client whose cosines beyond noise sum to this is pulled all the way to its neighbours' mean."""
+NOISE_FACTOR = 2.0
+"""How many times its noise a cosine must be above 0 to be worth anything."""
+LEAST_WEIGHT = 1e-3
+"""Weights below this are none: a pull that float32 hardly holds."""
 BLOCK_ROWS = 512
 """Rows of the cosines between sketches that are in memory at a time."""
 SMALLEST_SHARE = 1e-6
@@ -47,8 +71,39 @@ def _share_of_mean(count: int) -> float:
     return max(0.0, 1 - 2 / count)
 
 
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """The graph of one round, and what the cosines were that it was made of.
+
+    Attributes:
+        edges: edge list, float64 [E, 3], with largest degree 1 or less.
+        noise: s, the noise of a cosine; where none is negative, that of the sketches, or 0.
+        largest: the largest cosine of two clients, -1 where there are none.
+        mean: the mean cosine of all pairs, 0 where there are none.
+    """
+
+    edges: Tensor
+    noise: float = 0.0
+    largest: float = -1.0
+    mean: float = 0.0
+
+
+def cosines_of(gram: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines between the updates of those that take part, float64 [n, n], and who they are [n].
+
+    Args:
+        gram: inner products of the updates, float64 [K, K].
+        trained: which clients have trained, bool [K]; those whose update is zero take no part.
+    """
+    taking_part = torch.nonzero(trained & (gram.diagonal() > 0)).flatten()
+    inner = gram[taking_part][:, taking_part]
+    inverse_norm = inner.diagonal().rsqrt()
+    cosines = (inner + inner.T) / 2 * inverse_norm[:, None] * inverse_norm[None, :]
+    return cosines.fill_diagonal_(1), taking_part
+
+
 def centred_cosines(gram: Tensor, trained: Tensor) -> Tensor:
-    """Cosines between updates from which the share 1 - 2/K of the mean update has been subtracted.
+    """Cosines between unit updates from which the share 1 - 2/K of their mean has been subtracted.
 
     Centring takes out what all tasks learn alike (the form of an answer), which would make every
     pair look related.
@@ -64,18 +119,15 @@ def centred_cosines(gram: Tensor, trained: Tensor) -> Tensor:
     """
     count = len(gram)
     cosines = torch.zeros(count, count, dtype=torch.float64)
-    taking_part = torch.nonzero(trained & (gram.diagonal() > 0)).flatten()
+    inner, taking_part = cosines_of(gram, trained)
     if len(taking_part) == 0:
         return cosines
-    inner = gram[taking_part][:, taking_part]
-    inner = (inner + inner.T) / 2
     share = _share_of_mean(len(taking_part))
     to_mean = share * inner.mean(dim=1)
     centred = inner - to_mean[:, None] - to_mean[None, :] + share * to_mean.mean()
     squared = centred.diagonal()
-    has_direction = squared > NO_NORM * inner.diagonal().max()
     inverse_norm = torch.where(
-        has_direction, squared.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0
+        squared > NO_NORM, squared.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0
     )
     cosine = (centred * inverse_norm[:, None] * inverse_norm[None, :]).fill_diagonal_(0)
     cosines[taking_part[:, None], taking_part[None, :]] = (cosine + cosine.T) / 2
@@ -98,7 +150,7 @@ def nearest_neighbours(weights: Tensor, nearest: int) -> Tensor:
     return torch.maximum(kept, kept.T)
 
 
-def similarity_weights(gram: Tensor, trained: Tensor, nearest: int) -> Tensor:
+def likeness(gram: Tensor, trained: Tensor, nearest: int, error: float = 0.0) -> Likeness:
     """The graph of one round from the Gram matrix of the updates.
 
     Args:
@@ -106,25 +158,59 @@ def similarity_weights(gram: Tensor, trained: Tensor, nearest: int) -> Tensor:
             not read.
         trained: which clients have trained, bool [K].
         nearest: neighbours each client chooses; it may be chosen by more.
-
-    Returns:
-        float64 [K, K], symmetric, non-negative, zero diagonal, largest degree 1; all zero when
-        nobody is related.
+        error: of the cosines themselves, root mean square, where they are estimates; the noise is
+            no smaller.
     """
-    weights = nearest_neighbours(centred_cosines(gram, trained).clamp_min(0), nearest)
-    largest = weights.sum(dim=1).max() if len(weights) else torch.zeros((), dtype=torch.float64)
-    return weights / largest if float(largest) > 0 else weights
+    raw, taking_part = cosines_of(gram, trained)
+    count = len(taking_part)
+    if count < 2:
+        return Likeness(NO_EDGES)
+    pairs = raw[tuple(torch.triu_indices(count, count, offset=1))]
+    noise = _noise(float(pairs.clamp_max(0).square().sum()), int((pairs < 0).sum()), error)
+    worth = _worth(centred_cosines(gram, trained), noise)
+    edges = _scaled(list_of_matrix(nearest_neighbours(worth, nearest)), len(gram))
+    return Likeness(edges, noise, float(pairs.max()), float(pairs.mean()))
+
+
+def _noise(squares: float, count: int, error: float) -> float:
+    """s, from the sum of squares of the negative cosines and how many they are."""
+    return max(error, math.sqrt(squares / count) if count else 0.0)
+
+
+def _worth(cosines: Tensor, noise: float) -> Tensor:
+    """The weights that cosines are worth."""
+    weights = (cosines - NOISE_FACTOR * noise) / FULL_DEGREE
+    return torch.where(weights >= LEAST_WEIGHT, weights, 0.0)
+
+
+def _scaled(edges: Tensor, count: int) -> Tensor:
+    """The edges divided by their largest degree where that is above 1."""
+    if len(edges):
+        edges[:, 2] /= degrees_of(edges, count).max().clamp_min(1)
+    return edges
 
 
 def _point(sketches: Tensor) -> None:
-    """Subtract the share of the mean and divide by the norms, in place, float32 [n, m].
-
-    Zero where nothing is left.
-    """
-    largest = float(torch.linalg.vector_norm(sketches, dim=1).max())
-    sketches.sub_(_share_of_mean(len(sketches)) * sketches.mean(dim=0))
+    """Divide by the norms, in place, float32 [n, m]; zero where nothing is left."""
     norms = torch.linalg.vector_norm(sketches, dim=1)
-    sketches.mul_(torch.where(norms > NO_NORM**0.5 * largest, 1 / norms, 0.0)[:, None])
+    sketches.mul_(torch.where(norms > NO_NORM**0.5, 1 / norms, 0.0)[:, None])
+
+
+def _measured(directions: Tensor) -> tuple[float, float, float]:
+    """Noise, largest and mean of the cosines of all pairs of unit sketches, block by block."""
+    squares, negative, largest, total, count = 0.0, 0, -1.0, 0.0, len(directions)
+    for first in range(0, count, BLOCK_ROWS):
+        end = min(first + BLOCK_ROWS, count)
+        cosines = directions[first:end] @ directions[first:].T
+        upper = torch.ones_like(cosines, dtype=torch.bool).triu(diagonal=1)
+        pairs = cosines[upper]
+        if len(pairs):
+            squares += float(pairs.clamp_max(0).square().sum(dtype=torch.float64))
+            negative += int((pairs < 0).sum())
+            largest = max(largest, float(pairs.max()))
+            total += float(pairs.sum(dtype=torch.float64))
+    error = 1 / math.sqrt(directions.shape[1])  # of a cosine between sketches of m numbers
+    return _noise(squares, negative, error), largest, total / (count * (count - 1) / 2)
 
 
 def _largest_in_rows(directions: Tensor, nearest: int) -> tuple[Tensor, Tensor]:
@@ -161,8 +247,8 @@ def _largest_in_rows(directions: Tensor, nearest: int) -> tuple[Tensor, Tensor]:
     return values, columns
 
 
-def sketched_similarity(sketches: Tensor, trained: Tensor, nearest: int) -> Tensor:
-    """The graph of one round, as `similarity_weights` makes it, with cosines between sketches.
+def sketched_likeness(sketches: Tensor, trained: Tensor, nearest: int) -> Likeness:
+    """The graph of one round, as `likeness` makes it, with cosines between sketches.
 
     Time grows with the square of the clients that trained, memory with their number; of equal
     weights any may be taken.
@@ -172,25 +258,23 @@ def sketched_similarity(sketches: Tensor, trained: Tensor, nearest: int) -> Tens
             read.
         trained: which clients have trained, bool [K].
         nearest: neighbours each client chooses; it may be chosen by more.
-
-    Returns:
-        Edge list, float64 [E, 3], with largest degree 1.
     """
     count = len(sketches)
     taking_part = torch.nonzero(trained & sketches.ne(0).any(dim=1)).flatten()
     if len(taking_part) < 2:
-        return NO_EDGES
+        return Likeness(NO_EDGES)
     nearest = min(nearest, len(taking_part) - 1)
     directions = sketches[taking_part]
+    directions /= torch.linalg.vector_norm(directions, dim=1, keepdim=True)
+    noise, largest, mean = _measured(directions)
+    directions.sub_(_share_of_mean(len(directions)) * directions.mean(dim=0))
     _point(directions)
     values, columns = _largest_in_rows(directions, nearest)
-    chosen = values > 0
+    worth = _worth(values.to(torch.float64), noise)
+    chosen = worth > 0
     rows = taking_part[:, None].expand(-1, nearest)[chosen]
-    edges = joined(rows, taking_part[columns[chosen]], values[chosen].to(torch.float64), count)
-    if len(edges) == 0:
-        return edges
-    edges[:, 2] /= degrees_of(edges, count).max()
-    return edges
+    edges = joined(rows, taking_part[columns[chosen]], worth[chosen], count)
+    return Likeness(_scaled(edges, count), noise, largest, mean)
 
 
 def remember(

@@ -6,7 +6,7 @@ A fixed graph, or one that is learned from the updates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ __all__ = [
     "CollaborationGraph",
     "FixedGraph",
     "GraphSource",
+    "Learned",
     "LearnedGraph",
     "graph_source",
     "sketch_entries",
@@ -43,6 +44,19 @@ MOST_EXACT = 512
 """Most clients whose inner products are kept one by one when the config leaves it open."""
 DEFAULT_ENTRIES = 1024
 """Entries of a sketch, 4 KiB, when the config leaves it open: cosines are off by about 0.03."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What a round taught.
+
+    Attributes:
+        memory: edge list, float64 [E, 3].
+        figures: of the cosines, for the log.
+    """
+
+    memory: Tensor
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class GraphSource(Protocol):
@@ -60,7 +74,16 @@ class GraphSource(Protocol):
     def space(self) -> str:
         """Whose inner products it is learned from.
 
-        "product", the updates, or "subspace", where they point to; none where it is fixed.
+        "travelled", the sums of what local training added to each client's adapter, "product", the
+        adapters, or "subspace", where these point to; none where it is fixed.
+        """
+        ...
+
+    @property
+    def absolute(self) -> bool:
+        """Whether a degree is the share of the way to the neighbours' mean by itself.
+
+        Elsewhere weights are relative to the largest degree.
         """
         ...
 
@@ -79,7 +102,7 @@ class GraphSource(Protocol):
         """
         ...
 
-    def update(self, memory: Tensor, products: InnerProducts, trained: Tensor) -> Tensor:
+    def update(self, memory: Tensor, products: InnerProducts, trained: Tensor) -> Learned:
         """The memory after a round.
 
         Args:
@@ -125,13 +148,18 @@ class FixedGraph:
         """Of no meaning here."""
         return "product"
 
+    @property
+    def absolute(self) -> bool:
+        """False: weights are relative to the largest degree."""
+        return False
+
     def initial(self, clients: Sequence[str]) -> Tensor:
         """No edges, as nothing has to be remembered."""
         return NO_EDGES
 
-    def update(self, memory: Tensor, products: InnerProducts, trained: Tensor) -> Tensor:
+    def update(self, memory: Tensor, products: InnerProducts, trained: Tensor) -> Learned:
         """The memory as it was, whatever the round brought."""
-        return memory
+        return Learned(memory)
 
     def graph(self, memory: Tensor, clients: Sequence[str]) -> Graph:
         """The given graph, with its rows in the order of the clients.
@@ -169,8 +197,9 @@ class LearnedGraph:
             random, the same way in all rounds; the memory keeps the true one.
         sketch: entries of the sketches that it is learned from, 0 for exact inner products. With
             sketches, remembered weights below a millionth of the largest are forgotten.
-        space: "product" compares the updates, "subspace" the column spaces of their modules, by
-            principal angles.
+        space: "travelled" compares the sums of what local training added to each client's adapter,
+            which no pull has made alike; "product" the adapters; "subspace" the column spaces of
+            their modules, by principal angles.
     """
 
     nearest: int = 3
@@ -178,7 +207,12 @@ class LearnedGraph:
     warmup_rounds: int = 1
     shuffle_seed: int | None = None
     sketch: int = 0
-    space: str = "product"
+    space: str = "travelled"
+
+    @property
+    def absolute(self) -> bool:
+        """True: a degree is what its cosines are worth."""
+        return True
 
     @property
     def kind(self) -> str:
@@ -194,25 +228,27 @@ class LearnedGraph:
         """No edges, as nobody has trained yet."""
         return NO_EDGES
 
-    def update(self, memory: Tensor, products: InnerProducts, trained: Tensor) -> Tensor:
+    def update(self, memory: Tensor, products: InnerProducts, trained: Tensor) -> Learned:
         """The moving average of the rounds' graphs; clients that never trained have no edges."""
         smallest_share = SMALLEST_SHARE if self.sketch else 0.0
-        return remember(
-            memory,
-            self.edges_of_round(products, trained),
-            self.memory,
-            len(trained),
-            smallest_share,
-        )
+        found = self.of_round(products, trained)
+        edges = remember(memory, found.memory, self.memory, len(trained), smallest_share)
+        return replace(found, memory=edges)
 
-    def edges_of_round(self, products: InnerProducts, trained: Tensor) -> Tensor:
-        """The graph of this round alone: an edge list, float64 [E, 3].
+    def of_round(self, products: InnerProducts, trained: Tensor) -> Learned:
+        """The graph of this round alone.
 
         Args:
             products: inner products of the updates of all clients.
             trained: which clients have trained, bool [K].
         """
-        return products.similarity(trained, self.nearest)
+        found = products.likeness(trained, self.nearest)
+        figures = {
+            "cosine_noise": found.noise,
+            "cosine_largest": found.largest,
+            "cosine_mean": found.mean,
+        }
+        return Learned(found.edges, figures)
 
     def graph(self, memory: Tensor, clients: Sequence[str]) -> Graph:
         """The remembered graph, shuffled for the control."""
@@ -239,6 +275,7 @@ class CollaborationGraph(LearnedGraph):
         rows: training rows of each client; empty for equal shares.
     """
 
+    space: str = "product"
     alpha: float = 0.8
     rows: tuple[float, ...] = ()
 
@@ -247,7 +284,12 @@ class CollaborationGraph(LearnedGraph):
         """The name of this kind of graph in graph.json."""
         return "pfedgraph"
 
-    def edges_of_round(self, products: InnerProducts, trained: Tensor) -> Tensor:
+    @property
+    def absolute(self) -> bool:
+        """False: the paper's weights are made to sum to 1."""
+        return False
+
+    def of_round(self, products: InnerProducts, trained: Tensor) -> Learned:
         """From the cosines between clients that have trained and whose update is not zero.
 
         The others have no edges.
@@ -255,14 +297,14 @@ class CollaborationGraph(LearnedGraph):
         cosines = products.cosines(trained)
         taking_part = torch.nonzero(cosines.diagonal()).flatten()
         if len(taking_part) < 2:
-            return NO_EDGES
+            return Learned(NO_EDGES)
         rows = torch.tensor(self.rows or [1.0] * len(trained), dtype=torch.float64)[taking_part]
         chosen = collaboration_weights(
             cosines[taking_part][:, taking_part], rows / rows.sum(), self.alpha
         )
         weights = torch.zeros_like(cosines)
         weights[taking_part[:, None], taking_part[None, :]] = (chosen + chosen.T) / 2
-        return list_of_matrix(weights.fill_diagonal_(0))
+        return Learned(list_of_matrix(weights.fill_diagonal_(0)))
 
 
 _FIXED: Mapping[str, Callable[[GraphSettings, Sequence[str], Mapping[str, str], int], Graph]] = {
@@ -300,7 +342,7 @@ def _collaboration(
     return CollaborationGraph(
         alpha=settings.alpha,
         rows=tuple(float(rows[client]) for client in clients if rows),
-        **common,
+        **common | {"space": "product" if common["space"] == "travelled" else common["space"]},
     )
 
 
@@ -308,7 +350,7 @@ _LEARNED: Mapping[str, Callable[..., LearnedGraph]] = {
     "similarity": _similarity,
     "pfedgraph": _collaboration,
 }
-_SPACES: Mapping[str, str] = {"cosine": "product", "principal-angles": "subspace"}
+_SPACES: Mapping[str, str] = {"cosine": "travelled", "principal-angles": "subspace"}
 
 
 def graph_source(

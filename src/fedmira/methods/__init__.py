@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedmira.methods.mira import Mira
     from fedmira.methods.parts.mixing import Mixing, mixing_matrix
     from fedmira.methods.share_factor import ShareFactor
+    from fedmira.methods.two_level import TwoLevel
 
 _HOMES = {
     "Blend": "fedmira.methods.base",
@@ -63,6 +64,7 @@ _HOMES = {
     "ShareFactor": "fedmira.methods.share_factor",
     "Start": "fedmira.methods.base",
     "Trained": "fedmira.methods.base",
+    "TwoLevel": "fedmira.methods.two_level",
     "mixing_matrix": "fedmira.methods.parts.mixing",
     "setting": "fedmira.config.section",
 }
@@ -92,6 +94,7 @@ __all__ = [
     "ShareFactor",
     "Start",
     "Trained",
+    "TwoLevel",
     "mixing_matrix",
     "setting",
 ]

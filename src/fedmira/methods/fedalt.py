@@ -97,7 +97,13 @@ class FedAlt(Method):
 
     @property
     def _kept(self) -> KeptProducts:
-        return KeptProducts((self.context.graph.space,), self.context.graph.sketch)
+        return KeptProducts((self._compared,), self.context.graph.sketch)
+
+    @property
+    def _compared(self) -> str:
+        """Own parts are never pulled: they are what their training has added."""
+        space = self.context.graph.space
+        return "product" if space == "travelled" else space
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The common start, nobody trained, no graph learned."""
@@ -126,13 +132,13 @@ class FedAlt(Method):
         cohort = sorted(clients.index(client) for client in changes)
         numbers = {**state.numbers, LAST_ROUND: state.numbers[LAST_ROUND].clone()}
         numbers[LAST_ROUND][cohort] = replies[0].round
+        figures: Mapping[str, float] = {}
         if source.learned:
             trained = numbers[LAST_ROUND] > 0
             numbers |= self._kept.copied(state.numbers)
             self._kept.refresh(numbers, cohort, trained, partial(self._own_parts, adapters))
-            numbers[GRAPH] = source.update(
-                numbers[GRAPH], self._kept.of(numbers, source.space), trained
-            )
+            learned = source.update(numbers[GRAPH], self._kept.of(numbers, self._compared), trained)
+            numbers[GRAPH], figures = learned.memory, learned.figures
         after = ServerState(adapters, numbers)
         graph = self._graph(after)
         degrees = graph.degrees if graph else torch.zeros(len(clients))
@@ -143,7 +149,11 @@ class FedAlt(Method):
         }
         return Combined(
             after,
-            Diagnostics(cut, {clients[k]: {"degree": float(degrees[k])} for k in cohort}, graph),
+            Diagnostics(
+                {**cut, **figures},
+                {clients[k]: {"degree": float(degrees[k])} for k in cohort},
+                graph,
+            ),
         )
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:

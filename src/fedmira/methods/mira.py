@@ -37,27 +37,20 @@ from fedmira.config.section import Fraction, setting
 from fedmira.errors import ConfigError
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId, Payload, Reply
-from fedmira.methods.base import (
-    Combined,
-    Diagnostics,
-    Method,
-    ServerState,
-    Start,
-    Trained,
-)
+from fedmira.methods.base import Combined, Diagnostics, ServerState
+from fedmira.methods.parts.declining import MayDecline
 from fedmira.methods.parts.kept_products import KeptProducts, Take, Taken
+from fedmira.methods.parts.learning import Learning
 from fedmira.methods.parts.mixing import Mixing, mixing_matrix
 
 __all__ = ["Mira"]
 
-LAST_ROUND, GRAPH = "last_round", "graph"
+LAST_ROUND = "last_round"
 START = "*start"
 """In states of adapters that are no LoRA factors.
 
 What everybody started from. The star cannot be part of a client id.
 """
-OWN = "own"
-"""What a client that may decline keeps for itself: the adapter it last sent."""
 
 
 def _mix_products(
@@ -97,7 +90,7 @@ class _Move:
     neighbours_differ: bool
 
 
-class Mira(Method):
+class Mira(MayDecline):
     """Both halves; with the safeguard a client also remembers the adapter it last sent.
 
     The state holds an adapter a client, and as numbers "last_round" (int64 [K], 0 = never trained),
@@ -141,14 +134,6 @@ class Mira(Method):
         help=(
             "mix the products B A and cut to the receiver's rank, or mix A and B one by one as "
             "in the paper"
-        ),
-    )
-    safeguard: bool = setting(
-        False,
-        help=(
-            "each client chooses by its own validation rows how much of the server's pull it "
-            "keeps: all, half or nothing. Needs `data.validation_fraction` and a pull above 0, "
-            'and `engine.wire = "float32"`'
         ),
     )
 
@@ -240,30 +225,23 @@ class Mira(Method):
         return self.strength > 0
 
     @property
-    def may_decline(self) -> bool:
-        """True where `safeguard` is on."""
-        return self.safeguard
+    def _learning(self) -> Learning:
+        return Learning(self.context)
 
     @property
     def _kept(self) -> KeptProducts:
         """Inner products of the space that is mixed, and of the one that a graph is learned in."""
-        spaces = {self.space, self._compared} if self.context.graph.learned else {self.space}
+        spaces = {str(self.space), self._learning.compared or self.space}
         return KeptProducts(tuple(sorted(spaces)), self.context.graph.sketch)
-
-    @property
-    def _compared(self) -> str:
-        """The space that a graph is learned in."""
-        return self.context.graph.space if self.context.low_rank else "factor"
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """Each client's start, nobody trained, no graph learned."""
-        clients, graph = self.context.clients, self.context.graph
+        clients = self.context.clients
         numbers = {
             LAST_ROUND: torch.zeros(len(clients), dtype=torch.int64),
             **self._kept.initial(len(clients)),
+            **self._learning.initial(),
         }
-        if graph.learned:
-            numbers[GRAPH] = graph.initial(clients)
         common = {} if self.context.low_rank else {START: next(iter(starts.values()))}
         return ServerState({**starts, **common}, numbers)
 
@@ -275,35 +253,11 @@ class Mira(Method):
         """The client's own adapter."""
         return state.adapters[client]
 
-    def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
-        """Half of the way that the server moved the adapter, and none of it.
-
-        The way is that in the space that is mixed.
-        """
-        if not self.safeguard or all(
-            torch.equal(tensor, aligned[name]) for name, tensor in own.items()
-        ):
-            return {}
+    def halfway(self, own: Adapter, aligned: Adapter) -> Adapter:
+        """Half of the way, in the space that is mixed."""
         rank = next(iter(modules(own).values()))[0].shape[0] if self.space == "product" else 0
         # Both have the client's own scale, so that it does not matter here.
-        half, _ = _MIX[self.space](([own, aligned], [1.0, 1.0]), [0.5, 0.5], rank, 1.0, own)
-        return {0.5: half, 0.0: own}
-
-    def begin(self, payload: Payload, memory: Payload | None) -> Start:
-        """Start from the adapter in the payload.
-
-        With the safeguard, perhaps from one that is nearer to what the client last sent.
-        """
-        aligned = payload.tensors["adapter"]
-        own = memory.tensors.get(OWN) if memory is not None else None
-        return Start(aligned, alternatives={} if own is None else self.alternatives(own, aligned))
-
-    def finish(
-        self, payload: Payload, memory: Payload | None, trained: Trained
-    ) -> tuple[Payload, Payload | None]:
-        """Send the trained adapter; with the safeguard, remember it."""
-        sent = Payload({"adapter": trained.adapter})
-        return sent, Payload({OWN: trained.adapter}) if self.safeguard else None
+        return _MIX[self.space](([own, aligned], [1.0, 1.0]), [0.5, 0.5], rank, 1.0, own)[0]
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Write the replies in, learn the graph, and move the round's clients to their neighbours.
@@ -312,7 +266,7 @@ class Mira(Method):
         also those of all that have trained. The logged disagreement is an estimate where inner
         products are sketched; all else that is logged is exact.
         """
-        clients, source, kept = self.context.clients, self.context.graph, self._kept
+        clients, kept = self.context.clients, self._kept
         row = {client: k for k, client in enumerate(clients)}
         cohort = sorted(row[reply.client_id] for reply in replies)
         changes = {reply.client_id: reply.payload.tensors["adapter"] for reply in replies}
@@ -322,13 +276,11 @@ class Mira(Method):
         trained = last_round > 0
         numbers = {**state.numbers, LAST_ROUND: last_round, **kept.copied(state.numbers)}
         kept.refresh(numbers, cohort, trained, partial(self._updates, state.adapters, changes))
-        memory = source.initial(clients)
-        if source.learned:
-            numbers[GRAPH] = memory = source.update(
-                numbers[GRAPH], kept.of(numbers, self._compared), trained
-            )
-        graph, acts = source.graph(memory, clients), source.acts(replies[0].round)
-        mixing = self._mixing(graph if acts else graph.without_edges(), cohort, trained, replies)
+        figures = self._learning.learn(
+            numbers, cohort, trained, take, partial(self._taken, state.adapters, {}), kept
+        )
+        graph, acts = self._learning.graph(numbers, replies[0].round)
+        mixing = self._mixing(graph, cohort, trained, replies)
 
         laplacian = graph.among(trained).laplacian
         before = kept.of(numbers, self.space).trace(laplacian)
@@ -346,6 +298,7 @@ class Mira(Method):
             "guarded": float(mixing.guarded),
             "disagreement_before": max(0.0, before),
             "disagreement_after": max(0.0, remaining),
+            **figures,
         }
         diagnostics = Diagnostics(
             round=round_log,
@@ -400,7 +353,12 @@ class Mira(Method):
         in_cohort = torch.zeros(len(rows), dtype=torch.bool)
         in_cohort[cohort] = True
         return mixing_matrix(
-            self, graph, in_cohort, trained, torch.tensor(rows, dtype=torch.float64)
+            self,
+            graph,
+            in_cohort,
+            trained,
+            torch.tensor(rows, dtype=torch.float64),
+            self.context.graph.absolute,
         )
 
     def _move(self, k: int, mixing: Mixing, take: Take, numbers: Mapping[str, Tensor]) -> _Move:

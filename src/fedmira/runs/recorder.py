@@ -5,6 +5,7 @@ Events, a line of rounds.csv, evaluations and the checkpoint.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ from fedmira.storage import AdapterTable
 __all__ = ["Best", "Recorder"]
 
 _SMALL_PULL = 1e-3
+_log = logging.getLogger("fedmira")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +230,15 @@ class Recorder:
     def _note_warning(self, message: str) -> None:
         """Write a sentence on an observer that failed into events.jsonl."""
         self.folder.append_events([{"event": "warning", "round": self._number, "message": message}])
+
+    def note_nobody_related(self) -> None:
+        """Say that the learned graph joined nobody; that is a finding and no failure."""
+        message = (
+            f"no client was pulled in {self._number} rounds: the updates of no two clients point "
+            "the same way by more than their noise, so each adapter was aligned with nobody's"
+        )
+        self._note_warning(message)
+        _log.warning("%s", message)
 
     def _note_pulls(self, outcome: RoundOutcome) -> list[EventLine]:
         """Remember whether anybody was moved.

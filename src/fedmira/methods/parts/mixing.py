@@ -113,15 +113,17 @@ _POLICIES: Mapping[str, Callable[[Tensor, Tensor], tuple[Tensor, float]]] = {
 }
 
 
-def _server_step(settings: Strengths, graph: Graph) -> float:
-    """gamma before the guard: as set, or coupling / max degree of the whole graph.
+def _server_step(settings: Strengths, graph: Graph, absolute: bool) -> float:
+    """gamma before the guard: as set, the coupling, or coupling / max degree of the whole graph.
 
     0 without edges.
     """
     max_degree = float(graph.degrees.max())
     if max_degree == 0:
         return 0.0
-    return settings.coupling / max_degree if settings.server_step is None else settings.server_step
+    if settings.server_step is not None:
+        return settings.server_step
+    return settings.coupling if absolute else settings.coupling / max_degree
 
 
 def _acting(graph: Graph, cohort: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +139,12 @@ def _acting(graph: Graph, cohort: Tensor, neighbours: Tensor) -> tuple[Tensor, T
 
 
 def mixing_matrix(
-    settings: Strengths, graph: Graph, cohort: Tensor, trained: Tensor, rows: Tensor
+    settings: Strengths,
+    graph: Graph,
+    cohort: Tensor,
+    trained: Tensor,
+    rows: Tensor,
+    absolute: bool = False,
 ) -> Mixing:
     """P_kl = gamma_k c a_kl for k in the cohort and l among its neighbours, P_kk = 1 - sum_l P_kl.
 
@@ -153,9 +160,10 @@ def mixing_matrix(
         cohort: clients that trained in this round, bool [K].
         trained: clients that ever trained, those of this round included, bool [K].
         rows: training rows of each client, float64 [K]; read for the cohort.
+        absolute: whether a degree is the share of the way by itself, and the coupling is gamma.
     """
     neighbours, factor = _POLICIES[settings.neighbours](cohort, trained)
-    gamma = _server_step(settings, graph)
+    gamma = _server_step(settings, graph, absolute)
     share = (
         settings.size_scale / (settings.size_scale + rows)
         if settings.size_scale > 0
