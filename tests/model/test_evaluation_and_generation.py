@@ -24,6 +24,7 @@ from fedmira.model import (
     start_adapter,
     write_adapter,
 )
+from fedmira.model.kinds.peft_files import lora_config
 from tiny import ARCHITECTURES, TinyRow, draw_rows, tiny_base, tiny_model
 
 ALPHA = 8.0
@@ -45,7 +46,7 @@ def plain_peft(
     rank: int,
     folder: Path,
 ) -> PeftModel:
-    write_adapter(folder, adapter, base, targets, rank, ALPHA, 0.0)
+    write_adapter(folder, adapter, lora_config(base, targets, rank, ALPHA, 0.0))
     return PeftModel.from_pretrained(tiny_model(architecture), folder).eval()
 
 

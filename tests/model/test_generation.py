@@ -42,6 +42,7 @@ from fedmira.model.generation.generate import (
 )
 from fedmira.model.generation.probe import decoding_agrees
 from fedmira.model.generation.waves import plan_waves
+from fedmira.model.kinds.peft_files import lora_config
 from fedmira.model.packed.packing import gather, pack, segment_rows
 from tiny import ARCHITECTURES, draw_rows, tiny_base, tiny_model
 
@@ -61,7 +62,8 @@ class Federation:
         self.adapters = [noisy(self.targets, rank, seed) for seed, rank in enumerate(RANKS)]
         self.models = []
         for client, (adapter, rank) in enumerate(zip(self.adapters, RANKS, strict=True)):
-            write_adapter(folder / str(client), adapter, self.base, self.targets, rank, ALPHA, 0.0)
+            config = lora_config(self.base, self.targets, rank, ALPHA, 0.0)
+            write_adapter(folder / str(client), adapter, config)
             self.models.append(
                 PeftModel.from_pretrained(tiny_model(architecture), folder / str(client)).eval()
             )

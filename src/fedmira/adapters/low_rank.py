@@ -60,8 +60,10 @@ class Mixed:
     tail: float
 
 
-def scale(alpha: float, rank: int) -> float:
+def scale(alpha: float, rank: int, rslora: bool = False) -> float:
     """LoRA's factor s = alpha / r in front of B A; 1 for adapters without a rank, where r is 0.
+
+    Rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732) has s = alpha / sqrt(r).
 
     >>> from fedmira.adapters import scale
     >>> scale(alpha=16.0, rank=8)
@@ -70,8 +72,11 @@ def scale(alpha: float, rank: int) -> float:
     Args:
         alpha: LoRA's alpha.
         rank: of the adapter, 0 for kinds that have none.
+        rslora: whether it is rank-stabilised.
     """
-    return alpha / rank if rank else 1.0
+    if not rank:
+        return 1.0
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 def modules(adapter: Adapter) -> dict[str, Factors]:

@@ -24,6 +24,8 @@ from fedmira.model import (
     Contender,
     LocalOutcome,
     LocalTask,
+    count_steps,
+    rate_shares,
 )
 from fedmira.wire import checked_reply
 
@@ -40,11 +42,13 @@ class CohortSettings:
         local: the settings of [local].
         scales: client id -> s = alpha / r of its adapter.
         token_budget: most token positions in one forward pass.
+        rounds: of the run, over which the learning rate goes.
     """
 
     local: LocalSettings
     scales: Mapping[ClientId, float]
     token_budget: int
+    rounds: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +152,17 @@ class Cohort:
             and same_shapes(memory.tensors[_FIRST], start.adapter)
         ):
             moments = (memory.tensors[_FIRST], memory.tensors[_SECOND], int(memory.scalars[_STEPS]))
+        rows, local = self.clients[client].train, self.settings.local
         return LocalTask(
             start=start.adapter,
             scale=self.settings.scales[client],
-            rows=self.clients[client].train,
+            rows=rows,
             seed=request.seed,
             hook=start.hook,
             moments=moments,
+            rates=rate_shares(
+                local, request.round, self.settings.rounds, count_steps(len(rows), local)
+            ),
         )
 
     def _finish(

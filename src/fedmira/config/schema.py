@@ -151,6 +151,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _rates_of_two_factors(self) -> Config:
+        if self.local.lora_plus_ratio != 1 and not self.adapter.low_rank:
+            raise ValueError(
+                f"local.lora_plus_ratio = {self.local.lora_plus_ratio:g} is of LoRA's two factors, "
+                f"which adapter.kind = {self.adapter.kind!r} has not; set it to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _movements_are_sums_of_steps(self) -> Config:
         local = self.local
         if Need.MOVEMENTS in self.algorithm.needs and (

@@ -165,7 +165,7 @@ def build_experiment(
         sum(tensor.numel() for tensor in start.values()) for start in scheme.starts.values()
     )
     at_once = most_side_by_side(largest, kind.base.device)
-    settings = CohortSettings(config.local, scales, budget)
+    settings = CohortSettings(config.local, scales, budget, config.rounds.count)
     clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once)
     if config.engine.wire != "float32":
         clients = OverWire(clients, config.engine.wire, at_once)

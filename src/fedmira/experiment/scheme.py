@@ -141,6 +141,7 @@ def make_scheme(
         graph=graph,
         cohort=at_once,
         rounds=config.rounds.count,
+        rslora=config.adapter.rslora,
     )
     algorithm = method.for_federation(context)
     if algorithm.aligns and not graph.acts(config.rounds.count):

@@ -123,7 +123,8 @@ class Node:
     ) -> None:
         self.name = data.client_id
         self._memory = memory
-        settings = CohortSettings(config.local, {self.name: kind.scale(rank)}, budget)
+        scales = {self.name: kind.scale(rank)}
+        settings = CohortSettings(config.local, scales, budget, config.rounds.count)
         self._clients = LocalClients(method_of(config), kind, {self.name: data}, settings)
         self._answers: Mapping[str, Callable[[Encoded], Encoded]] = {
             IDENTITY: self._identity,

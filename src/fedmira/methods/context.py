@@ -25,6 +25,7 @@ class MethodContext:
         graph: who is related.
         cohort: clients that train in a round.
         rounds: of the run.
+        rslora: whether a client's update is alpha / sqrt(rank) * B A.
     """
 
     clients: tuple[ClientId, ...]
@@ -34,10 +35,19 @@ class MethodContext:
     graph: GraphSource
     cohort: int
     rounds: int = 1
+    rslora: bool = False
 
     def scale(self, client: ClientId) -> float:
-        """alpha / rank of a client; 1 for adapters without a rank."""
-        return scale(self.alpha, self.ranks[client])
+        """alpha / rank of a client, or alpha / sqrt(rank); 1 for adapters without a rank."""
+        return self.scale_of(self.ranks[client])
+
+    def scale_of(self, rank: int) -> float:
+        """The same of any rank.
+
+        Args:
+            rank: 0 for adapters without one.
+        """
+        return scale(self.alpha, rank, self.rslora)
 
     @property
     def low_rank(self) -> bool:

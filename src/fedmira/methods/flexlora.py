@@ -25,7 +25,6 @@ from fedmira.adapters import (
     Adapter,
     mix,
     replaced,
-    scale,
 )
 from fedmira.adapters.low_rank import UP
 from fedmira.config.methods import Need
@@ -57,7 +56,7 @@ class FlexLora(CutToRank):
         adapters = [reply.payload.tensors["adapter"] for reply in ordered]
         scales = [context.scale(reply.client_id) for reply in ordered]
         mixed = mix(
-            adapters, weights, scales, largest, scale(context.alpha, largest), before, split="flex"
+            adapters, weights, scales, largest, context.scale_of(largest), before, split="flex"
         )
         diagnostics = Diagnostics(round={"truncation": mixed.tail})
         return Combined(

@@ -29,7 +29,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from fedmira.adapters import Adapter, gram, mix, modules, replaced, scale
+from fedmira.adapters import Adapter, gram, mix, modules, replaced
 from fedmira.adapters.low_rank import DOWN, Split
 from fedmira.config.methods import Need
 from fedmira.config.section import Count, Fraction, setting
@@ -212,7 +212,7 @@ class TwoLevel(MayDecline):
 
     @property
     def _common_scale(self) -> float:
-        return scale(self.context.alpha, self._common_rank)
+        return self.context.scale_of(self._common_rank)
 
     def halfway(self, own: Adapter, aligned: Adapter) -> Adapter:
         """The mean of both products, in the factors of the client's own."""

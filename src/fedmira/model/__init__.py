@@ -22,6 +22,7 @@ from fedmira.model.packed.passes import response_losses
 from fedmira.model.packed.token_budget import choose_token_budget, usual_token_budget
 from fedmira.model.training.batches import count_steps
 from fedmira.model.training.measure import Choice, Contender, choose_adapters, summed_losses
+from fedmira.model.training.rates import rate_shares
 from fedmira.model.training.steps import LocalOutcome, LocalTask, train_cohort
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "load_tokenizer",
     "most_side_by_side",
     "prove_export",
+    "rate_shares",
     "read_adapter",
     "response_losses",
     "start_adapter",

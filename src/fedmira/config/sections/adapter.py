@@ -42,6 +42,14 @@ class AdapterSettings(Section):
         gt=0,
         help="LoRA's alpha; a client's update is alpha / r · B A.",
     )
+    rslora: bool = setting(
+        False,
+        help=(
+            "rsLoRA: a client's update is alpha / √r · B A, so that ranks far apart learn alike. "
+            "PEFT calls it `use_rslora`."
+        ),
+        read_by={"kind": ("lora",)},
+    )
     dropout: float = setting(
         0.0,
         ge=0,
@@ -59,8 +67,8 @@ class AdapterSettings(Section):
             'The linear layers that carry a branch, by the end of their path (`"q_proj"`, '
             '`"self_attn.q_proj"`). Empty takes the usual ones: `q_proj` and `v_proj`; else '
             "`c_attn`, `query_key_value`, `qkv_proj`, `Wqkv`, or `query` and `value`. The "
-            "output head is never one. A name that matches nothing is an error that lists what "
-            "exists."
+            'output head is never one. `["all-linear"]` takes all others of the language model. '
+            "A name that matches nothing is an error that lists what exists."
         ),
         read_by={"kind": ("lora",)},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedmira.config.section import Count, Positive, Section, setting
 
@@ -35,11 +35,19 @@ class LocalSettings(Section):
     )
     steps: Positive = setting(
         5,
-        help="Optimizer steps a round. Ignored where `epochs` is above 0.",
+        help="Optimizer steps a round. Ignored where `epochs` or `steps_per_row` is above 0.",
     )
     epochs: Count = setting(
         0,
         help=("Passes over the client's training rows a round, in place of `steps`."),
+    )
+    steps_per_row: float = setting(
+        0.0,
+        ge=0,
+        help=(
+            "Optimizer steps a round for each training row of the client, rounded and at least "
+            "one, in place of `steps`: clients with many rows then take more steps."
+        ),
     )
     batch_size: Positive = setting(
         8,
@@ -49,8 +57,31 @@ class LocalSettings(Section):
         3e-3,
         gt=0,
         help=(
-            "Constant; there is no schedule. The default suits the bundled base; larger bases "
-            "usually want about 3e-4, and `zeroth-order` on the bundled base too."
+            "Of the first step, and of all under the schedule `constant`. The default suits the "
+            "bundled base; larger bases usually want about 3e-4, and `zeroth-order` on the "
+            "bundled base too."
+        ),
+    )
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant",
+        help=(
+            "How the learning rate falls over the rounds of the run, towards 0 behind the last "
+            "step. All clients of a round have equal rates, whoever trained before."
+        ),
+    )
+    warmup_steps: Count = setting(
+        0,
+        help=(
+            "The learning rate rises over so many local steps, counted as if the client trained "
+            "in every round."
+        ),
+    )
+    lora_plus_ratio: float = setting(
+        1.0,
+        gt=0,
+        help=(
+            'LoRA+: the learning rate of B in times that of A. Of `adapter.kind = "lora"`, and '
+            "not with `zeroth-order`, which steps along one direction."
         ),
     )
     weight_decay: float = setting(
@@ -122,3 +153,21 @@ class LocalSettings(Section):
         ),
         read_by={"optimizer": ("zeroth-order",)},
     )
+
+    @model_validator(mode="after")
+    def _one_count_of_steps(self) -> LocalSettings:
+        if self.epochs and self.steps_per_row:
+            raise ValueError(
+                f"epochs = {self.epochs} and steps_per_row = {self.steps_per_row:g} both say how "
+                "many steps a round has; set one of them to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_direction_has_one_rate(self) -> LocalSettings:
+        if self.lora_plus_ratio != 1 and self.optimizer == "zeroth-order":
+            raise ValueError(
+                f"lora_plus_ratio = {self.lora_plus_ratio:g} gives A and B rates of their own, but "
+                "optimizer = 'zeroth-order' steps along one direction; set it to 1"
+            )
+        return self

@@ -13,6 +13,8 @@ from fedmira.model.base.types import TargetModule
 
 __all__ = ["find_targets"]
 
+ALL_LINEAR = "all-linear"
+"""In place of names: every linear layer of the language model but the head, as in PEFT."""
 _USUAL_TARGETS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "v_proj"),
     ("c_attn",),
@@ -30,7 +32,7 @@ def find_targets(model: nn.Module, wanted: Sequence[str]) -> list[TargetModule]:
 
     Args:
         model: the frozen model.
-        wanted: endings of module names, as in `adapter.targets`.
+        wanted: endings of module names, as in `adapter.targets`, or "all-linear" alone.
 
     Raises:
         ModelError: a wanted name matches nothing, or matches something that is not linear; lists
@@ -42,11 +44,13 @@ def find_targets(model: nn.Module, wanted: Sequence[str]) -> list[TargetModule]:
         if isinstance(module, (nn.Linear, Conv1D)) and not _is_head(model, module)
     }
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    if not wanted:
+    if not wanted or list(wanted) == [ALL_LINEAR]:
         # A base that also reads pictures has layers of the same names outside its language model.
         inside = _decoder_parts(model)
         linear = {name: module for name, module in linear.items() if id(module) in inside}
         suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        if wanted and linear:
+            return [_describe(path, module) for path, module in linear.items()]
         wanted = next((usual for usual in _USUAL_TARGETS if set(usual) <= set(suffixes)), ())
         if not wanted:
             raise ModelError(

@@ -17,7 +17,7 @@ from fedmira.model.base.memory import PassLimits, within_memory
 from fedmira.model.base.rows import Row
 from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.generation.generate import generate, most_cache_bytes
-from fedmira.model.kinds.peft_files import read_adapter, write_adapter
+from fedmira.model.kinds.peft_files import lora_config, read_adapter, write_adapter
 from fedmira.model.lora.branch import LoraBranch
 from fedmira.model.lora.stack import StackedAdapters, start_adapter
 from fedmira.model.packed.token_budget import choose_token_budget
@@ -37,7 +37,7 @@ class LoraKind:
     """LoRA (Hu et al. 2021) on some linear layers; clients of a cohort train side by side.
 
     Attributes:
-        alpha, dropout: of the branches.
+        alpha, dropout, rslora: of the branches.
         limits: how much memory was seen to hold.
         base: the frozen base.
         targets: the linear layers that carry adapters, in the model's order.
@@ -48,6 +48,7 @@ class LoraKind:
     targets: Sequence[TargetModule]
     alpha: float
     dropout: float = 0.0
+    rslora: bool = False
     virtual_tokens: int = 0
     limits: PassLimits = field(default_factory=PassLimits, repr=False, compare=False)
 
@@ -62,8 +63,8 @@ class LoraKind:
         return f"{len(self.targets)} layers"
 
     def scale(self, rank: int) -> float:
-        """The factor alpha / rank in front of the product B A."""
-        return scale(self.alpha, rank)
+        """The factor alpha / rank in front of the product B A, or alpha / sqrt(rank)."""
+        return scale(self.alpha, rank, self.rslora)
 
     def starts(self, ranks: Mapping[str, int], seed: int) -> dict[str, Adapter]:
         """Cuts of one adapter of the largest rank."""
@@ -128,7 +129,8 @@ class LoraKind:
     def write(self, folder: Path, adapter: Adapter) -> None:
         """As LoRA weights of the adapter's own rank."""
         rank = next(iter(modules(adapter).values()))[0].shape[0]
-        write_adapter(folder, adapter, self.base, self.targets, rank, self.alpha, self.dropout)
+        config = lora_config(self.base, self.targets, rank, self.alpha, self.dropout, self.rslora)
+        write_adapter(folder, adapter, config)
 
     def read(self, folder: Path) -> Adapter:
         """The factors A and B of every layer, from a PEFT folder."""

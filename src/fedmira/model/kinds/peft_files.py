@@ -31,27 +31,14 @@ ENCODER_WEIGHTS = "encoder.safetensors"
 """What was trained, where that is more than what PEFT loads."""
 
 
-def write_adapter(
-    folder: Path,
-    adapter: Adapter,
-    base: BaseModel,
-    targets: Sequence[TargetModule],
-    rank: int,
-    alpha: float,
-    dropout: float,
-) -> None:
+def write_adapter(folder: Path, adapter: Adapter, config: LoraConfig) -> None:
     """Write adapter_config.json and adapter_model.safetensors into `folder`.
 
     Args:
         folder: made where it is missing.
         adapter: the tensors by name.
-        base: the frozen base.
-        targets: the linear layers that carry adapters, in the model's order.
-        rank: r of the adapter.
-        alpha: scale of LoRA; the branch is alpha / r times B A.
-        dropout: share of the branch's inputs that are dropped in training.
+        config: what `lora_config` gave for them.
     """
-    config = lora_config(base, targets, rank, alpha, dropout)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     _sort_targets(folder / "adapter_config.json")
@@ -59,7 +46,12 @@ def write_adapter(
 
 
 def lora_config(
-    base: BaseModel, targets: Sequence[TargetModule], rank: int, alpha: float, dropout: float
+    base: BaseModel,
+    targets: Sequence[TargetModule],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    rslora: bool = False,
 ) -> LoraConfig:
     """PEFT's settings for adapters of this rank, as adapter_config.json has them.
 
@@ -69,6 +61,7 @@ def lora_config(
         rank: r of the adapter.
         alpha: scale of LoRA; the branch is alpha / r times B A.
         dropout: share of the branch's inputs that are dropped in training.
+        rslora: whether the branch is alpha / sqrt(r) times B A.
     """
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -77,6 +70,7 @@ def lora_config(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]  # PEFT takes a fraction as well
         lora_dropout=dropout,
+        use_rslora=rslora,
         target_modules=sorted(target.name for target in targets),
         fan_in_fan_out=any(target.stored_transposed for target in targets),
         bias="none",

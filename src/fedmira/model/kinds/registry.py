@@ -129,7 +129,11 @@ def _lora(settings: AdapterSettings, base: BaseModel, engine: EngineSettings) ->
     targets = targets_in_use(base, find_targets(base.model, settings.targets))
     check_wrapped(base, targets, settings.alpha)
     return LoraKind(
-        with_engine_options(base, engine, targets), targets, settings.alpha, settings.dropout
+        with_engine_options(base, engine, targets),
+        targets,
+        settings.alpha,
+        settings.dropout,
+        settings.rslora,
     )
 
 

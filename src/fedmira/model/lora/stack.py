@@ -105,6 +105,18 @@ class StackedAdapters:
     def __len__(self) -> int:
         return len(self.ranks)
 
+    def ratios(self, ratio: float) -> Tensor:
+        """Learning rates in times that of A: 1 for its entries and `ratio` for those of B, [P].
+
+        Args:
+            ratio: of LoRA+ (Hayou et al. 2024, arXiv 2402.12354).
+        """
+        shares = torch.ones(self.values.shape[1])
+        for slot in self._slots.values():
+            if slot.rank_axis == 1:
+                shares[slot.offset : slot.offset + math.prod(slot.shape)] = ratio
+        return shares.to(self.values.device)
+
     def stacked(self, name: str) -> Tensor:
         """A factor of all clients, padded: [K, rank, inputs] or [K, outputs, rank].
 

@@ -14,8 +14,9 @@ __all__ = ["batch_indices", "count_steps"]
 def batch_indices(num_rows: int, settings: LocalSettings, seed: int) -> Iterator[list[int]]:
     """The row numbers of each local step's batch.
 
-    With `epochs`, every epoch is a new order cut into batches, the last one shorter. With `steps`,
-    orders follow one another without a cut. A batch is never larger than the client's rows.
+    With `epochs`, every epoch is a new order cut into batches, the last one shorter. With `steps`
+    or `steps_per_row`, orders follow one another without a cut. A batch is never larger than the
+    client's rows.
 
     Args:
         num_rows: training rows of the client.
@@ -30,7 +31,7 @@ def batch_indices(num_rows: int, settings: LocalSettings, seed: int) -> Iterator
             yield from (order[start : start + size] for start in range(0, num_rows, size))
         return
     pool: list[int] = []
-    for _ in range(settings.steps):
+    for _ in range(count_steps(num_rows, settings)):
         while len(pool) < size:
             pool += torch.randperm(num_rows, generator=generator).tolist()
         yield pool[:size]
@@ -44,6 +45,8 @@ def count_steps(num_rows: int, settings: LocalSettings) -> int:
         num_rows: training rows of the client.
         settings: the [local] section.
     """
+    if settings.steps_per_row:
+        return max(1, round(settings.steps_per_row * num_rows))
     if not settings.epochs:
         return settings.steps
     size = min(settings.batch_size, num_rows)

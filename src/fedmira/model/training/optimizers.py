@@ -79,7 +79,12 @@ class CohortOptimizer:
     rho: float = 1.0
 
     def step(
-        self, values: Tensor, gradients: Tensor, moments: Moments, active: Tensor
+        self,
+        values: Tensor,
+        gradients: Tensor,
+        moments: Moments,
+        active: Tensor,
+        shares: Tensor | None = None,
     ) -> Tensor | None:
         """Move the rows `active` (int64 indices) of `values` in place.
 
@@ -88,6 +93,8 @@ class CohortOptimizer:
             gradients: [K, P].
             moments: changed in place.
             active: the rows that move, int64.
+            shares: of the learning rate that each entry moves by, [active, P] or [active, 1];
+                every rule is linear in the rate. None where all are 1.
 
         Returns:
             Of each of these rows the number of entries whose step was clipped, int64, or None where
@@ -98,9 +105,12 @@ class CohortOptimizer:
         value, gradient = values[rows], gradients[rows]
         first, second = moments.first[rows], moments.second[rows]
         moments.steps[rows] += 1
+        before = value.clone() if shares is not None else value
         clipped = OPTIMIZERS[self.name](
             self, value, gradient, first, second, moments.steps[rows].double()[:, None]
         )
+        if shares is not None:
+            torch.lerp(before, value, shares.to(value.dtype).expand_as(value), out=value)
         if not everyone:
             values[rows], moments.first[rows], moments.second[rows] = value, first, second
         return clipped

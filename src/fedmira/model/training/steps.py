@@ -55,6 +55,7 @@ class LocalTask:
         hook: turns (gradient, parameters) into the gradient to step with, or None.
         moments: (first, second, steps) kept from its last round, named as the adapter is, or None
             to start fresh.
+        rates: share of the learning rate of each of its steps; None where all are 1.
     """
 
     start: Adapter
@@ -63,6 +64,7 @@ class LocalTask:
     seed: int
     hook: Hook | None = None
     moments: tuple[Adapter, Adapter, int] | None = None
+    rates: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +203,11 @@ class _Cohort:
             settings.sophia_rho,
         )
         self.moments = self._initial_moments()
+        self.ratios = (
+            self.stacked.ratios(settings.lora_plus_ratio)
+            if settings.lora_plus_ratio != 1 and isinstance(self.stacked, StackedAdapters)
+            else None
+        )
         self.batches = [batch_indices(len(task.rows), settings, task.seed) for task in tasks]
         self.alive = torch.ones(len(tasks), dtype=torch.bool, device=self.device)
         self.failed_in_step = torch.zeros(len(tasks), dtype=torch.long, device=self.device)
@@ -252,14 +259,35 @@ class _Cohort:
             self._apply_hook(client)
         shares = clip_rows(self.stacked.gradients, self.settings.max_grad_norm)
         if self.slopes is not None:
+            rates = self._rates(range(len(self.tasks)))
+            shares = shares if rates is None else shares * rates
             self.slopes.note(shares, self.settings.learning_rate)
         active = on_device(list(batches), self.device)
         clipped = self.optimizer.step(
-            self.stacked.values, self.stacked.gradients, self.moments, active
+            self.stacked.values,
+            self.stacked.gradients,
+            self.moments,
+            active,
+            self._shares(list(batches)),
         )
         if clipped is not None:
             self.clipped.index_add_(0, active, clipped)
         return True
+
+    def _rates(self, clients: Sequence[int]) -> Tensor | None:
+        """Each client's share of the learning rate in this step, [n]; None where all are 1."""
+        if all(self.tasks[client].rates is None for client in clients):
+            return None
+        step = len(self.sums) - 1
+        rates = [self.tasks[client].rates or () for client in clients]
+        return on_device([each[step] if step < len(each) else 1.0 for each in rates], self.device)
+
+    def _shares(self, clients: Sequence[int]) -> Tensor | None:
+        """By what share of the learning rate each entry moves, [n, P] or [n, 1]; None: all by 1."""
+        rates = self._rates(clients)
+        if rates is None:
+            return None if self.ratios is None else self.ratios[None, :].expand(len(clients), -1)
+        return rates[:, None] if self.ratios is None else rates[:, None] * self.ratios[None, :]
 
     def outcomes(self) -> list[LocalOutcome]:
         """The clients' results after the last step."""
