@@ -66,11 +66,20 @@ class _Sum:
     scales: tuple[float, ...] = ()
 
     def plus(self, other: _Sum, times: float = 1.0) -> _Sum:
-        """The sum with another one added so many times."""
+        """The sum with another one added so many times; an adapter of both stands in it once."""
+        place = {id(adapter): i for i, adapter in enumerate(self.adapters)}
+        weights, new = list(self.weights), []
+        for adapter, weight, factor in zip(
+            other.adapters, other.weights, other.scales, strict=True
+        ):
+            if id(adapter) in place:
+                weights[place[id(adapter)]] += times * weight
+            else:
+                new.append((adapter, times * weight, factor))
         return _Sum(
-            self.adapters + other.adapters,
-            self.weights + tuple(times * weight for weight in other.weights),
-            self.scales + other.scales,
+            self.adapters + tuple(adapter for adapter, _, _ in new),
+            tuple(weights) + tuple(weight for _, weight, _ in new),
+            self.scales + tuple(factor for _, _, factor in new),
         )
 
     def formed(
@@ -280,12 +289,14 @@ class TwoLevel(MayDecline):
             part = total.formed(rank, scale_, state.adapters[OWN_PART + client], "balanced")
             changes[OWN_PART + client] = part
             whole = _Sum((part,), (1.0,), (scale_,)).plus(common)
-            changes[client] = self._formed(whole, client, round_.trained[client])
+            after = self._formed(whole, client, round_.trained[client])
+            changes[client] = after
             pull = float(mixing.pulls[k])
+            way = total.plus(own[client], -1.0)
             told[client] = {
                 "pull": pull,
                 "degree": float(graph.degrees[k]),
-                "relative_pull": _share(total.plus(own[client], -1.0), whole) if pull else 0.0,
+                "relative_pull": _share(way, _Sum((after,), (1.0,), (scale_,))) if pull else 0.0,
             }
         steps = {
             "server_step": mixing.server_step,
