@@ -328,9 +328,6 @@ def seeing(kind: str, tokenizer: Any) -> Any:
         ("gemma3", ["self_attn.o_proj", "fc1"], ("vision_tower", "fc1")),
         pytest.param(
             *("git", None, ()),
-            marks=pytest.mark.xfail(
-                strict=True, reason="the usual layers of GIT are looked for in its image encoder"
-            ),
         ),
         ("git", ["query", "q_proj"], ("2 of 4", "image_encoder")),
     ],
@@ -414,9 +411,6 @@ GREEDY = "{{ 'x' * 1000000000000000000 }}"
         pytest.param(
             GREEDY,
             id="takes more memory than there is",
-            marks=pytest.mark.xfail(
-                strict=True, raises=MemoryError, reason="a template's MemoryError is a traceback"
-            ),
         ),
     ],
 )
@@ -537,9 +531,6 @@ def test_a_run_of_relative_paths_is_taken_up_from_anywhere(
     assert saved["base_model_name_or_path"] == str(here / "base")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a folder that is gone is taken for a hub id, wherever it lay"
-)
 def test_a_relative_base_that_is_gone_is_said_to_have_been_one(
     plain_base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -636,9 +627,6 @@ def test_an_adapter_of_experts_is_refused_at_the_start_or_acts_in_plain_peft(
     assert found == pytest.approx(trained, rel=1e-4)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a base that keeps a state cannot be copied after the trial of its targets"
-)
 def test_layers_in_front_of_a_kept_state_are_trained(
     rows: Path, tokenizer: Any, reads: Reads, tmp_path: Path
 ) -> None:

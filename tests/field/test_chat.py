@@ -259,9 +259,6 @@ def test_the_system_message_that_all_rows_share_stands_in_front_of_a_question(
         assert card_says(output, "moss", base, request).strip() == ended.out.strip() != ""
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the card's code gives a system message to a template that refuses it"
-)
 @pytest.mark.parametrize("chat", ["gemma", "mistral"])
 def test_the_cards_code_asks_a_template_that_takes_no_system_message(
     chat: str, tmp_path: Path
@@ -294,7 +291,6 @@ def test_functions_that_all_rows_share_are_offered_with_a_question(
     assert '"rain' in (output / "adapters" / "fern" / "README.md").read_text().replace("\\", "")
 
 
-@pytest.mark.xfail(strict=True, reason="the card's code offers no functions, generate does")
 def test_the_card_offers_the_functions_that_all_rows_share(asked: Asked, tmp_path: Path) -> None:
     """Kind G."""
     chat = "{% if tools %}MAY CALL {{ tools | tojson }}\n{% endif %}" + ENDS["trims answers"]
@@ -336,9 +332,6 @@ OTHER_CLOCKS = {
     "through a macro": "{% macro at(f) %}{{ f('%H:%M:%S') }}{% endmacro %}{{ at(strftime_now) }}\n",
 }
 """Questions for the time that have no fixed text."""
-UNSEEN = pytest.mark.xfail(
-    strict=True, reason="a call of strftime_now under another name is neither fixed nor refused"
-)
 
 
 @pytest.fixture
@@ -403,8 +396,8 @@ def test_a_template_that_asks_for_the_time_is_told_the_same_one_for_a_whole_run(
     [
         "of a named form",
         "of a form in a variable",
-        pytest.param("under another name", marks=UNSEEN),
-        pytest.param("through a macro", marks=UNSEEN),
+        "under another name",
+        "through a macro",
     ],
 )
 def test_a_time_that_cannot_be_fixed_is_refused_or_stays_the_same(
@@ -553,9 +546,6 @@ DOCS = Path(__file__).parents[2] / "docs"
             "first-steps.md",
             "runs/ni/adapters/fern",
             ("The instruction of this client's rows.", "An input for this task."),
-            marks=pytest.mark.xfail(
-                strict=True, reason="its code leaves the base's generation_config.json at work"
-            ),
         ),
         (
             "python.md",

@@ -120,7 +120,6 @@ def test_answers_of_special_tokens_are_printed_and_scored(
     assert (ended.code, ended.out) == (0, f"{yes}\n")
 
 
-@pytest.mark.xfail(strict=True, reason="the card's code leaves out all special tokens")
 def test_the_cards_code_prints_answers_of_special_tokens_as_generate_does(
     tmp_path: Path,
 ) -> None:

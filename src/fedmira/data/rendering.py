@@ -22,7 +22,9 @@ _OTHER_PROBE = "Vjk"
 _WAY_OUT = 'set data.prompt = "alpaca"'
 _CALLS_WAY_OUT = "leave such rows out, or take a base whose template writes functions and calls"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_CLOCK = re.compile(r"\bstrftime_now\s*\(\s*(?P<mark>['\"])(?P<form>.*?)(?P=mark)\s*\)")
+_TIME_CODES = "aAbBcCdDeFgGhHIjklmMpPrRsSTuUVwWxXyYzZ"
+_PERCENT = "\ue000"
+"""In place of an escaped percent sign, while the others are told apart."""
 _CLOSED_THOUGHT = "</think>"
 _STARTED = datetime.now(UTC).astimezone().replace(tzinfo=None).isoformat(timespec="seconds")
 
@@ -167,6 +169,16 @@ class ChatTemplate:
         whole = self._text([*conversation, _said(_PROBE)], tools, example)
         return self._cut(conversation, whole, tools, example)
 
+    def asked(self, example: Example) -> tuple[list[Message], list[Any] | None]:
+        """The messages before the answer as the template is given them, and the functions.
+
+        Args:
+            example: a row; its response does not matter.
+        """
+        moved, _ = self._moved(example)
+        tools = json.loads(example.tools) if example.tools else None
+        return self._conversation(example, moved), tools
+
     def marked(self, example: Example) -> tuple[list[int], list[int]]:
         """All token ids of a row with its response, and a 1 for each that the assistant writes.
 
@@ -185,17 +197,23 @@ class ChatTemplate:
         return list(found["input_ids"]), list(found["assistant_masks"])
 
     def _timed(self, template: Any) -> Any:
-        """The template with the time of the run in place of every question for the time."""
+        """The template with a `strftime_now` of its own, which tells the time of the run.
+
+        However it is called, this one is found before that of transformers, which reads the clock.
+        """
         if isinstance(template, Mapping):
             return {name: self._timed(text) for name, text in template.items()}
-        timed = _CLOCK.sub(lambda found: json.dumps(self._time.strftime(found["form"])), template)
-        if re.search(r"\bstrftime_now\s*\(", timed):
-            raise DataError(
-                f"the chat template of {self._tokenizer.name_or_path!r} calls strftime_now with "
-                "something else than a text, so its time cannot be fixed for a run; write the "
-                f"form of the date into the call, or {_WAY_OUT}"
-            )
-        return timed
+        if "strftime_now" not in template:
+            return template
+        told = "".join(
+            f" | replace({json.dumps(code)}, {json.dumps(self._time.strftime(code))})"
+            for letter in _TIME_CODES
+            for code in (f"%{letter}", f"%-{letter}")
+        )
+        percent = json.dumps(_PERCENT)
+        form = f"form | replace('%%', {percent}){told} | replace({percent}, '%')"
+        # An expression behind the macro, so that a line end at the template's start stays.
+        return "{% macro strftime_now(form) %}{{ " + form + " }}{% endmacro %}{{ '' }}" + template
 
     def _call(self, conversation: Sequence[Message], example: Example, **more: Any) -> Any:
         # jinja2 comes with every tokenizer that has a chat template; without one there is nothing
@@ -209,6 +227,7 @@ class ChatTemplate:
             AssertionError,
             AttributeError,
             LookupError,
+            MemoryError,
             RuntimeError,
             TypeError,
             ValueError,

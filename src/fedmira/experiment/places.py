@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.config import Config
+from fedmira.errors import RunFolderError
 
 __all__ = ["where_they_lay"]
 
@@ -20,6 +21,9 @@ def where_they_lay(config: Config, run: Mapping[str, Any]) -> Config:
     Args:
         config: as config.toml has it; it stays as it is.
         run: what run.json holds.
+
+    Raises:
+        RunFolderError: the base was a folder that is there no more.
     """
     changed = {}
     for section, key, block in (("model", "base", "base"), ("data", "path", "data")):
@@ -29,4 +33,14 @@ def where_they_lay(config: Config, run: Mapping[str, Any]) -> Config:
         relative = not Path(written).expanduser().is_absolute()
         if relative and isinstance(place, str) and place != written and Path(place).exists():
             changed[section] = getattr(config, section).model_copy(update={key: place})
+        elif (
+            section == "model"
+            and isinstance(place, str)
+            and Path(place).is_absolute()
+            and not Path(written).expanduser().exists()
+        ):
+            raise RunFolderError(
+                f"model.base {written!r} was the folder {place} when the run was made, which is "
+                "not there; put it back, or run from a folder in which it is found"
+            )
     return config.model_copy(update=changed)

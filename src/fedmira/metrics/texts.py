@@ -26,6 +26,9 @@ def rouge_l(prediction: str, reference: str, *, use_stemmer: bool = False) -> fl
     ASCII only; where a text has other letters, words are those of Unicode, and each character of a
     script that is written without blanks (Han, Kana, Thai, Lao, Khmer, Burmese) is one.
 
+    Of two texts without any letter or digit (an emoji, a sign) none has a word to share: 1 where
+    they are equal, else 0.
+
     Most papers report this one. Natural Instructions' own script also stems (`use_stemmer=True`).
     Not comparable with `rouge_l_package`.
 
@@ -38,6 +41,8 @@ def rouge_l(prediction: str, reference: str, *, use_stemmer: bool = False) -> fl
         reference: the row's response.
         use_stemmer: whether words are cut to their stems first.
     """
+    if not any(letter.isalnum() for text in (prediction, reference) for letter in text):
+        return float(prediction.strip() == reference.strip() != "")
     foreign = any(
         not letter.isascii() and letter.isalnum()
         for text in (prediction, reference)

@@ -177,6 +177,12 @@ class AdapterCards:
         )
 
     @property
+    def _silent(self) -> set[int]:
+        """Ids that say nothing in an answer: its ends, padding, and the start of a sequence."""
+        tokenizer = self._base.tokenizer
+        return {*end_tokens(self._base), tokenizer.pad_token_id, tokenizer.bos_token_id} - {None}
+
+    @property
     def _template_opens(self) -> bool:
         """Whether the tokenizer's template alone writes the prompt of training."""
         template = self._encoder.template
@@ -193,18 +199,19 @@ class AdapterCards:
         """A line that makes the prompt of a request in the chat form."""
         request = "{instruction}\n\n{input}"
         system = shared.get("system") if shared.get("conversation") else ""
-        if self._template_opens:
-            messages = [{"role": "user", "content": request}]
-            if system:
-                messages.insert(0, {"role": "system", "content": system})
-            return (
-                f"prompt = tokenizer.apply_chat_template({_python(messages)}, "
-                "tokenize=False, add_generation_prompt=True)"
-            )
+        tools = str(shared.get("tools", "")) if shared.get("conversation") else ""
         template = self._encoder.template
         assert template is not None, "the form is chat"
-        asked = (*([("system", system)] if system else []), ("user", request))
-        return f"prompt = {_python(template.prompt(Example('', '', '', messages=asked)))}"
+        asked = (*([("system", str(system))] if system else []), ("user", request))
+        example = Example("", "", "", messages=asked, tools=tools)
+        if not self._template_opens:
+            return f"prompt = {_python(template.prompt(example))}"
+        messages, offered = template.asked(example)
+        functions = f"tools={_python(offered)}, " if offered else ""
+        return (
+            f"prompt = tokenizer.apply_chat_template({_python(messages)}, {functions}"
+            "tokenize=False, add_generation_prompt=True)"
+        )
 
     def _joined(self) -> str:
         """A slice that takes the last tokens off a prompt that would be joined with the answer."""
@@ -242,7 +249,9 @@ class AdapterCards:
             f"{self._config.evaluation.max_new_tokens}, do_sample=False, "
             f"eos_token_id={end_tokens(self._base)}, "
             f"pad_token_id={self._base.tokenizer.pad_token_id})",
-            "print(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))",
+            f"ends = {sorted(self._silent)}  # any other special token may be the answer",
+            "said = [token for token in answer[0, ids.shape[1] :].tolist() if token not in ends]",
+            "print(tokenizer.decode(said).strip())",
         ]
         return "\n".join(lines)
 

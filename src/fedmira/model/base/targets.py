@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from fedmira.errors import ModelError
 from fedmira.model.base.types import TargetModule
 
-__all__ = ["find_targets"]
+__all__ = ["find_targets", "usual_names"]
 
 ALL_LINEAR = "all-linear"
 """In place of names: every linear layer of the language model but the head, as in PEFT."""
@@ -71,6 +71,20 @@ def find_targets(model: nn.Module, wanted: Sequence[str]) -> list[TargetModule]:
         for path, module in linear.items()
         if any(_matches(path, name) for name in wanted)
     ]
+
+
+def usual_names(model: nn.Module) -> list[tuple[str, ...]]:
+    """The usual names of which the model has all, in the order in which they are tried.
+
+    Args:
+        model: the frozen model.
+    """
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not _is_head(model, module)
+    }
+    return [usual for usual in _USUAL_TARGETS if set(usual) <= linear]
 
 
 def _matches(path: str, name: str) -> bool:

@@ -71,6 +71,12 @@ def _without_numbers(model: PreTrainedModel) -> PreTrainedModel:
         id(part): nn.Parameter(part.to("meta"), requires_grad=False) for part in model.parameters()
     }
     shapes |= {id(part): part.to("meta") for part in model.buffers()}
+    for module in model.modules():  # such as the state that recurrent layers keep of their last row
+        shapes |= {
+            id(part): part.detach().to("meta")
+            for part in vars(module).values()
+            if isinstance(part, torch.Tensor)
+        }
     return copy.deepcopy(model, shapes)
 
 

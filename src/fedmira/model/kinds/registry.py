@@ -17,7 +17,7 @@ from fedmira.errors import ModelError
 from fedmira.model.base.memory import out_of_memory
 from fedmira.model.base.options import with_engine_options
 from fedmira.model.base.rows import Row
-from fedmira.model.base.targets import find_targets
+from fedmira.model.base.targets import find_targets, usual_names
 from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.kinds.lora import LoraKind
 from fedmira.model.kinds.prompt_encoders import PromptModel
@@ -125,8 +125,21 @@ class AdapterKind(Protocol):
         ...
 
 
+def _targets(settings: AdapterSettings, base: BaseModel) -> list[TargetModule]:
+    """The layers as named, or the first of the usual ones that text trains."""
+    try:
+        return targets_in_use(base, find_targets(base.model, settings.targets))
+    except ModelError as error:
+        for names in [] if settings.targets else usual_names(base.model)[1:]:
+            try:
+                return targets_in_use(base, find_targets(base.model, names))
+            except ModelError:
+                continue
+        raise error
+
+
 def _lora(settings: AdapterSettings, base: BaseModel, engine: EngineSettings) -> LoraKind:
-    targets = targets_in_use(base, find_targets(base.model, settings.targets))
+    targets = _targets(settings, base)
     check_wrapped(base, targets, settings.alpha)
     return LoraKind(
         with_engine_options(base, engine, targets),
