@@ -52,6 +52,7 @@ def context(
         alpha=ALPHA,
         graph=graph,
         cohort=count,
+        rounds=3,
     )
 
 
@@ -85,7 +86,7 @@ def test_rounds_are_those_of_the_equations(ranks: list[int]) -> None:
     """Clients come and go; parts are so wide that only the client's own rank cuts."""
     graph = random_graph(names(4), 1)
     federation = context(FixedGraph(graph), 4, ranks, rows=[10, 20, 30, 40])
-    method = TwoLevel(coupling=0.8, size_scale=0, horizon=1.5, least_step=0.6, common_rank=12)
+    method = TwoLevel(coupling=0.8, size_scale=0, horizon=0.4, common_rank=12)
     bound, state = begun(method, federation)
     clients = federation.clients
     common = torch.zeros(OUT, INTO, dtype=torch.float64)
@@ -108,10 +109,10 @@ def test_rounds_are_those_of_the_equations(ranks: list[int]) -> None:
         }
         mean = sum((shares[client] * added[client] for client in present), torch.zeros(()))
         squares = sum(share**2 for share in shares.values())
-        common = common + min(1.0, 1.5 / (number * squares)) * mean
+        common = common + min(1.0, 2 / (number * squares)) * mean
         for client in present:
             turns[client] += 1
-            step = min(1.0, max(0.6, 1.5 / turns[client]))
+            step = min(1.0, 0.4 * 3 / turns[client])  # 3 rounds with everybody, as the context says
             own[client] = own[client] + step * (added[client] - mean)
         trained_ever |= set(present)
         weights, gamma = graph.matrix(), 0.8 / float(graph.degrees.max())
@@ -137,10 +138,10 @@ def found_keys() -> Any:
 
 
 def test_full_rounds_without_shrinking_steps_are_mira() -> None:
-    """a = b = 1, everybody in every round, ranks that cut nothing."""
+    """a = b = 1, everybody in every round of a short run, ranks that cut nothing."""
     graph = FixedGraph(random_graph(names(3), 2))
     federation = context(graph, 3, [12, 12, 12])
-    ours, state = begun(TwoLevel(coupling=0.7, size_scale=0, horizon=99, least_step=1), federation)
+    ours, state = begun(TwoLevel(coupling=0.7, size_scale=0, horizon=1), federation)
     theirs, other = begun(Mira(coupling=0.7, size_scale=0), federation)
     for number in (1, 2):
         step = {client: lora(2, 10 * number + k) for k, client in enumerate(federation.clients)}
@@ -171,11 +172,11 @@ def test_full_rounds_without_shrinking_steps_are_mira() -> None:
 def test_the_control_is_local_training_with_shrinking_steps() -> None:
     """Nothing common and nobody aligned: each client is the sum of its own steps."""
     federation = context(FixedGraph(uniform_graph(names(3))), 3, [9, 9, 9])
-    method, state = begun(TwoLevel(coupling=0, common_rank=0, horizon=1), federation)
+    method, state = begun(TwoLevel(coupling=0, common_rank=0, horizon=1 / 3), federation)
     assert not method.aligns
     client = federation.clients[1]
     expected = torch.zeros(OUT, INTO, dtype=torch.float64)
-    for number, step in enumerate((1.0, 0.5, 0.5), start=1):
+    for number, step in enumerate((1, 1 / 2, 1 / 3), start=1):
         before = dense(method.adapter_for(state, client), 9)
         new = {name: lora(4, 7 * number + k) for k, name in enumerate(federation.clients)}
         full = {
@@ -278,6 +279,7 @@ def test_pulls_do_not_make_a_graph_of_themselves() -> None:
             "the server changes nothing",
         ),
         (["algorithm.horizon=0"], "above 0"),
+        (["algorithm.horizon=2"], "1 or less"),
     ],
 )
 def test_what_does_not_go_with_it_is_said(overrides: list[str], said: str) -> None:

@@ -4,13 +4,16 @@ Ours. Client k has w_k = C + O_k, a sum of LoRA products cut to its rank: C is c
 With u_k what its local training added, trained minus sent as products, p_k its share of the rows of
 the round's clients S, m = sum_S p_l u_l, t the round and t_k the rounds that client k has trained,
 
-    C    <-  C + b m                   b   = min(1, h / (t sum_S p_l^2))
-    O_k  <-  O_k + a_k (u_k - m)       a_k = min(1, max(least_step, h / t_k))     for k in S
+    C    <-  C + b m                   b   = min(1, 2 / (t sum_S p_l^2))
+    O_k  <-  O_k + a_k (u_k - m)       a_k = min(1, h T / t_k)                    for k in S
     O_k  <-  sum_l P_kl O_l            MIRA's server step on the own parts        for k in S
 
+with T the rounds that a client of this run trains, rounds times participation, and h the horizon.
+
 With everybody in every round and a = b = 1 it is MIRA on w_k; with few clients a round C makes a
-step in every round, as the shared adapter of FedIT and FlexLoRA does. Steps that shrink average the
-last rounds of a client, whose few rows make each of them noisy. The sum is factored in the client's
+step in every round, as the shared adapter of FedIT and FlexLoRA does. Behind round h T steps shrink
+so that an own part is the mean of what it would be after each later round, since a client's few
+rows make each of them noisy. The sum is factored in the client's
 own gauge: its last A, turned into the new row space ("turned" in `adapters.mix`).
 
 Two controls are settings: `common_rank = 0` shares nothing in common (u_k stands in place of u_k -
@@ -48,6 +51,8 @@ OWN_PART = "*own-"
 """In states, before the id of the client whose own part it is. The star is in no client's id."""
 OWN_RANK = 2
 """Directions of an own part, in ranks of its client."""
+COMMON_HORIZON = 2.0
+"""The common step shrinks behind so many times 1 / sum p^2 rounds, as its mean settles."""
 TURNS, MADE = "turns", "made"
 
 
@@ -151,7 +156,7 @@ class TwoLevel(MayDecline):
         help="as MIRA's, for own parts. 0 aligns nobody",
     )
     size_scale: float = setting(
-        32.0,
+        64.0,
         ge=0,
         help=(
             "a client with n training rows is moved towards its relatives by size_scale / "
@@ -159,16 +164,13 @@ class TwoLevel(MayDecline):
         ),
     )
     horizon: float = setting(
-        2.0,
-        gt=0,
-        help=(
-            "h: a client's own steps shrink as h / t from its round h on, and the common step "
-            "where its noise asks for it"
-        ),
-    )
-    least_step: Fraction = setting(
         0.5,
-        help="below which own steps do not shrink",
+        gt=0,
+        le=1,
+        help=(
+            "h: behind this share of the rounds that a client trains its own steps shrink, so that "
+            "the rest is averaged. 1: they never do"
+        ),
     )
     common_rank: Count = setting(
         4,
@@ -335,13 +337,15 @@ class TwoLevel(MayDecline):
         formed = total.formed(self._common_rank, self._common_scale, before)
         mean = _Sum((formed,), (1.0,), (self._common_scale,))
         squares = sum(share * share for share in round_.shares.values())
-        step = min(1.0, self.horizon / (round_.number * squares))
+        step = min(1.0, COMMON_HORIZON / (round_.number * squares))
         after = self._common(state.adapters).plus(mean, step)
         return mean, {COMMON: after.formed(self._common_rank, self._common_scale, before)}
 
     def _step(self, turn: int) -> float:
         """a_k in a client's round of this number, from 1."""
-        return min(1.0, max(self.least_step, self.horizon / turn))
+        context = self.context
+        turns = context.rounds * context.cohort / len(context.clients)
+        return min(1.0, max(1.0, self.horizon * turns) / turn)
 
     def _learn(
         self, numbers: dict[str, Tensor], state: ServerState, round_: _Round
