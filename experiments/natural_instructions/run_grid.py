@@ -33,6 +33,7 @@ METHODS = {
 LOCAL_ROUNDS = 6  # rounds in which each client trains, on average, whatever the participation
 PARTICIPATIONS = (1.0, 0.25)
 COMMON = [
+    "algorithm.name=mira",
     "data.source=natural-instructions",
     "data.train_fraction=0.6",
     "data.validation_fraction=0.12",

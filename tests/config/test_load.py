@@ -25,7 +25,7 @@ from fedmira.config.methods import METHODS, method_class, method_names
 from fedmira.config.other_names import OTHER_NAMES
 from fedmira.config.section import Section, readers_of
 from fedmira.errors import ConfigError
-from fedmira.methods import FedAvg, Local, Mira
+from fedmira.methods import FedAvg, Local, Mira, TwoLevel
 
 
 def write(folder: Path, text: str) -> Path:
@@ -126,16 +126,18 @@ def test_settings_that_were_set_together_with_a_foreign_algorithm_are_an_error(
 ) -> None:
     path = write(tmp_path, '[algorithm]\nname = "fedavg"\ncoupling = 0.5\n')
     assert problems(path=path) == (
-        "algorithm.coupling = 0.5: unknown key; it belongs to mira; algorithm fedavg "
+        "algorithm.coupling = 0.5: unknown key; it belongs to mira and two-level; algorithm fedavg "
         f"knows: name ({path})",
     )
     [problem] = problems("algorithm.name=fedavg", "algorithm.coupling=0.5")
-    assert problem.startswith("algorithm.coupling = 0.5: unknown key; it belongs to mira")
+    assert problem.startswith(
+        "algorithm.coupling = 0.5: unknown key; it belongs to mira and two-level"
+    )
 
 
 def test_settings_without_a_name_belong_to_the_default_algorithm(tmp_path: Path) -> None:
     path = write(tmp_path, "[algorithm]\ncoupling = 0.5\n")
-    assert load_config(path).algorithm == Mira(coupling=0.5)
+    assert load_config(path).algorithm == TwoLevel(coupling=0.5)
 
 
 def test_coupling_replaces_a_server_step_below_and_the_other_way_round() -> None:
@@ -163,7 +165,8 @@ def test_another_kind_of_graph_lets_go_of_the_file(tmp_path: Path) -> None:
 
 
 def test_contradictions_within_one_layer_are_errors() -> None:
-    assert problems("algorithm.coupling=0.5", "algorithm.server_step=0.1") == (
+    mira = "algorithm.name=mira"
+    assert problems(mira, "algorithm.coupling=0.5", "algorithm.server_step=0.1") == (
         "algorithm: coupling and server_step say the same thing in two ways; set one of them",
     )
     assert len(problems("graph.kind=random", "graph.path=graph.json")) == 1
@@ -228,7 +231,8 @@ def test_another_choice_lets_go_of_what_only_the_one_below_reads(tmp_path: Path)
     path = write(
         tmp_path,
         '[graph]\nnearest = 5\nmemory = 0.2\n[local]\noptimizer = "sophia"\nsophia_rho = 2\n'
-        '[adapter]\nkind = "prompt"\nvirtual_tokens = 9\n[algorithm]\nspace = "factor"\n',
+        '[adapter]\nkind = "prompt"\nvirtual_tokens = 9\n'
+        '[algorithm]\nname = "mira"\nspace = "factor"\n',
     )
     below, defaults = load_config(path), Config()
     above = ["graph.kind=random", "local.optimizer=adam", "adapter.kind=lora"]
@@ -244,7 +248,7 @@ def test_another_choice_lets_go_of_what_only_the_one_below_reads(tmp_path: Path)
     )
 
 
-GRAPH_READERS = ["fedalt", "mira"]
+GRAPH_READERS = ["fedalt", "mira", "two-level"]
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in GRAPH_READERS])
@@ -253,7 +257,7 @@ def test_a_graph_is_an_error_under_a_method_that_uses_none(name: str) -> None:
     validation = ["data.validation_fraction=0.1"] if name == "fedfomo" else []
     assert problems(f"algorithm.name={name}", "graph.kind=random", *optimizer, *validation) == (
         f"graph.kind = \"random\": algorithm.name = '{name}' does not read it; leave it out, or "
-        "set algorithm.name to 'fedalt' or 'mira' (--set)",
+        "set algorithm.name to 'fedalt', 'mira' or 'two-level' (--set)",
     )
 
 
@@ -345,7 +349,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         ("algorithm.coupling=2", "algorithm.coupling = 2: must be 1 or less"),
         (
             "algorithm=mira",
-            'algorithm = "mira": must be a section; write [algorithm] with any of: name, coupling',
+            'algorithm = "mira": must be a section; write [algorithm] with any of: name, safeguard',
         ),
         (
             "graph=random",
@@ -627,7 +631,12 @@ def test_a_measure_belongs_to_learned_graphs_and_goes_with_them() -> None:
 def test_a_safeguard_needs_something_to_decline(strength: str) -> None:
     with pytest.raises(ConfigError, match="nobody is pulled"):
         load_config(
-            overrides=["algorithm.safeguard=true", "data.validation_fraction=0.1", strength]
+            overrides=[
+                "algorithm.name=mira",
+                "algorithm.safeguard=true",
+                "data.validation_fraction=0.1",
+                strength,
+            ]
         )
 
 

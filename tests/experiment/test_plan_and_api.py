@@ -163,9 +163,10 @@ def test_kept_moments_and_mixed_products_exclude_each_other(
         ConfigError,
         match=r"local\.optimizer_state = 'kept' does not go with algorithm\.space = 'product'",
     ):
-        fedmira.run({"local.optimizer_state": "kept", **strength}, output=tmp_path / "run")
+        settings = {"algorithm.name": "mira", "local.optimizer_state": "kept", **strength}
+        fedmira.run(settings, output=tmp_path / "run")
     for allowed in (
-        {"algorithm.space": "factor"},
+        {"algorithm.name": "mira", "algorithm.space": "factor"},
         {"algorithm.name": "fedavg"},
         {"algorithm.name": "local"},
     ):

@@ -90,9 +90,12 @@ def _changed(folder: Path) -> list[tuple[str, Any, Any]]:
 
 
 def test_only_settings_that_differ_from_the_defaults_are_listed(run_folder: Folders) -> None:
-    assert _changed(run_folder("mira", clients=2).write()) == [("local.steps", 7, 5)]
+    assert _changed(run_folder("mira", clients=2).write()) == [
+        ("algorithm.name", "mira", "two-level"),
+        ("local.steps", 7, 5),
+    ]
     local = _changed(run_folder("alone", clients=2, algorithm="local").write())
-    assert local == [("algorithm.name", "local", "mira"), ("local.steps", 7, 5)]
+    assert local == [("algorithm.name", "local", "two-level"), ("local.steps", 7, 5)]
 
 
 def test_settings_of_an_algorithm_this_version_does_not_know_are_all_listed(
@@ -103,7 +106,7 @@ def test_settings_of_an_algorithm_this_version_does_not_know_are_all_listed(
         '[algorithm]\nname = "newer"\nstrength = 2\n', encoding="utf-8"
     )
     assert _changed(folder) == [
-        ("algorithm.name", "newer", "mira"),
+        ("algorithm.name", "newer", "two-level"),
         ("algorithm.strength", 2, None),
     ]
 

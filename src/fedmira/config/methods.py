@@ -62,7 +62,7 @@ METHODS: Mapping[str, str] = {
 }
 """algorithm.name -> where the class is. A new method is a file and a line here."""
 
-DEFAULT = "mira"
+DEFAULT = "two-level"
 """The method of a run that names none."""
 
 ENTRY_POINTS = "fedmira.methods"
