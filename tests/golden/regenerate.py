@@ -24,8 +24,10 @@ GOLDEN = Path(__file__).with_name("losses.json")
 RUNS: dict[str, dict[str, Any]] = {
     "local": {"algorithm.name": "local"},
     "fedavg": {"algorithm.name": "fedavg"},
-    "mira, recommended": {"adapter.ranks": {"birch-2": 2}},
+    "mira, recommended": {"algorithm.name": "mira", "adapter.ranks": {"birch-2": 2}},
+    "two-level, recommended": {"algorithm.name": "two-level", "adapter.ranks": {"birch-2": 2}},
     "mira, as published": {
+        "algorithm.name": "mira",
         "algorithm.space": "factor",
         "algorithm.server_step": 0.2,
         "algorithm.size_scale": 0.0,

@@ -72,13 +72,13 @@ def compare(
 ) -> None:
     """Compare methods on equal data, seeds and steps. Run again with the same --output to continue.
 
-    Example: fedmira compare --algorithms local,fedavg,mira --seeds 0,1,2 --output runs/demo
+    Example: fedmira compare --algorithms local,fedavg,two-level --seeds 0,1,2 --output runs/demo
     """
     numbers = _seeds(seeds)
     chosen, rows = settings_and_rows(config, preset, overrides, numbers[0])
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     if not names:
-        raise ConfigError("--algorithms is empty; name at least one, such as local,fedavg,mira")
+        raise ConfigError("--algorithms is empty; name at least one, such as local,fedavg,two-level")
     further = _variants(variants or [])
     watchers = observers_of(observer)
     from fedmira.studies import compare_algorithms
