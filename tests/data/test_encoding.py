@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmira.data import EncodedExample, Encoder, Example
-from fedmira.data.encoding import HEADER_TOKENS
+from fedmira.data.encoded import HEADER_TOKENS
 from fedmira.data.problems import Problems
 from fedmira.data.prompts import alpaca_prompt
 from fedmira.errors import DataError

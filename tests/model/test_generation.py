@@ -110,9 +110,9 @@ def noisy(targets: Sequence[TargetModule], rank: int, seed: int) -> Adapter:
 def readable(prompt: Sequence[int]) -> list[int]:
     """Of a prompt that fills the context of 128.
 
-    Its first 72 and its last 24 tokens, which leaves a quarter of the context.
+    Its first 80 and its last 16 tokens, as in training, which leaves a quarter of the context.
     """
-    return list(prompt) if len(prompt) < CONTEXT else [*prompt[:72], *prompt[-24:]]
+    return list(prompt) if len(prompt) < CONTEXT else [*prompt[:80], *prompt[-16:]]
 
 
 def drawn(count: int, shared: int, seed: int, longest: int = 30) -> list[tuple[int, ...]]:

@@ -78,7 +78,9 @@ def compare(
     chosen, rows = settings_and_rows(config, preset, overrides, numbers[0])
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     if not names:
-        raise ConfigError("--algorithms is empty; name at least one, such as local,fedavg,two-level")
+        raise ConfigError(
+            "--algorithms is empty; name at least one, such as local,fedavg,two-level"
+        )
     further = _variants(variants or [])
     watchers = observers_of(observer)
     from fedmira.studies import compare_algorithms

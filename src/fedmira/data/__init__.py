@@ -1,7 +1,7 @@
 """From rows in files to clients with token ids."""
 
 from fedmira.data.answers import answer_text, turn_ends
-from fedmira.data.encoded import ClientData, EncodedExample
+from fedmira.data.encoded import ClientData, EncodedExample, without_middle
 from fedmira.data.encoding import Encoder
 from fedmira.data.examples import Example, RawTask, Reading
 from fedmira.data.from_objects import ObjectRows, rows_from_objects
@@ -51,4 +51,5 @@ __all__ = [
     "summary_of",
     "turn_ends",
     "uses_clock",
+    "without_middle",
 ]

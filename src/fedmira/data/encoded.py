@@ -8,7 +8,23 @@ from typing import Any
 
 from fedmira.data.examples import Example
 
-__all__ = ["ClientData", "EncodedExample", "EncodedTurn"]
+__all__ = ["HEADER_TOKENS", "ClientData", "EncodedExample", "EncodedTurn", "without_middle"]
+
+HEADER_TOKENS = 16
+"""Of the end of a prompt that is cut, so that the header of the answer stays."""
+
+
+def without_middle(prompt: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """A prompt that is too long without its middle, in training and when it is asked alike.
+
+    Args:
+        prompt: token ids.
+        most: of which so many may stay, 2 or more; the last `HEADER_TOKENS` of them are its end.
+    """
+    if len(prompt) <= most:
+        return prompt
+    tail = min(HEADER_TOKENS, most - 1)
+    return prompt[: most - tail] + prompt[len(prompt) - tail :]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from functools import cached_property
 
 from fedmira.data.answers import answer_text
-from fedmira.data.encoded import ClientData, EncodedExample, EncodedTurn
+from fedmira.data.encoded import ClientData, EncodedExample, EncodedTurn, without_middle
 from fedmira.data.examples import Example, turns_of
 from fedmira.data.partition import ClientRows
 from fedmira.data.problems import Problems
@@ -21,9 +21,8 @@ from fedmira.data.token_cache import TokenCache
 from fedmira.data.tokenizer import Tokenizer
 from fedmira.errors import DataError
 
-__all__ = ["HEADER_TOKENS", "Encoder"]
+__all__ = ["Encoder"]
 
-HEADER_TOKENS = 16
 _BATCH = 2048
 _WORD = "Zqx"
 _SAID_OTHERWISE = (
@@ -328,19 +327,13 @@ class Encoder:
         if len(prompt) + len(response) <= most:
             return EncodedExample(prompt, response)
         response = response[: max(most // 2, most - len(prompt))]
-        room = most - len(response)
-        if len(prompt) > room:
-            tail = min(HEADER_TOKENS, room - 1)
-            prompt = prompt[: room - tail] + prompt[len(prompt) - tail :]
-        return EncodedExample(prompt, response)
+        return EncodedExample(without_middle(prompt, most - len(response)), response)
 
     def _reading(self, prompt: tuple[int, ...], row: EncodedExample) -> Hashable:
         """The prompt, or where it was cut, what is left of it beside the longest response."""
         if len(row.prompt) == len(prompt):
             return prompt
-        room = self._max_length - self._max_length // 2
-        tail = min(HEADER_TOKENS, room - 1)
-        return ("cut", prompt[: room - tail], prompt[len(prompt) - tail :])
+        return ("cut", without_middle(prompt, self._max_length - self._max_length // 2))
 
 
 def _apart(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from fedmira.data import answer_text, turn_ends
+from fedmira.data import answer_text, turn_ends, without_middle
 from fedmira.model.base.memory import free_bytes
 from fedmira.model.base.types import BaseModel
 from fedmira.model.generation.decoding import WaveDecoder, rectangle
@@ -275,8 +275,7 @@ def fit_prompts(
 def _fitted(most: int | None, index: int, client: int, ids: tuple[int, ...], limit: int) -> Prompt:
     if most is not None:
         if len(ids) >= most:
-            kept = most - most // 4
-            ids = ids[: kept - kept // 4] + ids[len(ids) - kept // 4 :]
+            ids = without_middle(ids, most - most // 4)
         limit = min(limit, most - len(ids))
     return Prompt(index, client, ids[:-1], ids[-1:], limit)
 
