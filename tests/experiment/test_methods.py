@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hetlora": {"adapter.ranks": {"apple-1": 2, "birch-2": 6}},
     "fedex": {},
     "fedalt": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6}},
+    "two-level": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6, "birch-2": 2}},
 }
 
 
