@@ -52,7 +52,7 @@ def context(
         alpha=ALPHA,
         graph=graph,
         cohort=count,
-        rounds=3,
+        rounds=9,
     )
 
 
@@ -86,14 +86,15 @@ def test_rounds_are_those_of_the_equations(ranks: list[int]) -> None:
     """Clients come and go; parts are so wide that only the client's own rank cuts."""
     graph = random_graph(names(4), 1)
     federation = context(FixedGraph(graph), 4, ranks, rows=[10, 20, 30, 40])
-    method = TwoLevel(coupling=0.8, size_scale=0, horizon=0.4, common_rank=12)
+    method = TwoLevel(coupling=0.8, size_scale=0, horizon=1 / 3, common_rank=12)
     bound, state = begun(method, federation)
     clients = federation.clients
     common = torch.zeros(OUT, INTO, dtype=torch.float64)
     own = {client: torch.zeros(OUT, INTO, dtype=torch.float64) for client in clients}
     turns = dict.fromkeys(clients, 0)
     trained_ever: set[str] = set()
-    for number, cohort in enumerate([(0, 1, 2), (1, 3)], start=1):
+    cohorts = [(0, 1, 2), (1, 3), (0, 1, 2, 3), (1, 2), (1, 3)]
+    for number, cohort in enumerate(cohorts, start=1):
         present = [clients[k] for k in cohort]
         sent = {client: bound.adapter_for(state, client) for client in present}
         new = {
@@ -112,7 +113,7 @@ def test_rounds_are_those_of_the_equations(ranks: list[int]) -> None:
         common = common + min(1.0, 2 / (number * squares)) * mean
         for client in present:
             turns[client] += 1
-            step = min(1.0, 0.4 * 3 / turns[client])  # 3 rounds with everybody, as the context says
+            step = min(1.0, 3 / turns[client])  # a third of 9 rounds, as the context says
             own[client] = own[client] + step * (added[client] - mean)
         trained_ever |= set(present)
         weights, gamma = graph.matrix(), 0.8 / float(graph.degrees.max())
@@ -176,7 +177,7 @@ def test_the_control_is_local_training_with_shrinking_steps() -> None:
     assert not method.aligns
     client = federation.clients[1]
     expected = torch.zeros(OUT, INTO, dtype=torch.float64)
-    for number, step in enumerate((1, 1 / 2, 1 / 3), start=1):
+    for number, step in enumerate((1, 1, 1, 3 / 4, 3 / 5), start=1):
         before = dense(method.adapter_for(state, client), 9)
         new = {name: lora(4, 7 * number + k) for k, name in enumerate(federation.clients)}
         full = {

@@ -5,7 +5,7 @@ With u_k what its local training added, trained minus sent as products, p_k its 
 the round's clients S, m = sum_S p_l u_l, t the round and t_k the rounds that client k has trained,
 
     C    <-  C + b m                   b   = min(1, 2 / (t sum_S p_l^2))
-    O_k  <-  O_k + a_k (u_k - m)       a_k = min(1, h T / t_k)                    for k in S
+    O_k  <-  O_k + a_k (u_k - m)       a_k = min(1, max(3, h T) / t_k)            for k in S
     O_k  <-  sum_l P_kl O_l            MIRA's server step on the own parts        for k in S
 
 with T the rounds that a client of this run trains, rounds times participation, and h the horizon.
@@ -51,6 +51,8 @@ OWN_PART = "*own-"
 """In states, before the id of the client whose own part it is. The star is in no client's id."""
 OWN_RANK = 2
 """Directions of an own part, in ranks of its client."""
+LEAST_HORIZON = 3.0
+"""Own steps do not shrink up to this round, in which a client is far from its end."""
 COMMON_HORIZON = 2.0
 """The common step shrinks behind so many times 1 / sum p^2 rounds, as its mean settles."""
 TURNS, MADE = "turns", "made"
@@ -168,8 +170,8 @@ class TwoLevel(MayDecline):
         gt=0,
         le=1,
         help=(
-            "h: behind this share of the rounds that a client trains its own steps shrink, so that "
-            "the rest is averaged. 1: they never do"
+            "h: behind this share of the rounds that a client trains, and no sooner than its "
+            "third, its own steps shrink, so that the rest is averaged. 1: they never do"
         ),
     )
     common_rank: Count = setting(
@@ -345,7 +347,7 @@ class TwoLevel(MayDecline):
         """a_k in a client's round of this number, from 1."""
         context = self.context
         turns = context.rounds * context.cohort / len(context.clients)
-        return min(1.0, max(1.0, self.horizon * turns) / turn)
+        return min(1.0, max(LEAST_HORIZON, self.horizon * turns) / turn)
 
     def _learn(
         self, numbers: dict[str, Tensor], state: ServerState, round_: _Round

@@ -235,7 +235,7 @@ class Recorder:
         """Say that the learned graph joined nobody; that is a finding and no failure."""
         message = (
             f"no client was pulled in {self._number} rounds: the updates of no two clients point "
-            "the same way by more than their noise, so each adapter was aligned with nobody's"
+            "the same way by more than their noise, so no adapter was aligned with another"
         )
         self._note_warning(message)
         _log.warning("%s", message)
