@@ -247,6 +247,5 @@ def test_every_method_is_on_one_of_the_two_lists() -> None:
     for name in METHODS:
         settings = TypeAdapter(ChosenMethod).validate_python({"name": name})
         assert (Need.FACTORS in settings.needs) == (name in REFUSED or name == "mira")
-    assert isinstance(
-        load_config(overrides=["adapter.kind=prefix", "algorithm.space=factor"]), Config
-    )
+    entrywise = ["adapter.kind=prefix", "algorithm.name=mira", "algorithm.space=factor"]
+    assert isinstance(load_config(overrides=entrywise), Config)
