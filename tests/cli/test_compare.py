@@ -6,6 +6,7 @@ Variants, a reference, and tables that say what was equal.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,19 @@ def test_rounds_and_seconds_to_a_target_are_printed(
         and "must be a finite number above 0" in refused.err
         and not (tmp_path / "other").exists()
     )
+
+
+def test_a_finished_comparison_is_read_again_without_its_rows(
+    config_file: Path, clients_folder: Path, tmp_path: Path, fedmira: Callable[..., Any]
+) -> None:
+    rows = shutil.copytree(clients_folder, tmp_path / "rows")
+    arguments = (
+        *("compare", config_file, "--algorithms", "local,fedavg"),
+        *("--set", f"data.path={rows}", "--set", "rounds.count=1"),
+        *("--set", "evaluation.rouge=false", "--output", tmp_path / "all"),
+    )
+    first = fedmira(*arguments)
+    assert first.code == 0, first.err
+    shutil.rmtree(rows)
+    again = fedmira(*arguments)
+    assert (again.code, again.out) == (0, first.out), again.err

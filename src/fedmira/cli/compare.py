@@ -17,6 +17,7 @@ from fedmira.cli.options import (
     PresetName,
     fresh_folder,
     observers_of,
+    settings,
     settings_and_rows,
 )
 from fedmira.cli.screen import (
@@ -75,7 +76,10 @@ def compare(
     Example: fedmira compare --algorithms local,fedavg,two-level --seeds 0,1,2 --output runs/demo
     """
     numbers = _seeds(seeds)
-    chosen, rows = settings_and_rows(config, preset, overrides, numbers[0])
+    if output is not None and output.is_dir():  # perhaps finished: then no row is needed
+        chosen, rows = settings(config, preset, overrides), None
+    else:
+        chosen, rows = settings_and_rows(config, preset, overrides, numbers[0])
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     if not names:
         raise ConfigError(

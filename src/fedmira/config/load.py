@@ -106,9 +106,12 @@ def load_data_settings(
         settings = _joined(layers)
         if problems or _method_name(settings) not in method_names() or set(settings) - _KEYS:
             return None
-        for name, section in _SECTIONS.items():
-            section.model_validate(settings.get(name, {}))
-        data = DataSettings.model_validate(settings.get("data", {}))
+        read = {
+            name: section.model_validate(settings.get(name, {}))
+            for name, section in _SECTIONS.items()
+        }
+        data = read["data"]
+        assert isinstance(data, DataSettings)
         return data, _SEED.validate_python(settings.get("seed", 0))
     except (ConfigError, ValidationError):
         return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,15 @@ _agreed: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 _padded: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
+@contextmanager
+def _own_adapter(base: BaseModel, branch: LoraBranch) -> Iterator[LoraBranch]:
+    """An adapter of the trial's own in place of the clients', so that none of theirs decides."""
+    targets = branch.adapters.targets
+    stacked = StackedAdapters(targets, [_adapter(targets)], [1.0], base.device, trainable=False)
+    with torch.no_grad(), branch.aside(), LoraBranch(base.model, stacked) as own:
+        yield own
+
+
 def decoding_agrees(base: BaseModel, branch: LoraBranch) -> bool:
     """Whether reading from the cache gives the losses of plain passes; tried once per model.
 
@@ -46,14 +56,7 @@ def decoding_agrees(base: BaseModel, branch: LoraBranch) -> bool:
         base: the frozen base.
     """
     if base.model not in _agreed:
-        stacked = StackedAdapters(
-            branch.adapters.targets,
-            [_adapter(branch.adapters.targets)],
-            [1.0],
-            base.device,
-            trainable=False,
-        )
-        with torch.no_grad(), branch.aside(), LoraBranch(base.model, stacked) as own:
+        with _own_adapter(base, branch) as own:
             reason = _difference(base, own)
         _agreed[base.model] = reason is None
         if reason is not None:
@@ -83,14 +86,7 @@ def padding_agrees(
         base: the frozen base.
     """
     if base.model not in _padded:
-        stacked = StackedAdapters(
-            branch.adapters.targets,
-            [_adapter(branch.adapters.targets)],
-            [1.0],
-            base.device,
-            trainable=False,
-        )
-        with torch.no_grad(), branch.aside(), LoraBranch(base.model, stacked) as own:
+        with _own_adapter(base, branch) as own:
             _padded[base.model] = _padding_changes_nothing(base, own, answer)
         if not _padded[base.model]:
             _log.warning(
