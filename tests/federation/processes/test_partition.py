@@ -188,9 +188,8 @@ def test_a_partition_that_heals_leaves_the_run_consistent(
         400,
     )
     network.cut(CUT_OFF)
-    with federation.paused(
-        "fedmira.federation.resident", hashlib.sha256(SLOW.encode()).hexdigest()[:16]
-    ):
+    slow = ("fedmira.federation.resident", hashlib.sha256(SLOW.encode()).hexdigest()[:16])
+    with federation.paused(*slow):
         wait_until(
             lambda: online(federation) == len(NAMES) - 1, "Flower's word that the node is gone"
         )
@@ -198,6 +197,17 @@ def test_a_partition_that_heals_leaves_the_run_consistent(
         wait_until(
             lambda: online(federation) == len(NAMES), "the node's return"
         )  # its messages are sent again ever more rarely
+        wait_until(
+            lambda: "Sent successfully" in federation.log(CUT_OFF).partition("ROUND 3]")[2],
+            "the node's late answer",
+        )
+    wait_until(lambda: "ROUND 4]" in federation.log(SLOW), "round 4 on the slow node")
+    with federation.paused(*slow):  # so that no round ends before the node has said who it is
+        wait_until(
+            lambda: "Sent successfully" in federation.log(CUT_OFF).rpartition("ROUND identity]")[2]
+            and federation.log(CUT_OFF).count("ROUND identity]") == 4,
+            "the node's name, asked anew",
+        )
     wait_until(lambda: process.poll() is not None, "the run", 400)
 
     assert (run / "report.html").is_file(), federation.log("run")
