@@ -204,8 +204,10 @@ def test_a_partition_that_heals_leaves_the_run_consistent(
     wait_until(lambda: "ROUND 4]" in federation.log(SLOW), "round 4 on the slow node")
     with federation.paused(*slow):  # so that no round ends before the node has said who it is
         wait_until(
-            lambda: "Sent successfully" in federation.log(CUT_OFF).rpartition("ROUND identity]")[2]
-            and federation.log(CUT_OFF).count("ROUND identity]") == 4,
+            lambda: (
+                "Sent successfully" in federation.log(CUT_OFF).rpartition("ROUND identity]")[2]
+                and federation.log(CUT_OFF).count("ROUND identity]") == 4
+            ),
             "the node's name, asked anew",
         )
     wait_until(lambda: process.poll() is not None, "the run", 400)
