@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,6 +79,22 @@ def test_losses_read_each_needed_adapter_once_and_hold_few(measured: LocalClient
         assert losses[client].total == pytest.approx(
             measured.losses({client: adapters[client]})[client].total, rel=1e-5
         )
+
+
+def test_losses_of_single_rows_are_those_of_clients_with_that_row_alone(
+    measured: LocalClients,
+) -> None:
+    adapters = OnDisk(list(measured.kind.targets), list(measured.data))
+    found = measured.row_losses(adapters, "test")
+    asked = [client for client, data in measured.data.items() if data.test]
+    assert list(found) == asked and adapters.reads == len(asked) and adapters.most_held <= AT_ONCE
+    for client in asked[::25]:
+        data = measured.data[client]
+        for row, loss in zip(data.test, found[client], strict=True):
+            alone = replace(measured, data={client: replace(data, test=(row,))})
+            one = alone.losses({client: adapters[client]})[client]
+            assert loss == pytest.approx(one.total, rel=1e-5)
+    assert measured.row_losses(adapters) == {}, "nobody has validation rows"
 
 
 def test_generations_read_each_adapter_once_and_hold_few(measured: LocalClients) -> None:

@@ -217,6 +217,15 @@ def test_the_best_validation_round_is_what_is_saved(
         assert float(row["best_test_loss"]) == test[client, best[client]]
         assert float(row["after_align_loss"]) == pytest.approx(test[client, best[client]], rel=1e-6)
         assert digest(result.adapters[client]) == digest(states[best[client]].adapters[client])
+    by_row: dict[str, list[tuple[float, int]]] = {}
+    for row in table_of(result.folder, "validation"):
+        by_row.setdefault(row["client"], []).append((float(row["loss"]), int(row["tokens"])))
+    for client, found in by_row.items():
+        total, tokens = (sum(column) for column in zip(*found, strict=True))
+        assert total / tokens == pytest.approx(validation[client][best[client]], rel=1e-5), (
+            "of the adapter that was saved"
+        )
+    assert set(by_row) == set(CLIENTS)
     last = run(
         **{key.replace(".", "__"): value for key, value in settings.items()},
         evaluation__select="last",

@@ -183,6 +183,9 @@ def test_training_lowers_the_loss_that_is_measured(name: str) -> None:
     tokens = sum(len(row.response) for row in rows)
     assert outcome.first_loss == pytest.approx(before / tokens, rel=1e-5)
     assert after < 0.95 * before
+    by_row = kind.row_losses([job.start, outcome.adapter], [1.0, 1.0], [rows, rows[::-1]], 400)
+    assert [sum(losses) for losses in by_row] == pytest.approx([before, after], rel=1e-5)
+    assert by_row[0][2] == pytest.approx(kind.losses([job.start], [1.0], [[rows[2]]], 400)[0])
 
 
 def test_counts_are_those_of_table_two_of_the_mira_paper() -> None:

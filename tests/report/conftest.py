@@ -58,6 +58,7 @@ class RunFolder:
         self.events: list[Row] = []
         self.round_rows = [self._round(number) for number in range(1, ROUNDS + 1)]
         self.status, self.error = "finished", None
+        self.validation_rows: list[Row] = []
         self.trained_parameters: int | None = 43_008
         self.more_settings = ""
 
@@ -234,7 +235,11 @@ class RunFolder:
         (self.folder / "run.json").write_text(json.dumps(self.provenance()), encoding="utf-8")
         lines = "".join(json.dumps(event) + "\n" for event in self.events)
         (self.folder / "events.jsonl").write_text(lines, encoding="utf-8")
-        for name, rows in (("clients", self.client_rows), ("rounds", self.round_rows)):
+        for name, rows in (
+            ("clients", self.client_rows),
+            ("rounds", self.round_rows),
+            ("validation", self.validation_rows),
+        ):
             if rows:
                 with (self.folder / "metrics" / f"{name}.csv").open(
                     "w", encoding="utf-8", newline=""

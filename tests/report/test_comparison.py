@@ -160,25 +160,43 @@ def test_a_clients_validation_rows_name_its_method(run_folder: Folders, tmp_path
         name: {seed: run_folder(f"{name}-seed{seed}", clients=3, algorithm=name) for seed in (0, 1)}
         for name in ("local", "mira")
     }
-    for seed, losses in (
-        (0, (1.0, 3.0, 2.0)),
-        (1, (2.0, 1.0, 2.5)),
-    ):  # means 1.5, 2 and 2.25, beside 1.75
-        for loss, row, alone in zip(
-            losses, made["mira"][seed].client_rows, made["local"][seed].client_rows, strict=True
-        ):
-            row["best_validation_loss"], alone["best_validation_loss"] = loss, 1.75
+    shifts = {"apple": -0.5, "birch": 0.3, "cedar": -0.02}  # the last within its noise
+    names = dict(zip(shifts, (row["client"] for row in made["mira"][0].client_rows), strict=True))
+    for name, runs in made.items():
+        for run in runs.values():
+            run.validation_rows = [
+                {
+                    "client": names[client],
+                    "row": row,
+                    "tokens": 2,
+                    "loss": 2 * (2.0 + 0.1 * row + (name == "mira") * (shift + 0.1 * (-1) ** row)),
+                }
+                for client, shift in shifts.items()
+                for row in range(4)
+            ]
+    rows = {row["client"]: row for row in compare(made, tmp_path).client_rows}
     chosen = {
-        row["client"]: row["validation_choice"] for row in compare(made, tmp_path).client_rows
+        client: (rows[name]["validation_choice"], rows[name]["validation_standing"])
+        for client, name in names.items()
     }
-    assert chosen == dict(
-        zip(
-            (row["client"] for row in made["mira"][0].client_rows),
-            ("mira", "local", "local"),
-            strict=True,
-        )
-    )
+    assert chosen == {
+        "apple": ("mira", "better"),
+        "birch": ("local", "no better"),
+        "cedar": ("local", "cannot tell"),
+    }
     assert "by its validation rows" in page_in(tmp_path)
+    assert "local (cannot tell)" in page_in(tmp_path) and "90 % confidence" in page_in(tmp_path)
+
+
+def test_without_rows_of_every_run_nothing_is_chosen(run_folder: Folders, tmp_path: Path) -> None:
+    made = {name: {0: run_folder(name, clients=3, algorithm=name)} for name in ("local", "mira")}
+    client = made["local"][0].client_rows[0]["client"]
+    made["local"][0].validation_rows = [
+        {"client": client, "row": row, "tokens": 2, "loss": 4.0} for row in range(5)
+    ]
+    rows = compare(made, tmp_path).client_rows
+    assert {row["validation_choice"] for row in rows} == {None}
+    assert "by its validation rows" not in page_in(tmp_path)
 
 
 def test_finished_runs_with_other_seeds_are_said_to_be_left_out(

@@ -97,6 +97,29 @@ class LocalClients:
                 result[name] = TokenLoss(total, sum(len(row.response) for row in of_client))
         return result
 
+    def row_losses(
+        self, adapters: Mapping[ClientId, Adapter], split: SplitName = "validation"
+    ) -> dict[ClientId, list[float]]:
+        """The summed response loss of each row of each given client, in nats, in their order.
+
+        Rows do not leave the machine that they are on, and neither do figures of single rows: other
+        clients than these do not offer it.
+
+        Args:
+            adapters: by client id; each is read once.
+            split: which rows; clients without such rows are left out.
+        """
+        result: dict[ClientId, list[float]] = {}
+        for names in self._in_turns([name for name in adapters if getattr(self.data[name], split)]):
+            found = self.kind.row_losses(
+                [adapters[name] for name in names],
+                [self.settings.scales[name] for name in names],
+                [getattr(self.data[name], split) for name in names],
+                self.settings.token_budget,
+            )
+            result |= dict(zip(names, found, strict=True))
+        return result
+
     def choose(self, clients: Sequence[ClientId], candidates: Candidates) -> dict[ClientId, float]:
         """The candidate with the lowest loss on each client's validation rows."""
         result: dict[ClientId, float] = {}

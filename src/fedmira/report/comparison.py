@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from fedmira.atomic import replace_file
 from fedmira.errors import RunFolderError
-from fedmira.metrics import TEXT_METRICS
+from fedmira.metrics import RULE, TEXT_METRICS, Standing
 from fedmira.report.charts import (
     Series,
     legend,
@@ -154,6 +154,7 @@ def _content(figures: Figures, folder: Path) -> dict[str, Any]:
             if any(row[name] is not None for row in figures.method_rows)
         ],
         "rule": NOISE_RULE,
+        "choice_rule": RULE,
         "target_rule": TARGET_RULE,
         "level": f"{100 * LEVEL:g} %",
         "limit": f"{100 * CHANGE_LIMIT:g} %",
@@ -292,7 +293,7 @@ def _loss_table(figures: Figures) -> tuple[list[Column], list[list[Cell]]]:
             number_cell(loss, loss_text, "" if loss is None else f"heat-{heat(loss, best)}")
             for loss in losses
         ]
-        chosen = [text_cell(row["validation_choice"] or "")] if choice else []
+        chosen = [text_cell(_choice_text(row))] if choice else []
         cells.append(
             [
                 text_cell(row["client"]),
@@ -303,6 +304,12 @@ def _loss_table(figures: Figures) -> tuple[list[Column], list[list[Cell]]]:
             ]
         )
     return columns, cells
+
+
+def _choice_text(row: Mapping[str, Any]) -> str:
+    """The method that a client's validation rows choose, and where they could not."""
+    unclear = row["validation_standing"] == Standing.unclear
+    return (row["validation_choice"] or "") + (f" ({Standing.unclear})" if unclear else "")
 
 
 def _differing_settings(methods: Mapping[str, Mapping[int, Run]]) -> list[tuple[str, list[Any]]]:

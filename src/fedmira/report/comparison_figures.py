@@ -13,13 +13,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedmira.errors import ConfigError
-from fedmira.metrics import TEXT_METRICS
+from fedmira.metrics import TEXT_METRICS, Judgement
 from fedmira.report.budgets import (
     Budget,
     budget_of,
     dtype_of,
     inequalities,
 )
+from fedmira.report.choices import judgements
 from fedmira.report.findings import flat_settings
 from fedmira.report.paired import (
     LEVEL,
@@ -177,7 +178,9 @@ class Figures:
                 "category": described.category,
                 "train_rows": _whole(described.train_rows),
             }
-            row["validation_choice"] = self._choices.get(client)
+            judged = self.judgements.get(client)
+            row["validation_choice"] = judged.choice if judged else None
+            row["validation_standing"] = str(judged.standing) if judged else None
             for name, of_seed in losses.items():
                 row[f"{name}_test_loss"] = _mean(
                     [found[client] for found in of_seed.values() if client in found]
@@ -250,28 +253,11 @@ class Figures:
         return row | {"equal_budget": name not in self.problems}
 
     @cached_property
-    def _choices(self) -> dict[str, str]:
-        """Client -> the method with its lowest validation loss; where all have one.
-
-        Each method is taken at its best rounds and as a mean over seeds.
-        """
-        losses: dict[str, dict[str, list[float]]] = {}
-        for name, runs in self.methods.items():
-            for run in runs.values():
-                for row in run.clients:
-                    if row.best_validation_loss is not None:
-                        losses.setdefault(row.client, {}).setdefault(name, []).append(
-                            row.best_validation_loss
-                        )
-        means = {
-            client: {name: fmean(found) for name, found in of.items()}
-            for client, of in losses.items()
-        }
-        return {
-            client: min(of, key=of.__getitem__)
-            for client, of in means.items()
-            if len(of) == len(self.methods) > 1
-        }
+    def judgements(self) -> dict[str, Judgement]:
+        """Client -> what its validation rows say; empty where nobody trained alone."""
+        if BASELINE not in self.methods or len(self.methods) < 2:
+            return {}
+        return judgements(self.methods, BASELINE)
 
     def _soon(self, run: Run) -> dict[str, Any]:
         """When a run reached the target; nothing where none is set."""

@@ -21,6 +21,7 @@ from fedmira.report.records import (
     Round,
     Run,
     TaskGraph,
+    ValidationRow,
 )
 
 __all__ = ["read_run"]
@@ -87,6 +88,7 @@ def read_run(run_folder: Path) -> Run:
         started=_started(reading, provenance),
         summary=_summary(reading, provenance),
         clients=tuple(_table(reading, "metrics/clients.csv", Client, needed=finished)),
+        validation=tuple(_table(reading, "metrics/validation.csv", ValidationRow, needed=False)),
         rounds=tuple(
             sorted(
                 _table(reading, "metrics/rounds.csv", Round, needed=finished),
@@ -184,7 +186,7 @@ def _finite(reading: _Reading, where: str, values: Mapping[str, Any]) -> dict[st
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
-RowType = TypeVar("RowType", Client, Round)
+RowType = TypeVar("RowType", Client, Round, ValidationRow)
 
 
 def _table(reading: _Reading, name: str, row_type: type[RowType], needed: bool) -> list[RowType]:

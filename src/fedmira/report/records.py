@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmira.metrics import LOSS_METRICS
 
-__all__ = ["Client", "Event", "Round", "Run", "TaskGraph"]
+__all__ = ["Client", "Event", "Round", "Run", "TaskGraph", "ValidationRow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,23 @@ class Client:
             value: float | None = getattr(self, metric)
             return value
         return self.scores.get(metric)
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationRow:
+    """A row of metrics/validation.csv: a client's validation row under its saved adapter.
+
+    Attributes:
+        client: its id.
+        row: its number among the client's validation rows, from 0.
+        tokens: of its response.
+        loss: their sum in nats; None where it is not finite.
+    """
+
+    client: str
+    row: float | None = None
+    tokens: float | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +148,7 @@ class Run:
         summary: figure (such as "after_align_loss") -> statistic ("mean", "worst_tenth", ...) ->
             value; empty where a run failed early.
         clients: rows of metrics/clients.csv.
+        validation: rows of metrics/validation.csv; empty where rows are on other machines.
         rounds: rows of metrics/rounds.csv.
         events: lines of events.jsonl.
         graph: of graph.json, None where there is none.
@@ -148,6 +166,7 @@ class Run:
     started: datetime | None
     summary: Mapping[str, Mapping[str, float]]
     clients: tuple[Client, ...]
+    validation: tuple[ValidationRow, ...]
     rounds: tuple[Round, ...]
     events: tuple[Event, ...]
     graph: TaskGraph | None

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fedmira.adapters import Adapter, LazyAdapters, content_hash
+from fedmira.clients import LocalClients, OverWire
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId
 from fedmira.methods import ServerState, Start
@@ -122,6 +123,8 @@ def write_results(
     folder.write_json("adapters/index.json", index)
     folder.append_events(recorder.unmeasured(config.rounds.count))
     folder.write_table("clients.csv", rows)
+    if measure and (judged := _validation_rows(recorder, chosen)):
+        folder.write_table("validation.csv", judged)
     diverged = tuple(client for client, loss in after.items() if not math.isfinite(loss.total))
     saved = LazyAdapters(ranks, lambda client: ground.kind.read(folder.adapters / client))
     return Result(
@@ -156,6 +159,28 @@ def _trained_by_rank(
         rank: trained_parameters(algorithm.started(algorithm.instruct(state, client), None))
         for rank, client in one_of.items()
     }
+
+
+def _validation_rows(
+    recorder: Recorder, chosen: Mapping[ClientId, Adapter]
+) -> list[dict[str, object]]:
+    """The rows of metrics/validation.csv; none where the rows are on other machines."""
+    clients = recorder.clients
+    inner = clients.inner if isinstance(clients, OverWire) else clients
+    if not isinstance(inner, LocalClients):
+        return []
+    return [
+        {
+            "client": client,
+            "row": number,
+            "tokens": len(row.response),
+            "loss": loss if math.isfinite(loss) else None,
+        }
+        for client, losses in inner.row_losses(chosen).items()
+        for number, (row, loss) in enumerate(
+            zip(inner.data[client].validation, losses, strict=True)
+        )
+    ]
 
 
 def _before(

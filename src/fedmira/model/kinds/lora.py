@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from fedmira.adapters import (
@@ -20,11 +21,13 @@ from fedmira.model.generation.generate import generate, most_cache_bytes
 from fedmira.model.kinds.peft_files import lora_config, read_adapter, write_adapter
 from fedmira.model.lora.branch import LoraBranch
 from fedmira.model.lora.stack import StackedAdapters, start_adapter
+from fedmira.model.packed.passes import response_losses
 from fedmira.model.packed.token_budget import choose_token_budget
 from fedmira.model.training.measure import (
     Choice,
     Contender,
     choose_adapters,
+    row_losses_with,
     summed_losses,
 )
 from fedmira.model.training.steps import LocalOutcome, LocalTask, train_cohort
@@ -95,6 +98,21 @@ class LoraKind:
         return summed_losses(
             self.base, self.targets, adapters, scales, rows, budget, self.limits.measure
         )[0]
+
+    def row_losses(
+        self,
+        adapters: Sequence[Adapter],
+        scales: Sequence[float],
+        rows: Sequence[Sequence[Row]],
+        budget: int,
+    ) -> list[list[float]]:
+        """In the same passes."""
+        branch = LoraBranch(
+            self.base.model,
+            StackedAdapters(self.targets, adapters, scales, self.base.device, trainable=False),
+        )
+        passes = partial(response_losses, self.base, branch)
+        return row_losses_with(branch, passes, rows, budget, self.limits.measure)
 
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
         """In the same passes."""

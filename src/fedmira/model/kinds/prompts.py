@@ -34,6 +34,7 @@ from fedmira.model.training.measure import (
     Measured,
     choose_by,
     measure_with,
+    row_losses_with,
 )
 from fedmira.model.training.steps import LocalOutcome, LocalTask, train_with
 
@@ -101,6 +102,17 @@ class PromptKind:
         """Losses of each client's rows, one client after another."""
         branch = self._branch(adapters)
         return measure_with(branch, branch.losses, rows, budget, self.limits.measure)[0]
+
+    def row_losses(
+        self,
+        adapters: Sequence[Adapter],
+        scales: Sequence[float],
+        rows: Sequence[Sequence[Row]],
+        budget: int,
+    ) -> list[list[float]]:
+        """Of each row, one client after another."""
+        branch = self._branch(adapters)
+        return row_losses_with(branch, branch.losses, rows, budget, self.limits.measure)
 
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
         """Which adapter each client takes, found out one client after another."""

@@ -93,6 +93,16 @@ class AdapterKind(Protocol):
         """The sum of the response losses of each adapter on its rows, in nats."""
         ...
 
+    def row_losses(
+        self,
+        adapters: Sequence[Adapter],
+        scales: Sequence[float],
+        rows: Sequence[Sequence[Row]],
+        budget: int,
+    ) -> list[list[float]]:
+        """The sum of the response losses of each row under its client's adapter, in nats."""
+        ...
+
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
         """For each client the adapter with the lowest loss on its rows."""
         ...

@@ -29,6 +29,7 @@ __all__ = [
     "choose_adapters",
     "choose_by",
     "measure_with",
+    "row_losses_with",
     "summed_losses",
 ]
 
@@ -122,6 +123,30 @@ def measure_with(
     return losses, tokens, budget
 
 
+def row_losses_with(
+    branch: Branch,
+    passes: Passes,
+    rows: Sequence[Sequence[Row]],
+    budget: int,
+    limit: PassLimit | None = None,
+) -> list[list[float]]:
+    """The summed response loss of each row under its client's adapter, in nats.
+
+    Args:
+        branch: the adapters of the clients, as they are hooked into the layers.
+        passes: how losses of batches are made.
+        rows: each client's rows.
+        budget: most tokens in a forward pass.
+        limit: remembers a budget that memory allowed.
+    """
+    batches = list(enumerate(rows))
+    with torch.no_grad(), branch:
+        found, _ = within_memory(
+            partial(_row_sums, passes, branch.adapters.values.device, batches), budget, limit
+        )
+    return found
+
+
 def choose_adapters(
     base: BaseModel,
     targets: Sequence[TargetModule],
@@ -192,3 +217,16 @@ def _sums(
         for client, count in losses.num_tokens.items():
             tokens[client] += count
     return totals.tolist(), tokens
+
+
+def _row_sums(
+    passes: Passes, device: torch.device, batches: Sequence[tuple[int, Sequence[Row]]], budget: int
+) -> list[list[float]]:
+    """Of each batch the sum of losses of each row."""
+    sizes = [len(rows) for _, rows in batches]
+    first = torch.tensor([0, *sizes[:-1]], device=device).cumsum(0)
+    totals = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+    for losses in passes(batches, budget):
+        totals.index_add_(0, first[losses.clients] + losses.rows, losses.values.double())
+    values = iter(totals.tolist())
+    return [[next(values) for _ in range(size)] for size in sizes]
