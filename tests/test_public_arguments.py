@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "fedmira"
 
 ROOMS = (
     "adapters",
-    "api.py",
+    "api",
     "atomic.py",
     "clients",
     "config",

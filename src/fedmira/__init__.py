@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmira import errors, methods, observers
-    from fedmira.api import check, compare, load, run
+    from fedmira.api import check, compare, decide, load, run
     from fedmira.config import Config, load_config, setting
     from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
     from fedmira.methods import Method
@@ -30,6 +30,7 @@ __all__ = [
     "build_experiment",
     "check",
     "compare",
+    "decide",
     "errors",
     "load",
     "load_config",
@@ -52,6 +53,7 @@ _HOMES = {
     "build_experiment": "fedmira.experiment",
     "check": "fedmira.api",
     "compare": "fedmira.api",
+    "decide": "fedmira.api",
     "load": "fedmira.api",
     "load_config": "fedmira.config",
     "resume_experiment": "fedmira.experiment",

@@ -11,6 +11,7 @@ from fedmira import __version__
 from fedmira.cli import (
     check,
     compare,
+    decide,
     evaluate,
     flower,
     generate,
@@ -36,6 +37,7 @@ app = typer.Typer(
 for _verb in (
     run.run,
     compare.compare,
+    decide.decide,
     check.check,
     evaluate.evaluate,
     generate.generate,

@@ -1,6 +1,6 @@
 """How good: the table of metrics, their summary over clients, and which adapter a client takes."""
 
-from fedmira.metrics.gate import CONFIDENCE, RULE, Judgement, Standing, judge
+from fedmira.metrics.gate import CONFIDENCE, RULE, Judgement, Standing, judge, mean_and_error
 from fedmira.metrics.summary import summarise, text_scores
 from fedmira.metrics.table import LOSS_METRICS, TEXT_METRICS, Metric, TextMetric, metrics
 from fedmira.metrics.texts import exact_match, rouge_l, rouge_l_package
@@ -18,6 +18,7 @@ __all__ = [
     "TokenLoss",
     "exact_match",
     "judge",
+    "mean_and_error",
     "metrics",
     "rouge_l",
     "rouge_l_package",

@@ -25,7 +25,16 @@ from enum import StrEnum
 
 from scipy.special import stdtrit
 
-__all__ = ["CONFIDENCE", "FEWEST_ROWS", "FOLDS", "RULE", "Judgement", "Standing", "judge"]
+__all__ = [
+    "CONFIDENCE",
+    "FEWEST_ROWS",
+    "FOLDS",
+    "RULE",
+    "Judgement",
+    "Standing",
+    "judge",
+    "mean_and_error",
+]
 
 CONFIDENCE = 0.9
 """One-sided: of clients whom no other adapter helps, at most one in ten takes one by chance."""
@@ -122,11 +131,8 @@ def judge(
     differences = [
         usable[name][row] - mine[row] for row, name in enumerate(_cross_fitted(usable, rows))
     ]
-    mean = math.fsum(differences) / total
-    spread = math.fsum(
-        (found - mean * count) ** 2 for found, count in zip(differences, tokens, strict=True)
-    )
-    error = _correction(len(usable), rows) * math.sqrt(rows / (rows - 1) * spread) / total
+    mean, between = mean_and_error(differences, tokens)
+    error = _correction(len(usable), rows) * between
     margin = float(stdtrit(rows - 1, confidence)) * error
     standing = (
         Standing.better
@@ -146,6 +152,21 @@ def judge(
         f"{best} is {abs(mean):.3f} {'below' if mean < 0 else 'above'} {own} on {rows} validation "
         f"rows; the margin is {margin:.3f}",
     )
+
+
+def mean_and_error(differences: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
+    """The mean per token of summed differences of rows, and its standard error between rows.
+
+    Args:
+        differences: of each row, at least two.
+        tokens: of each row.
+    """
+    rows, total = len(tokens), sum(tokens)
+    mean = math.fsum(differences) / total
+    spread = math.fsum(
+        (found - mean * count) ** 2 for found, count in zip(differences, tokens, strict=True)
+    )
+    return mean, math.sqrt(rows / (rows - 1) * spread) / total
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from fedmira.report.comparison import write_comparison
 from fedmira.report.comparison_figures import Figures
+from fedmira.report.decision import ClientDecision, Decisions, write_decision
 from fedmira.report.findings import SummaryRow, summary_rows
 from fedmira.report.page import write_report
 from fedmira.report.pictures import Picture, picture_of_graph, picture_of_rounds
@@ -10,21 +11,24 @@ from fedmira.report.records import Client, Event, Round, Run, TaskGraph
 from fedmira.report.targets import Reached, check_target, reached
 
 __all__ = [
-    "Picture",
-    "picture_of_graph",
-    "picture_of_rounds",
     "Client",
+    "ClientDecision",
+    "Decisions",
     "Event",
     "Figures",
+    "Picture",
     "Reached",
     "Round",
     "Run",
     "SummaryRow",
     "TaskGraph",
     "check_target",
+    "picture_of_graph",
+    "picture_of_rounds",
     "reached",
     "read_run",
     "summary_rows",
     "write_comparison",
+    "write_decision",
     "write_report",
 ]

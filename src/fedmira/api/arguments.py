@@ -1,4 +1,4 @@
-"""The verbs from Python: run, compare, check, load."""
+"""What the verbs take from Python: settings, rows, bases and methods, as files or as objects."""
 
 from __future__ import annotations
 
@@ -14,20 +14,14 @@ from fedmira.config import (
     MethodSection,
     load_config,
     method_names,
-    refuse_federation,
     with_method,
 )
 from fedmira.config.methods import AbsentMethod
 from fedmira.data import ObjectRows, rows_from_objects
 from fedmira.errors import ConfigError, ModelError
-from fedmira.experiment import build_experiment, start_experiment
 from fedmira.model import BaseModel, borrowed, from_model, with_padding
-from fedmira.observers import Observer, check_observers
-from fedmira.runs import RunFolder
-from fedmira.studies import Comparison, Plan, compare_algorithms, make_plan
-from fedmira.studies.result import Result
 
-__all__ = ["check", "compare", "load", "run"]
+__all__ = ["Base", "Ready", "check_seeds", "kept_base", "prepared", "told_apart"]
 
 Base = str | Path | BaseModel | tuple[Any, Any]
 """A name or folder of a base, one that is loaded already, or (model, tokenizer) of transformers."""
@@ -35,182 +29,25 @@ Base = str | Path | BaseModel | tuple[Any, Any]
 _OBJECT = "object"
 
 
-def run(
-    config: Config | str | Path | Mapping[str, Any] | None = None,
-    *,
-    method: str | MethodSection | None = None,
-    clients: str | Path | Mapping[str, Any] | None = None,
-    base: Base | None = None,
-    settings: Mapping[str, Any] | None = None,
-    observers: Sequence[Observer] = (),
-    preset: str | None = None,
-    output: str | Path,
-    resume: bool = False,
-) -> Result:
-    """Runs a federation.
-
-    >>> import fedmira
-    >>> rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(9)]
-    >>> result = fedmira.run(
-    ...     method="fedavg",
-    ...     clients={"north": rows, "south": rows, "east": rows},
-    ...     settings={"rounds.count": 1, "local.steps": 1, "evaluation.rouge": False},
-    ...     output="runs/first",
-    ... )
-    >>> result.status
-    'finished'
+def kept_base(verb: str, base: Base | None) -> BaseModel | None:
+    """A base for a run that is there: the caller keeps the model, so it stays frozen.
 
     Args:
-        config: a Config, a TOML file, a mapping of dotted keys to values, or None for the defaults.
-        method: a name such as "mira", or an object of a `fedmira.Method`.
-        clients: client id -> rows (a list of dicts, a `datasets.Dataset`, a DataFrame, or a dict of
-            such parts by "train", "test" and "validation"), or a path of files as `data.path` takes
-            it.
-        base: "bundled", a folder, a hub id, or (model, tokenizer) of transformers. A model is used
-            in place and given back as it was.
-        settings: dotted key -> value, such as {"rounds.count": 20}; they win over `config`. Paths,
-            None (leave it as it is) and numpy's numbers are fine.
-        observers: who is told what happens, and may end the run.
-        preset: the name of settings that lie under all others.
-        output: the run folder, which must be new; with `resume` the folder of the run to continue.
-        resume: continue the run in `output` from its last checkpoint. Objects that it was made of
-            must be given again.
+        verb: who asks, for the error.
+        base: as it was given.
 
     Raises:
-        InputError: something is wrong with the settings, the rows or the base; nothing was trained.
-        RunError: the run failed; what was computed is in the folder.
+        ConfigError: it is a name or a folder.
     """
-    check_observers(observers)
-    if resume and config is None and preset is None:
-        config = RunFolder.reopen(Path(output)).path / "config.toml"
-    with _prepared(config, method, clients, base, settings, preset) as ready:
-        refuse_federation(ready.config)
-        experiment = build_experiment(
-            ready.config, ready.base, Path(output) if resume else None, rows=ready.rows
-        )
-        start_experiment(experiment, Path(output), observers, resume=resume)
-    return Result(output, ready.base, ready.rows)
-
-
-def check(
-    config: Config | str | Path | Mapping[str, Any] | None = None,
-    *,
-    method: str | MethodSection | None = None,
-    clients: str | Path | Mapping[str, Any] | None = None,
-    base: Base | None = None,
-    settings: Mapping[str, Any] | None = None,
-    preset: str | None = None,
-) -> Plan:
-    """What a run will cost and whether its alignment can act; nothing is trained.
-
-    >>> import fedmira
-    >>> rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(9)]
-    >>> plan = fedmira.check(method="fedavg", clients={"north": rows, "south": rows})
-    >>> plan.clients
-    2
-
-    Args:
-        config: as for `run`.
-        method: as for `run`.
-        clients: as for `run`.
-        base: as for `run`.
-        settings: as for `run`.
-        preset: as for `run`.
-
-    Raises:
-        InputError: something is wrong with the settings, the rows or the base.
-    """
-    with _prepared(config, method, clients, base, settings, preset) as ready:
-        return make_plan(build_experiment(ready.config, ready.base, rows=ready.rows))
-
-
-def compare(
-    methods: Sequence[str | MethodSection] | Mapping[str, str | MethodSection],
-    *,
-    config: Config | str | Path | Mapping[str, Any] | None = None,
-    clients: str | Path | Mapping[str, Any] | None = None,
-    base: Base | None = None,
-    settings: Mapping[str, Any] | None = None,
-    seeds: Sequence[int] = (0,),
-    observers: Sequence[Observer] = (),
-    preset: str | None = None,
-    output: str | Path,
-) -> Comparison:
-    """The same rows, seeds and budget for several methods.
-
-    Finished runs in the folder are not repeated.
-
-    >>> import fedmira
-    >>> rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(9)]
-    >>> table = fedmira.compare(
-    ...     ["local", "fedavg"],
-    ...     clients={"north": rows, "south": rows},
-    ...     settings={"rounds.count": 1, "local.steps": 1, "evaluation.rouge": False},
-    ...     output="runs/both",
-    ... )
-    >>> len(table.rows)
-    2
-
-    Args:
-        methods: names and method objects; as a mapping, each under a name of its own.
-        config: as for `run`.
-        clients: as for `run`.
-        base: as for `run`.
-        settings: as for `run`; equal for all methods.
-        seeds: of the runs of each method.
-        observers: who is told what happens in each run, one after the other.
-        preset: as for `run`.
-        output: the folder of the comparison; runs lie in it as <method>-seed<seed>.
-
-    Raises:
-        InputError: something is wrong; nothing was trained.
-        RunError: a run failed; the tables hold the methods whose runs all finished.
-    """
-    check_observers(observers)
-    named, objects = _told_apart(methods)
-    _check_seeds(seeds)
-    with _prepared(config, None, clients, base, settings, preset) as ready:
-        return compare_algorithms(
-            ready.config,
-            named,
-            [int(seed) for seed in seeds],
-            Path(output),
-            observers,
-            objects=objects,
-            base=ready.base,
-            rows=ready.rows,
-        )
-
-
-def load(
-    folder: str | Path, *, clients: Mapping[str, Any] | None = None, base: Base | None = None
-) -> Result:
-    """A run from its folder, however it ended.
-
-    >>> import fedmira
-    >>> sorted(fedmira.load("runs/first").clients["client"])
-    ['east', 'north', 'south']
-
-    Args:
-        folder: the run folder.
-        clients: the rows of a run whose rows were objects, to evaluate it again.
-        base: the base of a run whose base was an object, or one that is loaded already.
-
-    Raises:
-        RunFolderError: it is no run folder.
-    """
-    rows = None if clients is None else rows_from_objects(clients)
-    loaded = base if isinstance(base, BaseModel) else None
+    if base is None or isinstance(base, BaseModel):
+        return base
     if isinstance(base, tuple):
-        # The caller keeps the model for as long as the result is used, so it stays frozen.
         _check_pair(base)
-        loaded = _base_of(*base)
-    elif base is not None and loaded is None:
-        raise ConfigError(
-            f"load: base is {base!r}; give (model, tokenizer), as a folder's own base is "
-            "loaded by itself"
-        )
-    return Result(folder, loaded, rows)
+        return _base_of(*base)
+    raise ConfigError(
+        f"{verb}: base is {base!r}; give (model, tokenizer), as a folder's own base is "
+        "loaded by itself"
+    )
 
 
 def _check_kinds(method: object, clients: object, base: object, settings: object) -> None:
@@ -272,8 +109,11 @@ def _check_method(method: object) -> None:
     )
 
 
-def _check_seeds(seeds: object) -> None:
+def check_seeds(seeds: object) -> None:
     """Refuses seeds that are none.
+
+    Args:
+        seeds: as they were given.
 
     Raises:
         ConfigError: it is no list of whole numbers from 0 on, or an empty one.
@@ -287,8 +127,14 @@ def _check_seeds(seeds: object) -> None:
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """A checked config with the objects that it stands for."""
+class Ready:
+    """A checked config with the objects that it stands for.
+
+    Attributes:
+        config: of the run.
+        base: one that was given as an object.
+        rows: of clients that were given as objects.
+    """
 
     config: Config
     base: BaseModel | None
@@ -296,15 +142,27 @@ class _Ready:
 
 
 @contextmanager
-def _prepared(
+def prepared(
     config: Config | str | Path | Mapping[str, Any] | None,
     method: str | MethodSection | None,
     clients: str | Path | Mapping[str, Any] | None,
     base: Base | None,
     settings: Mapping[str, Any] | None,
     preset: str | None,
-) -> Iterator[_Ready]:
-    """The config and its objects; a model is frozen within the block only."""
+) -> Iterator[Ready]:
+    """The config and its objects; a model is frozen within the block only.
+
+    Args:
+        config: see `fedmira.run`, as for all that follow.
+        method: a name or an object.
+        clients: objects, or a path.
+        base: a name, a folder, or an object.
+        settings: win over the config.
+        preset: lies under all others.
+
+    Raises:
+        InputError: something is of a wrong type, or does not go together.
+    """
     _check_kinds(method, clients, base, settings)
     if isinstance(base, tuple):
         with borrowed(base[0]):
@@ -321,7 +179,7 @@ def _made(
     base: str | Path | BaseModel | None,
     settings: Mapping[str, Any] | None,
     preset: str | None,
-) -> _Ready:
+) -> Ready:
     given = _written(config, preset)
     given |= settings or {}
     rows = rows_from_objects(clients) if isinstance(clients, Mapping) else None
@@ -343,7 +201,7 @@ def _made(
             )
         given |= {"algorithm.name": method}
     path = Path(config) if isinstance(config, str | Path) else None
-    return _Ready(_with(load_config(path, preset, (), given), method), loaded, rows)
+    return Ready(_with(load_config(path, preset, (), given), method), loaded, rows)
 
 
 def _written(
@@ -386,10 +244,13 @@ def _base_of(model: Any, tokenizer: Any) -> BaseModel:
     return from_model(model, with_padding(tokenizer), name)
 
 
-def _told_apart(
+def told_apart(
     methods: Sequence[str | MethodSection] | Mapping[str, str | MethodSection],
 ) -> tuple[list[str], dict[str, MethodSection]]:
     """Names of methods, and objects by the name under which they run.
+
+    Args:
+        methods: as they were given.
 
     Raises:
         ConfigError: there are none, two go by one name, or something is neither.

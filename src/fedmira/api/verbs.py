@@ -1,0 +1,263 @@
+"""The verbs from Python: run, check, compare, decide, load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedmira.api.arguments import Base, check_seeds, kept_base, prepared, told_apart
+from fedmira.config import Config, MethodSection, refuse_federation
+from fedmira.data import rows_from_objects
+from fedmira.errors import ConfigError
+from fedmira.experiment import build_experiment, start_experiment
+from fedmira.observers import Observer, check_observers
+from fedmira.runs import RunFolder
+from fedmira.studies import Comparison, Decision, Plan, compare_algorithms, make_plan
+from fedmira.studies import decide as decide_for
+from fedmira.studies.result import Result
+
+__all__ = ["check", "compare", "decide", "load", "run"]
+
+
+def run(
+    config: Config | str | Path | Mapping[str, Any] | None = None,
+    *,
+    method: str | MethodSection | None = None,
+    clients: str | Path | Mapping[str, Any] | None = None,
+    base: Base | None = None,
+    settings: Mapping[str, Any] | None = None,
+    observers: Sequence[Observer] = (),
+    preset: str | None = None,
+    output: str | Path,
+    resume: bool = False,
+) -> Result:
+    """Runs a federation.
+
+    >>> import fedmira
+    >>> rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(9)]
+    >>> result = fedmira.run(
+    ...     method="fedavg",
+    ...     clients={"north": rows, "south": rows, "east": rows},
+    ...     settings={"rounds.count": 1, "local.steps": 1, "evaluation.rouge": False},
+    ...     output="runs/first",
+    ... )
+    >>> result.status
+    'finished'
+
+    Args:
+        config: a Config, a TOML file, a mapping of dotted keys to values, or None for the defaults.
+        method: a name such as "mira", or an object of a `fedmira.Method`.
+        clients: client id -> rows (a list of dicts, a `datasets.Dataset`, a DataFrame, or a dict of
+            such parts by "train", "test" and "validation"), or a path of files as `data.path` takes
+            it.
+        base: "bundled", a folder, a hub id, or (model, tokenizer) of transformers. A model is used
+            in place and given back as it was.
+        settings: dotted key -> value, such as {"rounds.count": 20}; they win over `config`. Paths,
+            None (leave it as it is) and numpy's numbers are fine.
+        observers: who is told what happens, and may end the run.
+        preset: the name of settings that lie under all others.
+        output: the run folder, which must be new; with `resume` the folder of the run to continue.
+        resume: continue the run in `output` from its last checkpoint. Objects that it was made of
+            must be given again.
+
+    Raises:
+        InputError: something is wrong with the settings, the rows or the base; nothing was trained.
+        RunError: the run failed; what was computed is in the folder.
+    """
+    check_observers(observers)
+    if resume and config is None and preset is None:
+        config = RunFolder.reopen(Path(output)).path / "config.toml"
+    with prepared(config, method, clients, base, settings, preset) as ready:
+        refuse_federation(ready.config)
+        experiment = build_experiment(
+            ready.config, ready.base, Path(output) if resume else None, rows=ready.rows
+        )
+        start_experiment(experiment, Path(output), observers, resume=resume)
+    return Result(output, ready.base, ready.rows)
+
+
+def check(
+    config: Config | str | Path | Mapping[str, Any] | None = None,
+    *,
+    method: str | MethodSection | None = None,
+    clients: str | Path | Mapping[str, Any] | None = None,
+    base: Base | None = None,
+    settings: Mapping[str, Any] | None = None,
+    preset: str | None = None,
+) -> Plan:
+    """What a run will cost and whether its alignment can act; nothing is trained.
+
+    >>> import fedmira
+    >>> rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(9)]
+    >>> plan = fedmira.check(method="fedavg", clients={"north": rows, "south": rows})
+    >>> plan.clients
+    2
+
+    Args:
+        config: as for `run`.
+        method: as for `run`.
+        clients: as for `run`.
+        base: as for `run`.
+        settings: as for `run`.
+        preset: as for `run`.
+
+    Raises:
+        InputError: something is wrong with the settings, the rows or the base.
+    """
+    with prepared(config, method, clients, base, settings, preset) as ready:
+        return make_plan(build_experiment(ready.config, ready.base, rows=ready.rows))
+
+
+def compare(
+    methods: Sequence[str | MethodSection] | Mapping[str, str | MethodSection],
+    *,
+    config: Config | str | Path | Mapping[str, Any] | None = None,
+    clients: str | Path | Mapping[str, Any] | None = None,
+    base: Base | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (0,),
+    observers: Sequence[Observer] = (),
+    preset: str | None = None,
+    output: str | Path,
+) -> Comparison:
+    """The same rows, seeds and budget for several methods.
+
+    Finished runs in the folder are not repeated.
+
+    >>> import fedmira
+    >>> rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(9)]
+    >>> table = fedmira.compare(
+    ...     ["local", "fedavg"],
+    ...     clients={"north": rows, "south": rows},
+    ...     settings={"rounds.count": 1, "local.steps": 1, "evaluation.rouge": False},
+    ...     output="runs/both",
+    ... )
+    >>> len(table.rows)
+    2
+
+    Args:
+        methods: names and method objects; as a mapping, each under a name of its own.
+        config: as for `run`.
+        clients: as for `run`.
+        base: as for `run`.
+        settings: as for `run`; equal for all methods.
+        seeds: of the runs of each method.
+        observers: who is told what happens in each run, one after the other.
+        preset: as for `run`.
+        output: the folder of the comparison; runs lie in it as <method>-seed<seed>.
+
+    Raises:
+        InputError: something is wrong; nothing was trained.
+        RunError: a run failed; the tables hold the methods whose runs all finished.
+    """
+    check_observers(observers)
+    named, objects = told_apart(methods)
+    check_seeds(seeds)
+    with prepared(config, None, clients, base, settings, preset) as ready:
+        return compare_algorithms(
+            ready.config,
+            named,
+            [int(seed) for seed in seeds],
+            Path(output),
+            observers,
+            objects=objects,
+            base=ready.base,
+            rows=ready.rows,
+        )
+
+
+def decide(
+    target: Config | str | Path | Mapping[str, Any] | None = None,
+    *,
+    clients: str | Path | Mapping[str, Any] | None = None,
+    base: Base | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    mixes: bool = True,
+    observers: Sequence[Observer] = (),
+    preset: str | None = None,
+    output: str | Path | None = None,
+) -> Decision:
+    """For each client the adapter that its own validation rows can show to be the best.
+
+    >>> import fedmira
+    >>> rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(9)]
+    >>> decision = fedmira.decide(
+    ...     clients={"north": rows, "south": rows},
+    ...     settings={"rounds.count": 1, "local.steps": 1, "evaluation.rouge": False}
+    ...     | {"data.validation_fraction": 0.3},
+    ...     output="runs/decided",
+    ... )
+    >>> list(decision.table["choice"])
+    ['local', 'local']
+
+    Args:
+        target: the folder of a comparison or of a run; or, as the config of `run`, settings with
+            which all that is judged is trained first.
+        clients: as for `run`; of a folder whose rows were objects, those rows.
+        base: as for `run`; of a folder whose base was an object, that base.
+        settings: as for `run`; not with a folder.
+        seed: which runs of a comparison; None for the lowest.
+        mixes: whether half of a client's own adapter and half of another is judged, too.
+        observers: who is told what happens in the runs that are made.
+        preset: as for `run`; not with a folder.
+        output: where to; None for the folder `decision` within the target's.
+
+    Raises:
+        InputError: something is wrong, or nobody has validation rows.
+        RunError: a run that was needed failed.
+    """
+    check_observers(observers)
+    place = None if output is None else Path(output)
+    if isinstance(target, str | Path) and Path(target).is_dir():
+        if settings or preset:
+            raise ConfigError(
+                f"decide: {target} is a folder whose runs are made; leave settings and preset away"
+            )
+        if clients is not None and not isinstance(clients, Mapping):
+            raise ConfigError(
+                f"decide: clients is {clients!r}; a folder's own rows are read where they lay, so "
+                "give only rows that are objects"
+            )
+        return decide_for(
+            Path(target),
+            place,
+            seed=seed,
+            mixes=mixes,
+            observers=observers,
+            base=kept_base("decide", base),
+            rows=None if clients is None else rows_from_objects(clients),
+        )
+    if seed is not None:
+        raise ConfigError("decide: seed chooses among the runs of a comparison; set 'seed'")
+    with prepared(target, None, clients, base, settings, preset) as ready:
+        return decide_for(
+            ready.config,
+            place,
+            mixes=mixes,
+            observers=observers,
+            base=ready.base,
+            rows=ready.rows,
+        )
+
+
+def load(
+    folder: str | Path, *, clients: Mapping[str, Any] | None = None, base: Base | None = None
+) -> Result:
+    """A run from its folder, however it ended.
+
+    >>> import fedmira
+    >>> sorted(fedmira.load("runs/first").clients["client"])
+    ['east', 'north', 'south']
+
+    Args:
+        folder: the run folder.
+        clients: the rows of a run whose rows were objects, to evaluate it again.
+        base: the base of a run whose base was an object, or one that is loaded already.
+
+    Raises:
+        RunFolderError: it is no run folder.
+    """
+    rows = None if clients is None else rows_from_objects(clients)
+    return Result(folder, kept_base("load", base), rows)
