@@ -26,8 +26,8 @@ demo: $(STAMP) ## local training, FedAvg and two levels on the bundled base and 
 	@number=1; while [ -e "runs/demo-$$number" ]; do number=$$((number + 1)); done; \
 	$(BIN)/fedmira compare --preset demo --algorithms local,fedavg,two-level --output "runs/demo-$$number"
 
-test: $(STAMP) ## all tests
-	$(BIN)/pytest
+test: $(STAMP) ## all tests, in two processes; in one: .venv/bin/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 federation: $(FLOWER_STAMP) ## tests of runs over Flower, as real processes too (minutes); FLOWER=1.40.0: with that release
 	$(FLOWER_BIN)/pytest tests/federation/flower tests/federation/processes tests/clients/test_clients_contract.py

@@ -21,6 +21,8 @@ hypothesis.settings.register_profile("fedmira", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fedmira")
 
 # No more threads than cores this process may use: they would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside other processes of tests
+    os.environ["OMP_NUM_THREADS"] = "1"
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, cores))))
 
