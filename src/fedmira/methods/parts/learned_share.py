@@ -45,6 +45,9 @@ class LearnedShare:
     def __init__(self, split: RankSplit, adapter: Adapter, share: float, rate: float) -> None:
         self._split, self._adapter, self._rate = split, adapter, rate
         self._first_share, self._steps = share, 0
+        self._share = self._held = torch.tensor(share)
+        self._place = torch.logit(self._share)
+        self._first = self._second = torch.zeros(())
         self._rest: Adapter | None = None
 
     def start(self) -> Start:
@@ -88,11 +91,9 @@ class LearnedShare:
 
     def _begin(self, device: torch.device) -> None:
         """What follows the share from here on, where the gradient is."""
-        self._share: Tensor = torch.tensor(self._first_share, device=device)
-        self._held: Tensor = self._share
-        self._place = torch.logit(self._share)
-        self._first = torch.zeros_like(self._share)
-        self._second = torch.zeros_like(self._share)
+        self._share = self._held = self._share.to(device)
+        self._place = self._place.to(device)
+        self._first = self._second = self._first.to(device)
         frozen = self._split.frozen(self._adapter)
         self._rest = {name: part.to(device) for name, part in frozen.items()}
 
