@@ -68,9 +68,7 @@ def test_the_second_round_trains_the_personal_half_beside_what_its_share_leaves_
         own = moved(SPLIT.frozen(start(RANK)), SPLIT.frozen(CENTRES[client]))
         assert_close(SPLIT.frozen(found), own)
         for module, product in dense(SPLIT.trained(found)).items():
-            torch.testing.assert_close(
-                product, (1 - share) * before[module], rtol=1e-5, atol=1e-6
-            )
+            torch.testing.assert_close(product, (1 - share) * before[module], rtol=1e-5, atol=1e-6)
         for module, product in dense(found).items():
             torch.testing.assert_close(
                 product, (1 - share) * before[module] + dense(own)[module], rtol=1e-5, atol=1e-5

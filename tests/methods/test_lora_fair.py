@@ -44,9 +44,7 @@ def test_the_correction_is_the_dense_minimiser_of_the_residual_and_the_penalty(
         wide = torch.cat([down, penalty**0.5 * torch.eye(RANK, dtype=torch.float64)], dim=1)
         aim = torch.cat([residual, torch.zeros(len(up), RANK, dtype=torch.float64)], dim=1)
         correction = torch.linalg.lstsq(wide.T, aim.T).solution.T
-        torch.testing.assert_close(
-            found[module][1].double(), up + correction, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(found[module][1].double(), up + correction, rtol=1e-5, atol=1e-5)
 
 
 def test_a_small_penalty_leaves_nothing_of_the_residual_in_the_row_space_of_a() -> None:

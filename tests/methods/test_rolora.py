@@ -89,9 +89,7 @@ def test_one_factor_travels_and_both_where_a_client_missed_a_round() -> None:
         expected = whole if changed == "-" else size[changed] + mark
         assert down["client-0"] == down["client-1"] == expected
         assert down["client-2"] == whole, "it has never been there"
-        state, sent = play(
-            algorithm, FEDERATION, state, {c: CENTRES[c] for c in names(2)}, number
-        )
+        state, sent = play(algorithm, FEDERATION, state, {c: CENTRES[c] for c in names(2)}, number)
         assert {reply.payload.num_bytes for reply in sent} == {size[trained]}
 
 

@@ -54,7 +54,6 @@ from fedmira.methods.base import (
     Start,
     Trained,
 )
-from fedmira.methods.context import require_one_rank
 from fedmira.methods.parts.kept_products import KeptProducts, Taken
 from fedmira.methods.parts.learned_share import LearnedShare, after_training
 from fedmira.methods.parts.partly_sent import PartlySent
@@ -127,6 +126,14 @@ class FedAlt(Method):
         return self
 
     @property
+    def needs(self) -> Mapping[Need, str]:
+        """Two factors; of one rank where they are averaged apart."""
+        factors = {
+            Need.ONE_RANK: "algorithm.rest_space = 'factor', which averages factor by factor"
+        }
+        return {**self.always_needs, **(factors if self.rest_space == "factor" else {})}
+
+    @property
     def split(self) -> RankSplit:
         """Where adapters are divided."""
         return RankSplit(self.trained_rank)
@@ -141,7 +148,6 @@ class FedAlt(Method):
         source, clients = self.context.graph, self.context.clients
         check_split(self.name, self.trained_rank, self.context)
         if self.rest_space == "factor":
-            require_one_rank(f"{self.name} with rest_space = 'factor'", self.context)
             rank = self.context.largest_rank
             own = self.split.of(rank)
             if 2 * own != rank:
