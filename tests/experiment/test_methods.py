@@ -17,10 +17,20 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from fedmira.adapters import digest
+from fedmira.clients import OverWire
 from fedmira.experiment import Experiment, build_experiment, run_experiment
 from fedmira.model import BaseModel
 from fedmira.runs import Result
-from small import CLIENTS, adapter_bytes, adapters_of, events_of, make_config, table_of
+from small import (
+    CLIENTS,
+    adapter_bytes,
+    adapters_of,
+    events_of,
+    local_of,
+    make_config,
+    table_of,
+    with_clients,
+)
 
 Run = Callable[..., tuple[Experiment, Result]]
 
@@ -237,6 +247,34 @@ def test_feddpa_ends_with_one_global_half_and_a_personal_one_for_each(run: Run) 
         for part in (slice(0, 2), slice(2, 4))
     ]
     assert [len(half) for half in halves] == [1, len(CLIENTS)]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"algorithm.name": "feddpa"},
+        {"algorithm.name": "rolora"},
+        {"algorithm.name": "lora-fair"},
+        {
+            "algorithm.name": "fedalt",
+            "algorithm.rest_space": "factor",
+            "algorithm.learned_share": True,
+            "graph.kind": "uniform",
+        },
+    ],
+    ids=lambda keys: keys["algorithm.name"],
+)
+def test_a_run_over_messages_ends_in_the_adapters_of_the_run_in_one_process(
+    keys: dict[str, Any], base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    """What the client half needs is in the payload, and all of it can be written and read."""
+    settings = {**keys, "rounds.participation": 0.6, "rounds.count": 3}
+    experiment = build_experiment(make_config(base_folder, clients_folder, settings), base)
+    run_experiment(experiment, tmp_path / "here")
+    apart = with_clients(experiment, OverWire(local_of(experiment), "float32"))
+    run_experiment(apart, tmp_path / "apart")
+    found, expected = (adapter_bytes(tmp_path / name, cards=False) for name in ("apart", "here"))
+    assert found == expected and found
 
 
 @pytest.mark.parametrize("name", ["ditto", "flexlora", "feddpa", "rolora"])
