@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         GradientHook,
         Method,
         ServerState,
+        Settle,
         Start,
         Trained,
     )
@@ -67,6 +68,7 @@ _HOMES = {
     "Need": "fedmira.config.methods",
     "RoLora": "fedmira.methods.rolora",
     "ServerState": "fedmira.methods.base",
+    "Settle": "fedmira.methods.base",
     "ShareFactor": "fedmira.methods.share_factor",
     "Start": "fedmira.methods.base",
     "Trained": "fedmira.methods.base",
@@ -100,6 +102,7 @@ __all__ = [
     "Need",
     "RoLora",
     "ServerState",
+    "Settle",
     "ShareFactor",
     "Start",
     "Trained",

@@ -12,7 +12,7 @@ are ours. By default R_k is the mean of the products, the own part has the weigh
 rho, and both parts are one adapter: the first directions are L_k, the others rho R_k, cut to the
 directions that the rank leaves for it; the log's `truncation` says what did not fit.
 
-The paper's clients average factors, and its mixer weighs both parts anew for each input by shares
+Their code averages factors, and the mixer weighs both parts anew for each input by shares
 that sum to one and begin near one half, which is no LoRA adapter any more. What of it fits into one
 is `rest_space = "factor"`, where R_k has the means of the others' A and of their B, apart, and
 `learned_share = true`, where the mixer is one number g_k of each client,
@@ -55,7 +55,7 @@ from fedmira.methods.base import (
     Trained,
 )
 from fedmira.methods.parts.kept_products import KeptProducts, Taken
-from fedmira.methods.parts.learned_share import LearnedShare, after_training
+from fedmira.methods.parts.learned_share import MOST, LearnedShare, after_training
 from fedmira.methods.parts.partly_sent import PartlySent
 from fedmira.methods.parts.rank_split import RankSplit, check_split
 
@@ -210,7 +210,8 @@ class FedAlt(Method):
         if self.learned_share:
             numbers[OWN_SHARE] = state.numbers[OWN_SHARE].clone()
             for reply in replies:
-                share = reply.payload.scalars[OWN_SHARE]
+                # It comes from elsewhere, and parts are divided by it.
+                share = min(max(reply.payload.scalars[OWN_SHARE], 1 - MOST), MOST)
                 numbers[OWN_SHARE][clients.index(reply.client_id)] = share
                 told[reply.client_id] = {OWN_SHARE: share}
         figures: Mapping[str, float] = {}
