@@ -114,13 +114,15 @@ def best_of_rank(matrix: Tensor, rank: int) -> Tensor:
 
 
 def descend(begun: Start, centre: Adapter, steps: int, rate: float) -> Adapter:
-    """Gradient descent on 1/2 |w - centre|^2 from where a client begins, with its hook."""
+    """Gradient descent on 1/2 |w - centre|^2 from where a client begins, with its hooks."""
     present = dict(begun.adapter)
     for _ in range(steps):
         gradient: Adapter = map_tensors(torch.sub, present, centre)
         if begun.hook is not None:
             gradient = begun.hook(gradient, present)
         present = map_tensors(lambda tensor, slope: tensor - rate * slope, present, gradient)
+        if begun.settle is not None:
+            present |= begun.settle(present)
     return present
 
 

@@ -16,10 +16,21 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
+from fedmira.adapters import digest
+from fedmira.clients import OverWire
 from fedmira.experiment import Experiment, build_experiment, run_experiment
 from fedmira.model import BaseModel
 from fedmira.runs import Result
-from small import CLIENTS, adapter_bytes, adapters_of, events_of, make_config, table_of
+from small import (
+    CLIENTS,
+    adapter_bytes,
+    adapters_of,
+    events_of,
+    local_of,
+    make_config,
+    table_of,
+    with_clients,
+)
 
 Run = Callable[..., tuple[Experiment, Result]]
 
@@ -32,6 +43,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "hetlora": {"adapter.ranks": {"apple-1": 2, "birch-2": 6}},
     "fedex": {},
     "fedalt": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6}},
+    "feddpa": {},
+    "lora-fair": {},
+    "rolora": {},
     "two-level": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6, "birch-2": 2}},
 }
 
@@ -175,7 +189,95 @@ def test_fedalt_keeps_the_rest_of_the_world_still_within_a_round(run: Run) -> No
         )
 
 
-@pytest.mark.parametrize("name", ["ditto", "flexlora"])
+def test_fedalt_of_factors_with_a_learned_share_holds_parts_whose_shares_sum_to_one(
+    run: Run,
+) -> None:
+    """The variant of the paper, as far as one adapter holds it, with weight decay on everything."""
+    settings = {
+        "graph__kind": "uniform",
+        "adapter__ranks": {},
+        "algorithm__rest_space": "factor",
+        "algorithm__learned_share": True,
+        "local__weight_decay": 0.1,
+    }
+    _, early = run("fedalt", rounds__count=1, **settings)
+    _, late = run("fedalt", rounds__count=2, **settings)
+    own = {
+        client: {
+            name: tensor[:2] if "lora_A" in name else tensor[:, :2] / 0.5
+            for name, tensor in adapter.items()
+        }
+        for client, adapter in early.adapters.items()
+    }
+    for event in events_of(late.folder, "align"):
+        share = event["own_share"]
+        assert share == 0.5 if event["round"] == 1 else 0 < abs(share - 0.5) < 0.1
+        if event["round"] == 2:
+            others = [part for client, part in own.items() if client != event["client"]]
+            for name, tensor in late.adapters[event["client"]].items():
+                mean = torch.stack([part[name].double() for part in others]).mean(dim=0)
+                rest = tensor[2:] if "lora_A" in name else tensor[:, 2:]
+                expected = mean if "lora_A" in name else (1 - share) * mean
+                torch.testing.assert_close(rest.double(), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_rolora_leaves_a_at_the_start_in_its_first_round_even_with_weight_decay(run: Run) -> None:
+    decay = {"local__weight_decay": 0.1}
+    for count, moved in ((1, {"A": False, "B": True}), (2, {"A": True, "B": True})):
+        experiment, result = run("rolora", rounds__count=count, **decay)
+        for name, tensor in result.adapters["apple-1"].items():
+            which = "A" if ".lora_A." in name else "B"
+            begun = experiment.starts["apple-1"][name]
+            assert torch.equal(tensor, begun) == (not moved[which])
+        assert len({digest(adapter) for adapter in result.adapters.values()}) == 1
+
+
+def test_feddpa_ends_with_one_global_half_and_a_personal_one_for_each(run: Run) -> None:
+    _, result = run("feddpa", rounds__count=2)
+    halves = [
+        {
+            digest(
+                {
+                    name: tensor[part] if "lora_A" in name else tensor[:, part]
+                    for name, tensor in adapter.items()
+                }
+            )
+            for adapter in result.adapters.values()
+        }
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    assert [len(half) for half in halves] == [1, len(CLIENTS)]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"algorithm.name": "feddpa"},
+        {"algorithm.name": "rolora"},
+        {"algorithm.name": "lora-fair"},
+        {
+            "algorithm.name": "fedalt",
+            "algorithm.rest_space": "factor",
+            "algorithm.learned_share": True,
+            "graph.kind": "uniform",
+        },
+    ],
+    ids=lambda keys: keys["algorithm.name"],
+)
+def test_a_run_over_messages_ends_in_the_adapters_of_the_run_in_one_process(
+    keys: dict[str, Any], base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    """What the client half needs is in the payload, and all of it can be written and read."""
+    settings = {**keys, "rounds.participation": 0.6, "rounds.count": 3}
+    experiment = build_experiment(make_config(base_folder, clients_folder, settings), base)
+    run_experiment(experiment, tmp_path / "here")
+    apart = with_clients(experiment, OverWire(local_of(experiment), "float32"))
+    run_experiment(apart, tmp_path / "apart")
+    found, expected = (adapter_bytes(tmp_path / name, cards=False) for name in ("apart", "here"))
+    assert found == expected and found
+
+
+@pytest.mark.parametrize("name", ["ditto", "flexlora", "feddpa", "rolora"])
 def test_kept_moments_that_would_belong_to_another_adapter_are_refused(
     name: str, base_folder: Path, clients_folder: Path
 ) -> None:

@@ -63,6 +63,16 @@ def test_planned_traffic_is_that_of_the_first_round(
         {"algorithm.name": "fedfomo"},
         {"algorithm.name": "fedex"},
         {"algorithm.name": "fedalt", "rounds.participation": 0.5},
+        {
+            "algorithm.name": "fedalt",
+            "algorithm.rest_space": "factor",
+            "algorithm.learned_share": True,
+            "graph.kind": "uniform",
+        },
+        {"algorithm.name": "lora-fair"},
+        {"algorithm.name": "feddpa", "algorithm.halves": "together"},
+        {"algorithm.name": "feddpa", "rounds.count": 2},
+        {"algorithm.name": "rolora", "rounds.count": 2},
         {"algorithm.name": "share-factor"},
         {"algorithm.name": "fedit-finetune", "rounds.count": 2},
         {"algorithm.name": "ditto", "rounds.count": 2},
@@ -113,6 +123,12 @@ def test_planned_traffic_is_that_of_the_whole_run(
             "changes in the course",
         ),
         ({"algorithm.name": "ditto"}, (1, 0), "changes in the course"),
+        ({"algorithm.name": "feddpa"}, (1 / 2, 0), "changes in the course"),
+        (
+            {"algorithm.name": "rolora"},
+            (2 * (32 + 16) / PER_RANK, 2 * (32 + 32) / PER_RANK),
+            "changes in the course",
+        ),  # B, which the first round averaged, down, and A up
         (
             {"algorithm.name": "fedfomo", "rounds.participation": 0.4},
             (1, 1),
@@ -133,7 +149,7 @@ def test_planned_traffic_is_that_of_the_whole_run(
 )
 def test_a_total_that_nobody_knows_yet_is_not_told_and_the_reason_is(
     settings: dict[str, object],
-    later: tuple[int, int] | None,
+    later: tuple[float, float] | None,
     why: str,
     base: BaseModel,
     base_folder: Path,

@@ -95,6 +95,24 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.count": 4,
         "evaluation.every": 2,
     },
+    "fedalt, factors and learned shares": {
+        "algorithm.name": "fedalt",
+        "algorithm.rest_space": "factor",
+        "algorithm.learned_share": True,
+        "graph.kind": "uniform",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "feddpa, some clients": {
+        "algorithm.name": "feddpa",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "rolora, some clients": {
+        "algorithm.name": "rolora",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
     "two levels, some clients of ranks that differ": {
         "algorithm.name": "two-level",
         "adapter.ranks": {"apple-1": 2},

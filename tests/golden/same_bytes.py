@@ -58,6 +58,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "hetlora": {"adapter.ranks": {"apple-1": 2}},
     "fedex": {},
     "fedalt": {},
+    "feddpa": {},
+    "lora-fair": {},
+    "rolora": {},
     "fedfomo": {},
     "fedkseed": {"local.optimizer": "zeroth-order"},
     "mira": {},
@@ -71,6 +74,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "algorithm.private_factor": "frozen",
     },
     "fedalt on a learned graph, sketched": {"algorithm.name": "fedalt", "graph.sketch": 32},
+    "fedalt, factors and learned shares": {
+        "algorithm.name": "fedalt",
+        "algorithm.rest_space": "factor",
+        "algorithm.learned_share": True,
+        "graph.kind": "uniform",
+    },
     "flexlora, unequal ranks": {"algorithm.name": "flexlora", "adapter.ranks": {"apple-1": 2}},
     "mira, safeguard": {"algorithm.safeguard": True},
     "mira, as published": {

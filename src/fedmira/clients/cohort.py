@@ -140,7 +140,8 @@ class Cohort:
             for share, choice in zip(shares, choices, strict=True)
         ]
         return [
-            Start(adapter, start.hook) for adapter, start in zip(adapters, starts, strict=True)
+            Start(adapter, start.hook, settle=start.settle)
+            for adapter, start in zip(adapters, starts, strict=True)
         ], measured
 
     def _task(self, request: Request, start: Start, memory: Payload | None) -> LocalTask:
@@ -159,6 +160,7 @@ class Cohort:
             rows=rows,
             seed=request.seed,
             hook=start.hook,
+            settle=start.settle,
             moments=moments,
             rates=rate_shares(
                 local, request.round, self.settings.rounds, count_steps(len(rows), local)

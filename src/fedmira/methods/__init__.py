@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         GradientHook,
         Method,
         ServerState,
+        Settle,
         Start,
         Trained,
     )
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fedmira.methods.ditto import Ditto
     from fedmira.methods.fedalt import FedAlt
     from fedmira.methods.fedavg import FedAvg
+    from fedmira.methods.feddpa import FedDpa
     from fedmira.methods.fedex import FedEx
     from fedmira.methods.fedfomo import FedFomo
     from fedmira.methods.fedit_finetune import FedItFinetune
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
     from fedmira.methods.flexlora import FlexLora
     from fedmira.methods.hetlora import HetLora
     from fedmira.methods.local import Local
+    from fedmira.methods.lora_fair import LoraFair
     from fedmira.methods.mira import Mira
     from fedmira.methods.parts.mixing import Mixing, mixing_matrix
+    from fedmira.methods.rolora import RoLora
     from fedmira.methods.share_factor import ShareFactor
     from fedmira.methods.two_level import TwoLevel
 
@@ -46,6 +50,7 @@ _HOMES = {
     "Ditto": "fedmira.methods.ditto",
     "FedAlt": "fedmira.methods.fedalt",
     "FedAvg": "fedmira.methods.fedavg",
+    "FedDpa": "fedmira.methods.feddpa",
     "FedEx": "fedmira.methods.fedex",
     "FedFomo": "fedmira.methods.fedfomo",
     "FedItFinetune": "fedmira.methods.fedit_finetune",
@@ -55,12 +60,15 @@ _HOMES = {
     "GradientHook": "fedmira.methods.base",
     "HetLora": "fedmira.methods.hetlora",
     "Local": "fedmira.methods.local",
+    "LoraFair": "fedmira.methods.lora_fair",
     "Method": "fedmira.methods.base",
     "MethodContext": "fedmira.methods.context",
     "Mira": "fedmira.methods.mira",
     "Mixing": "fedmira.methods.parts.mixing",
     "Need": "fedmira.config.methods",
+    "RoLora": "fedmira.methods.rolora",
     "ServerState": "fedmira.methods.base",
+    "Settle": "fedmira.methods.base",
     "ShareFactor": "fedmira.methods.share_factor",
     "Start": "fedmira.methods.base",
     "Trained": "fedmira.methods.base",
@@ -76,6 +84,7 @@ __all__ = [
     "Ditto",
     "FedAlt",
     "FedAvg",
+    "FedDpa",
     "FedEx",
     "FedFomo",
     "FedItFinetune",
@@ -85,12 +94,15 @@ __all__ = [
     "GradientHook",
     "HetLora",
     "Local",
+    "LoraFair",
     "Method",
     "MethodContext",
     "Mira",
     "Mixing",
     "Need",
+    "RoLora",
     "ServerState",
+    "Settle",
     "ShareFactor",
     "Start",
     "Trained",

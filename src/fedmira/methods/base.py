@@ -24,12 +24,16 @@ __all__ = [
     "GradientHook",
     "Method",
     "ServerState",
+    "Settle",
     "Start",
     "Trained",
 ]
 
 GradientHook = Callable[[Adapter, Adapter], Adapter]
 """(gradient, parameters) -> the gradient to step with, at every local step."""
+
+Settle = Callable[[Adapter], Adapter]
+"""Parameters as a local step left them -> those that are to be others, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +119,15 @@ class Start:
             names them. Its own validation rows choose.
         blend: what `adapter` is blended with before training, where the client has validation rows;
             not beside alternatives.
+        settle: puts parameters in their places after each step, for a part that follows from
+            others; None leaves all as the step left them.
     """
 
     adapter: Adapter
     hook: GradientHook | None = None
     alternatives: Mapping[float, Adapter] = field(default_factory=dict)
     blend: Blend | None = None
+    settle: Settle | None = None
 
 
 @dataclass(frozen=True, slots=True)

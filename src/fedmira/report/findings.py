@@ -45,6 +45,9 @@ ALGORITHM_TITLES = {
     "hetlora": "HetLoRA",
     "fedex": "FedEx-LoRA",
     "fedalt": "FedALT",
+    "feddpa": "FedDPA",
+    "lora-fair": "LoRA-FAIR",
+    "rolora": "RoLoRA",
     "fedfomo": "FedFomo",
     "fedkseed": "FedKSeed",
 }

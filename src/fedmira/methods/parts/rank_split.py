@@ -76,13 +76,21 @@ def _axis(name: str) -> int:
     return 0 if name.endswith(DOWN) else 1
 
 
-def check_split(name: str, trained_rank: int, context: MethodContext) -> RankSplit:
+def check_split(
+    name: str,
+    trained_rank: int,
+    context: MethodContext,
+    key: str = "trained_rank",
+    first: str = "trained",
+) -> RankSplit:
     """The split, when both parts of every client's adapter have at least one direction.
 
     Args:
         name: the algorithm's, for the message.
-        trained_rank: as set.
+        trained_rank: directions of the first part, as set.
         context: the federation.
+        key: of the algorithm's settings that says so.
+        first: what the first part is.
 
     Raises:
         ConfigError: a client's rank leaves one part empty.
@@ -93,7 +101,7 @@ def check_split(name: str, trained_rank: int, context: MethodContext) -> RankSpl
     if not 0 < split.of(rank) < rank:
         raise ConfigError(
             f"{name}: client {client!r} has rank {rank}, of which {split.of(rank)} would "
-            "be trained; both parts need at least 1 (raise "
-            f"adapter.rank to {max(2, trained_rank + 1)} or more, or lower algorithm.trained_rank)"
+            f"be {first}; both parts need at least 1 (raise "
+            f"adapter.rank to {max(2, trained_rank + 1)} or more, or lower algorithm.{key})"
         )
     return split

@@ -41,6 +41,7 @@ from fedmira.model.training.zeroth_order import RandomSlopes
 __all__ = ["LocalOutcome", "LocalTask", "train_cohort", "train_with"]
 
 Hook = Callable[[Adapter, Adapter], Adapter]
+Settle = Callable[[Adapter], Adapter]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class LocalTask:
         moments: (first, second, steps) kept from its last round, named as the adapter is, or None
             to start fresh.
         rates: share of the learning rate of each of its steps; None where all are 1.
+        settle: turns the parameters that a step left into those of them that are to be others, by
+            name, or None.
     """
 
     start: Adapter
@@ -65,6 +68,7 @@ class LocalTask:
     hook: Hook | None = None
     moments: tuple[Adapter, Adapter, int] | None = None
     rates: tuple[float, ...] | None = None
+    settle: Settle | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +276,8 @@ class _Cohort:
         )
         if clipped is not None:
             self.clipped.index_add_(0, active, clipped)
+        for client in batches:
+            self._settle(client)
         return True
 
     def _rates(self, clients: Sequence[int]) -> Tensor | None:
@@ -449,6 +455,14 @@ class _Cohort:
             gradient, self.stacked.views(self.stacked.values, client)
         ).items():
             gradient[name].copy_(changed)
+
+    def _settle(self, client: int) -> None:
+        settle = self.tasks[client].settle
+        if settle is None:
+            return
+        parameters = self.stacked.views(self.stacked.values, client)
+        for name, changed in settle(parameters).items():
+            parameters[name].copy_(changed)
 
     def _initial_moments(self) -> Moments:
         moments = Moments.empty(self.stacked.values)
