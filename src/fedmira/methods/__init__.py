@@ -30,12 +30,17 @@ if TYPE_CHECKING:
     from fedmira.methods.fedfomo import FedFomo
     from fedmira.methods.fedit_finetune import FedItFinetune
     from fedmira.methods.fedkseed import FedKSeed
+    from fedmira.methods.fedlease import FedLease
     from fedmira.methods.fedprox import FedProx
+    from fedmira.methods.fedrot import FedRot
     from fedmira.methods.flexlora import FlexLora
+    from fedmira.methods.flora import Flora
     from fedmira.methods.hetlora import HetLora
     from fedmira.methods.local import Local
     from fedmira.methods.mira import Mira
     from fedmira.methods.parts.mixing import Mixing, mixing_matrix
+    from fedmira.methods.scaffold import Scaffold
+    from fedmira.methods.server_optimizer import FedOpt
     from fedmira.methods.share_factor import ShareFactor
     from fedmira.methods.two_level import TwoLevel
 
@@ -50,8 +55,12 @@ _HOMES = {
     "FedFomo": "fedmira.methods.fedfomo",
     "FedItFinetune": "fedmira.methods.fedit_finetune",
     "FedKSeed": "fedmira.methods.fedkseed",
+    "FedLease": "fedmira.methods.fedlease",
+    "FedOpt": "fedmira.methods.server_optimizer",
     "FedProx": "fedmira.methods.fedprox",
+    "FedRot": "fedmira.methods.fedrot",
     "FlexLora": "fedmira.methods.flexlora",
+    "Flora": "fedmira.methods.flora",
     "GradientHook": "fedmira.methods.base",
     "HetLora": "fedmira.methods.hetlora",
     "Local": "fedmira.methods.local",
@@ -60,6 +69,7 @@ _HOMES = {
     "Mira": "fedmira.methods.mira",
     "Mixing": "fedmira.methods.parts.mixing",
     "Need": "fedmira.config.methods",
+    "Scaffold": "fedmira.methods.scaffold",
     "ServerState": "fedmira.methods.base",
     "ShareFactor": "fedmira.methods.share_factor",
     "Start": "fedmira.methods.base",
@@ -80,8 +90,12 @@ __all__ = [
     "FedFomo",
     "FedItFinetune",
     "FedKSeed",
+    "FedLease",
+    "FedOpt",
     "FedProx",
+    "FedRot",
     "FlexLora",
+    "Flora",
     "GradientHook",
     "HetLora",
     "Local",
@@ -90,6 +104,7 @@ __all__ = [
     "Mira",
     "Mixing",
     "Need",
+    "Scaffold",
     "ServerState",
     "ShareFactor",
     "Start",

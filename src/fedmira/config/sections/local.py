@@ -103,8 +103,8 @@ class LocalSettings(Section):
         "fresh",
         help=(
             "Start each round with empty moments, or keep them in the client's private memory. "
-            '`"kept"` does not go with `flexlora`, `ditto`, `fedfomo`, and mira\'s `space = '
-            '"product"`.'
+            '`"kept"` does not go with `flexlora`, `flora`, `ditto`, `fedfomo`, and mira\'s '
+            '`space = "product"`.'
         ),
     )
     sophia_refresh: Positive = setting(
