@@ -31,6 +31,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "flexlora": {"adapter.ranks": {"apple-1": 2, "birch-2": 6}},
     "hetlora": {"adapter.ranks": {"apple-1": 2, "birch-2": 6}},
     "fedex": {},
+    "flora": {"adapter.ranks": {"apple-1": 6, "birch-2": 3}},
+    "fedrot": {},
+    "fedopt": {},
+    "scaffold": {"local.optimizer": "sgd", "local.learning_rate": 1.0},
+    "fedlease": {},
     "fedalt": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6}},
     "two-level": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6, "birch-2": 2}},
 }

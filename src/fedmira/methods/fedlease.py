@@ -47,6 +47,8 @@ EXPERT = "*expert-"
 """In states, before the number of a cluster. The star is in no client's id."""
 NOWHERE = -1
 """The cluster of a client that is in none yet."""
+ROUNDING = 1e-9
+"""Distances and gains of a silhouette below this are rounding."""
 AT_A_TIME = 32
 """Adapters in memory at a time while they are compared."""
 
@@ -121,7 +123,7 @@ def chosen_clusters(distances: Tensor, most: int) -> tuple[Tensor, float]:
         if count == 1:
             continue
         width = silhouette(distances, labels)
-        if width > score:
+        if width > score + ROUNDING:
             best, score = labels, width
     return best, score
 
@@ -239,7 +241,7 @@ class FedLease(Method):
         names = [self.context.clients[k] for k in torch.nonzero(trained).flatten().tolist()]
         labels, width = torch.zeros(len(names), dtype=torch.int64), 0.0
         if len(names) > 2 and self.most_clusters > 1:
-            distances = _distances(adapters, names, names).clamp_min(0).fill_diagonal_(0)
+            distances = _distances(adapters, names, names).fill_diagonal_(0)
             labels, width = chosen_clusters((distances + distances.T) / 2, self.most_clusters)
         clusters = torch.full((len(self.context.clients),), NOWHERE)
         clusters[trained] = labels
@@ -296,7 +298,8 @@ def _distances(
             right = [_directions(adapters[name]) for name in columns[start : start + AT_A_TIME]]
             line.append(dot_products(left, right))
         blocks.append(torch.cat(line, dim=1))
-    return 1 - torch.cat(blocks)
+    distances = 1 - torch.cat(blocks)
+    return torch.where(distances < ROUNDING, 0.0, distances)
 
 
 def _directions(adapter: Adapter) -> dict[str, Tensor]:

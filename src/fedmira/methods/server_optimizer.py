@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from fedmira.adapters import Adapter, map_tensors, replaced, weighted_sum
@@ -39,6 +40,7 @@ FIRST, SECOND = "*first-moment", "*second-moment"
 ADAPTIVE = ("adam", "yogi", "adagrad")
 RATES: Mapping[str, float] = {"momentum": 1.0, "adam": 0.01, "yogi": 0.01, "adagrad": 0.03}
 """`server_rate` where it is not set."""
+_READERS = {"server_memory": ("adam", "yogi"), "server_floor": ADAPTIVE}
 
 
 class FedOpt(FedAvg):
@@ -72,18 +74,35 @@ class FedOpt(FedAvg):
         0.99,
         ge=0,
         lt=1,
-        help="beta2, what is kept of the running mean of squared changes",
-        read_by={"server_optimizer": ("adam", "yogi")},
+        help=(
+            "beta2, what is kept of the running mean of squared changes. Of `adam` and `yogi`; "
+            "another value beside the others is an error"
+        ),
     )
     server_floor: float = setting(
         1e-3,
         gt=0,
         help=(
             "tau, added to the root of the squared changes: entries that change by less in a round "
-            "move in proportion to their change"
+            "move in proportion to their change. Beside `momentum`, which has none, another value "
+            "is an error"
         ),
-        read_by={"server_optimizer": ADAPTIVE},
     )
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> FedOpt:
+        for key, readers in _READERS.items():
+            value = getattr(self, key)
+            if (
+                self.server_optimizer not in readers
+                and value != type(self).model_fields[key].default
+            ):
+                named = " or ".join(repr(reader) for reader in readers)
+                raise ValueError(
+                    f"{key} = {value:g}: server_optimizer = {self.server_optimizer!r} does not "
+                    f"read it; leave it out, or set server_optimizer to {named}"
+                )
+        return self
 
     @property
     def rate(self) -> float:
