@@ -253,7 +253,8 @@ GRAPH_READERS = ["fedalt", "mira", "two-level"]
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in GRAPH_READERS])
 def test_a_graph_is_an_error_under_a_method_that_uses_none(name: str) -> None:
-    optimizer = ["local.optimizer=zeroth-order"] if name == "fedkseed" else []
+    wanted = {"fedkseed": "zeroth-order", "scaffold": "sgd"}
+    optimizer = [f"local.optimizer={wanted[name]}"] if name in wanted else []
     validation = ["data.validation_fraction=0.1"] if name == "fedfomo" else []
     assert problems(f"algorithm.name={name}", "graph.kind=random", *optimizer, *validation) == (
         f"graph.kind = \"random\": algorithm.name = '{name}' does not read it; leave it out, or "

@@ -42,6 +42,8 @@ ENTRYWISE: dict[str, tuple[dict[str, Any], GraphSource]] = {
     "fedit-finetune": ({"name": "fedit-finetune"}, FIXED),
     "fedprox": ({"name": "fedprox"}, FIXED),
     "ditto": ({"name": "ditto"}, FIXED),
+    "fedopt": ({"name": "fedopt"}, FIXED),
+    "scaffold": ({"name": "scaffold"}, FIXED),
     "fedkseed": ({"name": "fedkseed"}, FIXED),
     "mira": ({"name": "mira", "space": "factor"}, FIXED),
     "mira, learned graph": (

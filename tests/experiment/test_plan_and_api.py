@@ -65,6 +65,7 @@ def test_the_plan_follows_from_settings_and_shapes(
     [
         ({"algorithm.name": "fedprox"}, 4 * PER_RANK),
         ({"algorithm.name": "fedex", "algorithm.trained_rank": 1}, PER_RANK),
+        ({"algorithm.name": "flora", "algorithm.frozen_rank": 3}, PER_RANK),
         (
             {
                 "algorithm.name": "share-factor",

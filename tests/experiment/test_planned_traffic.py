@@ -62,6 +62,9 @@ def test_planned_traffic_is_that_of_the_first_round(
         {"algorithm.name": "fedfomo", "algorithm.candidates": 2, "rounds.participation": 0.6},
         {"algorithm.name": "fedfomo"},
         {"algorithm.name": "fedex"},
+        {"algorithm.name": "flora", "adapter.ranks": {"apple-1": 8}, "rounds.participation": 0.6},
+        {"algorithm.name": "scaffold", "local.optimizer": "sgd", "engine.wire": "int8"},
+        {"algorithm.name": "fedlease", "engine.wire": "float16", "rounds.participation": 0.6},
         {"algorithm.name": "fedalt", "rounds.participation": 0.5},
         {
             "algorithm.name": "fedalt",

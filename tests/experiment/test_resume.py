@@ -113,6 +113,30 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.participation": 0.6,
         "rounds.count": 4,
     },
+    "flora, some clients of ranks that differ": {
+        "algorithm.name": "flora",
+        "adapter.ranks": {"apple-1": 6},
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "scaffold, some clients": {
+        "algorithm.name": "scaffold",
+        "local.optimizer": "sgd",
+        "local.learning_rate": 1.0,
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "fedopt, some clients": {
+        "algorithm.name": "fedopt",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "fedlease, some clients": {
+        "algorithm.name": "fedlease",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+        "evaluation.every": 2,
+    },
     "two levels, some clients of ranks that differ": {
         "algorithm.name": "two-level",
         "adapter.ranks": {"apple-1": 2},

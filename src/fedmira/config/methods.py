@@ -54,6 +54,11 @@ METHODS: Mapping[str, str] = {
     "flexlora": "fedmira.methods.flexlora:FlexLora",
     "hetlora": "fedmira.methods.hetlora:HetLora",
     "fedex": "fedmira.methods.fedex:FedEx",
+    "flora": "fedmira.methods.flora:Flora",
+    "fedrot": "fedmira.methods.fedrot:FedRot",
+    "fedopt": "fedmira.methods.server_optimizer:FedOpt",
+    "scaffold": "fedmira.methods.scaffold:Scaffold",
+    "fedlease": "fedmira.methods.fedlease:FedLease",
     "fedalt": "fedmira.methods.fedalt:FedAlt",
     "feddpa": "fedmira.methods.feddpa:FedDpa",
     "lora-fair": "fedmira.methods.lora_fair:LoraFair",
@@ -83,6 +88,7 @@ class Need(Enum):
     FRESH_MOMENTS = "moments of the optimizer are not kept from one round to the next"
     VALIDATION = "clients have validation rows"
     MOVEMENTS = "clients train along random directions"
+    PLAIN_STEPS = "a local step is one rate times the gradient"
 
 
 class MethodSection(Section):
@@ -173,6 +179,7 @@ _USUAL_REASONS = {
     ),
     Need.VALIDATION: "algorithm.name = {name!r}",
     Need.MOVEMENTS: "algorithm.name = {name!r}",
+    Need.PLAIN_STEPS: "algorithm.name = {name!r}, which reads the mean gradient off the way it led",
 }
 
 

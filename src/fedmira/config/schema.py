@@ -172,3 +172,22 @@ class Config(Section):
                 "'zeroth-order' and local.weight_decay = 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _plain_steps_show_their_gradients(self) -> Config:
+        problem, local = self.algorithm.reason(Need.PLAIN_STEPS), self.local
+        wanted = {
+            "optimizer": "sgd",
+            "schedule": "constant",
+            "warmup_steps": 0,
+            "lora_plus_ratio": 1.0,
+        }
+        wrong = [key for key, value in wanted.items() if getattr(local, key) != value]
+        if problem and wrong:
+            told = ", ".join(f"local.{key} = {getattr(local, key)!r}" for key in wrong)
+            ways = ", ".join(f"local.{key} = {wanted[key]!r}" for key in wrong)
+            raise ValueError(
+                f"{told} does not go with {problem}: every local step must be one rate times the "
+                f"gradient; set {ways} (with sgd another local.learning_rate is right)"
+            )
+        return self

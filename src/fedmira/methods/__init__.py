@@ -32,14 +32,19 @@ if TYPE_CHECKING:
     from fedmira.methods.fedfomo import FedFomo
     from fedmira.methods.fedit_finetune import FedItFinetune
     from fedmira.methods.fedkseed import FedKSeed
+    from fedmira.methods.fedlease import FedLease
     from fedmira.methods.fedprox import FedProx
+    from fedmira.methods.fedrot import FedRot
     from fedmira.methods.flexlora import FlexLora
+    from fedmira.methods.flora import Flora
     from fedmira.methods.hetlora import HetLora
     from fedmira.methods.local import Local
     from fedmira.methods.lora_fair import LoraFair
     from fedmira.methods.mira import Mira
     from fedmira.methods.parts.mixing import Mixing, mixing_matrix
     from fedmira.methods.rolora import RoLora
+    from fedmira.methods.scaffold import Scaffold
+    from fedmira.methods.server_optimizer import FedOpt
     from fedmira.methods.share_factor import ShareFactor
     from fedmira.methods.two_level import TwoLevel
 
@@ -55,8 +60,12 @@ _HOMES = {
     "FedFomo": "fedmira.methods.fedfomo",
     "FedItFinetune": "fedmira.methods.fedit_finetune",
     "FedKSeed": "fedmira.methods.fedkseed",
+    "FedLease": "fedmira.methods.fedlease",
+    "FedOpt": "fedmira.methods.server_optimizer",
     "FedProx": "fedmira.methods.fedprox",
+    "FedRot": "fedmira.methods.fedrot",
     "FlexLora": "fedmira.methods.flexlora",
+    "Flora": "fedmira.methods.flora",
     "GradientHook": "fedmira.methods.base",
     "HetLora": "fedmira.methods.hetlora",
     "Local": "fedmira.methods.local",
@@ -67,6 +76,7 @@ _HOMES = {
     "Mixing": "fedmira.methods.parts.mixing",
     "Need": "fedmira.config.methods",
     "RoLora": "fedmira.methods.rolora",
+    "Scaffold": "fedmira.methods.scaffold",
     "ServerState": "fedmira.methods.base",
     "Settle": "fedmira.methods.base",
     "ShareFactor": "fedmira.methods.share_factor",
@@ -89,8 +99,12 @@ __all__ = [
     "FedFomo",
     "FedItFinetune",
     "FedKSeed",
+    "FedLease",
+    "FedOpt",
     "FedProx",
+    "FedRot",
     "FlexLora",
+    "Flora",
     "GradientHook",
     "HetLora",
     "Local",
@@ -101,6 +115,7 @@ __all__ = [
     "Mixing",
     "Need",
     "RoLora",
+    "Scaffold",
     "ServerState",
     "Settle",
     "ShareFactor",

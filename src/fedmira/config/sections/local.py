@@ -103,8 +103,8 @@ class LocalSettings(Section):
         "fresh",
         help=(
             "Start each round with empty moments, or keep them in the client's private memory. "
-            '`"kept"` does not go with `two-level`, `flexlora`, `ditto`, `feddpa` in turns, '
-            '`rolora`, `fedfomo`, and mira\'s `space = "product"`.'
+            '`"kept"` does not go with `two-level`, `flexlora`, `flora`, `ditto`, `feddpa` in '
+            'turns, `rolora`, `fedfomo`, and mira\'s `space = "product"`.'
         ),
     )
     sophia_refresh: Positive = setting(
