@@ -1,13 +1,12 @@
-"""The verbs from Python: run, compare, check, load."""
+"""The verbs from Python: run, compare, tune, check, load."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedmira.config import (
     Config,
@@ -19,15 +18,24 @@ from fedmira.config import (
 )
 from fedmira.config.methods import AbsentMethod
 from fedmira.data import ObjectRows, rows_from_objects
-from fedmira.errors import ConfigError, ModelError
+from fedmira.errors import ConfigError
 from fedmira.experiment import build_experiment, start_experiment
 from fedmira.model import BaseModel, borrowed, from_model, with_padding
 from fedmira.observers import Observer, check_observers
 from fedmira.runs import RunFolder
-from fedmira.studies import Comparison, Plan, compare_algorithms, make_plan
+from fedmira.studies import (
+    Comparison,
+    Plan,
+    Search,
+    Tuning,
+    compare_algorithms,
+    make_plan,
+    tune_settings,
+)
+from fedmira.studies.arguments import check_kinds, check_method, check_pair, check_seeds
 from fedmira.studies.result import Result
 
-__all__ = ["check", "compare", "load", "run"]
+__all__ = ["check", "compare", "load", "run", "tune"]
 
 Base = str | Path | BaseModel | tuple[Any, Any]
 """A name or folder of a base, one that is loaded already, or (model, tokenizer) of transformers."""
@@ -134,6 +142,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     observers: Sequence[Observer] = (),
     preset: str | None = None,
+    tuned: str | Path | None = None,
     output: str | Path,
 ) -> Comparison:
     """The same rows, seeds and budget for several methods.
@@ -160,6 +169,8 @@ def compare(
         seeds: of the runs of each method.
         observers: who is told what happens in each run, one after the other.
         preset: as for `run`.
+        tuned: a folder with the folder of a search for each named method, <method>/best.toml: each
+            runs with its own tuned settings, on other seeds than those tuned on.
         output: the folder of the comparison; runs lie in it as <method>-seed<seed>.
 
     Raises:
@@ -168,7 +179,7 @@ def compare(
     """
     check_observers(observers)
     named, objects = _told_apart(methods)
-    _check_seeds(seeds)
+    check_seeds(seeds)
     with _prepared(config, None, clients, base, settings, preset) as ready:
         return compare_algorithms(
             ready.config,
@@ -177,6 +188,91 @@ def compare(
             Path(output),
             observers,
             objects=objects,
+            base=ready.base,
+            rows=ready.rows,
+            tuned=None if tuned is None else Path(tuned),
+        )
+
+
+def tune(
+    config: Config | str | Path | Mapping[str, Any] | None = None,
+    *,
+    space: str | Path | Mapping[str, Any] | None = None,
+    search: Literal["halving", "random", "tpe"] = "halving",
+    trials: int = 9,
+    seeds: Sequence[int] = (),
+    at: Literal["last", "best", ""] = "",
+    rate: int = 3,
+    budgets: Sequence[int] = (),
+    method: str | MethodSection | None = None,
+    clients: str | Path | Mapping[str, Any] | None = None,
+    base: Base | None = None,
+    settings: Mapping[str, Any] | None = None,
+    observers: Sequence[Observer] = (),
+    preset: str | None = None,
+    output: str | Path,
+) -> Tuning:
+    """Settings chosen by validation loss; no trial is measured on test rows.
+
+    Called again with the same folder, it goes on.
+
+    >>> import fedmira
+    >>> rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(9)]
+    >>> tuned = fedmira.tune(
+    ...     method="fedavg",
+    ...     clients={"north": rows, "south": rows},
+    ...     settings={"rounds.count": 2, "local.steps": 1, "data.validation_fraction": 0.2,
+    ...               "data.train_fraction": 0.6},
+    ...     space={"local.learning_rate": [1e-3, 1e-2]},
+    ...     seeds=[5],
+    ...     output="runs/tuned",
+    ... )
+    >>> sorted(tuned.best)
+    ['local.learning_rate']
+
+    Args:
+        config: as for `run`; what is searched around.
+        space: a TOML file, or dotted key -> list of values or {"low", "high", "log"}; None for the
+            learning rate times 1/4 to 4 and the method's main settings.
+        search: "halving" runs many trials a few rounds and the best of them on, "random" runs all
+            to the end, "tpe" has Optuna propose each.
+        trials: how many settings are tried.
+        seeds: of the runs of each trial; none takes the config's.
+        at: each client's loss after the last round or at its own best one; "" takes that of
+            evaluation.select.
+        rate: halving keeps one of so many.
+        budgets: of halving, the last round of each stage.
+        method: as for `run`.
+        clients: as for `run`.
+        base: as for `run`.
+        settings: as for `run`; equal for all trials.
+        observers: who is told what happens in each run, one after the other.
+        preset: as for `run`.
+        output: the folder of the search.
+
+    Raises:
+        InputError: something is wrong; nothing was trained.
+        RunError: all trials failed.
+    """
+    check_observers(observers)
+    if seeds:
+        check_seeds(seeds, "tune")
+    how = Search(
+        method=search,
+        trials=trials,
+        seeds=tuple(int(seed) for seed in seeds),
+        at=at,
+        rate=rate,
+        budgets=tuple(budgets),
+    )
+    place = Path(space) if isinstance(space, str) else space
+    with _prepared(config, method, clients, base, settings, preset) as ready:
+        return tune_settings(
+            ready.config,
+            place,
+            how,
+            Path(output),
+            observers,
             base=ready.base,
             rows=ready.rows,
         )
@@ -203,7 +299,7 @@ def load(
     loaded = base if isinstance(base, BaseModel) else None
     if isinstance(base, tuple):
         # The caller keeps the model for as long as the result is used, so it stays frozen.
-        _check_pair(base)
+        check_pair(base)
         loaded = _base_of(*base)
     elif base is not None and loaded is None:
         raise ConfigError(
@@ -211,79 +307,6 @@ def load(
             "loaded by itself"
         )
     return Result(folder, loaded, rows)
-
-
-def _check_kinds(method: object, clients: object, base: object, settings: object) -> None:
-    """Refuses arguments of a wrong type.
-
-    Raises:
-        InputError: naming the argument, and what it may be.
-    """
-    if method is not None:
-        _check_method(method)
-    if clients is not None and not isinstance(clients, str | Path | Mapping):
-        raise ConfigError(
-            f"clients is of type {type(clients).__name__}; give a dict of client ids to rows, such "
-            "as {'north': rows}, or the path of a folder or a .jsonl file"
-        )
-    if settings is not None and not isinstance(settings, Mapping):
-        raise ConfigError(
-            f"settings is {settings!r}; give a dict of dotted keys to values, such as "
-            "{'rounds.count': 20}"
-        )
-    if base is None or isinstance(base, str | Path | BaseModel):
-        return
-    if not isinstance(base, tuple):
-        raise ModelError(
-            f"base is of type {type(base).__name__}; give 'bundled', a folder, a hub id, or "
-            "(model, tokenizer)"
-        )
-    _check_pair(base)
-
-
-def _check_pair(base: tuple[Any, ...]) -> None:
-    """Refuses a pair that is not a model with its tokenizer.
-
-    Raises:
-        ModelError: it is something else.
-    """
-    kinds = [type(each).__name__ for each in base]
-    if len(base) != 2 or not (hasattr(base[0], "parameters") and hasattr(base[1], "eos_token_id")):
-        raise ModelError(
-            f"base is ({', '.join(kinds)}); give (model, tokenizer) of transformers, in this order"
-        )
-
-
-def _check_method(method: object) -> None:
-    """Refuses what is no method.
-
-    Raises:
-        ConfigError: it is neither a name nor an object of a method.
-    """
-    if isinstance(method, str | MethodSection):
-        return
-    if isinstance(method, type) and issubclass(method, MethodSection):
-        raise ConfigError(
-            f"method {method.__name__} is a class; give an object of it: {method.__name__}()"
-        )
-    raise ConfigError(
-        f"method {method!r}: give the name of one ({', '.join(method_names())}), or an object of "
-        "a class that extends fedmira.Method"
-    )
-
-
-def _check_seeds(seeds: object) -> None:
-    """Refuses seeds that are none.
-
-    Raises:
-        ConfigError: it is no list of whole numbers from 0 on, or an empty one.
-    """
-    given = list(seeds) if isinstance(seeds, Iterable) else []
-    if not given or not all(isinstance(seed, Integral) and int(seed) >= 0 for seed in given):
-        raise ConfigError(
-            f"compare: seeds is {seeds!r}; give at least one whole number, 0 or more, such as "
-            "seeds=[0, 1, 2] or seeds=range(3)"
-        )
 
 
 @dataclass(frozen=True)
@@ -305,7 +328,7 @@ def _prepared(
     preset: str | None,
 ) -> Iterator[_Ready]:
     """The config and its objects; a model is frozen within the block only."""
-    _check_kinds(method, clients, base, settings)
+    check_kinds(method, clients, base, settings)
     if isinstance(base, tuple):
         with borrowed(base[0]):
             own = _base_of(*base)
@@ -400,7 +423,7 @@ def _told_apart(
             "['local', 'mira'], or a dict of names to methods"
         )
     for each in methods.values() if isinstance(methods, Mapping) else methods:
-        _check_method(each)
+        check_method(each)
     pairs = (
         list(methods.items())
         if isinstance(methods, Mapping)

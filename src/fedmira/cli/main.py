@@ -17,6 +17,7 @@ from fedmira.cli import (
     presets,
     report,
     run,
+    tune,
 )
 from fedmira.errors import FedmiraError, InputError
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 for _verb in (
     run.run,
     compare.compare,
+    tune.tune,
     check.check,
     evaluate.evaluate,
     generate.generate,

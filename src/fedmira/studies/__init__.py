@@ -3,13 +3,18 @@
 from fedmira.studies.comparison import Comparison, compare_algorithms, plan_methods
 from fedmira.studies.plan import Plan, make_plan
 from fedmira.studies.saved import SavedAdapters, answer
+from fedmira.studies.tuning import Search, Tuning, tune_methods, tune_settings
 
 __all__ = [
     "Comparison",
     "Plan",
     "SavedAdapters",
+    "Search",
+    "Tuning",
     "answer",
     "compare_algorithms",
     "make_plan",
     "plan_methods",
+    "tune_methods",
+    "tune_settings",
 ]

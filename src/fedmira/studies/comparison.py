@@ -37,6 +37,7 @@ from fedmira.report import Figures, check_target, write_comparison
 from fedmira.runs import RunFolder
 from fedmira.studies.ground import CommonGround, PlannedRun, with_one_clock
 from fedmira.studies.notebook import html_table
+from fedmira.studies.tuned import Tuned, read_tuned
 
 if TYPE_CHECKING:
     import pandas
@@ -100,6 +101,7 @@ def plan_methods(
     algorithms: Sequence[str],
     variants: Mapping[str, Sequence[str]] | None = None,
     objects: Mapping[str, MethodSection] | None = None,
+    tuned: Mapping[str, Tuned] | None = None,
 ) -> dict[str, Config]:
     """Name of a method -> its settings, in the order in which they run.
 
@@ -108,6 +110,7 @@ def plan_methods(
         algorithms: names; each keeps those settings of the config's algorithm that it has too.
         variants: further methods by name, each with `key=value` overrides of the config.
         objects: further methods by name, each an object.
+        tuned: name of an algorithm -> its own settings, found by validation loss.
 
     Raises:
         ConfigError: a name or a setting is wrong, or a variant changes what must be equal for all.
@@ -116,14 +119,19 @@ def plan_methods(
     problems: list[str] = []
     for name in algorithms:
         try:
-            plans[name] = with_algorithm(config, name)
+            if tuned and name in tuned:
+                plans[name] = tuned[name].plan(config, name)
+                problems += _unequal(f"{name}, as it was tuned,", plans[name], config)
+            else:
+                plans[name] = with_algorithm(config, name)
         except ConfigError as error:
             alone = (
-                "or, for this method alone, leave it out of --algorithms and give "
+                "; or, for this method alone, leave it out of --algorithms and give "
                 f'--variant "{name}=algorithm.name={name};KEY=VALUE"'
             )
+            way_out = "" if name in (tuned or {}) else alone
             problems += [
-                f"{name}: {problem}; {alone}" if name in method_names() else problem
+                f"{name}: {problem}{way_out}" if name in method_names() else problem
                 for problem in error.problems
             ]
     for name, method in (objects or {}).items():
@@ -143,17 +151,23 @@ def plan_methods(
         except ConfigError as error:
             problems += [f"variant {name!r}: {problem}" for problem in error.problems]
             continue
-        terms, equal = _terms(plans[name]), _terms(config)
-        changed = [term for term in terms if terms[term] != equal[term]]
-        if changed:
-            problems.append(
-                f"variant {name!r} changes {', '.join(changed)}: methods are compared on "
-                "equal rows, base, rounds and local steps, "
-                "evaluated alike; set these for all methods"
-            )
+        problems += _unequal(f"variant {name!r}", plans[name], config)
     if problems:
         raise ConfigError(problems)
     return plans
+
+
+def _unequal(what: str, plan: Config, config: Config) -> list[str]:
+    """That a method changes what must be equal for all, or nothing."""
+    terms, equal = _terms(plan), _terms(config)
+    changed = [term for term in terms if terms[term] != equal[term]]
+    if not changed:
+        return []
+    return [
+        f"{what} changes {', '.join(changed)}: methods are compared on "
+        "equal rows, base, rounds and local steps, "
+        "evaluated alike; set these for all methods"
+    ]
 
 
 def _of_object(
@@ -189,6 +203,7 @@ def compare_algorithms(
     objects: Mapping[str, MethodSection] | None = None,
     base: BaseModel | None = None,
     rows: ObjectRows | ReadRows | None = None,
+    tuned: Path | None = None,
 ) -> Comparison:
     """Run every method with every seed and compare the results in `output`.
 
@@ -208,6 +223,8 @@ def compare_algorithms(
         objects: methods given as objects, by name.
         base: one that is loaded already, or was given as an object.
         rows: of clients that were given as objects, or what `read_rows` gave for one of the seeds.
+        tuned: a folder of searches; each algorithm then runs with its own tuned settings, on other
+            seeds than those tuned on.
 
     Raises:
         InputError: a setting is wrong, a folder of another comparison is in the way, or rows or
@@ -217,7 +234,8 @@ def compare_algorithms(
             continue.
     """
     config = with_one_clock(config, output, base)
-    methods = plan_methods(config, algorithms, variants, objects)
+    found = {} if tuned is None else read_tuned(tuned, algorithms, seeds)
+    methods = plan_methods(config, algorithms, variants, objects, found)
     refuse_federation(config, *methods.values())
     if reference and reference not in methods:
         raise ConfigError(
@@ -237,7 +255,7 @@ def compare_algorithms(
     if unfinished:
         ground = CommonGround(config.model, folders, base, rows)
         failures = _run(unfinished, ground, observers)
-    return _compared(folders, output, reference, failures, target_loss)
+    return _compared(folders, output, reference, failures, target_loss, found)
 
 
 def _run(
@@ -263,6 +281,7 @@ def _compared(
     reference: str,
     failures: Mapping[str, RunError],
     target: float | None,
+    tuned: Mapping[str, Tuned],
 ) -> Comparison:
     """Read and write; then raise where runs failed."""
     complete = {
@@ -281,6 +300,7 @@ def _compared(
             failures=failed,
             target=target,
             other_seeds=_other_seeds(complete, output),
+            tuned={name: found.about for name, found in tuned.items() if name in complete},
         )
         comparison = Comparison(
             page,

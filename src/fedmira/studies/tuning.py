@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedmira.atomic import replace_file
-from fedmira.config import Config, dump_config, with_algorithm, with_settings
+from fedmira.config import (
+    Config,
+    dump_config,
+    refuse_federation,
+    with_algorithm,
+    with_settings,
+)
 from fedmira.config.methods import is_object
 from fedmira.data import ObjectRows, ReadRows
 from fedmira.errors import ConfigError, RunError, RunFolderError
@@ -220,6 +226,7 @@ def tune_settings(
             the folder holds something else; nothing was trained.
         RunError: all trials failed, or a file could not be written. Call again to continue.
     """
+    refuse_federation(config)
     search = search.checked(config)
     looked_at = default_space(config) if space is None else read_space(space, config, foreign)
     config = with_one_clock(config, output, base, "trials/*")
