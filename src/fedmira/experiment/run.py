@@ -236,7 +236,7 @@ class _Part:
         done = self._recorder.round_done
         if done < count and stop is not None:
             return stop.reason
-        return held_after(done, count) if self._last == done < count else None
+        return held_after(done, count) if self._last <= done < count else None
 
     def save(self, state: ServerState) -> Result:
         """Write adapters and tables of the last state."""

@@ -40,12 +40,14 @@ class Trial:
         values: dotted key -> value.
         losses: round -> seed -> client -> validation loss, where all clients have one.
         problem: why there are no losses, or "".
+        failures: how often a client failed in a round, and kept the adapter that it had.
     """
 
     number: int
     values: Mapping[str, Any]
     losses: dict[int, Losses] = field(default_factory=dict)
     problem: str = ""
+    failures: int = 0
 
     @property
     def rounds(self) -> int:
@@ -65,6 +67,7 @@ class Trial:
             "values": dict(self.values),
             "status": status,
             "problem": self.problem,
+            "failures": self.failures,
             "rounds": self.rounds,
             "loss": fmean(means) if means and not self.problem else None,
             "spread": stdev(means) if len(means) > 1 and not self.problem else None,
@@ -158,6 +161,7 @@ class Trials:
             RunError: a file could not be written.
         """
         found: dict[int, Losses] = {trial.number: {} for trial in trials}
+        failures = dict.fromkeys(found, 0)
         for seed in self._seeds:
             for trial in trials:
                 if trial.problem:
@@ -165,9 +169,12 @@ class Trials:
                 run = self._run(trial, seed)
                 trial.problem = "" if run.is_held(rounds) else self._train(run, rounds)
                 if not trial.problem:
-                    losses, trial.problem = _measured(read_run(run.folder), rounds, self._at)
+                    ended = read_run(run.folder)
+                    losses, trial.problem = _measured(ended, rounds, self._at)
                     found[trial.number][seed] = losses
+                    failures[trial.number] += _failures(ended, rounds)
         for trial in trials:
+            trial.failures = failures[trial.number]
             if not trial.problem:
                 trial.losses[rounds] = found[trial.number]
 
@@ -264,3 +271,8 @@ def _measured(run: Run, rounds: int, at: At) -> tuple[dict[str, float], str]:
             f"finite validation loss after round {last} ({', '.join(missing[:_MOST_NAMED])})"
         )
     return losses, ""
+
+
+def _failures(run: Run, rounds: int) -> int:
+    """How often a client failed up to a round."""
+    return sum(event.kind == "failure" and event.round <= rounds for event in run.events)

@@ -351,6 +351,7 @@ class _Searching:
         edges = edge_notes(self._space, self._config, best.values) if best else []
         return {
             **{key: value for key, value in self._plan().items() if key != "config"},
+            "asked": self._search.trials,
             "rounds": self._rounds,
             "stages": self._stages,
             "complete": best is not None,
@@ -381,6 +382,12 @@ class _Searching:
             notes.append("the config's own settings do not lie in the space and were not tried")
         elif best is not None and best.values == own:
             notes.append("the best settings are those that the config has already")
+        notes += [
+            f"trial {trial.number}: clients failed {trial.failures} times in a round and kept the "
+            "adapter that they had"
+            for trial in self._tried
+            if trial.failures and not trial.problem
+        ]
         if len(self._search.seeds) == 1:
             notes.append(
                 "with one seed noise is not measured: the order of close trials may be chance "
@@ -402,7 +409,7 @@ class _Searching:
             "algorithm": self._config.algorithm.name,
             "seeds": list(search.seeds),
             "at": search.at,
-            "asked": search.trials,
+            "trials": search.trials,
             "rate": search.rate if search.method == "halving" else None,
             "budgets": list(search.budgets),
             "space": self._space.written,
@@ -428,7 +435,7 @@ class _Searching:
         return "".join(f"# {line}\n" for line in lines) + "\n" + dump_config(chosen)
 
 
-_GROWS = "asked"
+_GROWS = "trials"
 
 
 def _check_plan(output: Path, plan: Mapping[str, Any]) -> None:
