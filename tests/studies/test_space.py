@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmira.config import Config, load_config, with_method, with_settings
+from fedmira.config import (
+    METHODS,
+    Config,
+    load_config,
+    method_class,
+    with_method,
+    with_settings,
+)
 from fedmira.errors import ConfigError
 from fedmira.methods import Local
 from fedmira.studies.halving import stage_rounds, stage_sizes
@@ -232,3 +239,15 @@ def test_halving_that_drops_nothing_is_refused(trials: int, rate: int) -> None:
 def test_stages_need_rounds_of_their_own() -> None:
     with pytest.raises(ConfigError, match=r"after rounds 1, 1, 2; .* set rounds.count higher"):
         stage_rounds(2, 3, 3)
+
+
+def test_the_page_has_the_usual_space_of_every_method() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    written = {row[0].strip("| `"): row[1].removesuffix(" |") for row in rows}
+    for name in METHODS:
+        searched = method_class(name).searched
+        told = "; ".join(
+            f"`{key}` {', '.join(map(str, values))}" for key, values in searched.items()
+        )
+        assert written.get(name, "") == told

@@ -298,7 +298,12 @@ def edge_notes(space: Space, config: Config, best: Mapping[str, Any]) -> list[st
 
 
 def value_of(config: Config, key: str) -> Any:
-    """The config's own value of a dotted key, or None where there is none."""
+    """The config's own value of a dotted key, or None where there is none.
+
+    Args:
+        config: any.
+        key: such as "local.steps".
+    """
     found: Any = config
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else getattr(found, part, None)

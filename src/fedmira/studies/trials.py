@@ -60,7 +60,12 @@ class Trial:
         return math.inf if self.problem or not means else fmean(means)
 
     def document(self, seeds: Sequence[int], status: str) -> dict[str, Any]:
-        """What is known of it, ready for JSON."""
+        """What is known of it, ready for JSON.
+
+        Args:
+            seeds: of its runs.
+            status: "chosen", "finished", "dropped", "failed" or "begun".
+        """
         means = self._means(self.rounds)
         return {
             "number": self.number,
@@ -71,7 +76,7 @@ class Trial:
             "rounds": self.rounds,
             "loss": fmean(means) if means and not self.problem else None,
             "spread": stdev(means) if len(means) > 1 and not self.problem else None,
-            "folders": {str(seed): f"{_FOLDER}/{folder_of(self.number, seed)}" for seed in seeds},
+            "folders": {str(seed): f"{_FOLDER}/{_folder_of(self.number, seed)}" for seed in seeds},
             "losses": {
                 str(rounds): {str(seed): found for seed, found in of.items()}
                 for rounds, of in self.losses.items()
@@ -82,7 +87,7 @@ class Trial:
         return [fmean(found.values()) for found in self.losses.get(rounds, {}).values()]
 
 
-def folder_of(number: int, seed: int) -> str:
+def _folder_of(number: int, seed: int) -> str:
     """The name of a trial's run folder."""
     return f"{number:03d}-seed{seed}"
 
@@ -181,7 +186,7 @@ class Trials:
     def _run(self, trial: Trial, seed: int) -> _TrialRun:
         return _TrialRun(
             f"trial {trial.number}",
-            self._output / _FOLDER / folder_of(trial.number, seed),
+            self._output / _FOLDER / _folder_of(trial.number, seed),
             self.config_of(trial.values).model_copy(update={"seed": seed}),
         )
 
