@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmira import errors, methods, observers
-    from fedmira.api import check, compare, decide, load, run
+    from fedmira.api import check, compare, decide, load, run, tune
     from fedmira.config import Config, load_config, setting
     from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
     from fedmira.methods import Method
@@ -40,6 +40,7 @@ __all__ = [
     "run",
     "run_experiment",
     "setting",
+    "tune",
 ]
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ _HOMES = {
     "run": "fedmira.api",
     "run_experiment": "fedmira.experiment",
     "setting": "fedmira.config",
+    "tune": "fedmira.api",
 }
 
 _ROOMS = ("errors", "methods", "observers")

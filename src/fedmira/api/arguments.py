@@ -109,11 +109,12 @@ def _check_method(method: object) -> None:
     )
 
 
-def check_seeds(seeds: object) -> None:
+def check_seeds(seeds: object, verb: str = "compare") -> None:
     """Refuses seeds that are none.
 
     Args:
         seeds: as they were given.
+        verb: who asks, for the error.
 
     Raises:
         ConfigError: it is no list of whole numbers from 0 on, or an empty one.
@@ -121,7 +122,7 @@ def check_seeds(seeds: object) -> None:
     given = list(seeds) if isinstance(seeds, Iterable) else []
     if not given or not all(isinstance(seed, Integral) and int(seed) >= 0 for seed in given):
         raise ConfigError(
-            f"compare: seeds is {seeds!r}; give at least one whole number, 0 or more, such as "
+            f"{verb}: seeds is {seeds!r}; give at least one whole number, 0 or more, such as "
             "seeds=[0, 1, 2] or seeds=range(3)"
         )
 

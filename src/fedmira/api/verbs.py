@@ -1,10 +1,10 @@
-"""The verbs from Python: run, check, compare, decide, load."""
+"""The verbs from Python: run, check, compare, tune, decide, load."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedmira.api.arguments import Base, check_seeds, kept_base, prepared, told_apart
 from fedmira.config import Config, MethodSection, refuse_federation
@@ -13,11 +13,20 @@ from fedmira.errors import ConfigError
 from fedmira.experiment import build_experiment, start_experiment
 from fedmira.observers import Observer, check_observers
 from fedmira.runs import RunFolder
-from fedmira.studies import Comparison, Decision, Plan, compare_algorithms, make_plan
+from fedmira.studies import (
+    Comparison,
+    Decision,
+    Plan,
+    Search,
+    Tuning,
+    compare_algorithms,
+    make_plan,
+    tune_settings,
+)
 from fedmira.studies import decide as decide_for
 from fedmira.studies.result import Result
 
-__all__ = ["check", "compare", "decide", "load", "run"]
+__all__ = ["check", "compare", "decide", "load", "run", "tune"]
 
 
 def run(
@@ -119,6 +128,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     observers: Sequence[Observer] = (),
     preset: str | None = None,
+    tuned: str | Path | None = None,
     output: str | Path,
 ) -> Comparison:
     """The same rows, seeds and budget for several methods.
@@ -145,6 +155,8 @@ def compare(
         seeds: of the runs of each method.
         observers: who is told what happens in each run, one after the other.
         preset: as for `run`.
+        tuned: a folder with the folder of a search for each named method, <method>/best.toml: each
+            runs with its own tuned settings, on other seeds than those tuned on.
         output: the folder of the comparison; runs lie in it as <method>-seed<seed>.
 
     Raises:
@@ -162,6 +174,91 @@ def compare(
             Path(output),
             observers,
             objects=objects,
+            base=ready.base,
+            rows=ready.rows,
+            tuned=None if tuned is None else Path(tuned),
+        )
+
+
+def tune(
+    config: Config | str | Path | Mapping[str, Any] | None = None,
+    *,
+    space: str | Path | Mapping[str, Any] | None = None,
+    search: Literal["halving", "random", "tpe"] = "halving",
+    trials: int = 9,
+    seeds: Sequence[int] = (),
+    at: Literal["last", "best", ""] = "",
+    rate: int = 3,
+    budgets: Sequence[int] = (),
+    method: str | MethodSection | None = None,
+    clients: str | Path | Mapping[str, Any] | None = None,
+    base: Base | None = None,
+    settings: Mapping[str, Any] | None = None,
+    observers: Sequence[Observer] = (),
+    preset: str | None = None,
+    output: str | Path,
+) -> Tuning:
+    """Settings chosen by validation loss; no trial is measured on test rows.
+
+    Called again with the same folder, it goes on.
+
+    >>> import fedmira
+    >>> rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(9)]
+    >>> tuned = fedmira.tune(
+    ...     method="fedavg",
+    ...     clients={"north": rows, "south": rows},
+    ...     settings={"rounds.count": 2, "local.steps": 1, "data.validation_fraction": 0.2,
+    ...               "data.train_fraction": 0.6},
+    ...     space={"local.learning_rate": [1e-3, 1e-2]},
+    ...     seeds=[5],
+    ...     output="runs/tuned",
+    ... )
+    >>> sorted(tuned.best)
+    ['local.learning_rate']
+
+    Args:
+        config: as for `run`; what is searched around.
+        space: a TOML file, or dotted key -> list of values or {"low", "high", "log"}; None for the
+            learning rate times 1/4 to 4 and the method's main settings.
+        search: "halving" runs many trials a few rounds and the best of them on, "random" runs all
+            to the end, "tpe" has Optuna propose each.
+        trials: how many settings are tried.
+        seeds: of the runs of each trial; none takes the config's.
+        at: each client's loss after the last round or at its own best one; "" takes that of
+            evaluation.select.
+        rate: halving keeps one of so many.
+        budgets: of halving, the last round of each stage.
+        method: as for `run`.
+        clients: as for `run`.
+        base: as for `run`.
+        settings: as for `run`; equal for all trials.
+        observers: who is told what happens in each run, one after the other.
+        preset: as for `run`.
+        output: the folder of the search.
+
+    Raises:
+        InputError: something is wrong; nothing was trained.
+        RunError: all trials failed.
+    """
+    check_observers(observers)
+    if seeds:
+        check_seeds(seeds, "tune")
+    how = Search(
+        method=search,
+        trials=trials,
+        seeds=tuple(int(seed) for seed in seeds),
+        at=at,
+        rate=rate,
+        budgets=tuple(budgets),
+    )
+    place = Path(space) if isinstance(space, str) else space
+    with prepared(config, method, clients, base, settings, preset) as ready:
+        return tune_settings(
+            ready.config,
+            place,
+            how,
+            Path(output),
+            observers,
             base=ready.base,
             rows=ready.rows,
         )

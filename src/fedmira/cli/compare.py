@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +17,9 @@ from fedmira.cli.options import (
     Overrides,
     PresetName,
     fresh_folder,
+    names_of,
     observers_of,
+    seeds_of,
     settings,
     settings_and_rows,
 )
@@ -67,6 +70,16 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(
+            "--tuned",
+            metavar="FOLDER",
+            help="Each of --algorithms runs with its own settings, FOLDER/<name>/best.toml, as "
+            "fedmira tune --algorithms writes them; on other seeds than those tuned on.",
+            show_default=False,
+        ),
+    ] = None,
     output: OutputFolder = None,
     observer: Observers = None,
     format: FormatOption = Format.text,
@@ -75,12 +88,12 @@ def compare(
 
     Example: fedmira compare --algorithms local,fedavg,two-level --seeds 0,1,2 --output runs/demo
     """
-    numbers = _seeds(seeds)
+    numbers = seeds_of(seeds)
     if output is not None and output.is_dir():  # perhaps finished: then no row is needed
         chosen, rows = settings(config, preset, overrides), None
     else:
         chosen, rows = settings_and_rows(config, preset, overrides, numbers[0])
-    names = [name.strip() for name in algorithms.split(",") if name.strip()]
+    names = names_of(algorithms)
     if not names:
         raise ConfigError(
             "--algorithms is empty; name at least one, such as local,fedavg,two-level"
@@ -104,6 +117,7 @@ def compare(
         reference=reference,
         target_loss=target_loss,
         rows=rows,
+        tuned=tuned,
     )
     if format is Format.json:
         print_json(
@@ -143,6 +157,12 @@ def _print(comparison: Comparison) -> None:
             "not compare:"
         )
         print("\n".join(f"  {problem}" for problem in document["problems"]))
+    if comparison.figures.tuned:
+        from fedmira.report.comparison_files import TUNED_RULE, settings_text
+
+        for name in comparison.figures.methods:
+            print(f"{name}: {settings_text(comparison.figures.tuned.get(name))}")
+        print(TUNED_RULE)
     if comparison.figures.left_out:
         print(comparison.figures.left_out)
     print(f"report: {comparison.page}")
@@ -238,18 +258,6 @@ def _whole(count: float | None) -> int | None:
 
 def _mib(size: float | None) -> float | None:
     return None if size is None else size / _MIB
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        seeds = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise ConfigError(
-            f"--seeds {text!r}: must be whole numbers separated by commas, such as 0,1,2"
-        ) from error
-    if not seeds or min(seeds) < 0:
-        raise ConfigError(f"--seeds {text!r}: needs at least one number, all 0 or more")
-    return seeds
 
 
 def _variants(texts: Sequence[str]) -> dict[str, list[str]]:

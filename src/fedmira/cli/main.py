@@ -18,6 +18,7 @@ from fedmira.cli import (
     presets,
     report,
     run,
+    tune,
 )
 from fedmira.errors import FedmiraError, InputError
 
@@ -38,6 +39,7 @@ for _verb in (
     run.run,
     compare.compare,
     decide.decide,
+    tune.tune,
     check.check,
     evaluate.evaluate,
     generate.generate,

@@ -26,7 +26,10 @@ __all__ = [
     "PresetName",
     "RunPath",
     "fresh_folder",
+    "names_of",
+    "numbers_of",
     "observers_of",
+    "seeds_of",
     "settings",
     "settings_and_rows",
 ]
@@ -142,3 +145,38 @@ def fresh_folder(name: str) -> Path:
     stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     candidates = [stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 100))]
     return next(path for path in candidates if not path.exists())
+
+
+def names_of(text: str) -> list[str]:
+    """Names that are separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def numbers_of(option: str, text: str) -> list[int]:
+    """Whole numbers that are separated by commas.
+
+    Args:
+        option: whose value it is, for the error.
+        text: what was given.
+
+    Raises:
+        ConfigError: one is none.
+    """
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ConfigError(
+            f"{option} {text!r}: must be whole numbers separated by commas, such as 0,1,2"
+        ) from error
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds of --seeds.
+
+    Raises:
+        ConfigError: there are none, or one is no whole number, 0 or more.
+    """
+    seeds = numbers_of("--seeds", text)
+    if not seeds or min(seeds) < 0:
+        raise ConfigError(f"--seeds {text!r}: needs at least one number, all 0 or more")
+    return seeds

@@ -9,6 +9,7 @@ from fedmira.config.load import (
     with_algorithm,
     with_method,
     with_overrides,
+    with_settings,
 )
 from fedmira.config.methods import (
     METHODS,
@@ -71,4 +72,5 @@ __all__ = [
     "unflattened",
     "with_algorithm",
     "with_overrides",
+    "with_settings",
 ]

@@ -23,6 +23,7 @@ from fedmira.config.methods import (
     OBJECT,
     AbsentMethod,
     MethodSection,
+    is_object,
     method_names,
 )
 from fedmira.config.presets import preset_path
@@ -38,6 +39,7 @@ __all__ = [
     "with_algorithm",
     "with_method",
     "with_overrides",
+    "with_settings",
 ]
 
 _KEYS = set(Config.model_fields)
@@ -171,6 +173,28 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     layer, problems = read_overrides(overrides)
     present = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     return _check([Layer("", present), layer], problems)
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The same run with these values on top, which need not be texts.
+
+    Args:
+        config: stays as it is.
+        settings: dotted key -> value; those of [algorithm] may be of a method that is an object.
+
+    Raises:
+        ConfigError: with all problems together.
+    """
+    layer, problems = read_settings(settings)
+    present = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    above = dict(layer.settings)
+    method = config.algorithm
+    if is_object(method) and not isinstance(method, AbsentMethod):
+        own = above.pop("algorithm", {})
+        if own:
+            method = type(method)(**{**method.model_dump(exclude_unset=True), **own})
+        present["algorithm"] = method
+    return _check([Layer("", present), Layer(layer.source, above)], problems)
 
 
 def with_method(config: Config, method: MethodSection) -> Config:

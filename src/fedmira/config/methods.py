@@ -104,6 +104,8 @@ class MethodSection(Section):
             that less travels than is handed over.
         uses_graph: whether its server half looks at the graph of clients; where it does not, a key
             of [graph] is an error.
+        searched: its main settings, which `fedmira tune` searches beside the learning rate where
+            no space is given -> the values that are tried with the one it has.
     """
 
     name: ClassVar[str] = ""
@@ -111,6 +113,7 @@ class MethodSection(Section):
     always_needs: ClassVar[Mapping[Need, str]] = {}
     partly_sent: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = True
+    searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     if not TYPE_CHECKING:  # type checkers know the settings as pydantic's arguments
 

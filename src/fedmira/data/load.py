@@ -98,6 +98,14 @@ class Dataset:
         """One summary for each client, in the same order."""
         return tuple(summary_of(client) for client in self.clients)
 
+    def untested(self) -> Dataset:
+        """The same clients without their test rows, so that nothing can be measured on these."""
+        return replace(
+            self,
+            clients=tuple(replace(client, test=(), references=()) for client in self.clients),
+            notes=(*self.notes, "test rows were set aside: nothing here is measured on them"),
+        )
+
 
 def load_clients(
     settings: DataSettings,

@@ -4,7 +4,12 @@ from fedmira.experiment.build import Experiment, build_experiment
 from fedmira.experiment.clock import with_clock
 from fedmira.experiment.places import where_they_lay
 from fedmira.experiment.ranks import client_ranks
-from fedmira.experiment.run import resume_experiment, run_experiment, start_experiment
+from fedmira.experiment.run import (
+    held_after,
+    resume_experiment,
+    run_experiment,
+    start_experiment,
+)
 from fedmira.experiment.scheme import Scheme, make_scheme, prepare_kind, token_budget
 
 __all__ = [
@@ -12,6 +17,7 @@ __all__ = [
     "Scheme",
     "build_experiment",
     "client_ranks",
+    "held_after",
     "make_scheme",
     "prepare_kind",
     "resume_experiment",

@@ -32,13 +32,16 @@ from fedmira.runs import (
 )
 from fedmira.storage import AdapterTable, MemoryTable
 
-__all__ = ["resume_experiment", "run_experiment", "start_experiment"]
+__all__ = ["held_after", "resume_experiment", "run_experiment", "start_experiment"]
 
 _log = logging.getLogger(__name__)
 
 
 def run_experiment(
-    experiment: Experiment, output: Path, observers: Sequence[Observer] = ()
+    experiment: Experiment,
+    output: Path,
+    observers: Sequence[Observer] = (),
+    until: int | None = None,
 ) -> Result:
     """Run from round 1 into a new run folder.
 
@@ -49,6 +52,9 @@ def run_experiment(
         output: the run folder, new or empty.
         observers: are told what happens; one that returns a `Stop` ends the run, whose result then
             has the status "stopped". Such a run can be resumed to its full length.
+        until: a round, from 1, after which the run is held: it is evaluated and has the status
+            "stopped". Schedules are those of the full length, so that a run that goes on from
+            there is, to the bit, one that was never held.
 
     Raises:
         RunFolderError: the folder is taken.
@@ -56,11 +62,14 @@ def run_experiment(
     """
     folder = RunFolder.create(output, dump_config(experiment.config))
     with folder.locked():
-        return _run(experiment, folder, observers)
+        return _run(experiment, folder, observers, until)
 
 
 def resume_experiment(
-    experiment: Experiment, output: Path, observers: Sequence[Observer] = ()
+    experiment: Experiment,
+    output: Path,
+    observers: Sequence[Observer] = (),
+    until: int | None = None,
 ) -> Result:
     """Continue the run in `output` from its last checkpoint; its config must be the experiment's.
 
@@ -68,6 +77,7 @@ def resume_experiment(
         experiment: built from the same settings, with `resumed` set to the folder.
         output: the folder of the run.
         observers: as for `run_experiment`.
+        until: as for `run_experiment`; a later round than the one it was held after.
 
     Raises:
         RunFolderError: there is no such run, or it was made with other settings, base or data.
@@ -80,11 +90,16 @@ def resume_experiment(
             "was: leave the config and --set away"
         )
     with folder.locked():
-        return _run(experiment, folder, observers)
+        return _run(experiment, folder, observers, until)
 
 
 def start_experiment(
-    experiment: Experiment, output: Path, observers: Sequence[Observer] = (), *, resume: bool
+    experiment: Experiment,
+    output: Path,
+    observers: Sequence[Observer] = (),
+    *,
+    resume: bool,
+    until: int | None = None,
 ) -> Result:
     """Runs from round 1 into a new run folder, or continues the run that is there.
 
@@ -93,16 +108,32 @@ def start_experiment(
         output: the run folder.
         observers: are told what happens, and may stop the run.
         resume: whether to continue.
+        until: as for `run_experiment`.
 
     Raises:
         RunFolderError: the folder is taken, or holds no such run to be continued.
         RunError: the run failed; what was computed is in the folder.
     """
     start = resume_experiment if resume else run_experiment
-    return start(experiment, output, observers)
+    return start(experiment, output, observers, until)
 
 
-def _run(experiment: Experiment, folder: RunFolder, observers: Sequence[Observer]) -> Result:
+def held_after(until: int, rounds: int) -> str:
+    """Why a run that was held is no further; stands in run.json.
+
+    Args:
+        until: the round after which it was held.
+        rounds: how many it has in all.
+    """
+    return f"held after round {until} of {rounds}, as asked; a resume goes on from there"
+
+
+def _run(
+    experiment: Experiment,
+    folder: RunFolder,
+    observers: Sequence[Observer],
+    until: int | None = None,
+) -> Result:
     """Go on from the folder's checkpoint, or from the start in one that has none."""
     checkpoints, before = CheckpointFolder(folder.checkpoint), folder.read_json("run.json")
     identity = str(before.get("id") or uuid.uuid4().hex)
@@ -115,6 +146,7 @@ def _run(experiment: Experiment, folder: RunFolder, observers: Sequence[Observer
         facts=RunFacts(identity, folder.path.name, flattened(experiment.config)),
         observers=observers,
         spent_seconds=float(before.get("wall_seconds", 0.0)),  # type: ignore[arg-type]
+        until=until,
     )
     checkpoint, provenance = checkpoints.load(), Provenance(recorder, experiment.ground, before)
     provenance.check_same_ground()
@@ -173,7 +205,7 @@ class _Part:
             experiment.clients,
             state,
             self._clients,
-            config.rounds,
+            config.rounds.model_copy(update={"count": self._last}),
             config.seed,
             recorder.on_round,
             first_round=checkpoint.round + 1 if checkpoint else 1,
@@ -192,11 +224,19 @@ class _Part:
         return state
 
     @property
+    def _last(self) -> int:
+        """The last round of this part."""
+        until, count = self._recorder.until, self._experiment.config.rounds.count
+        return count if until is None else min(until, count)
+
+    @property
     def stopped(self) -> str | None:
-        """Why an observer ended the run before its last round, or None."""
-        stop = self._recorder.watchers.stop
-        done = self._recorder.round_done == self._experiment.config.rounds.count
-        return None if stop is None or done else stop.reason
+        """Why the run ended before its last round, or None where it has not."""
+        stop, count = self._recorder.watchers.stop, self._experiment.config.rounds.count
+        done = self._recorder.round_done
+        if done < count and stop is not None:
+            return stop.reason
+        return held_after(done, count) if self._last <= done < count else None
 
     def save(self, state: ServerState) -> Result:
         """Write adapters and tables of the last state."""

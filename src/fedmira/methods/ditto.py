@@ -15,7 +15,7 @@ the rounds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -49,6 +49,7 @@ class Ditto(Method):
 
     name: ClassVar[str] = "ditto"
     title: ClassVar[str] = "Ditto"
+    searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"personal_pull": (0.01, 0.1, 1.0)}
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -76,6 +76,7 @@ class FedAlt(Method):
 
     name: ClassVar[str] = "fedalt"
     title: ClassVar[str] = "FedALT"
+    searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rest_share": (0.25, 0.5, 1.0)}
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.FACTORS: ""}
     trained_rank: Count = setting(

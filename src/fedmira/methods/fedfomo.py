@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -90,6 +90,7 @@ class FedFomo(Method):
 
     name: ClassVar[str] = "fedfomo"
     title: ClassVar[str] = "FedFomo"
+    searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"candidates": (2, 5, 10)}
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {

@@ -16,7 +16,7 @@ adding to them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -49,6 +49,7 @@ class FedItFinetune(Method):
 
     name: ClassVar[str] = "fedit-finetune"
     title: ClassVar[str] = "FedIT + fine-tuning"
+    searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"finetune_share": (0.25, 0.5, 0.75)}
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: ""}

@@ -10,7 +10,8 @@ and the server averages by training rows as FedAvg does. With mu = 0 it is FedAv
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from fedmira.config.section import setting
 from fedmira.messages import Payload
@@ -26,6 +27,7 @@ class FedProx(FedAvg):
 
     name: ClassVar[str] = "fedprox"
     title: ClassVar[str] = "FedProx"
+    searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"proximal": (0.001, 0.01, 0.1, 1.0)}
     proximal: float = setting(
         0.01,
         ge=0,

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -102,6 +102,7 @@ class Mira(MayDecline):
 
     name: ClassVar[str] = "mira"
     title: ClassVar[str] = "MIRA"
+    searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"coupling": (0.25, 0.5, 1.0)}
     coupling: Fraction = setting(
         1.0,
         help="kappa = gamma · largest degree of the graph. 0 is local training",

@@ -16,7 +16,7 @@ factor of the mean.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -50,6 +50,7 @@ class ShareFactor(Method):
 
     name: ClassVar[str] = "share-factor"
     title: ClassVar[str] = "shared factor"
+    searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"shared_factor": ("A", "B")}
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.FACTORS: ""}

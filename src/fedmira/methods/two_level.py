@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -146,6 +146,10 @@ class TwoLevel(MayDecline):
 
     name: ClassVar[str] = "two-level"
     title: ClassVar[str] = "two levels"
+    searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "coupling": (0.25, 0.5, 1.0),
+        "horizon": (0.5, 1.0),
+    }
     always_needs: ClassVar[Mapping[Need, str]] = {
         Need.FACTORS: "",
         Need.FRESH_MOMENTS: (

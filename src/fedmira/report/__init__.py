@@ -9,6 +9,7 @@ from fedmira.report.pictures import Picture, picture_of_graph, picture_of_rounds
 from fedmira.report.read import read_run
 from fedmira.report.records import Client, Event, Round, Run, TaskGraph
 from fedmira.report.targets import Reached, check_target, reached
+from fedmira.report.tuning import write_tuning
 
 __all__ = [
     "Client",
@@ -31,4 +32,5 @@ __all__ = [
     "write_comparison",
     "write_decision",
     "write_report",
+    "write_tuning",
 ]

@@ -24,7 +24,12 @@ from fedmira.report.charts import (
     percent_text,
 )
 from fedmira.report.comparison_figures import Figures, budget_text, compare_runs
-from fedmira.report.comparison_files import interval_text, write_tables
+from fedmira.report.comparison_files import (
+    TUNED_RULE,
+    interval_text,
+    settings_text,
+    write_tables,
+)
 from fedmira.report.findings import (
     CHANGE_LIMIT,
     MIB,
@@ -72,6 +77,7 @@ def write_comparison(
     failures: Mapping[str, str] | None = None,
     target: float | None = None,
     other_seeds: Sequence[int] = (),
+    tuned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Figures:
     """Compare runs, and write comparison.html and the tables (see `write_tables`).
 
@@ -84,6 +90,7 @@ def write_comparison(
         failures: run -> why it failed, to be said on the page.
         target: a mean test loss; how soon each method reached it is added to the tables.
         other_seeds: of runs that lie beside these and were left out, to be said on the page.
+        tuned: method -> what a search chose for it and how, to be said on the page.
 
     Raises:
         ConfigError: the reference is not among the methods, or the target is no loss.
@@ -103,7 +110,9 @@ def write_comparison(
     if problems:
         raise RunFolderError(problems)
     figures = replace(
-        compare_runs(read, reference, failures, target), other_seeds=tuple(other_seeds)
+        compare_runs(read, reference, failures, target),
+        other_seeds=tuple(other_seeds),
+        tuned=dict(tuned or {}),
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(figures, folder)
@@ -178,6 +187,11 @@ def _content(figures: Figures, folder: Path) -> dict[str, Any]:
         "rows": len(cells),
         "heat_keys": heat_keys,
         "settings": _differing_settings(figures.methods),
+        "tuned_rule": TUNED_RULE,
+        "tuned": [
+            (name, figures.tuned.get(name), settings_text(figures.tuned.get(name)))
+            for name in figures.methods
+        ],
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
@@ -58,6 +58,7 @@ class Figures:
         target: a mean test loss; how soon each method reached it stands in the tables. None for no
             such columns.
         other_seeds: of finished runs in the folder that are not among these.
+        tuned: method -> the settings that a search chose for it, and how; empty for none.
     """
 
     methods: Mapping[str, Mapping[int, Run]]
@@ -69,6 +70,7 @@ class Figures:
     pooled: bool = False
     target: float | None = None
     other_seeds: tuple[int, ...] = ()
+    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def left_out(self) -> str:
@@ -207,6 +209,7 @@ class Figures:
             "baselines": list(self.baselines),
             "rule": NOISE_RULE,
             **({} if self.target is None else {"target_loss": self.target}),
+            **({"tuned": dict(self.tuned)} if self.tuned else {}),
             "interval": {
                 "kind": f"percentile bootstrap over {self.resampled}",
                 "level": LEVEL,

@@ -19,10 +19,11 @@ from fedmira.report.tables import (
     MOST_ROWS,
     loss_text,
     number_text,
+    setting_text,
 )
 from fedmira.report.targets import TARGET_RULE, reached_text
 
-__all__ = ["COUNTS", "interval_text", "markdown", "write_tables"]
+__all__ = ["COUNTS", "TUNED_RULE", "interval_text", "markdown", "settings_text", "write_tables"]
 
 COUNTS = {
     "better_than": "better than",
@@ -32,6 +33,24 @@ COUNTS = {
     "above": f"{100 * CHANGE_LIMIT:g} % above",
 }
 """What clients are counted by against a baseline, key -> words; the last two whatever the noise."""
+
+
+TUNED_RULE = (
+    "Settings were chosen by validation loss under other seeds than those compared. Rows are split "
+    "anew for each seed unless the source sets test rows aside, so rows that are tested here may "
+    "have been trained on or chosen by while tuning, alike for all tuned methods."
+)
+
+
+def settings_text(tuned: Mapping[str, Any] | None) -> str:
+    """The settings that a search chose, or that there was none.
+
+    Args:
+        tuned: what a search chose for a method, and how.
+    """
+    if tuned is None:
+        return "as given, not tuned"
+    return ", ".join(f"{key} = {setting_text(value)}" for key, value in tuned["values"].items())
 
 
 def write_tables(figures: Figures, folder: Path) -> None:
@@ -105,6 +124,9 @@ def markdown(figures: Figures) -> str:
             _table(_target_columns(), figures.method_rows),
             TARGET_RULE,
         ]
+    if figures.tuned:
+        chosen = [f"- {name}: {settings_text(figures.tuned.get(name))}" for name in figures.methods]
+        parts += ["## Tuned settings", "\n".join(chosen), TUNED_RULE]
     parts += ["## Clients", _table(_client_columns(figures), figures.client_rows[:MOST_ROWS])]
     if len(figures.client_rows) > MOST_ROWS:
         parts.append(

@@ -96,14 +96,18 @@ def failure_event(failure: Failure) -> EventLine:
 
 
 def evaluate_event(
-    number: int, client: ClientId, test: TokenLoss, validation: float | None, kept: float | None
+    number: int,
+    client: ClientId,
+    test: TokenLoss | None,
+    validation: float | None,
+    kept: float | None,
 ) -> EventLine:
     """A client's losses in an evaluated round; numbers that are not finite become null.
 
     Args:
         number: of the round, 0 for the base.
         client: its id.
-        test: loss on the client's test rows.
+        test: loss on the client's test rows; None where these are not looked at.
         validation: nats per response token of its validation rows, None where it has none.
         kept: the share of the server's pull in the adapter that was evaluated, where clients choose
             it.
@@ -112,9 +116,9 @@ def evaluate_event(
         "event": "evaluate",
         "round": number,
         "client": client,
-        "test_loss": _finite(test.per_token),
+        **({} if test is None else {"test_loss": _finite(test.per_token)}),
         "validation_loss": _finite(validation),
-        "test_tokens": test.tokens,
+        **({} if test is None else {"test_tokens": test.tokens}),
         **({} if kept is None else {"pull_kept": kept}),
     }
 

@@ -55,12 +55,12 @@ class Best:
     Attributes:
         round: its number.
         validation_loss: nats per response token of the client's validation rows.
-        test_loss: nats per response token of its test rows.
+        test_loss: nats per response token of its test rows; None where these are not looked at.
     """
 
     round: int
     validation_loss: float
-    test_loss: float
+    test_loss: float | None
 
 
 @dataclass
@@ -80,6 +80,7 @@ class Recorder:
         facts: which run this is.
         observers: who is told what happens in it.
         spent_seconds: wall time of the parts of this run that came before.
+        until: a round to be evaluated because the run is held after it, or None.
         uploaded: each client's last adapter before alignment.
         best_adapters, best: each client's adapter at its lowest validation loss, and the figures of
             that round.
@@ -102,6 +103,7 @@ class Recorder:
     facts: RunFacts
     observers: Sequence[Observer] = ()
     spent_seconds: float = 0.0
+    until: int | None = None
     uploaded: AdapterTable = field(init=False)
     best_adapters: AdapterTable = field(init=False)
     best: dict[ClientId, Best] = field(default_factory=dict)
@@ -194,7 +196,7 @@ class Recorder:
         begun = time.perf_counter()
         every = self.config.evaluation.every
         if outcome.replies and (
-            number == self.config.rounds.count or (every and number % every == 0)
+            number in (self.config.rounds.count, self.until) or (every and number % every == 0)
         ):
             events += self._evaluate(number, state)
             evaluated = time.perf_counter() - begun
@@ -318,16 +320,17 @@ class Recorder:
         self.latest, self.latest_round = test, number
         events: list[EventLine] = []
         improved: list[ClientId] = []
-        for client, loss in test.items():
+        for client in {**test, **validation}:
+            tested = test.get(client)
             own = validation[client].per_token if client in validation else None
             if (
                 own is not None
                 and math.isfinite(own)
                 and (client not in self.best or own < self.best[client].validation_loss)
             ):
-                self.best[client] = Best(number, own, loss.per_token)
+                self.best[client] = Best(number, own, tested.per_token if tested else None)
                 improved.append(client)
-            events.append(evaluate_event(number, client, loss, own, kept.get(client)))
+            events.append(evaluate_event(number, client, tested, own, kept.get(client)))
         self.best_adapters = self.best_adapters.replaced(
             LazyAdapters(improved, adapters.__getitem__)
         )

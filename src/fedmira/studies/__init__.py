@@ -4,15 +4,20 @@ from fedmira.studies.comparison import Comparison, compare_algorithms, plan_meth
 from fedmira.studies.decision import Decision, decide
 from fedmira.studies.plan import Plan, make_plan
 from fedmira.studies.saved import SavedAdapters, answer
+from fedmira.studies.tuning import Search, Tuning, tune_methods, tune_settings
 
 __all__ = [
     "Comparison",
     "Decision",
     "Plan",
     "SavedAdapters",
+    "Search",
+    "Tuning",
     "answer",
     "compare_algorithms",
     "decide",
     "make_plan",
     "plan_methods",
+    "tune_methods",
+    "tune_settings",
 ]

@@ -8,43 +8,36 @@ from __future__ import annotations
 import html
 import math
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmira.config import (
     Config,
     MethodSection,
-    ModelSettings,
-    dump_config,
     refuse_federation,
     with_algorithm,
     with_method,
     with_overrides,
 )
 from fedmira.config.methods import method_names
-from fedmira.data import Dataset, ObjectRows, ReadRows, load_clients
+from fedmira.data import ObjectRows, ReadRows
 from fedmira.errors import (
     ConfigError,
-    InputError,
     RunError,
-    RunFolderError,
 )
 from fedmira.experiment import (
     build_experiment,
-    make_scheme,
-    prepare_kind,
     start_experiment,
-    with_clock,
 )
-from fedmira.model import BaseModel, load_base, load_tokenizer
+from fedmira.model import BaseModel
 from fedmira.observers import Observer
 from fedmira.report import Figures, check_target, write_comparison
-from fedmira.runs import RunFolder, hash_of_rows
+from fedmira.runs import RunFolder
+from fedmira.studies.ground import CommonGround, PlannedRun, with_one_clock
 from fedmira.studies.notebook import html_table
+from fedmira.studies.tuned import Tuned, read_tuned
 
 if TYPE_CHECKING:
     import pandas
@@ -108,6 +101,7 @@ def plan_methods(
     algorithms: Sequence[str],
     variants: Mapping[str, Sequence[str]] | None = None,
     objects: Mapping[str, MethodSection] | None = None,
+    tuned: Mapping[str, Tuned] | None = None,
 ) -> dict[str, Config]:
     """Name of a method -> its settings, in the order in which they run.
 
@@ -116,6 +110,7 @@ def plan_methods(
         algorithms: names; each keeps those settings of the config's algorithm that it has too.
         variants: further methods by name, each with `key=value` overrides of the config.
         objects: further methods by name, each an object.
+        tuned: name of an algorithm -> its own settings, found by validation loss.
 
     Raises:
         ConfigError: a name or a setting is wrong, or a variant changes what must be equal for all.
@@ -124,14 +119,19 @@ def plan_methods(
     problems: list[str] = []
     for name in algorithms:
         try:
-            plans[name] = with_algorithm(config, name)
+            if tuned and name in tuned:
+                plans[name] = tuned[name].plan(config, name)
+                problems += _unequal(f"{name}, as it was tuned,", plans[name], config)
+            else:
+                plans[name] = with_algorithm(config, name)
         except ConfigError as error:
             alone = (
-                "or, for this method alone, leave it out of --algorithms and give "
+                "; or, for this method alone, leave it out of --algorithms and give "
                 f'--variant "{name}=algorithm.name={name};KEY=VALUE"'
             )
+            way_out = "" if name in (tuned or {}) else alone
             problems += [
-                f"{name}: {problem}; {alone}" if name in method_names() else problem
+                f"{name}: {problem}{way_out}" if name in method_names() else problem
                 for problem in error.problems
             ]
     for name, method in (objects or {}).items():
@@ -151,17 +151,23 @@ def plan_methods(
         except ConfigError as error:
             problems += [f"variant {name!r}: {problem}" for problem in error.problems]
             continue
-        terms, equal = _terms(plans[name]), _terms(config)
-        changed = [term for term in terms if terms[term] != equal[term]]
-        if changed:
-            problems.append(
-                f"variant {name!r} changes {', '.join(changed)}: methods are compared on "
-                "equal rows, base, rounds and local steps, "
-                "evaluated alike; set these for all methods"
-            )
+        problems += _unequal(f"variant {name!r}", plans[name], config)
     if problems:
         raise ConfigError(problems)
     return plans
+
+
+def _unequal(what: str, plan: Config, config: Config) -> list[str]:
+    """That a method changes what must be equal for all, or nothing."""
+    terms, equal = _terms(plan), _terms(config)
+    changed = [term for term in terms if terms[term] != equal[term]]
+    if not changed:
+        return []
+    return [
+        f"{what} changes {', '.join(changed)}: methods are compared on "
+        "equal rows, base, rounds and local steps, "
+        "evaluated alike; set these for all methods"
+    ]
 
 
 def _of_object(
@@ -197,6 +203,7 @@ def compare_algorithms(
     objects: Mapping[str, MethodSection] | None = None,
     base: BaseModel | None = None,
     rows: ObjectRows | ReadRows | None = None,
+    tuned: Path | None = None,
 ) -> Comparison:
     """Run every method with every seed and compare the results in `output`.
 
@@ -216,6 +223,8 @@ def compare_algorithms(
         objects: methods given as objects, by name.
         base: one that is loaded already, or was given as an object.
         rows: of clients that were given as objects, or what `read_rows` gave for one of the seeds.
+        tuned: a folder of searches; each algorithm then runs with its own tuned settings, on other
+            seeds than those tuned on.
 
     Raises:
         InputError: a setting is wrong, a folder of another comparison is in the way, or rows or
@@ -224,8 +233,9 @@ def compare_algorithms(
         RunError: a run failed; the tables hold the methods whose runs all finished. Call again to
             continue.
     """
-    config = _with_one_clock(config, output, base)
-    methods = plan_methods(config, algorithms, variants, objects)
+    config = with_one_clock(config, output, base)
+    found = {} if tuned is None else read_tuned(tuned, algorithms, seeds)
+    methods = plan_methods(config, algorithms, variants, objects, found)
     refuse_federation(config, *methods.values())
     if reference and reference not in methods:
         raise ConfigError(
@@ -236,20 +246,20 @@ def compare_algorithms(
         check_target(target_loss)
     folders = {name: {seed: output / f"{name}-seed{seed}" for seed in seeds} for name in methods}
     plans = [
-        _Planned(name, folders[name][seed], method.model_copy(update={"seed": seed}))
+        PlannedRun(name, folders[name][seed], method.model_copy(update={"seed": seed}))
         for seed in dict.fromkeys(seeds)
         for name, method in methods.items()
     ]
     unfinished = [run for run in plans if not run.is_finished()]
     failures: dict[str, RunError] = {}
     if unfinished:
-        ground = _CommonGround(config.model, folders, base, rows)
+        ground = CommonGround(config.model, folders, base, rows)
         failures = _run(unfinished, ground, observers)
-    return _compared(folders, output, reference, failures, target_loss)
+    return _compared(folders, output, reference, failures, target_loss, found)
 
 
 def _run(
-    runs: Sequence[_Planned], ground: _CommonGround, observers: Sequence[Observer]
+    runs: Sequence[PlannedRun], ground: CommonGround, observers: Sequence[Observer]
 ) -> dict[str, RunError]:
     """Check all runs, then run them; name of a run -> why it failed."""
     ground.check(runs)
@@ -271,6 +281,7 @@ def _compared(
     reference: str,
     failures: Mapping[str, RunError],
     target: float | None,
+    tuned: Mapping[str, Tuned],
 ) -> Comparison:
     """Read and write; then raise where runs failed."""
     complete = {
@@ -289,6 +300,7 @@ def _compared(
             failures=failed,
             target=target,
             other_seeds=_other_seeds(complete, output),
+            tuned={name: found.about for name, found in tuned.items() if name in complete},
         )
         comparison = Comparison(
             page,
@@ -321,154 +333,6 @@ def _other_seeds(folders: Mapping[str, Mapping[int, Path]], output: Path) -> lis
             ):
                 found.add(int(seed))
     return sorted(found)
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """A run of a method with a seed."""
-
-    method: str
-    folder: Path
-    config: Config
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether there is something to continue."""
-        return (self.folder / "config.toml").is_file()
-
-    def is_finished(self) -> bool:
-        """Whether the run is there and done.
-
-        Raises:
-            RunFolderError: it was made with other settings, or its folder holds something else.
-        """
-        if not self.is_begun:
-            RunFolder.refuse_taken(self.folder)
-            return False
-        if (self.folder / "config.toml").read_text(encoding="utf-8") != dump_config(self.config):
-            raise RunFolderError(
-                f"{self.folder}: this run was made with other settings; choose another --output"
-            )
-        return RunFolder(self.folder).read_json("run.json").get("status") == "finished"
-
-
-def _with_one_clock(config: Config, output: Path, base: BaseModel | None) -> Config:
-    """The config with the time that the chat template is told in all runs of the comparison."""
-    if config.data.prompt != "chat" or config.data.clock:
-        return config
-    for path in sorted(output.glob("*/config.toml")):  # one that was begun says what it is
-        clock = tomllib.loads(path.read_text(encoding="utf-8")).get("data", {}).get("clock", "")
-        return config.model_copy(update={"data": config.data.model_copy(update={"clock": clock})})
-    return with_clock(config, base.tokenizer if base else load_tokenizer(config.model))
-
-
-class _CommonGround:
-    """What all methods stand on: the base, and the rows of a seed.
-
-    Those that were asked for last are in memory. The base is loaded once its first rows are read.
-
-    Args:
-        model: the [model] section.
-        folders: method -> seed -> folder, of all runs, finished or not.
-        base: one that is loaded already.
-        given: rows of objects, or rows of a seed that are read already.
-    """
-
-    def __init__(
-        self,
-        model: ModelSettings,
-        folders: Mapping[str, Mapping[int, Path]],
-        base: BaseModel | None = None,
-        given: ObjectRows | ReadRows | None = None,
-    ) -> None:
-        self._model = model
-        self._tokenizer = base.tokenizer if base else load_tokenizer(model)
-        self._base = base
-        self._given = given
-        self._folders = folders
-        self._rows: tuple[int, Dataset] | None = None
-
-    @property
-    def base(self) -> BaseModel:
-        """The base of all runs."""
-        if self._base is None:
-            self._base = load_base(self._model, self._tokenizer)
-        return self._base
-
-    def dataset(self, config: Config) -> Dataset:
-        """The rows with this config's seed.
-
-        Raises:
-            DataError: they cannot be read.
-            RunFolderError: a run with this seed stands on other rows, or on another base.
-        """
-        if self._rows is None or self._rows[0] != config.seed:
-            self._rows = None  # the other seed's go before these are read
-            given = self._given
-            if isinstance(given, ReadRows) and given.seed != config.seed:
-                given = None
-            dataset = load_clients(config.data, config.seed, self._tokenizer, given)
-            present = {
-                "data": hash_of_rows({client.client_id: client for client in dataset.clients}),
-                "base": self.base.sha256,
-            }
-            _refuse_other_ground(present, [runs[config.seed] for runs in self._folders.values()])
-            self._rows = config.seed, dataset
-        return self._rows[1]
-
-    def check(self, runs: Sequence[_Planned]) -> None:
-        """Build those parts of each run that its settings can spoil; nothing is trained.
-
-        Args:
-            runs: those with one seed side by side.
-
-        Raises:
-            InputError: as `dataset`.
-            ConfigError: the problems of all methods together.
-        """
-        found: dict[str, list[str]] = {}
-        for _, of_seed in groupby(runs, key=lambda run: run.config.seed):
-            several = list(of_seed)
-            parties = {
-                party.client_id: party for party in self.dataset(several[0].config).summaries()
-            }
-            for run in several:
-                try:
-                    make_scheme(run.config, prepare_kind(run.config, self.base), parties)
-                except InputError as error:
-                    for problem in error.problems:
-                        found.setdefault(problem, []).append(run.method)
-        if found:
-            raise ConfigError(
-                [
-                    f"{', '.join(dict.fromkeys(methods))}: {problem}"
-                    for problem, methods in found.items()
-                ]
-            )
-
-
-def _refuse_other_ground(present: Mapping[str, str], folders: Sequence[Path]) -> None:
-    """The runs of a seed that exist must stand on the rows and the base of those that follow.
-
-    Args:
-        present: SHA-256 of "data" and "base".
-
-    Raises:
-        RunFolderError: one does not.
-    """
-    for folder in folders:
-        document: Mapping[str, Any] = RunFolder(folder).read_json("run.json")
-        changed = [
-            part
-            for part, sha256 in present.items()
-            if document.get(part, {}).get("sha256", sha256) != sha256
-        ]
-        if changed:
-            raise RunFolderError(
-                f"{folder}: the {' and the '.join(changed)} changed since this run, so "
-                "that others would not be comparable with it; "
-                "put back what it was made with, or choose another --output"
-            )
 
 
 def _terms(config: Config) -> dict[str, object]:
