@@ -16,6 +16,7 @@ WITH_A_RUN = (
     "fedmira.api.check",
     "fedmira.api.compare",
     "fedmira.api.load",
+    "fedmira.api.tune",
     "fedmira.studies.result.Result.generate",
     "fedmira.studies.result.Result.merge",
     "fedmira.studies.result.Result.plot",
@@ -40,6 +41,8 @@ ALONE = (
     "fedmira.observers.base.Observer",
     "fedmira.observers.base.Stop",
     "fedmira.observers.early_stopping.EarlyStopping",
+    "fedmira.studies.halving.stage_rounds",
+    "fedmira.studies.halving.stage_sizes",
 )
 
 
