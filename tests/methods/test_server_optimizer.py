@@ -75,6 +75,12 @@ def test_momentum_by_hand() -> None:
     assert found == pytest.approx([1.0, 1.5, 3.75])
 
 
+def test_momentum_with_the_rate_that_is_not_set_is_fedavgm_as_published() -> None:
+    """Of m = beta m + D and w = w + m with beta = 0.5 and D = 1, 0, 2: m = 1, 0.5, 2.25."""
+    found = steps(FedOpt(server_optimizer="momentum", server_momentum=0.5), [1.0, 0.0, 2.0])
+    assert found == pytest.approx([1.0, 1.5, 3.75])
+
+
 @pytest.mark.parametrize("change", [0.3, -0.02, 1e-5])
 def test_the_first_step_of_adam_in_closed_form(change: float) -> None:
     """From m = 0.1 D and v = 0.99 tau^2 + 0.01 D^2, as m = 0 and v = tau^2 before."""
@@ -130,7 +136,7 @@ def test_without_memory_and_floor_adam_steps_by_signs() -> None:
 
 
 def test_what_is_not_set_is_the_rate_of_the_optimizer() -> None:
-    assert FedOpt(server_optimizer="momentum").rate == 1.0
+    assert FedOpt(server_optimizer="momentum", server_momentum=0).rate == 1.0
     assert FedOpt().rate == FedOpt(server_optimizer="yogi").rate
     assert FedOpt(server_rate=0.5).rate == 0.5
 

@@ -11,10 +11,10 @@ a round changed for a gradient. With w the shared adapter, entry by entry:
     v  <-  v + D^2                                   adagrad
     w  <-  w + rate m / (sqrt(v) + tau)              momentum: w + rate m
 
-There is no bias correction, as in the paper. Hsu et al. write m <- beta m + D: the same path with
-rate / (1 - beta) here. With momentum 0 and rate 1 it is FedAvg, bit for bit. The paper weighs
-clients alike or by rows; here it is by rows, as in FedAvg. m and v stay with the server, so that
-messages are FedAvg's.
+There is no bias correction, as in the paper. Hsu et al. write m <- beta m + D and w <- w + m: the
+same path as with rate 1 / (1 - beta) here. With momentum 0 and rate 1 it is FedAvg, bit for bit.
+The paper weighs clients alike or by rows; here it is by rows, as in FedAvg. m and v stay with the
+server, so that messages are FedAvg's.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ __all__ = ["FedOpt"]
 FIRST, SECOND = "*first-moment", "*second-moment"
 """In states: m and v. The star is in no client's id."""
 ADAPTIVE = ("adam", "yogi", "adagrad")
-RATES: Mapping[str, float] = {"momentum": 1.0, "adam": 0.01, "yogi": 0.01, "adagrad": 0.03}
-"""`server_rate` where it is not set."""
+ADAPTIVE_RATE = 0.03
+"""`server_rate` of these where it is not set."""
 _READERS = {"server_memory": ("adam", "yogi"), "server_floor": ADAPTIVE}
 
 
@@ -59,9 +59,9 @@ class FedOpt(FedAvg):
         None,
         gt=0,
         help=(
-            "the server's step. Not set: 1 with `momentum`, 0.01 with `adam` and `yogi`, 0.03 with "
-            "`adagrad`. The adaptive ones move an entry by about the rate in a round, however far "
-            "the clients went"
+            "the server's step. Not set: 1 / (1 - server_momentum) with `momentum`, which is "
+            "FedAvgM as published, and 0.03 with the others, which move an entry by about the rate "
+            "in a round, however far the clients went"
         ),
     )
     server_momentum: float = setting(
@@ -107,7 +107,10 @@ class FedOpt(FedAvg):
     @property
     def rate(self) -> float:
         """The server's step, as set or by the optimizer."""
-        return RATES[self.server_optimizer] if self.server_rate is None else self.server_rate
+        if self.server_rate is not None:
+            return self.server_rate
+        whole = 1 / (1 - self.server_momentum)
+        return whole if self.server_optimizer == "momentum" else ADAPTIVE_RATE
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The start that all clients have in common, m = 0 and v = tau^2."""
