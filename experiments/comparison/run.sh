@@ -11,12 +11,9 @@ data=$1 output=$2 only=${3:-}
 
 compare() { # NAME PATH-OF-DATA
     [ -z "$only" ] || [ "$only" = "$1" ] || return 0
-    fedmira compare "$here/$1.toml" --set "data.path=$2" --output "$output/$1" --seeds 0,1,2 --reference fedavg \
+    fedmira compare "$here/$1.toml" --set "data.path=$2" --output "$output/$1" --seeds 0,1,2 --reference fedavg --controls \
         --algorithms local,two-level,mira,fedavg,fedit-finetune,ditto,fedalt,share-factor,flexlora,fedex,fedprox,feddpa,lora-fair,rolora \
-        --variant "two-level-control=algorithm.name=two-level;algorithm.coupling=0;algorithm.common_rank=0" \
-        --variant "two-level-common=algorithm.name=two-level;algorithm.coupling=0" \
         --variant "mira-safeguard=algorithm.name=mira;algorithm.safeguard=true" \
-        --variant "mira-shuffled=algorithm.name=mira;graph.shuffled=true" \
         --variant "fedalt-uniform=algorithm.name=fedalt;graph.kind=uniform;adapter.rank=32;adapter.alpha=32" \
         --variant "fedalt-factor=algorithm.name=fedalt;algorithm.rest_space=factor;algorithm.learned_share=true;graph.kind=uniform;adapter.rank=32;adapter.alpha=32" \
         --variant "ffa=algorithm.name=share-factor;algorithm.shared_factor=B;algorithm.private_factor=frozen"

@@ -129,6 +129,7 @@ def compare(
     observers: Sequence[Observer] = (),
     preset: str | None = None,
     tuned: str | Path | None = None,
+    controls: bool = False,
     output: str | Path,
 ) -> Comparison:
     """The same rows, seeds and budget for several methods.
@@ -157,6 +158,8 @@ def compare(
         preset: as for `run`.
         tuned: a folder with the folder of a search for each named method, <method>/best.toml: each
             runs with its own tuned settings, on other seeds than those tuned on.
+        controls: whether the controls of each method are run beside it, such as two-level-alone,
+            which shares nothing.
         output: the folder of the comparison; runs lie in it as <method>-seed<seed>.
 
     Raises:
@@ -177,6 +180,7 @@ def compare(
             base=ready.base,
             rows=ready.rows,
             tuned=None if tuned is None else Path(tuned),
+            controls=controls,
         )
 
 

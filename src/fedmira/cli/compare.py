@@ -70,6 +70,14 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="Also run the controls of each method, such as two-level-alone, which shares "
+            "nothing: what a method is below it is gained by sharing.",
+        ),
+    ] = False,
     tuned: Annotated[
         Path | None,
         typer.Option(
@@ -118,6 +126,7 @@ def compare(
         target_loss=target_loss,
         rows=rows,
         tuned=tuned,
+        controls=controls,
     )
     if format is Format.json:
         print_json(
@@ -141,6 +150,8 @@ def _print(comparison: Comparison) -> None:
     }
     _print_columns(f"test loss per response token {comparison.figures.read_out}", losses, rows)
     _print_pairings(comparison, document)
+    if comparison.figures.sharing:
+        _print_sharing(comparison)
     _print_budgets(document, rows)
     if document.get("target_loss") is not None:
         soon = {"method": "method", "rounds": "rounds", "seconds_to_target": "seconds"}
@@ -196,6 +207,20 @@ def _print_pairings(comparison: Comparison, document: Mapping[str, Any]) -> None
             _print_columns(
                 f"against {baseline}, each client at its own best round: {told}", at_best, others
             )
+
+
+def _print_sharing(comparison: Comparison) -> None:
+    """Each method against its own control."""
+    from fedmira.report.sharing import SHARING_RULE
+
+    columns = ["method", "control", "read-out", "difference", "below / above"]
+    cells = [
+        [gain.method, gain.control, *texts]
+        for gain in comparison.figures.sharing.values()
+        for texts in gain.texts()
+    ]
+    print_table("what sharing gains", columns, cells)
+    print(SHARING_RULE)
 
 
 def _print_budgets(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

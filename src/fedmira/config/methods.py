@@ -106,6 +106,8 @@ class MethodSection(Section):
             of [graph] is an error.
         searched: its main settings, which `fedmira tune` searches beside the learning rate where
             no space is given -> the values that are tried with the one it has.
+        controls: what could explain its gain away, for `fedmira compare --controls`: a name -> the
+            settings (dotted keys) that make it. "alone" shares nothing and does all else.
     """
 
     name: ClassVar[str] = ""
@@ -114,6 +116,7 @@ class MethodSection(Section):
     partly_sent: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = True
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    controls: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     if not TYPE_CHECKING:  # type checkers know the settings as pydantic's arguments
 

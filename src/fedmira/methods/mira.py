@@ -103,6 +103,9 @@ class Mira(MayDecline):
     name: ClassVar[str] = "mira"
     title: ClassVar[str] = "MIRA"
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"coupling": (0.25, 0.5, 1.0)}
+    controls: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "shuffled": {"graph.shuffled": True}  # none is "alone": who is not pulled keeps its factors
+    }
     coupling: Fraction = setting(
         1.0,
         help="kappa = gamma · largest degree of the graph. 0 is local training",

@@ -150,6 +150,11 @@ class TwoLevel(MayDecline):
         "coupling": (0.25, 0.5, 1.0),
         "horizon": (0.5, 1.0),
     }
+    controls: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "alone": {"algorithm.coupling": 0.0, "algorithm.common_rank": 0},
+        "common": {"algorithm.coupling": 0.0},
+        "shuffled": {"graph.shuffled": True},
+    }
     always_needs: ClassVar[Mapping[Need, str]] = {
         Need.FACTORS: "",
         Need.FRESH_MOMENTS: (

@@ -47,6 +47,7 @@ from fedmira.report.page import render
 from fedmira.report.paired import LEVEL, NOISE_RULE, ClientDifference
 from fedmira.report.read import read_run
 from fedmira.report.records import Run
+from fedmira.report.sharing import SHARING_RULE
 from fedmira.report.tables import (
     MOST_ROWS,
     Cell,
@@ -78,6 +79,7 @@ def write_comparison(
     target: float | None = None,
     other_seeds: Sequence[int] = (),
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
+    controls: Mapping[str, str] | None = None,
 ) -> Figures:
     """Compare runs, and write comparison.html and the tables (see `write_tables`).
 
@@ -91,6 +93,7 @@ def write_comparison(
         target: a mean test loss; how soon each method reached it is added to the tables.
         other_seeds: of runs that lie beside these and were left out, to be said on the page.
         tuned: method -> what a search chose for it and how, to be said on the page.
+        controls: method -> the method that is its control, for what sharing gains.
 
     Raises:
         ConfigError: the reference is not among the methods, or the target is no loss.
@@ -110,7 +113,7 @@ def write_comparison(
     if problems:
         raise RunFolderError(problems)
     figures = replace(
-        compare_runs(read, reference, failures, target),
+        compare_runs(read, reference, failures, target, controls),
         other_seeds=tuple(other_seeds),
         tuned=dict(tuned or {}),
     )
@@ -187,6 +190,7 @@ def _content(figures: Figures, folder: Path) -> dict[str, Any]:
         "rows": len(cells),
         "heat_keys": heat_keys,
         "settings": _differing_settings(figures.methods),
+        "sharing_rule": SHARING_RULE,
         "tuned_rule": TUNED_RULE,
         "tuned": [
             (name, figures.tuned.get(name), settings_text(figures.tuned.get(name)))

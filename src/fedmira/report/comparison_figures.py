@@ -31,6 +31,7 @@ from fedmira.report.paired import (
     pair,
 )
 from fedmira.report.records import Client, Run
+from fedmira.report.sharing import SHARING_RULE, SharingGain, sharing_gains
 from fedmira.report.tables import number_text
 from fedmira.report.targets import check_target, mean_reached, reached
 
@@ -59,6 +60,7 @@ class Figures:
             such columns.
         other_seeds: of finished runs in the folder that are not among these.
         tuned: method -> the settings that a search chose for it, and how; empty for none.
+        sharing: method -> what it gains over its own control; empty where none is compared.
     """
 
     methods: Mapping[str, Mapping[int, Run]]
@@ -71,6 +73,7 @@ class Figures:
     target: float | None = None
     other_seeds: tuple[int, ...] = ()
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sharing: Mapping[str, SharingGain] = field(default_factory=dict)
 
     @property
     def left_out(self) -> str:
@@ -210,6 +213,7 @@ class Figures:
             "rule": NOISE_RULE,
             **({} if self.target is None else {"target_loss": self.target}),
             **({"tuned": dict(self.tuned)} if self.tuned else {}),
+            **({"sharing_rule": SHARING_RULE} if self.sharing else {}),
             "interval": {
                 "kind": f"percentile bootstrap over {self.resampled}",
                 "level": LEVEL,
@@ -253,6 +257,9 @@ class Figures:
             "dtype": "; ".join(sorted(kinds)) or None
         }
         row |= {} if self.target is None else mean_reached(list(runs.values()), self.target)
+        if self.sharing:
+            keys = next(iter(self.sharing.values())).row()
+            row |= self.sharing[name].row() if name in self.sharing else dict.fromkeys(keys)
         return row | {"equal_budget": name not in self.problems}
 
     @cached_property
@@ -278,6 +285,7 @@ def compare_runs(
     reference: str = "",
     failures: Mapping[str, str] | None = None,
     target: float | None = None,
+    controls: Mapping[str, str] | None = None,
 ) -> Figures:
     """Pair and count.
 
@@ -286,6 +294,7 @@ def compare_runs(
         reference: a method that the others are paired with besides local training; empty for none.
         failures: run -> why it failed.
         target: see `Figures`.
+        controls: method -> the method that is its control.
 
     Raises:
         ConfigError: there is no method of the reference's name, and none failed; or the target is
@@ -305,7 +314,8 @@ def compare_runs(
     baselines = tuple(dict.fromkeys([*alone, *([reference] if reference in methods else [])]))
     every = [run for runs in methods.values() for run in runs.values()]
     pools = pools_of(every)
-    pairings = _pairings({name: _losses(runs) for name, runs in methods.items()}, baselines, pools)
+    at_last = {name: _losses(runs) for name, runs in methods.items()}
+    pairings = _pairings(at_last, baselines, pools)
     at_best = {
         name: {seed: _best_losses_of(run) for seed, run in runs.items()}
         for name, runs in methods.items()
@@ -329,6 +339,7 @@ def compare_runs(
         dict(failures or {}),
         pools is not None,
         target,
+        sharing=sharing_gains(controls or {}, at_last, at_best if other_round else None, pools),
     )
 
 

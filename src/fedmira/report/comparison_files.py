@@ -14,6 +14,7 @@ from fedmira.report.charts import percent_text
 from fedmira.report.comparison_figures import Figures, budget_text
 from fedmira.report.findings import CHANGE_LIMIT, MIB
 from fedmira.report.paired import LEVEL, NOISE_RULE
+from fedmira.report.sharing import SHARING_RULE
 from fedmira.report.tables import (
     MISSING,
     MOST_ROWS,
@@ -109,6 +110,17 @@ def markdown(figures: Figures) -> str:
             "## Test loss at each client's own best round",
             _table(_best_columns(figures), figures.method_rows),
         ]
+    if figures.sharing:
+        lines = [
+            f"| {gain.method} | {gain.control} | {when} | {difference} | {counts} |"
+            for gain in figures.sharing.values()
+            for when, difference, counts in gain.texts()
+        ]
+        head = [
+            "| method | control | read-out | difference | below / above |",
+            "|---|---|---|---|---|",
+        ]
+        parts += ["## What sharing gains", "\n".join([*head, *lines]), SHARING_RULE]
     parts += ["## Budget of a run", _table(_budget_columns(), figures.method_rows)]
     parts.append(
         "Sums over clients and rounds, mean over seeds; tokens computed include prompts "

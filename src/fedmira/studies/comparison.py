@@ -35,6 +35,7 @@ from fedmira.model import BaseModel
 from fedmira.observers import Observer
 from fedmira.report import Figures, check_target, write_comparison
 from fedmira.runs import RunFolder
+from fedmira.studies.controls import controls_of, with_controls
 from fedmira.studies.ground import CommonGround, PlannedRun, with_one_clock
 from fedmira.studies.notebook import html_table
 from fedmira.studies.tuned import Tuned, read_tuned
@@ -204,6 +205,7 @@ def compare_algorithms(
     base: BaseModel | None = None,
     rows: ObjectRows | ReadRows | None = None,
     tuned: Path | None = None,
+    controls: bool = False,
 ) -> Comparison:
     """Run every method with every seed and compare the results in `output`.
 
@@ -225,6 +227,7 @@ def compare_algorithms(
         rows: of clients that were given as objects, or what `read_rows` gave for one of the seeds.
         tuned: a folder of searches; each algorithm then runs with its own tuned settings, on other
             seeds than those tuned on.
+        controls: whether the controls of each method are run beside it, as <name>-<control>.
 
     Raises:
         InputError: a setting is wrong, a folder of another comparison is in the way, or rows or
@@ -236,6 +239,7 @@ def compare_algorithms(
     config = with_one_clock(config, output, base)
     found = {} if tuned is None else read_tuned(tuned, algorithms, seeds)
     methods = plan_methods(config, algorithms, variants, objects, found)
+    methods = with_controls(methods) if controls else methods
     refuse_federation(config, *methods.values())
     if reference and reference not in methods:
         raise ConfigError(
@@ -255,7 +259,8 @@ def compare_algorithms(
     if unfinished:
         ground = CommonGround(config.model, folders, base, rows)
         failures = _run(unfinished, ground, observers)
-    return _compared(folders, output, reference, failures, target_loss, found)
+    about = {name: of.about for name, of in found.items()}
+    return _compared(folders, output, failures, reference, target_loss, about, controls_of(methods))
 
 
 def _run(
@@ -278,10 +283,11 @@ def _run(
 def _compared(
     folders: Mapping[str, Mapping[int, Path]],
     output: Path,
-    reference: str,
     failures: Mapping[str, RunError],
+    reference: str,
     target: float | None,
-    tuned: Mapping[str, Tuned],
+    tuned: Mapping[str, Mapping[str, Any]],
+    controls: Mapping[str, str],
 ) -> Comparison:
     """Read and write; then raise where runs failed."""
     complete = {
@@ -300,7 +306,8 @@ def _compared(
             failures=failed,
             target=target,
             other_seeds=_other_seeds(complete, output),
-            tuned={name: found.about for name, found in tuned.items() if name in complete},
+            tuned={name: about for name, about in tuned.items() if name in complete},
+            controls=controls,
         )
         comparison = Comparison(
             page,
