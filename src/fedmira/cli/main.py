@@ -12,6 +12,7 @@ from fedmira.cli import (
     check,
     compare,
     evaluate,
+    export,
     flower,
     generate,
     presets,
@@ -39,6 +40,7 @@ for _verb in (
     check.check,
     evaluate.evaluate,
     generate.generate,
+    export.export,
     report.report,
     presets.presets,
 ):

@@ -1,0 +1,84 @@
+"""A few rows of one client or of one file, as texts and as tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedmira.config import DataSettings
+from fedmira.data.encoded import EncodedExample
+from fedmira.data.encoding import Encoder
+from fedmira.data.examples import Example
+from fedmira.data.from_objects import ObjectRows
+from fedmira.data.problems import Problems
+from fedmira.data.reading import read_all, split_all
+from fedmira.data.rows import RowReader
+from fedmira.data.tables import read_table
+from fedmira.errors import DataError
+
+__all__ = ["encode_few", "rows_of_client", "rows_of_file"]
+
+_log = logging.getLogger("fedmira")
+
+
+def rows_of_client(
+    settings: DataSettings, seed: int, client: str, most: int, rows: ObjectRows | None = None
+) -> tuple[Example, ...]:
+    """Rows of a client: of those it is tested on, else of those it chooses by or trains on.
+
+    Args:
+        settings: the [data] section of the run.
+        seed: of the run.
+        client: its id.
+        most: so many at most.
+        rows: of a run whose rows are objects.
+
+    Raises:
+        DataError: the rows cannot be read, or are on another machine.
+    """
+    clients, _, _ = read_all(settings, seed, rows)
+    splits = split_all(clients, settings, seed)
+    for found, split in zip(clients, splits, strict=True):
+        if found.client_id == client:
+            return (*split.test, *split.validation, *split.train)[:most]
+    raise DataError(f"the rows of {client!r} are not on this machine")
+
+
+def rows_of_file(path: Path, settings: DataSettings) -> tuple[Example, ...]:
+    """The rows of a file, by the columns of a run.
+
+    Args:
+        path: JSON Lines, a JSON list, CSV, TSV or parquet.
+        settings: the [data] section of the run.
+
+    Raises:
+        DataError: with all rows that are wrong, or there is none.
+    """
+    problems, notes = Problems(), list[str]()
+    reader = RowReader(settings, problems)
+    read = [reader.example(row, where) for where, row in read_table(path, problems, notes)]
+    skipped, said = reader.finish()
+    problems.raise_if_any()
+    for note in (*notes, *skipped, *said):
+        _log.warning("%s: %s", path, note)
+    found = tuple(example for example in read if example is not None)
+    if not found:
+        raise DataError(f"{path}: holds no row; give at least one with an answer")
+    return found
+
+
+def encode_few(encoder: Encoder, rows: Sequence[Example]) -> tuple[EncodedExample, ...]:
+    """Rows as tokens, cut as those of training are.
+
+    Args:
+        encoder: of the run's settings.
+        rows: with their responses.
+
+    Raises:
+        DataError: with all rows that cannot be encoded.
+    """
+    problems = Problems()
+    found, _, _ = encoder.encode(rows, problems)
+    problems.raise_if_any()
+    return found
