@@ -47,11 +47,9 @@ def fold(
     kind.write(place / "adapter", adapter)
     (place / "model").mkdir()
     proof = write_folded(
-        kind.base,
-        kind.targets,
+        kind,
         adapter,
         source=place / "adapter",
-        scale=kind.scale(RANK),
         dtype=dtype,
         rows=ROWS,
         folder=place / "model",
@@ -76,7 +74,7 @@ def test_merged_weights_say_what_base_and_adapter_say(
     kind = kind_on(base)
     proof, adapter = fold(kind, tmp_path)
     assert proof.largest <= 1e-5 * proof.logit and proof.effect > 1e-2
-    # Independent of every helper: the stored matrix of each layer is W + s B A, transposed in GPT-2.
+    # The stored matrix of each layer is W + s B A (its transpose in GPT-2).
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     for target in kind.targets:
         name = f"base_model.model.{target.name}"

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from fedmira.adapters import Adapter, modules
+from fedmira.adapters import Adapter
 from fedmira.atomic import PARTIAL
 from fedmira.data import ObjectRows
 from fedmira.errors import ConfigError, RunError, RunFolderError
 from fedmira.messages import ClientId
-from fedmira.model import FoldProof, adapter_logits, held_against, write_folded
+from fedmira.model import FoldProof, LoraKind, adapter_logits, held_against, write_folded
 from fedmira.runs import RunFolder
 from fedmira.studies.request_forms import FewRows, RequestForm, few_rows, request_form
 from fedmira.studies.saved import SavedAdapters, refuse_unknown
@@ -169,15 +169,15 @@ def _dtype_of(saved: SavedAdapters, merged: bool, dtype: str | None) -> str:
     Raises:
         ConfigError: it is none of `DTYPES`, or adapters of this kind cannot be written in it.
     """
-    kind, targets = saved.config.adapter.kind, saved.kind.targets
+    kind, merges = saved.config.adapter.kind, isinstance(saved.kind, LoraKind)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
-    if merged and not targets:
+    if merged and not merges:
         raise ConfigError(
             f"--merged: adapters of kind {kind!r} are read in front of the text and change no "
             "weight, so there is nothing to merge; leave --merged away"
         )
-    if not targets and dtype not in (None, "float32"):
+    if not merges and dtype not in (None, "float32"):
         raise ConfigError(
             f"--dtype {dtype}: adapters of kind {kind!r} are written as they were trained, in "
             "float32; leave --dtype away"
@@ -189,14 +189,11 @@ def _dtype_of(saved: SavedAdapters, merged: bool, dtype: str | None) -> str:
 def _write_merged(
     saved: SavedAdapters, client: ClientId, folder: Path, dtype: str, few: FewRows
 ) -> FoldProof:
-    adapter = saved.adapters[client]
-    rank = next(iter(modules(adapter).values()))[0].shape[0]
+    assert isinstance(saved.kind, LoraKind), "others have no weights to merge"
     proof = write_folded(
-        saved.kind.base,
-        saved.kind.targets,
-        adapter,
+        saved.kind,
+        saved.adapters[client],
         source=_folder_of(saved, client),
-        scale=saved.kind.scale(rank),
         dtype=getattr(torch, dtype),
         rows=few.encoded,
         folder=folder,
@@ -214,8 +211,7 @@ def _write_adapter(
         if file.is_file() and file.name != "README.md":
             shutil.copy(file, folder / file.name)
     if dtype != "float32":
-        kind: Any = saved.kind
-        kind.write(folder, _rounded(saved.adapters[client], getattr(torch, dtype)))
+        saved.kind.write(folder, _rounded(saved.adapters[client], getattr(torch, dtype)))
     wanted, bare = adapter_logits(saved.kind.base, source, few.encoded)
     found, _ = adapter_logits(saved.kind.base, folder, few.encoded)
     proof = held_against(found, wanted, bare, 0.0)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from fedmira.adapters import Adapter
+from fedmira.adapters import Adapter, modules
 from fedmira.errors import ModelError, RunError
 from fedmira.model.base.files import listed
 from fedmira.model.base.loading import read_again
 from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.generation.generate import end_tokens
+from fedmira.model.kinds.lora import LoraKind
 from fedmira.model.kinds.proof import plain_peft
 from fedmira.model.lora.stack import adapter_names
 
@@ -100,12 +101,10 @@ def held_against(found: Logits, wanted: Logits, bare: Logits, exact: float) -> F
 
 
 def write_folded(
-    base: BaseModel,
-    targets: Sequence[TargetModule],
+    kind: LoraKind,
     adapter: Adapter,
     *,
     source: Path,
-    scale: float,
     dtype: torch.dtype,
     rows: Sequence[Sequence[int]],
     folder: Path,
@@ -117,11 +116,9 @@ def write_folded(
     `dtype`, written, and read back.
 
     Args:
-        base: the frozen base, which stays as it is.
-        targets: the layers that carry the adapter.
+        kind: the adapters, on their base, which stays as it is.
         adapter: its factors.
         source: the folder of the adapter in PEFT's form.
-        scale: s.
         dtype: number type of all weights that are written.
         rows: token ids whose logits are compared.
         folder: exists; receives config.json, weights and generation_config.json.
@@ -132,6 +129,8 @@ def write_folded(
         RunError: the logits differ by more than rounding, or a weight is not finite once it is
             rounded.
     """
+    base, targets = kind.base, kind.targets
+    scale = kind.scale(next(iter(modules(adapter).values()))[0].shape[0])
     if getattr(base.model.config, "quantization_config", None):
         raise ModelError(
             f"model.base {base.name!r} is quantised, and no adapter can be added to such weights "
@@ -178,7 +177,9 @@ def _copy_of(base: BaseModel) -> PreTrainedModel:
     """The base once more in float32: from its files, or of the one in memory."""
     if base.reloadable:
         return read_again(base, torch.float32)
-    return copy.deepcopy(base.model).float()
+    copied = copy.deepcopy(base.model)
+    copied.to(dtype=torch.float32)  # type: ignore[call-arg]
+    return copied
 
 
 def _fold(
@@ -238,7 +239,7 @@ def _write(base: BaseModel, model: PreTrainedModel, folder: Path, max_new_tokens
         pad_token_id=base.tokenizer.pad_token_id,
         bos_token_id=base.tokenizer.bos_token_id,
     )
-    model.save_pretrained(folder)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
 
 
 def _read(folder: Path, device: torch.device) -> PreTrainedModel:
