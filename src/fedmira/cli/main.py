@@ -18,6 +18,7 @@ from fedmira.cli import (
     presets,
     report,
     run,
+    serve_config,
 )
 from fedmira.errors import FedmiraError, InputError
 
@@ -41,6 +42,7 @@ for _verb in (
     evaluate.evaluate,
     generate.generate,
     export.export,
+    serve_config.serve_config,
     report.report,
     presets.presets,
 ):

@@ -17,32 +17,30 @@ from fedmira.data.rows import RowReader
 from fedmira.data.tables import read_table
 from fedmira.errors import DataError
 
-__all__ = ["encode_few", "rows_of_client", "rows_of_file"]
+__all__ = ["encode_few", "rows_of_clients", "rows_of_file"]
 
 _log = logging.getLogger("fedmira")
 
 
-def rows_of_client(
-    settings: DataSettings, seed: int, client: str, most: int, rows: ObjectRows | None = None
-) -> tuple[Example, ...]:
-    """Rows of a client: of those it is tested on, else of those it chooses by or trains on.
+def rows_of_clients(
+    settings: DataSettings, seed: int, most: int, rows: ObjectRows | None = None
+) -> dict[str, tuple[Example, ...]]:
+    """Rows of every client: of those it is tested on, else of those it chooses by or trains on.
 
     Args:
         settings: the [data] section of the run.
         seed: of the run.
-        client: its id.
-        most: so many at most.
+        most: so many of each at most.
         rows: of a run whose rows are objects.
 
     Raises:
-        DataError: the rows cannot be read, or are on another machine.
+        DataError: the rows cannot be read.
     """
     clients, _, _ = read_all(settings, seed, rows)
-    splits = split_all(clients, settings, seed)
-    for found, split in zip(clients, splits, strict=True):
-        if found.client_id == client:
-            return (*split.test, *split.validation, *split.train)[:most]
-    raise DataError(f"the rows of {client!r} are not on this machine")
+    return {
+        client.client_id: (*split.test, *split.validation, *split.train)[:most]
+        for client, split in zip(clients, split_all(clients, settings, seed), strict=True)
+    }
 
 
 def rows_of_file(path: Path, settings: DataSettings) -> tuple[Example, ...]:

@@ -119,7 +119,7 @@ def export_adapter(
     """
     refuse_unknown(saved, client)
     chosen = _dtype_of(saved, merged, dtype)
-    few = few_rows(saved, client, rows)
+    few = few_rows(saved, [client], rows)[client]
     form = request_form(saved, client, few, own_instruction=True)
     with fresh_folder(output) as partial:
         write = _write_merged if merged else _write_adapter

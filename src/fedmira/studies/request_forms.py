@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedmira.data import (
     encode_few,
     make_encoder,
     messages_to_send,
-    rows_of_client,
+    rows_of_clients,
     wrong_prompt,
 )
 from fedmira.errors import DataError
@@ -23,6 +24,8 @@ from fedmira.messages import ClientId
 from fedmira.studies.saved import SavedAdapters
 
 __all__ = ["FewRows", "RequestForm", "few_rows", "request_form"]
+
+_log = logging.getLogger("fedmira")
 
 _MADE = (
     "Please say in one sentence what this is about.",
@@ -68,24 +71,32 @@ class RequestForm:
     shared: Mapping[str, Any]
 
 
-def few_rows(saved: SavedAdapters, client: ClientId, rows: ObjectRows | None = None) -> FewRows:
-    """Rows of a client where they are on this machine, else requests of its form.
+def few_rows(
+    saved: SavedAdapters, clients: Sequence[ClientId], rows: ObjectRows | None = None
+) -> dict[ClientId, FewRows]:
+    """Rows of clients where they are on this machine, else requests of their form.
 
     Args:
         saved: what the run has saved.
-        client: its id.
+        clients: their ids.
         rows: of a run whose rows were objects.
     """
-    config, tokenizer = saved.config, saved.kind.base.tokenizer
-    encoder = make_encoder(config.data, tokenizer)
+    config = saved.config
+    encoder = make_encoder(config.data, saved.kind.base.tokenizer)
     try:
-        examples = rows_of_client(config.data, config.seed, client, _MOST, rows)
-        tokens = _tokens(encode_few(encoder, examples))
-    except DataError:  # the caller says that no row was there
+        found = rows_of_clients(config.data, config.seed, _MOST, rows)
+    except DataError as error:
+        _log.warning("rows are not on this machine, so made-up requests are tried: %s", error)
+        found = {}
+    few = {}
+    for client in clients:
+        if examples := found.get(client):
+            few[client] = FewRows(examples, _tokens(encode_few(encoder, examples)), real=True)
+            continue
         shared = saved.prompts.get(client, {})
         examples = tuple(asked(shared, text) for text in _MADE)
-        return FewRows(examples, tuple(encoder.prompt(each) for each in examples), real=False)
-    return FewRows(examples, tokens, real=True)
+        few[client] = FewRows(examples, tuple(map(encoder.prompt, examples)), real=False)
+    return few
 
 
 def request_form(
