@@ -9,6 +9,7 @@ import typer
 
 from fedmira import __version__
 from fedmira.cli import (
+    chat,
     check,
     compare,
     evaluate,
@@ -17,6 +18,7 @@ from fedmira.cli import (
     generate,
     presets,
     report,
+    route,
     run,
     serve_config,
 )
@@ -43,6 +45,8 @@ for _verb in (
     generate.generate,
     export.export,
     serve_config.serve_config,
+    chat.chat,
+    route.route,
     report.report,
     presets.presets,
 ):

@@ -5,7 +5,7 @@ from fedmira.data.chat_forms import asked, chat_template_of, messages_to_send, w
 from fedmira.data.encoded import ClientData, EncodedExample, without_middle
 from fedmira.data.encoding import Encoder
 from fedmira.data.examples import Example, RawTask, Reading
-from fedmira.data.few_rows import encode_few, rows_of_clients, rows_of_file
+from fedmira.data.few_rows import encode_few, rows_of_clients, rows_of_file, rows_of_objects
 from fedmira.data.from_objects import ObjectRows, rows_from_objects
 from fedmira.data.load import (
     ClientSummary,
@@ -26,6 +26,7 @@ from fedmira.data.tokenizer import Tokenizer
 
 __all__ = [
     "rows_of_file",
+    "rows_of_objects",
     "rows_of_clients",
     "encode_few",
     "wrong_prompt",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fedmira.config import DataSettings
@@ -13,11 +13,11 @@ from fedmira.data.examples import Example
 from fedmira.data.from_objects import ObjectRows
 from fedmira.data.problems import Problems
 from fedmira.data.reading import read_all, split_all
-from fedmira.data.rows import RowReader
+from fedmira.data.rows import Row, RowReader
 from fedmira.data.tables import read_table
 from fedmira.errors import DataError
 
-__all__ = ["encode_few", "rows_of_clients", "rows_of_file"]
+__all__ = ["encode_few", "rows_of_clients", "rows_of_file", "rows_of_objects"]
 
 _log = logging.getLogger("fedmira")
 
@@ -54,16 +54,38 @@ def rows_of_file(path: Path, settings: DataSettings) -> tuple[Example, ...]:
         DataError: with all rows that are wrong, or there is none.
     """
     problems, notes = Problems(), list[str]()
-    reader = RowReader(settings, problems)
-    read = [reader.example(row, where) for where, row in read_table(path, problems, notes)]
-    skipped, said = reader.finish()
-    problems.raise_if_any()
-    for note in (*notes, *skipped, *said):
-        _log.warning("%s: %s", path, note)
-    found = tuple(example for example in read if example is not None)
+    found = _read(read_table(path, problems, notes), settings, problems)
+    for note in notes:
+        _log.warning("%s", note)
     if not found:
         raise DataError(f"{path}: holds no row; give at least one with an answer")
     return found
+
+
+def rows_of_objects(rows: Sequence[Row], settings: DataSettings) -> tuple[Example, ...]:
+    """Rows that are dicts, by the columns of a run.
+
+    Args:
+        rows: as runs are given them.
+        settings: the [data] section of the run.
+
+    Raises:
+        DataError: with all rows that are wrong.
+    """
+    placed = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    return _read(placed, settings, Problems())
+
+
+def _read(
+    rows: Iterable[tuple[str, Row]], settings: DataSettings, problems: Problems
+) -> tuple[Example, ...]:
+    reader = RowReader(settings.model_copy(update={"bad_rows": "error"}), problems)
+    read = [reader.example(row, where) for where, row in rows]
+    skipped, said = reader.finish()
+    problems.raise_if_any()
+    for note in (*skipped, *said):
+        _log.warning("%s", note)
+    return tuple(example for example in read if example is not None)
 
 
 def encode_few(encoder: Encoder, rows: Sequence[Example]) -> tuple[EncodedExample, ...]:

@@ -47,7 +47,9 @@ def page(
         f"Clients: {names}{more}.\n",
         _FILES if not adapters_alone else _PEFT_ALONE,
         chat,
-        _ASK.format(body=shlex.quote(json.dumps(body, ensure_ascii=False))) if not adapters_alone else "",
+        _ASK.format(body=shlex.quote(json.dumps(body, ensure_ascii=False)))
+        if not adapters_alone
+        else "",
         f"## What is left out, or not as in training\n\n{listed}\n",
         _TRIED,
     ]
