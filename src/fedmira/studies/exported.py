@@ -83,7 +83,7 @@ class Exported:
         if not self.real_rows:
             told.append("no row of the client is on this machine, so made-up requests were read")
         told.append(
-            f"{_TEMPLATE} writes the prompt of training, token by token"
+            "the chat template writes the prompt of training, token by token"
             if self.chat_template
             else f"there is no chat template that asks as in training: {self.why_not}"
         )
@@ -253,7 +253,7 @@ def _write_card(saved: SavedAdapters, folder: Path, found: Exported, form: Reque
     prompt = card[card.index("## Prompt") : card.index("## Load it")]
     parts = [
         "\n".join(head),
-        f"# {base.name} with the adapter of {found.client}",
+        f"# {Path(base.name).name} with the adapter of {found.client}",
         f"Made by fedmira with `{saved.config.algorithm.name}`: the weights of the base with the "
         f"client's LoRA update added to them, in {found.dtype}. The base's sha256 is "
         f"{base.sha256}. A model can give away some of the rows that it learned from; pass it on "
