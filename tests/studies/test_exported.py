@@ -62,7 +62,16 @@ def test_a_merged_model_is_a_base_whose_chat_form_is_the_prompt_of_training(
             "algorithm.name": "local",
         },
     )
-    assert fedmira.load(run).status == "finished"
+    again = fedmira.load(run)
+    assert again.status == "finished"
+    found = again.export("apple-1", tmp_path / "again", merged=True)
+    assert found.chat_template, found.why_not
+    own, before = (
+        (tmp_path / name / "chat_template.jinja").read_text("utf-8") for name in ("again", "model")
+    )
+    assert own == before
+    files = again.serve_config(tmp_path / "files", clients=["apple-2"])
+    assert "chat_template.jinja" in files.files and "ollama/apple-2.Modelfile" in files.files
 
 
 def test_an_adapter_in_half_precision_tells_what_rounding_changed(

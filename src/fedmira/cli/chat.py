@@ -83,6 +83,10 @@ def chat(
                     _show(turn, typed)
         except EOFError:
             break
+        except KeyboardInterrupt:
+            if not typed:
+                raise
+            break
         except ConfigError as error:
             if not typed:  # nobody reads it in time, and later lines may count on this one
                 raise

@@ -36,14 +36,11 @@ class Score:
         client: whose adapter.
         loss: nats a token; the lowest answers.
         tokens: how many tokens that is.
-        share: the client's part where every client is as likely before the text was seen, and the
-            adapters' probabilities are taken at their word, which is too sure in most cases.
     """
 
     client: ClientId
     loss: float
     tokens: int
-    share: float
 
 
 class Router:
@@ -132,25 +129,15 @@ class Router:
         data = {client: _client_of(client, several) for client, several in rows.items()}
         scales = {client: kind.scale(rank) for client, rank in self._saved.ranks.items()}
         settings = CohortSettings(config.local, scales, quick_budget(self._saved))
-        size = max(
-            sum(tensor.numel() for tensor in self._saved.adapters[client].values())
-            for client in list(rows)[:1]
-        )
+        widest = max(self._saved.ranks, key=lambda client: self._saved.ranks[client])
+        size = sum(tensor.numel() for tensor in self._saved.adapters[widest].values())
         at_once = most_side_by_side(size, kind.base.device)
         found = LocalClients(None, kind, data, settings, at_once).losses(self._saved.adapters)
         return _ranked(found)
 
 
 def _ranked(found: Mapping[ClientId, TokenLoss]) -> list[Score]:
-    finite = {client: loss for client, loss in found.items() if math.isfinite(loss.total)}
-    least = min((loss.total for loss in finite.values()), default=0.0)
-    odds = {client: math.exp(least - loss.total) for client, loss in finite.items()}
-    scores = [
-        Score(
-            client, loss.per_token, loss.tokens, odds.get(client, 0.0) / (sum(odds.values()) or 1)
-        )
-        for client, loss in found.items()
-    ]
+    scores = [Score(client, loss.per_token, loss.tokens) for client, loss in found.items()]
     return sorted(scores, key=lambda score: (not math.isfinite(score.loss), score.loss))
 
 
