@@ -70,29 +70,35 @@ def chat(
     if typed:
         _introduce(conversation)
     told: list[dict[str, Any]] = []
+    for turn in _turns(conversation, typed):
+        told.append(turn)
+        if format is Format.text:
+            _show(turn, typed)
+    if format is Format.json:
+        print_json(told)
+
+
+def _turns(conversation: Conversation, typed: bool) -> Iterator[dict[str, Any]]:
+    """Questions with their answers, until the input or the user ends.
+
+    Raises:
+        ConfigError: a line from a pipe cannot be followed or asked.
+    """
     for line in _lines(typed):
         try:
             if not _obeyed(conversation, line, typed):
-                turn = {
-                    "client": conversation.client,
-                    "question": line,
-                    "answers": conversation.ask(line.strip()),
-                }
-                told.append(turn)
-                if format is Format.text:
-                    _show(turn, typed)
+                answers = conversation.ask(line.strip())
+                yield {"client": conversation.client, "question": line, "answers": answers}
         except EOFError:
-            break
+            return
         except KeyboardInterrupt:
             if not typed:
                 raise
-            break
+            return
         except ConfigError as error:
             if not typed:  # nobody reads it in time, and later lines may count on this one
                 raise
             say(f"error: {error}")
-    if format is Format.json:
-        print_json(told)
 
 
 def _lines(typed: bool) -> Iterator[str]:
