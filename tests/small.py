@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from fedmira.clients import Clients, Cohort, LocalClients, OverWire
 from fedmira.config import Config, with_method
-from fedmira.experiment import Experiment, build_experiment
+from fedmira.experiment import Experiment, build_experiment, run_experiment
 from fedmira.messages import Payload
 from fedmira.methods import Method, ServerState, Start, Trained
 from fedmira.model import BaseModel
@@ -46,6 +46,7 @@ __all__ = [
     "events_of",
     "laplacian_of",
     "make_config",
+    "make_run",
     "run_loop",
     "table_of",
     "with_clients",
@@ -132,6 +133,13 @@ def make_config(
         (nested.setdefault(section, {}) if section else nested)[name] = value
     nested.setdefault("algorithm", {}).setdefault("name", "mira")
     return Config.model_validate(nested)
+
+
+def make_run(base: Path, clients: Path, output: Path, settings: Mapping[str, Any]) -> Path:
+    """A finished run of two rounds, or as many as the settings say; its folder."""
+    config = make_config(base, clients, {"rounds.count": 2, **settings})
+    run_experiment(build_experiment(config), output)
+    return output
 
 
 def with_clients(experiment: Experiment, clients: Clients) -> Experiment:

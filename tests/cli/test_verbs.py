@@ -14,7 +14,19 @@ import pytest
 
 from small import CLIENTS, command, table_of
 
-VERBS = ("run", "compare", "check", "evaluate", "generate", "report", "presets")
+VERBS = (
+    "run",
+    "compare",
+    "check",
+    "evaluate",
+    "generate",
+    "export",
+    "serve-config",
+    "chat",
+    "route",
+    "report",
+    "presets",
+)
 
 
 def one_document(text: str) -> Any:

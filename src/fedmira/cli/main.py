@@ -9,15 +9,19 @@ import typer
 
 from fedmira import __version__
 from fedmira.cli import (
+    chat,
     check,
     compare,
     decide,
     evaluate,
+    export,
     flower,
     generate,
     presets,
     report,
+    route,
     run,
+    serve_config,
     tune,
 )
 from fedmira.errors import FedmiraError, InputError
@@ -43,6 +47,10 @@ for _verb in (
     check.check,
     evaluate.evaluate,
     generate.generate,
+    export.export,
+    serve_config.serve_config,
+    chat.chat,
+    route.route,
     report.report,
     presets.presets,
 ):

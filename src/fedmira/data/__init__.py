@@ -1,9 +1,11 @@
 """From rows in files to clients with token ids."""
 
 from fedmira.data.answers import answer_text, turn_ends
+from fedmira.data.chat_forms import asked, chat_template_of, messages_to_send, wrong_prompt
 from fedmira.data.encoded import ClientData, EncodedExample, without_middle
 from fedmira.data.encoding import Encoder
 from fedmira.data.examples import Example, RawTask, Reading
+from fedmira.data.few_rows import encode_few, rows_of_clients, rows_of_file, rows_of_objects
 from fedmira.data.from_objects import ObjectRows, rows_from_objects
 from fedmira.data.load import (
     ClientSummary,
@@ -23,6 +25,14 @@ from fedmira.data.sources import Reader, reader
 from fedmira.data.tokenizer import Tokenizer
 
 __all__ = [
+    "rows_of_file",
+    "rows_of_objects",
+    "rows_of_clients",
+    "encode_few",
+    "wrong_prompt",
+    "messages_to_send",
+    "chat_template_of",
+    "asked",
     "ObjectRows",
     "rows_from_objects",
     "ClientData",

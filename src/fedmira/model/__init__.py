@@ -10,6 +10,7 @@ from fedmira.model.base.rows import Row
 from fedmira.model.base.targets import find_targets
 from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.generation.generate import end_tokens, generate, generate_tokens
+from fedmira.model.kinds.folding import FoldProof, adapter_logits, held_against, write_folded
 from fedmira.model.kinds.lora import LoraKind
 from fedmira.model.kinds.peft_files import read_adapter, write_adapter
 from fedmira.model.kinds.prompts import PromptKind
@@ -26,6 +27,10 @@ from fedmira.model.training.rates import rate_shares
 from fedmira.model.training.steps import LocalOutcome, LocalTask, train_cohort
 
 __all__ = [
+    "write_folded",
+    "held_against",
+    "adapter_logits",
+    "FoldProof",
     "borrowed",
     "with_padding",
     "AdapterKind",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmira.adapters import Adapter, mix
-from fedmira.data import ObjectRows
+from fedmira.data import ObjectRows, rows_of_objects
 from fedmira.errors import ConfigError, RunFolderError
 from fedmira.graphs import Graph, graph_of
 from fedmira.messages import ClientId
@@ -19,8 +19,12 @@ from fedmira.metrics import metrics
 from fedmira.model import BaseModel
 from fedmira.report import Picture, picture_of_graph, picture_of_rounds
 from fedmira.runs import RunFolder
+from fedmira.studies.exported import Exported, export_adapter
 from fedmira.studies.notebook import html_table
+from fedmira.studies.routing import Router
 from fedmira.studies.saved import SavedAdapters, answer, clients_of, reload_adapters
+from fedmira.studies.served import Served, write_served
+from fedmira.studies.talking import Conversation
 
 if TYPE_CHECKING:
     import pandas
@@ -209,6 +213,108 @@ class Result:
             ConfigError: there is no such client, or its instruction is not known here.
         """
         return answer(self._saved, client, text, instruction, max_new_tokens, self._rows)
+
+    def export(
+        self,
+        client: ClientId,
+        output: str | Path,
+        *,
+        merged: bool = False,
+        dtype: str | None = None,
+    ) -> Exported:
+        """Writes a client's adapter, or base and adapter as one model, and proves it: `Exported`.
+
+        Args:
+            client: its id.
+            output: a new folder.
+            merged: write a whole Hugging Face model.
+            dtype: "float32", "bfloat16" or "float16"; by default that of the base for a model, and
+                float32 for an adapter.
+
+        Raises:
+            InputError: there is no such client, or something is at `output` already.
+            RunError: what was written says something else than base and adapter.
+        """
+        place = Path(output)
+        return export_adapter(
+            self._saved, client, place, merged=merged, dtype=dtype, rows=self._rows
+        )
+
+    def serve_config(
+        self, output: str | Path, *, clients: Sequence[ClientId] = (), base: str = ""
+    ) -> Served:
+        """Writes what vLLM, llama.cpp, Ollama and PEFT need to offer the adapters: `Served`.
+
+        Args:
+            output: a new folder.
+            clients: whose adapters; none for all.
+            base: the folder or hub id under which the servers find the base; "" for where it lies.
+
+        Raises:
+            InputError: there is no such client, or something is at `output` already.
+            RunError: a file is not what its reader takes.
+        """
+        return write_served(self._saved, Path(output), clients=clients, base=base, rows=self._rows)
+
+    def chat(
+        self,
+        client: ClientId,
+        *,
+        beside: Sequence[Result] = (),
+        instruction: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Conversation:
+        """A conversation with base and adapter: `.ask(text)` has the answer of each by its name.
+
+        >>> import fedmira
+        >>> talk = fedmira.load("runs/first").chat("north", max_new_tokens=4)
+        >>> list(talk.ask("3+1"))
+        ['base', 'fedavg']
+
+        Args:
+            client: its id.
+            beside: other runs on the same base, whose adapters for the client answer too.
+            instruction: in place of the one that all rows of the client share.
+            max_new_tokens: longest answer in tokens; by default evaluation.max_new_tokens.
+
+        Raises:
+            InputError: a run has no such client, or stands on another base.
+        """
+        base = self._saved.kind.base
+        return Conversation(
+            self._saved,
+            client,
+            beside=[reload_adapters(other.folder, base) for other in beside],
+            instruction=instruction,
+            max_new_tokens=max_new_tokens,
+            rows=self._rows,
+        )
+
+    def route(
+        self, text: str | None = None, *, rows: Sequence[Mapping[str, Any]] = ()
+    ) -> pandas.DataFrame:
+        """Clients by the loss of a text, or of few rows' answers, under their adapters.
+
+        A row a client with `client`, `loss` and `tokens`; the lowest loss first.
+
+        Args:
+            text: a request; docs/serving.md says how little it tells.
+            rows: in place of a text: dicts with answers, as runs are given.
+
+        Raises:
+            InputError: neither or both are given, or a row cannot be read.
+        """
+        import pandas
+
+        if (text is None) == (not rows):
+            raise ConfigError("route: give a text or rows, and not both")
+        router = Router(self._saved)
+        read = rows_of_objects(rows, self._saved.config.data)
+        scores = router.by_text(text) if text is not None else router.by_rows(read)
+        columns = ["client", "loss", "tokens"]
+        return pandas.DataFrame(
+            [(score.client, score.loss, score.tokens) for score in scores], columns=columns
+        )
 
     def evaluate(self) -> pandas.DataFrame:
         """Test losses and text scores of the saved adapters, measured anew: a row a client.

@@ -14,7 +14,7 @@ from typing import Any
 from fedmira.adapters import Adapter, LazyAdapters
 from fedmira.clients import CohortSettings, LocalClients
 from fedmira.config import Config, load_config
-from fedmira.data import Example, ObjectRows, load_clients, make_encoder
+from fedmira.data import ObjectRows, asked, load_clients, make_encoder
 from fedmira.errors import ConfigError, DataError, RunFolderError
 from fedmira.experiment import prepare_kind, token_budget, where_they_lay
 from fedmira.messages import ClientId
@@ -27,7 +27,15 @@ from fedmira.model import (
 )
 from fedmira.runs import RunFolder, hash_of_rows
 
-__all__ = ["SavedAdapters", "answer", "clients_of", "reload_adapters"]
+__all__ = [
+    "SavedAdapters",
+    "answer",
+    "clients_of",
+    "quick_budget",
+    "refuse_unknown",
+    "reload_adapters",
+    "shared_prompt",
+]
 
 _log = logging.getLogger("fedmira")
 
@@ -161,43 +169,64 @@ def answer(
         ConfigError: there is no such client, or no instruction is given and its rows are not on
             this machine.
     """
-    if client not in saved.adapters:
-        raise ConfigError(
-            f"there is no client {client!r} in this run; its clients are "
-            f"{_listed(list(saved.adapters))}"
-        )
     kind, config = saved.kind, saved.config
+    shared = shared_prompt(saved, client, instruction, rows)
+    prompt = make_encoder(config.data, kind.base.tokenizer).prompt(asked(shared, text))
+    check_prompt_ids(kind.base, prompt)
+    limit = max_new_tokens or config.evaluation.max_new_tokens
+    scales = [kind.scale(saved.ranks[client])]
+    budget = quick_budget(saved)
+    return kind.generate([saved.adapters[client]], scales, [(0, prompt)], limit, budget)[0]
+
+
+def shared_prompt(
+    saved: SavedAdapters,
+    client: ClientId,
+    instruction: str | None = None,
+    rows: ObjectRows | None = None,
+) -> dict[str, Any]:
+    """What the prompts of a client's training rows share, as index.json has it.
+
+    Args:
+        saved: what the run has saved.
+        client: its id.
+        instruction: in place of the client's own.
+        rows: of a run whose rows were objects.
+
+    Raises:
+        ConfigError: there is no such client, or no instruction is given and its rows are not on
+            this machine.
+    """
+    refuse_unknown(saved, client)
     shared = dict(saved.prompts.get(client, {}))
     if instruction is not None:
         shared["instruction"] = instruction
     elif "instruction" not in shared:
         shared["instruction"] = _usual_instruction(saved, client, rows)
-    example = _asked(shared, text)
-    prompt = make_encoder(config.data, kind.base.tokenizer).prompt(example)
-    check_prompt_ids(kind.base, prompt)
-    limit = max_new_tokens or config.evaluation.max_new_tokens
-    scales = [kind.scale(saved.ranks[client])]
-    budget = (
-        usual_token_budget(kind.base)
-        if config.engine.token_budget == "auto"
-        else config.engine.token_budget
-    )
-    return kind.generate([saved.adapters[client]], scales, [(0, prompt)], limit, budget)[0]
+    return shared
 
 
-def _asked(shared: Mapping[str, Any], text: str) -> Example:
-    """A request in the form of a client's training rows.
+def refuse_unknown(saved: SavedAdapters, client: ClientId) -> None:
+    """Refuses a client that the run does not have.
 
     Args:
-        shared: what the prompts of the rows share, as index.json has it.
-        text: the input, or the whole request where there is no instruction.
+        saved: what the run has saved.
+        client: its id.
+
+    Raises:
+        ConfigError: there is none of this name.
     """
-    instruction = shared.get("instruction", "")
-    if not shared.get("conversation"):
-        return Example(instruction, text, "") if instruction else Example(text, "", "")
-    request = "\n\n".join(part for part in (instruction, text) if part)
-    system = [("system", shared["system"])] if shared.get("system") else []
-    return Example("", "", "", messages=(*system, ("user", request)), tools=shared.get("tools", ""))
+    if client not in saved.adapters:
+        raise ConfigError(
+            f"there is no client {client!r} in this run; its clients are "
+            f"{_listed(list(saved.adapters))}"
+        )
+
+
+def quick_budget(saved: SavedAdapters) -> int:
+    """Tokens in a pass as the run sets them, without a trial of this machine."""
+    set_to = saved.config.engine.token_budget
+    return usual_token_budget(saved.kind.base) if set_to == "auto" else set_to
 
 
 def _usual_instruction(saved: SavedAdapters, client: ClientId, rows: ObjectRows | None) -> str:

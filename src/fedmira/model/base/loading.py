@@ -156,13 +156,17 @@ def _read_model(location: str, name: str, options: Mapping[str, Any]) -> PreTrai
     return cast(PreTrainedModel, model)
 
 
-def read_again(base: BaseModel) -> PreTrainedModel:
+def read_again(base: BaseModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The same base once more, where and in the number type in which the first one computes.
+
+    Args:
+        base: what `load_base` gave.
+        dtype: in place of that number type.
 
     Raises:
         ModelError: it is no longer there.
     """
-    model = _read_model(base.location, base.name, {"dtype": base.dtype})
+    model = _read_model(base.location, base.name, {"dtype": dtype or base.dtype})
     model.eval()  # type: ignore[no-untyped-call]
     model.to(device=base.device)  # type: ignore[call-arg]
     return model

@@ -27,7 +27,7 @@ from fedmira.model.kinds.peft_files import lora_config
 from fedmira.model.lora.stack import adapter_names
 from fedmira.model.packed.probe import losses_agree
 
-__all__ = ["check_wrapped", "prove_export"]
+__all__ = ["check_wrapped", "plain_peft", "prove_export"]
 
 _PREFIX = "base_model.model."
 
@@ -123,15 +123,26 @@ def _loaded(base: BaseModel, folder: Path) -> Iterator[nn.Module]:
     model = base.model
     needed = sum(part.numel() * part.element_size() for part in model.parameters())
     fresh = base.reloadable and needed < free_bytes(base.device) / 2
+    with plain_peft(read_again(base) if fresh else model, folder) as loaded:
+        yield loaded
+
+
+@contextmanager
+def plain_peft(model: PreTrainedModel, folder: Path) -> Iterator[nn.Module]:
+    """A model with an adapter as plain PEFT loads it; afterwards the model is as it was.
+
+    Args:
+        model: of transformers.
+        folder: of the adapter.
+    """
     # PEFT draws factors before it reads them.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT about transformers, and about names we give it
-        plain: PreTrainedModel = read_again(base) if fresh else model
-        loaded: Any = peft.PeftModel.from_pretrained(plain, str(folder))
+        loaded: Any = peft.PeftModel.from_pretrained(model, str(folder))
     try:
         yield loaded.eval()
     finally:
-        if not fresh and any(isinstance(part, LoraLayer) for part in loaded.modules()):
+        if any(isinstance(part, LoraLayer) for part in loaded.modules()):
             loaded.unload()
 
 
