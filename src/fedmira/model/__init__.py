@@ -11,6 +11,12 @@ from fedmira.model.base.targets import find_targets
 from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.generation.generate import end_tokens, generate, generate_tokens
 from fedmira.model.kinds.lora import LoraKind
+from fedmira.model.kinds.lora_folders import (
+    LoraFolder,
+    read_lora_folder,
+    write_alike,
+    write_lora_folder,
+)
 from fedmira.model.kinds.peft_files import read_adapter, write_adapter
 from fedmira.model.kinds.prompts import PromptKind
 from fedmira.model.kinds.proof import prove_export
@@ -35,6 +41,7 @@ __all__ = [
     "LocalOutcome",
     "LocalTask",
     "LoraBranch",
+    "LoraFolder",
     "LoraKind",
     "PromptKind",
     "Row",
@@ -57,6 +64,7 @@ __all__ = [
     "prove_export",
     "rate_shares",
     "read_adapter",
+    "read_lora_folder",
     "response_losses",
     "start_adapter",
     "summed_losses",
@@ -66,4 +74,6 @@ __all__ = [
     "with_engine_options",
     "within_memory",
     "write_adapter",
+    "write_alike",
+    "write_lora_folder",
 ]
