@@ -12,6 +12,7 @@ from fedmira.cli import (
     check,
     compare,
     evaluate,
+    fleets,
     flower,
     generate,
     presets,
@@ -39,6 +40,9 @@ for _verb in (
     check.check,
     evaluate.evaluate,
     generate.generate,
+    fleets.merge,
+    fleets.compress,
+    fleets.align,
     report.report,
     presets.presets,
 ):

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -34,7 +33,6 @@ from fedmira.methods.parts.mixing import Mixing, mixing_matrix
 from fedmira.model import LoraFolder
 
 __all__ = ["AlignSettings", "Aligned", "Moved", "align_fleet"]
-
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def _mixed(
     adapter: dict[str, Tensor] = {}
     squared_tail = 0.0
     others = {place: modules(updates[place]) for place in by}
-    for module, (down, up) in modules(member.tensors).items():
+    for module, (down, _) in modules(member.tensors).items():
         having = [place for place in by if module in others[place]]
         # A neighbour without this layer says nothing about it, so its share stays the owner's.
         own = 1 - sum(by[place] for place in having)
@@ -218,8 +216,3 @@ def _norm_of(updates: list[Adapter] | list[dict[str, Tensor]], weights: list[flo
     squared = float(factors @ update_gram(updates) @ factors)
     size = squared**0.5 if squared > 0 else 0.0
     return size
-
-
-def kept_files(member: LoraFolder) -> list[Path]:
-    """The two files of an adapter that stays as it is."""
-    return [member.path / "adapter_config.json", member.path / "adapter_model.safetensors"]

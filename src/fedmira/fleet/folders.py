@@ -58,9 +58,7 @@ class Fleet:
         return replace(self, members=tuple(known[name] for name in names))
 
 
-def read_fleet(
-    places: Sequence[str | Path] | Mapping[str, str | Path], base: str = ""
-) -> Fleet:
+def read_fleet(places: Sequence[str | Path] | Mapping[str, str | Path], base: str = "") -> Fleet:
     """Read adapters, and make sure that they are of one base.
 
     Args:
@@ -79,7 +77,8 @@ def read_fleet(
     found: list[tuple[Path, str]] = []
     for path, name in zip(paths, list(named) or [""] * len(paths), strict=True):
         found += [(path, name)] if name else [(each, "") for each in _within(path)]
-    members, problems = [], []
+    members: list[LoraFolder] = []
+    problems: list[str] = []
     for path, name in found:
         try:
             members.append(read_lora_folder(path, name))
@@ -152,7 +151,8 @@ def _check_names(members: Sequence[LoraFolder]) -> None:
     for member in members:
         if id_problem(member.name):
             problems.append(
-                f"{member.path}: {member.name!r} cannot name a folder; give it as NAME={member.path}"
+                f"{member.path}: {member.name!r} cannot name a folder; give it as "
+                f"NAME={member.path}"
             )
         other = taken.setdefault(member.name.casefold(), member)
         if other is not member:

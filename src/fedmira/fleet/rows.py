@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -80,20 +80,19 @@ class OwnRows:
         Raises:
             InputError: the rows or the base cannot be read, or the base lacks layers.
         """
-        named = base or fleet.members[0].base
         config = load_config(
             None,
             None,
-            [
-                "data.source=jsonl",
-                f"data.path={str(rows)!r}",
-                "data.min_rows=1",
-                f"model.base={named!r}",
-                "algorithm.name=local",
-                *settings,
-            ],
+            settings,
+            {
+                "data.source": "jsonl",
+                "data.path": str(rows),
+                "data.min_rows": 1,
+                "model.base": base or fleet.members[0].base,
+                "algorithm.name": "local",
+            },
         )
-        base_model = loaded or prepare_kind(config).base
+        base_model = prepare_kind(config, loaded).base
         layers = sorted({name for member in fleet.members for name in member.ranks})
         targets = find_targets(base_model.model, [name.removeprefix(_PREFIX) for name in layers])
         kind = LoraKind(base_model, targets, 1.0)
@@ -145,7 +144,9 @@ class OwnRows:
     def _in_turns(self, updates: Mapping[str, Adapter]) -> list[list[str]]:
         """A few adapters at a time, so that the memory for them stays bounded."""
         asked = [name for name in updates if name in self.rows]
-        largest = max((sum(part.numel() for part in updates[name].values()) for name in asked), default=1)
+        largest = max(
+            (sum(part.numel() for part in updates[name].values()) for name in asked), default=1
+        )
         step = most_side_by_side(largest, self.kind.base.device)
         return [asked[start : start + step] for start in range(0, len(asked), step)]
 

@@ -35,9 +35,9 @@ FEWEST_ROWS = 4
 """With fewer rows nothing is judged."""
 
 RULE = (
-    f"Another adapter than the client's own is taken where the validation rows show, with "
-    f"{100 * CONFIDENCE:g} % confidence, that it has the lower loss; {FOLDS} folds choose and judge "
-    "in turn, so that no row judges what it chose. With fewer than "
+    "Another adapter than the client's own is taken where the validation rows show, with "
+    f"{100 * CONFIDENCE:g} % confidence, that it has the lower loss; {FOLDS} folds choose and "
+    "judge in turn, so that no row judges what it chose. With fewer than "
     f"{FEWEST_ROWS} validation rows, or where they cannot tell, the client keeps its own."
 )
 

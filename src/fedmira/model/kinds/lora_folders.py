@@ -252,9 +252,7 @@ def write_lora_folder(
     write_adapter(folder, {name: part.to(torch.float32) for name, part in adapter.items()}, config)
 
 
-def _config(
-    like: LoraFolder, ranks: Mapping[str, int], scales: Mapping[str, float]
-) -> LoraConfig:
+def _config(like: LoraFolder, ranks: Mapping[str, int], scales: Mapping[str, float]) -> LoraConfig:
     """PEFT's settings; patterns name only the modules that differ from the most frequent pair."""
     pairs = {module: (ranks[module], ranks[module] * scales[module]) for module in ranks}
     rank, alpha = max(pairs.values(), key=list(pairs.values()).count)
