@@ -163,7 +163,8 @@ def align(
         Path | None,
         typer.Option(
             "--rows",
-            help="A folder with a few validation rows of each owner, as NAME.jsonl or NAME/.",
+            help="A folder with a few validation rows of each owner, as NAME.jsonl or NAME/; or "
+            "the run, for those of its clients.",
             show_default=False,
         ),
     ] = None,

@@ -43,6 +43,8 @@ class AlignSettings:
         coupling: most of the way to its neighbours' mean that an adapter goes, 0..1.
         nearest: neighbours that each adapter chooses.
         size_scale: as MIRA's, where rows are known; 0 switches it off.
+        server_step: None: the strength is the coupling.
+        neighbours: everybody, as all are here.
 
     Raises:
         ConfigError: a value is out of its range.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -51,6 +51,7 @@ class Merged:
         strength: c, by which the sum is multiplied.
         tail: norm that the cut to the rank left out.
         tried: strength -> mean validation loss, where it was chosen by it.
+        asked: how many clients' validation rows chose.
     """
 
     fleet: Fleet
@@ -62,6 +63,7 @@ class Merged:
     strength: float
     tail: float
     tried: Mapping[float, float] = field(default_factory=dict)
+    asked: int = 0
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -90,6 +92,7 @@ class Merged:
             "by": self.by,
             "strength": self.strength,
             "strengths_tried": {f"{c:g}": loss for c, loss in self.tried.items()},
+            "clients_asked": self.asked,
             "rank": self.rank,
             "norm": self.norm,
             "tail": self.tail,
@@ -124,7 +127,8 @@ class Merged:
 
     def _card(self) -> str:
         chosen = (
-            "Strength chosen by the mean loss on the participants' validation rows: "
+            f"Strength chosen by the mean loss on the validation rows of {self.asked} of "
+            f"{len(self.clients)} participants: "
             + ", ".join(f"{c:g}: {loss:.4f}" for c, loss in self.tried.items())
             + "."
             if self.tried
@@ -200,13 +204,20 @@ def merge_fleet(
         return _scaled(fleet, mixed, ranks, scales, named, shares, strength)
     assert rows is not None
     measured = rows()
-    tried = {}
+    tried, asked = {}, 0
     for c in STRENGTHS:
         made = _scaled(fleet, mixed, ranks, scales, named, shares, c).update
         losses = measured.losses(dict.fromkeys(fleet.names, made)).values()
-        tried[c] = math.fsum(loss.per_token for loss in losses) / len(losses)
+        if not losses:
+            raise ConfigError(
+                f"merge: none of {', '.join(fleet.names[:6])} has validation rows, by which "
+                "strength 'auto' is chosen; give a number"
+            )
+        asked = len(losses)
+        tried[c] = math.fsum(loss.per_token for loss in losses) / asked
     best = min(tried, key=lambda c: tried[c] if math.isfinite(tried[c]) else math.inf)
-    return _scaled(fleet, mixed, ranks, scales, named, shares, best, tried)
+    chosen = _scaled(fleet, mixed, ranks, scales, named, shares, best)
+    return replace(chosen, tried=tried, asked=asked)
 
 
 def _scaled(
@@ -217,16 +228,13 @@ def _scaled(
     by: str,
     shares: tuple[float, ...] | None,
     strength: float,
-    tried: Mapping[float, float] | None = None,
 ) -> Merged:
     """The merge times a strength, which stands in B: the cut of a multiple is that of the sum."""
     adapter = {
         name: part * strength if name.endswith("lora_B.weight") else part
         for name, part in mixed.adapter.items()
     }
-    return Merged(
-        fleet, adapter, ranks, scales, by, shares, strength, mixed.tail * strength, tried or {}
-    )
+    return Merged(fleet, adapter, ranks, scales, by, shares, strength, mixed.tail * strength)
 
 
 def _check(by: str, strength: float | str, rank: int | None, keep: float) -> None:

@@ -82,12 +82,13 @@ def card(member: LoraFolder, title: str, parts: Sequence[str], code: str = "") -
         'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), '
         '"THIS FOLDER")'
     )
+    told = f" ({named})" if named else ""
     head = [f"base_model: {json.dumps(named)}"] if hub else []
     blocks = [
         "\n".join(["---", *head, "library_name: peft", "---"]),
         f"# {title}",
         *parts,
-        f"It belongs to the base of the adapters that it was made of{f' ({named})' if named else ''}"
+        f"It belongs to the base of the adapters that it was made of {told}"
         " and is worthless on another one. An adapter can give away some of the rows that it "
         "learned from, and so can one that is made of it.",
         "```python\nfrom peft import PeftModel\n"

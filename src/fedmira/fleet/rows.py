@@ -42,19 +42,21 @@ class OwnRows:
 
     @classmethod
     def of_clients(cls, clients: LocalClients) -> OwnRows:
-        """The validation rows of a run's clients.
+        """The validation rows of those of a run's clients that have some.
 
         Args:
             clients: of the run.
 
         Raises:
-            DataError: a client has none.
+            DataError: nobody has.
         """
-        rows = {name: client.validation for name, client in clients.data.items()}
-        if bare := [name for name, own in rows.items() if not own]:
+        rows = {
+            name: client.validation for name, client in clients.data.items() if client.validation
+        }
+        if not rows:
             raise DataError(
-                f"{', '.join(bare[:6])}: no validation rows, so nothing can be chosen; the run "
-                "needs data.validation_fraction above 0"
+                "no client of the run has validation rows, so nothing can be chosen; the run needs "
+                "data.validation_fraction above 0"
             )
         assert isinstance(clients.kind, LoraKind)
         return cls(clients.kind, rows, clients.settings.token_budget)

@@ -127,8 +127,9 @@ def align(
 
     Args:
         adapters: as for `merge`, two or more.
-        rows: a folder with a few validation rows of each owner, by the adapter's name; an owner
-            takes the aligned adapter only where they show that it is better.
+        rows: a folder with a few validation rows of each owner, by the adapter's name, or the run
+            folder itself for the validation rows of its clients; an owner takes the aligned adapter
+            only where they show that it is better.
         coupling: most of the way to its neighbours' mean that an adapter goes; by default 0.5, and
             with rows 1.
         nearest: neighbours that each adapter chooses.
@@ -147,10 +148,22 @@ def align(
     fleet = _read(adapters, base)
     usual = AlignSettings.coupling if rows is None else JUDGED_COUPLING
     chosen = AlignSettings(usual if coupling is None else coupling, nearest)
-    judged = None if rows is None else OwnRows.of_folder(fleet, rows, base, settings)
-    made = decide(align_fleet(fleet, chosen), judged)
+    made = decide(align_fleet(fleet, chosen), _judging(fleet, rows, base, settings))
     made.save(output)
     return made
+
+
+def _judging(
+    fleet: Fleet, rows: str | Path | None, base: str, settings: Sequence[str]
+) -> OwnRows | None:
+    """The owners' rows, from a folder or from the run that the fleet is."""
+    if rows is None:
+        return None
+    if fleet.run is not None and Path(rows).resolve() == fleet.run.resolve():
+        if settings:
+            raise ConfigError("align: a run's rows are read as its config.toml says; leave --set")
+        return OwnRows.of_clients(clients_of(reload_adapters(fleet.run)))
+    return OwnRows.of_folder(fleet, rows, base, settings)
 
 
 def _read(adapters: Places, base: str) -> Fleet:
