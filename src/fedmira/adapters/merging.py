@@ -1,7 +1,7 @@
 """One adapter made of several, and adapters cut to fewer directions: all on updates s B A.
 
-An *update* is here a LoRA adapter whose scale stands in its B, in float64, so that adapters of
-other ranks, scales and modules lie in one space. A module that an adapter does not have is an
+An *update* is here a LoRA adapter whose scale stands in its B, so that adapters of other ranks,
+scales and modules lie in one space. A module that an adapter does not have is an
 update of zero there.
 
 MetaGPT (Zhou et al. 2024, arXiv 2406.11385) weighs the updates tau_k by
@@ -52,7 +52,7 @@ _HIGH, _LOW = 2**15, 2**16
 
 
 def folded(adapter: Adapter, scales: Mapping[str, float]) -> dict[str, Tensor]:
-    """The update: the adapter with its scale within B, float64, the A as they are.
+    """The update: the adapter with its scale within B, float32 at least, the A as they are.
 
     Args:
         adapter: LoRA factors.
@@ -63,8 +63,9 @@ def folded(adapter: Adapter, scales: Mapping[str, float]) -> dict[str, Tensor]:
     """
     update: dict[str, Tensor] = {}
     for module, (down, up) in modules(adapter).items():
-        update[module + DOWN] = down.to(torch.float64)
-        update[module + UP] = up.to(torch.float64) * scales[module]
+        exact = up.to(torch.float64) * scales[module]
+        update[module + DOWN] = down
+        update[module + UP] = exact.to(torch.promote_types(up.dtype, torch.float32))
     return update
 
 
@@ -144,15 +145,19 @@ def spare_directions(updates: Sequence[Adapter], ranks: Mapping[str, int]) -> di
         updates: whose rows are taken, in order; zeros where there are no more.
         ranks: module -> how many rows.
     """
+    rows: dict[str, list[Tensor]] = {}
+    outputs = {}
+    for update in updates:
+        for module, (down, up) in modules(update).items():
+            missing = ranks.get(module, 0) - sum(map(len, rows.setdefault(module, [])))
+            rows[module].append(down[: max(0, missing)].to(torch.float32))
+            outputs[module] = len(up)
     result: dict[str, Tensor] = {}
-    for module, (down, up) in modules(_joined(updates)).items():
-        if module not in ranks:
-            continue
-        rank = ranks[module]
-        rows = down[:rank].to(torch.float32)
-        missing = torch.zeros(rank - len(rows), down.shape[1])
-        result[module + DOWN] = torch.cat([rows, missing])
-        result[module + UP] = torch.zeros(up.shape[0], rank)
+    for module in [name for name in rows if name in ranks]:
+        rank, found = ranks[module], torch.cat(rows[module])
+        none = torch.zeros(rank - len(found), found.shape[1])
+        result[module + DOWN] = torch.cat([found, none])
+        result[module + UP] = torch.zeros(outputs[module], rank)
     return result
 
 
@@ -325,13 +330,3 @@ def _dense(factors: Factors) -> Tensor:
 
 def _named(module: str, factors: Factors) -> dict[str, Tensor]:
     return {module + DOWN: factors[0], module + UP: factors[1]}
-
-
-def _joined(updates: Sequence[Adapter]) -> dict[str, Tensor]:
-    """All directions of all updates in one, of any scale."""
-    split = [modules(update) for update in padded(updates)]
-    result: dict[str, Tensor] = {}
-    for module in split[0] if split else ():
-        result[module + DOWN] = torch.cat([of[module][0].to(torch.float64) for of in split])
-        result[module + UP] = torch.cat([of[module][1].to(torch.float64) for of in split], dim=1)
-    return result

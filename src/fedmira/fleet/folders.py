@@ -11,7 +11,7 @@ from typing import Any
 
 from fedmira.adapters import padded
 from fedmira.data import id_problem
-from fedmira.errors import RunError, RunFolderError
+from fedmira.errors import ConfigError, RunError, RunFolderError
 from fedmira.model import LoraFolder, read_lora_folder
 
 __all__ = ["Fleet", "read_fleet"]
@@ -44,7 +44,7 @@ class Fleet:
         """Those of these names, in this order.
 
         Raises:
-            RunFolderError: one is not there, or none is named.
+            ConfigError: one is not there, or none is named.
         """
         known = {member.name: member for member in self.members}
         unknown = [name for name in names if name not in known]
@@ -54,7 +54,7 @@ class Fleet:
                 if unknown
                 else "no client is given"
             )
-            raise RunFolderError(f"{told}; there are {', '.join(self.names[:12])}")
+            raise ConfigError(f"{told}; there are {', '.join(self.names[:12])}")
         return replace(self, members=tuple(known[name] for name in names))
 
 
@@ -171,7 +171,7 @@ def _check_base(members: Sequence[LoraFolder], base: str) -> str:
         RunFolderError: they are not, or it cannot be told.
     """
     try:
-        padded([member.update for member in members])
+        padded([member.tensors for member in members])
     except RunError as error:
         raise RunFolderError(str(error).splitlines()) from error
     known = [_known_hash(member) for member in members]

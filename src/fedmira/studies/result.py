@@ -226,8 +226,8 @@ class Result:
             rank: of the result; the largest rank of the clients by default.
 
         Raises:
-            ConfigError: an argument cannot be used.
-            RunFolderError: there is no such client, or its adapter is not plain LoRA.
+            ConfigError: there is no such client, or an argument cannot be used.
+            RunFolderError: an adapter is not plain LoRA.
         """
         fleet = read_fleet([self.folder])
         chosen = fleet if clients is None else fleet.only(clients)

@@ -79,7 +79,7 @@ class LoraFolder:
 
     @cached_property
     def update(self) -> Adapter:
-        """s B A, with the scale in B, float64."""
+        """s B A, with the scale in B."""
         return folded(self.tensors, self.scales)
 
     @cached_property
