@@ -184,7 +184,7 @@ class DecidedFleet:
             [
                 f"Made by fedmira of the adapter {member.name}, moved {100 * moved.pull:.2g} % of "
                 f"the way towards {by}. It has the ranks, layers and scales of the original.",
-                judged.reason.capitalize() + "."
+                f"By the owner's rows, {judged.reason}."
                 if judged is not None
                 else "No loss was measured: whether it is better on the owner's rows than the "
                 "original is not known.",

@@ -149,7 +149,7 @@ class Merged:
                 f"times {self.strength:g}, cut to rank {self.rank}. The cut left out "
                 f"{100 * cut:.2g} % of the norm. {chosen}",
                 "\n".join([*head, *lines]),
-                *([self.fleet.assumed.capitalize() + "."] if self.fleet.assumed else []),
+                *([f"Of the base: {self.fleet.assumed}."] if self.fleet.assumed else []),
             ],
         )
 

@@ -89,7 +89,7 @@ class OwnRows:
             {
                 "data.source": "jsonl",
                 "data.path": str(rows),
-                "data.min_rows": 1,
+                "data.min_rows": 2,
                 "model.base": base or fleet.members[0].base,
                 "algorithm.name": "local",
             },
