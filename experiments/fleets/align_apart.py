@@ -44,6 +44,9 @@ def main() -> None:
             for client, loss in losses.items():
                 (own[client] if way == "own" else found[way][client]).append(loss)
     rows = [summary("own", own, own), *(summary(way, of, own) for way, of in found.items())]
+    for control in ("only as short", "random relatives"):
+        pair = f"without rows, minus {control}"
+        rows.append(summary(pair, found["without rows"], found[control]))
     for row in rows:
         print(json.dumps(row))
     if asked.output:
