@@ -24,6 +24,7 @@ ROOMS = (
     "data",
     "experiment",
     "federation",
+    "fleet",
     "graphs",
     "messages.py",
     "methods",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
     from fedmira.methods import Method
     from fedmira.observers import Observer
+    from fedmira.studies.fleets import align, compress, merge
     from fedmira.studies.result import Result
 
 __all__ = [
@@ -27,13 +28,16 @@ __all__ = [
     "Method",
     "Observer",
     "Result",
+    "align",
     "build_experiment",
     "check",
     "compare",
     "decide",
+    "compress",
     "errors",
     "load",
     "load_config",
+    "merge",
     "methods",
     "observers",
     "resume_experiment",
@@ -51,12 +55,15 @@ _HOMES = {
     "Method": "fedmira.methods",
     "Observer": "fedmira.observers",
     "Result": "fedmira.studies.result",
+    "align": "fedmira.studies.fleets",
     "build_experiment": "fedmira.experiment",
     "check": "fedmira.api",
     "compare": "fedmira.api",
     "decide": "fedmira.api",
+    "compress": "fedmira.studies.fleets",
     "load": "fedmira.api",
     "load_config": "fedmira.config",
+    "merge": "fedmira.studies.fleets",
     "resume_experiment": "fedmira.experiment",
     "run": "fedmira.api",
     "run_experiment": "fedmira.experiment",

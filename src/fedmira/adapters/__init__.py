@@ -31,6 +31,17 @@ from fedmira.adapters.low_rank import (
     truncate_rank,
 )
 from fedmira.adapters.mappings import LazyAdapters, replaced
+from fedmira.adapters.merging import (
+    folded,
+    metagpt_weights,
+    nearest,
+    padded,
+    rank_by_energy,
+    singular_values,
+    spare_directions,
+    ties,
+    update_gram,
+)
 from fedmira.adapters.sketch import factor_sketches, product_sketches
 from fedmira.adapters.subspaces import column_spaces
 
@@ -48,19 +59,28 @@ __all__ = [
     "distance",
     "dot_products",
     "factor_sketches",
+    "folded",
     "gram",
     "inner",
     "map_tensors",
+    "metagpt_weights",
     "mix",
     "module_grams",
     "modules",
+    "nearest",
     "norm",
+    "padded",
     "product_norm",
     "product_sketches",
+    "rank_by_energy",
     "replaced",
     "same_shapes",
     "scale",
+    "singular_values",
+    "spare_directions",
     "subtract",
+    "ties",
     "truncate_rank",
+    "update_gram",
     "weighted_sum",
 ]

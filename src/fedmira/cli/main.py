@@ -15,6 +15,7 @@ from fedmira.cli import (
     decide,
     evaluate,
     export,
+    fleets,
     flower,
     generate,
     presets,
@@ -51,6 +52,9 @@ for _verb in (
     serve_config.serve_config,
     chat.chat,
     route.route,
+    fleets.merge,
+    fleets.compress,
+    fleets.align,
     report.report,
     presets.presets,
 ):

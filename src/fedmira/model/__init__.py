@@ -12,6 +12,12 @@ from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.generation.generate import end_tokens, generate, generate_tokens
 from fedmira.model.kinds.folding import FoldProof, adapter_logits, held_against, write_folded
 from fedmira.model.kinds.lora import LoraKind
+from fedmira.model.kinds.lora_folders import (
+    LoraFolder,
+    read_lora_folder,
+    write_alike,
+    write_lora_folder,
+)
 from fedmira.model.kinds.peft_files import read_adapter, write_adapter
 from fedmira.model.kinds.prompts import PromptKind
 from fedmira.model.kinds.proof import prove_export
@@ -40,6 +46,7 @@ __all__ = [
     "LocalOutcome",
     "LocalTask",
     "LoraBranch",
+    "LoraFolder",
     "LoraKind",
     "PromptKind",
     "Row",
@@ -62,6 +69,7 @@ __all__ = [
     "prove_export",
     "rate_shares",
     "read_adapter",
+    "read_lora_folder",
     "response_losses",
     "start_adapter",
     "summed_losses",
@@ -71,4 +79,6 @@ __all__ = [
     "with_engine_options",
     "within_memory",
     "write_adapter",
+    "write_alike",
+    "write_lora_folder",
 ]

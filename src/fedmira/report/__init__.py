@@ -1,5 +1,6 @@
-"""What happened: pages, tables and figures, made from run folders alone."""
+"""What happened: pages, tables and figures, from run folders and from the figures of fleets."""
 
+from fedmira.report.alignment import write_alignment
 from fedmira.report.comparison import write_comparison
 from fedmira.report.comparison_figures import Figures
 from fedmira.report.decision import ClientDecision, Decisions, write_decision
@@ -29,6 +30,7 @@ __all__ = [
     "reached",
     "read_run",
     "summary_rows",
+    "write_alignment",
     "write_comparison",
     "write_decision",
     "write_report",

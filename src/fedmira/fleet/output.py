@@ -1,0 +1,97 @@
+"""What all results of a fleet have in common when they are written: new folders, and cards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedmira.atomic import PARTIAL
+from fedmira.errors import RunFolderError
+from fedmira.model import LoraFolder
+
+__all__ = ["card", "check_new", "copy_folder", "new_folder"]
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+
+
+def check_new(path: Path) -> None:
+    """Nothing may be where something is to be written.
+
+    Raises:
+        RunFolderError: something is.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunFolderError(
+            f"{path}: it is there already and is never overwritten; choose another --output"
+        )
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which has its name once everything is in it.
+
+    Args:
+        path: new or empty.
+
+    Raises:
+        RunFolderError: the path is taken.
+    """
+    check_new(path)
+    aside = path.with_name(path.name + PARTIAL)
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if path.exists():
+        path.rmdir()
+    aside.rename(path)
+
+
+def copy_folder(member: LoraFolder, folder: Path) -> None:
+    """An adapter as it is, byte for byte, with its card where it has one.
+
+    Args:
+        member: what is copied.
+        folder: made anew.
+    """
+    folder.mkdir()
+    for name in _FILES:
+        if (member.path / name).is_file():
+            shutil.copyfile(member.path / name, folder / name)
+
+
+def card(member: LoraFolder, title: str, parts: Sequence[str], code: str = "") -> str:
+    """The card of an adapter, as Markdown.
+
+    Args:
+        member: an adapter of the same base.
+        title: the heading.
+        parts: paragraphs.
+        code: how it is loaded; plain PEFT's way by default.
+    """
+    hub = member.base.count("/") == 1 and not Path(member.base).exists()
+    named = member.base if hub else Path(member.base).name  # a path tells of the machine
+    usual = (
+        'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), '
+        '"THIS FOLDER")'
+    )
+    told = f" ({named})" if named else ""
+    head = [f"base_model: {json.dumps(named)}"] if hub else []
+    blocks = [
+        "\n".join(["---", *head, "library_name: peft", "---"]),
+        f"# {title}",
+        *parts,
+        f"It belongs to the base of the adapters that it was made of {told}"
+        " and is worthless on another one. An adapter can give away some of the rows that it "
+        "learned from, and so can one that is made of it.",
+        "```python\nfrom peft import PeftModel\n"
+        f"from transformers import AutoModelForCausalLM\n\n{code or usual}\n```",
+    ]
+    return "\n\n".join(blocks) + "\n"
