@@ -47,11 +47,13 @@ def settings_text(tuned: Mapping[str, Any] | None) -> str:
     """The settings that a search chose, or that there was none.
 
     Args:
-        tuned: what a search chose for a method, and how.
+        tuned: what a search chose for a method, and how; of a control, by what it differs from the
+            tuned method.
     """
     if tuned is None:
         return "as given, not tuned"
-    return ", ".join(f"{key} = {setting_text(value)}" for key, value in tuned["values"].items())
+    told = ", ".join(f"{key} = {setting_text(value)}" for key, value in tuned["values"].items())
+    return f"as {tuned['control_of']}, but for {told}" if "control_of" in tuned else told
 
 
 def write_tables(figures: Figures, folder: Path) -> None:
@@ -110,17 +112,7 @@ def markdown(figures: Figures) -> str:
             "## Test loss at each client's own best round",
             _table(_best_columns(figures), figures.method_rows),
         ]
-    if figures.sharing:
-        lines = [
-            f"| {gain.method} | {gain.control} | {when} | {difference} | {counts} |"
-            for gain in figures.sharing.values()
-            for when, difference, counts in gain.texts()
-        ]
-        head = [
-            "| method | control | read-out | difference | below / above |",
-            "|---|---|---|---|---|",
-        ]
-        parts += ["## What sharing gains", "\n".join([*head, *lines]), SHARING_RULE]
+    parts += _sharing(figures)
     parts += ["## Budget of a run", _table(_budget_columns(), figures.method_rows)]
     parts.append(
         "Sums over clients and rounds, mean over seeds; tokens computed include prompts "
@@ -146,6 +138,19 @@ def markdown(figures: Figures) -> str:
             "comparison-clients.csv holds all."
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _sharing(figures: Figures) -> list[str]:
+    """What sharing gains, where a method stands beside its control."""
+    if not figures.sharing:
+        return []
+    lines = [
+        f"| {gain.method} | {gain.control} | {when} | {difference} | {counts} |"
+        for gain in figures.sharing.values()
+        for when, difference, counts in gain.texts()
+    ]
+    head = ["| method | control | read-out | difference | below / above |", "|---|---|---|---|---|"]
+    return ["## What sharing gains", "\n".join([*head, *lines]), SHARING_RULE]
 
 
 Columns = dict[str, Any]
