@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from fedmira.config import dump_config
+from small import make_config, write_clients
+
 SMALL = (
     "--set",
     "graph.kind=category",
@@ -158,3 +161,20 @@ def test_a_finished_comparison_is_read_again_without_its_rows(
     shutil.rmtree(rows)
     again = fedmira(*arguments)
     assert (again.code, again.out) == (0, first.out), again.err
+
+
+def test_who_is_left_out_is_told_once_and_kept(
+    base_folder: Path, tmp_path: Path, fedmira: Callable[..., Any]
+) -> None:
+    """Rows are read for each seed; the same line is no news the second time."""
+    rows = write_clients(tmp_path / "rows", {"apple-1": 20, "apple-2": 20, "few": 3})
+    config = make_config(base_folder, rows, {"rounds.count": 1, "local.steps": 1})
+    (tmp_path / "my.toml").write_text(dump_config(config), encoding="utf-8")
+    arguments = ("--algorithms", "local", "--seeds", "0,1", "--set", "evaluation.rouge=true")
+    ended = fedmira("compare", tmp_path / "my.toml", *arguments, "--output", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    told = "left out: few: 3 rows; data.min_rows is 4"
+    assert ended.err.count(told) == 1 and "WARNING" not in ended.err
+    for seed in (0, 1):
+        run = json.loads((tmp_path / "out" / f"local-seed{seed}" / "run.json").read_text())
+        assert told in run["notes"]

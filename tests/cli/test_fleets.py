@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,23 @@ def test_people_get_tables_and_names_of_their_own(
         (("align", "RUN", "--set", "data.prompt=plain"), "give rows too"),
         (("align", "RUN", "--coupling", "2"), "coupling is 2; must be within 0..1"),
         (("align", "nowhere"), "there is no adapter_config.json"),
+        (("align", "graph.json=ONE", "b=TWO"), "called 'graph.json', as is something of the"),
+        (("compress", "merged=ONE", "b=TWO", "--rank", "1", "--around", "uniform"), "'merged'"),
+        (("merge", "a=ONE", "a=TWO"), "both have this name"),
+        (("merge", "a=ONE", "b="), "b=: names no folder"),
+        (("align", "RUN", "--rows", "nowhere"), "there are no such rows; give a folder with"),
+        (("align", "ONE", "TWO", "--rows", "RUN"), "is a run, and the adapters are given as"),
+        (("align", "RUN", "--rows", "RUN/..", "--set", "seed=1"), "seed would change nothing"),
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(
     fedmira: Call, command_run: Any, tmp_path: Path, arguments: tuple[str, ...], told: str
 ) -> None:
-    given = [command_run.folder if each == "RUN" else each for each in arguments]
+    run = command_run.folder
+    places = {"RUN": run, "ONE": run / "adapters" / "apple-1", "TWO": run / "adapters" / "birch-1"}
+    given = list(arguments)
+    for word, place in places.items():
+        given = [each.replace(word, str(place)) for each in given]
     ended = fedmira(*given, "--output", tmp_path / "out")
     assert ended.code == 2 and told in ended.err
     assert list(tmp_path.iterdir()) == []
@@ -145,3 +157,50 @@ def test_a_result_merges_as_the_verb_does(command_run: Any, tmp_path: Path) -> N
         result.merge(["nowhere"])
     with pytest.raises(ConfigError, match="2 weights for 1 clients"):
         result.merge(["apple-1"], weights=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"adapters": 3}, "adapters is of type int"),
+        ({"rank": "2"}, "rank is '2'; must be a whole number"),
+        ({"keep": "x"}, "keep is 'x'; must be a number"),
+        ({"output": None}, "output is of type NoneType"),
+    ],
+)
+def test_what_is_of_another_type_is_named(
+    command_run: Any, tmp_path: Path, arguments: dict[str, Any], told: str
+) -> None:
+    given = {"adapters": command_run.folder, "output": tmp_path / "out"} | arguments
+    with pytest.raises(ConfigError, match=told):
+        fedmira.merge(given.pop("adapters"), **given)
+
+
+def test_rows_beside_a_run_are_read_in_the_form_of_its_prompts(
+    command_run: Any, tmp_path: Path
+) -> None:
+    """Each client's training rows again, from files: the losses are those of the run's own form."""
+    run, rows = command_run.folder, tmp_path / "rows"
+    config = fedmira.load_config(run / "config.toml")
+    assert (config.data.prompt, config.data.max_length) == ("plain", 64), "not the defaults"
+    shutil.copytree(config.data.path, rows)
+    found = fedmira.align(run, rows=rows, output=tmp_path / "out").figures["adapters"]
+    told = fedmira.align(
+        [run / "adapters"],
+        rows=rows,
+        settings={"data.prompt": "plain", "data.max_length": 64},
+        output=tmp_path / "told",
+    ).figures["adapters"]
+    assert any(each["own_loss"] for each in found)
+    assert [each["own_loss"] for each in found] == [each["own_loss"] for each in told]
+
+
+def test_a_run_that_has_not_ended_is_told(
+    command_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun = shutil.copytree(command_run.folder, tmp_path / "begun")
+    run = json.loads((begun / "run.json").read_text(encoding="utf-8"))
+    changed = run | {"status": "interrupted", "rounds_done": 2}
+    (begun / "run.json").write_text(json.dumps(changed), encoding="utf-8")
+    fedmira.merge(begun, output=tmp_path / "m")
+    assert "has not ended (status: interrupted after round 2)" in caplog.text

@@ -17,6 +17,8 @@ from small import CLIENTS, command, table_of
 VERBS = (
     "run",
     "compare",
+    "decide",
+    "tune",
     "check",
     "evaluate",
     "generate",
@@ -24,6 +26,9 @@ VERBS = (
     "serve-config",
     "chat",
     "route",
+    "merge",
+    "compress",
+    "align",
     "report",
     "presets",
 )

@@ -12,7 +12,7 @@ import pytest
 
 from data.templates import TEMPLATES, byte_tokenizer
 from fedmira.config import DataSettings
-from fedmira.data import Dataset, load_clients
+from fedmira.data import Dataset, load_clients, told_left_out
 from fedmira.data.sources.demo import DEMO_TEST_ROWS, demo_tasks
 from fedmira.errors import DataError
 
@@ -56,8 +56,19 @@ def test_a_client_is_the_same_whoever_else_takes_part(tmp_path: Path, words: Any
     assert load_clients(settings, 3, words).clients[1] == alone
 
 
-def test_skipped_clients_are_reported(tmp_path: Path, words: Any) -> None:
+def test_of_very_many_left_out_the_first_and_how_many_more_are_told() -> None:
+    few, many = ([f"{n}: 1 rows" for n in range(count)] for count in (3, 50))
+    assert told_left_out(few) == [f"left out: {each}" for each in few]
+    *first, last = told_left_out(many)
+    assert first == [f"left out: {each}" for each in many[: len(first)]]
+    assert last.startswith(f"left out: {50 - len(first)} more")
+
+
+def test_skipped_clients_are_reported(
+    tmp_path: Path, words: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     data = load_clients(write_clients(tmp_path, {"a": 20, "tiny": 2}), 0, words)
+    assert "left out: tiny: 2 rows; data.min_rows is 4" in caplog.messages
     assert [client.client_id for client in data.clients] == ["a"]
     assert data.skipped == ("tiny: 2 rows; data.min_rows is 4",)
 

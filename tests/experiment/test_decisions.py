@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -147,11 +148,17 @@ def test_a_run_is_held_against_its_clients_trained_alone(
 
 
 def test_settings_make_the_runs_first(base_folder: Path, tmp_path: Path) -> None:
-    rows = write_clients(tmp_path / "rows", ROWS)
+    """Nobody learns enough to be told apart, and a party with too few rows is named."""
+    rows = write_clients(tmp_path / "rows", {**ROWS, "few": 3})
     config = make_config(
         base_folder, rows, {"rounds.count": 2, "local.steps": 1, "algorithm.name": "mira"}
     )
     found = decide(config, tmp_path / "decided")
+    told = "Left out: few: 3 rows; data.min_rows is 4"
+    assert told in found.decisions.document()["notes"] and told in found.page.read_text()
+    assert found.decisions.taken == sum(
+        one.judgement.choice != "local" for one in found.decisions.clients
+    )
     assert found.decisions.candidates[:3] == ("local", "flexlora", "mira")
     assert (tmp_path / "decided" / "runs" / "comparison.html").is_file()
     assert len(list((tmp_path / "decided" / "adapters").glob("*/adapter_config.json"))) == 3
@@ -169,6 +176,49 @@ def test_what_cannot_be_decided_is_told(compared: Path, base: BaseModel, tmp_pat
     with pytest.raises(ConfigError, match="give an output"):
         decide(make_config("bundled", tmp_path))
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_rows_that_changed_since_the_run_decide_nothing(
+    compared: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    """With a row more the split is another one: validation rows may have been trained on."""
+    path = compared.parent / "rows" / "apple-1" / "train.jsonl"
+    before = path.read_text(encoding="utf-8")
+    row = {**json.loads(before.splitlines()[0]), "input": "w77 w78"}
+    path.write_text(before + json.dumps(row) + "\n", encoding="utf-8")
+    try:
+        with pytest.raises(RunFolderError, match="may have been trained on; restore the rows"):
+            decide(compared, tmp_path / "x", base=base)
+        with pytest.raises(RunFolderError, match="are not those of the run"):
+            fedmira.merge(compared / "local-seed3", strength="auto", output=tmp_path / "x")
+    finally:
+        path.write_text(before, encoding="utf-8")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_that_has_not_ended_is_not_held_against_one_that_has(
+    compared: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    begun = shutil.copytree(compared / "shared-seed3", tmp_path / "begun")
+    run = json.loads((begun / "run.json").read_text(encoding="utf-8"))
+    (begun / "run.json").write_text(json.dumps(run | {"status": "interrupted"}), encoding="utf-8")
+    with pytest.raises(RunFolderError, match=f"not finished.*--resume --output {begun}"):
+        decide(begun, base=base)
+    half = tmp_path / "half"
+    shutil.copytree(compared / "local-seed3", half / "local-seed3")
+    with pytest.raises(RunFolderError, match="this comparison is not finished"):
+        decide(half, base=base)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "comparison.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=f"come from is {tmp_path / 'runs'}"):
+        decide(tmp_path, tmp_path / "x", base=base)
+
+
+def test_one_client_has_nobody_to_train_with(base_folder: Path, tmp_path: Path) -> None:
+    config = make_config(base_folder, write_clients(tmp_path / "rows", {"apple-1": 20}))
+    with pytest.raises(DataError, match="all rows are of one client, 'apple-1'"):
+        decide(config, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_without_validation_rows_nothing_is_trained(

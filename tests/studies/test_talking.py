@@ -60,6 +60,9 @@ def test_the_base_answers_without_any_adapter(shared_run: Path, tmp_path: Path) 
     [
         ("/client pear", "there is no client 'pear'"),
         ("/save", "/save: there is no such command"),
+        ("/client", "/client: names no client"),
+        ("\udcff w1", "bytes that are no UTF-8"),
+        ("w1 " * 200, "reads at most 128, with the answer; shorten it"),
     ],
 )
 def test_a_pipe_ends_at_a_command_that_cannot_be_followed(
@@ -67,6 +70,16 @@ def test_a_pipe_ends_at_a_command_that_cannot_be_followed(
 ) -> None:
     ended = piped(monkeypatch, f"{line}\nw1\n", shared_run, "--client", "apple-1")
     assert ended.code == 2 and words in ended.err and ended.out == ""
+
+
+def test_two_runs_of_one_name_are_told_apart_by_their_paths(
+    shared_run: Path, lone_run: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    twin = shutil.copytree(shared_run, tmp_path / shared_run.name)
+    talk = fedmira.load(shared_run).chat("apple-1", beside=[fedmira.load(twin)])
+    assert talk.voices == ("base", str(twin), str(shared_run))
 
 
 def test_another_base_is_refused(shared_run: Path, clients_folder: Path, tmp_path: Path) -> None:

@@ -410,15 +410,21 @@ def test_each_method_is_compared_with_its_own_tuned_settings(
         base=base,
         tuned=tuned,
         variants={"untuned": ["algorithm.name=fedavg"]},
+        controls=True,
     )
     for name in ("fedavg", "mira"):
         best = load_config(tuned / name / "best.toml")
         run = load_config(comparison.runs[f"{name}-seed7"] / "config.toml")
         assert (run.local, run.algorithm) == (best.local, best.algorithm)
     told = json.loads((tmp_path / "compared" / "comparison.json").read_text())["tuned"]
+    for control, changes in best.algorithm.controls.items():
+        run = load_config(comparison.runs[f"mira-{control}-seed7"] / "config.toml")
+        assert run.local == best.local, "a control has the tuned settings of its method"
+        assert told[f"mira-{control}"] == {"control_of": "mira", "values": dict(changes)}
     assert told["mira"]["seeds"] == [5, 6] and told["mira"]["values"]["algorithm.coupling"] == 0.3
     page = comparison.page.read_text(encoding="utf-8")
     assert "algorithm.coupling = 0.3" in page and "as given, not tuned" in page
+    assert "as mira, but for graph.shuffled = true" in page
     assert "seeds 5, 6" in page and "split anew for each seed" in page
 
 

@@ -50,12 +50,21 @@ def kept_base(verb: str, base: Base | None) -> BaseModel | None:
     )
 
 
-def _check_kinds(method: object, clients: object, base: object, settings: object) -> None:
+def _check_kinds(
+    config: object, method: object, clients: object, base: object, settings: object
+) -> None:
     """Refuses arguments of a wrong type.
 
     Raises:
         InputError: naming the argument, and what it may be.
     """
+    if config is not None and not isinstance(config, Config | str | Path | Mapping):
+        folder = getattr(config, "folder", None)
+        hint = "" if folder is None else f"; its folder is {str(folder)!r}"
+        raise ConfigError(
+            f"config is of type {type(config).__name__}; give a Config, the path of a TOML file, "
+            f"or a dict of dotted keys to values{hint}"
+        )
     if method is not None:
         _check_method(method)
     if clients is not None and not isinstance(clients, str | Path | Mapping):
@@ -164,7 +173,7 @@ def prepared(
     Raises:
         InputError: something is of a wrong type, or does not go together.
     """
-    _check_kinds(method, clients, base, settings)
+    _check_kinds(config, method, clients, base, settings)
     if isinstance(base, tuple):
         with borrowed(base[0]):
             own = _base_of(*base)

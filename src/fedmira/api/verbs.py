@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -245,8 +245,15 @@ def tune(
         RunError: all trials failed.
     """
     check_observers(observers)
-    if seeds:
+    if not isinstance(seeds, Sequence) or seeds:
         check_seeds(seeds, "tune")
+    if isinstance(budgets, str) or not isinstance(budgets, Iterable):
+        raise ConfigError(f"tune: budgets is {budgets!r}; give a list, such as [3, 7, 20]")
+    if space is not None and not isinstance(space, str | Path | Mapping):
+        raise ConfigError(
+            f"tune: space is of type {type(space).__name__}; give a TOML file, or a dict such as "
+            "{'local.learning_rate': [1e-3, 3e-3]}"
+        )
     how = Search(
         method=search,
         trials=trials,

@@ -11,7 +11,7 @@ import typer
 
 from fedmira.cli.options import Format, FormatOption, RunPath
 from fedmira.cli.screen import print_json, print_table, say
-from fedmira.errors import ConfigError
+from fedmira.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from fedmira.studies.talking import Conversation
@@ -82,7 +82,7 @@ def _turns(conversation: Conversation, typed: bool) -> Iterator[dict[str, Any]]:
     """Questions with their answers, until the input or the user ends.
 
     Raises:
-        ConfigError: a line from a pipe cannot be followed or asked.
+        InputError: a line from a pipe cannot be followed or asked.
     """
     for line in _lines(typed):
         try:
@@ -95,18 +95,24 @@ def _turns(conversation: Conversation, typed: bool) -> Iterator[dict[str, Any]]:
             if not typed:
                 raise
             return
-        except ConfigError as error:
+        except InputError as error:
             if not typed:  # nobody reads it in time, and later lines may count on this one
                 raise
             say(f"error: {error}")
 
 
 def _lines(typed: bool) -> Iterator[str]:
-    """Lines with something on them, until the input ends or is interrupted."""
+    """Lines with something on them, until the input ends or is interrupted.
+
+    Raises:
+        ConfigError: a line is no text.
+    """
     try:
         while line := (_typed() if typed else sys.stdin.readline()):
             if line.strip():
                 yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError("a line holds bytes that are no UTF-8; give it in UTF-8") from error
     except (EOFError, KeyboardInterrupt):
         say("")
 
@@ -140,8 +146,9 @@ def _obeyed(conversation: Conversation, line: str, typed: bool) -> bool:
         if typed:
             _introduce(conversation)
     else:
+        what = "names no client" if command == "/client" else "there is no such command"
         raise ConfigError(
-            f"{command}: there is no such command; {_COMMANDS}; a question that begins with a "
+            f"{command}: {what}; {_COMMANDS}; a question that begins with a "
             "slash needs a space in front of it"
         )
     return True

@@ -62,6 +62,11 @@ def decide(
     Example: fedmira decide runs/demo
     """
     from_folder = target is not None and target.is_dir()
+    if target is not None and not target.exists():
+        raise ConfigError(
+            f"{target}: there is neither such a folder, of a comparison or a run, nor such a "
+            "config file; settings can also be given with --preset and --set"
+        )
     if from_folder and (preset or overrides):
         raise ConfigError(
             f"{target} is a folder whose runs are made; leave --preset and --set away, or give "

@@ -25,6 +25,7 @@ from fedmira.cli.options import (
     settings_and_rows,
 )
 from fedmira.cli.screen import print_json, print_table, progress, say
+from fedmira.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedmira.studies import Tuning
@@ -116,6 +117,8 @@ def tune(
         first = numbers[0] if numbers else None
         chosen, rows = settings_and_rows(config, preset, overrides, first)
     names = names_of(algorithms)
+    if algorithms and not names:
+        raise ConfigError(f"--algorithms {algorithms!r}: names none; leave it out for the config's")
     watchers = observers_of(observer)
     from fedmira.studies import Search, tune_methods, tune_settings
 

@@ -33,8 +33,18 @@ def asked(
         text: the input, or the whole request where there is no instruction.
         before: earlier messages of the conversation, (role, content) pairs that end with an answer;
             only of clients whose rows are conversations.
+
+    Raises:
+        DataError: it holds bytes that are no UTF-8, as a terminal or a pipe may hand them on.
     """
     instruction = shared.get("instruction", "")
+    for given in (instruction, text):
+        try:
+            given.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"the text {given[:60]!r} holds bytes that are no UTF-8; give it in UTF-8"
+            ) from error
     if not shared.get("conversation"):
         return Example(instruction, text, "") if instruction else Example(text, "", "")
     request = "\n\n".join(part for part in (instruction, text) if part and not before) or text

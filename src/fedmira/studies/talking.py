@@ -143,13 +143,14 @@ class Conversation:
 
 
 def _names(runs: Sequence[SavedAdapters]) -> list[str]:
-    """Each run by its method, or by its folder where that says too little."""
+    """Each run by its method, or by its folder or path where that says too little."""
     methods = [str(run.config.algorithm.name) for run in runs]
     names: Mapping[str, int] = {name: methods.count(name) for name in methods}
     found = [
         name if names[name] == 1 and name != BASE else run.path.resolve().name
         for name, run in zip(methods, runs, strict=True)
     ]
-    if len({*found, BASE}) == len(found) + 1:
-        return found
+    for told in (found, [str(run.path) for run in runs]):
+        if len({*told, BASE}) == len(told) + 1:
+            return told
     return [f"{place}: {name}" for place, name in enumerate(found, start=1)]

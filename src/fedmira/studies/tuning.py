@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,8 +78,11 @@ class Search:
         ):
             if value not in known:
                 problems.append(f"tune: {name} is {value!r}; must be {' or '.join(known)}")
-        if self.trials < 1:
-            problems.append(f"tune: trials is {self.trials}; must be 1 or more")
+        for name, number in (("trials", self.trials), ("rate", self.rate)):
+            if not (isinstance(number, Integral) and number >= 1):
+                problems.append(f"tune: {name} is {number!r}; must be a whole number, 1 or more")
+        if not all(isinstance(each, Integral) for each in self.budgets):
+            problems.append(f"tune: budgets are {list(self.budgets)!r}; must be whole numbers")
         if min(self.seeds, default=0) < 0 or len(set(self.seeds)) < len(self.seeds):
             problems.append(
                 f"tune: seeds are {', '.join(map(str, self.seeds))}; must be 0 or more, each once"

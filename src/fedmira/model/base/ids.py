@@ -38,15 +38,22 @@ def check_ids(base: BaseModel, rows: Mapping[str, Iterable[Row]]) -> None:
 
 
 def check_prompt_ids(base: BaseModel, prompt: Iterable[int]) -> None:
-    """Refuse a question with a token id for which the base has no embedding.
+    """Refuse a question that the base cannot read: one of its token ids, or its length.
 
     Args:
         base: the frozen base.
         prompt: token ids.
 
     Raises:
-        ModelError: names the id and its token.
+        ModelError: names the id and its token, or the lengths.
     """
+    prompt = tuple(prompt)
+    if base.max_positions is not None and len(prompt) >= base.max_positions:
+        raise ModelError(
+            f"the question has {len(prompt)} tokens with its prompt, and model.base {base.name!r} "
+            f"reads at most {base.max_positions}, with the answer; shorten it, or, in a "
+            "conversation, begin anew"
+        )
     top = max(prompt, default=-1)
     if top >= base.num_embeddings:
         raise ModelError(
