@@ -32,7 +32,7 @@ def _call(fedmira: Call) -> Call:
 
 def merged_products(folder: Path) -> dict[str, torch.Tensor]:
     update = read_lora_folder(folder).update
-    return {name: up @ down.double() for name, (down, up) in modules(update).items()}
+    return {name: up.double() @ down.double() for name, (down, up) in modules(update).items()}
 
 
 def test_merge_by_rows_is_the_mean_by_training_rows(

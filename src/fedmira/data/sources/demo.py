@@ -32,7 +32,14 @@ from fedmira.data.sources.demo_words import (
 )
 from fedmira.data.sources.grouping import sampled
 
-__all__ = ["DEMO_TEST_ROWS", "DEMO_VALIDATION_ROWS", "Task", "demo_tasks", "pretraining_rows", "read"]
+__all__ = [
+    "DEMO_TEST_ROWS",
+    "DEMO_VALIDATION_ROWS",
+    "Task",
+    "demo_tasks",
+    "pretraining_rows",
+    "read",
+]
 
 DEMO_TEST_ROWS = 32
 DEMO_VALIDATION_ROWS = 32
