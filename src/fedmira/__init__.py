@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmira import errors, methods, observers
-    from fedmira.api import check, compare, decide, load, run, tune
+    from fedmira.api import check, compare, decide, join, load, run, tune
     from fedmira.config import Config, load_config, setting
     from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
     from fedmira.methods import Method
@@ -35,6 +35,7 @@ __all__ = [
     "decide",
     "compress",
     "errors",
+    "join",
     "load",
     "load_config",
     "merge",
@@ -61,6 +62,7 @@ _HOMES = {
     "compare": "fedmira.api",
     "decide": "fedmira.api",
     "compress": "fedmira.studies.fleets",
+    "join": "fedmira.api",
     "load": "fedmira.api",
     "load_config": "fedmira.config",
     "merge": "fedmira.studies.fleets",

@@ -1,14 +1,19 @@
-"""What is done with adapters that exist already: merged, compressed, aligned."""
+"""What is done with adapters that exist already: merged, compressed, aligned, joined."""
 
 from fedmira.fleet.align import Aligned, AlignSettings, Moved, align_fleet
 from fedmira.fleet.compress import Compressed, CompressedFleet, compress_fleet
 from fedmira.fleet.decide import DecidedFleet, decide
-from fedmira.fleet.folders import Fleet, read_fleet
+from fedmira.fleet.folders import Fleet, read_fleet, rows_of_run
+from fedmira.fleet.join import Joined, Joining, JoinSettings, check_enough
 from fedmira.fleet.merge import STRENGTHS, WAYS, Merged, merge_fleet
-from fedmira.fleet.output import check_new
+from fedmira.fleet.output import check_new, new_folder
 from fedmira.fleet.rows import OwnRows
+from fedmira.fleet.starts import GENERALIST, RULES, SHARED, Pool
 
 __all__ = [
+    "GENERALIST",
+    "RULES",
+    "SHARED",
     "STRENGTHS",
     "WAYS",
     "AlignSettings",
@@ -17,13 +22,20 @@ __all__ = [
     "CompressedFleet",
     "DecidedFleet",
     "Fleet",
+    "JoinSettings",
+    "Joined",
+    "Joining",
     "Merged",
     "Moved",
     "OwnRows",
+    "Pool",
     "align_fleet",
+    "check_enough",
     "check_new",
     "compress_fleet",
     "decide",
     "merge_fleet",
+    "new_folder",
     "read_fleet",
+    "rows_of_run",
 ]
