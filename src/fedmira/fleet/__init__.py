@@ -8,10 +8,9 @@ from fedmira.fleet.join import Joined, Joining, JoinSettings, check_enough
 from fedmira.fleet.merge import STRENGTHS, WAYS, Merged, merge_fleet
 from fedmira.fleet.output import check_new, new_folder
 from fedmira.fleet.rows import OwnRows
-from fedmira.fleet.starts import GENERALIST, RULES, SHARED, Pool
+from fedmira.fleet.starts import RULES, SHARED, Pool
 
 __all__ = [
-    "GENERALIST",
     "RULES",
     "SHARED",
     "STRENGTHS",
