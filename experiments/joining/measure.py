@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, quantiles
 
 from fedmira.data import load_newcomer, read_rows, rows_from_objects
-from fedmira.fleet import RULES, Joining, JoinSettings, Pool
+from fedmira.fleet import RULES, Joining, JoinSettings, Pool, Trial, best_way
 from fedmira.metrics import Standing, judge
 from fedmira.studies.joining import pool_of
 from fedmira.studies.saved import SavedAdapters, quick_budget, reload_adapters
@@ -94,8 +95,9 @@ def measure(
         "trained": after,
         "taken": min(trials, key=lambda trial: trial.trained).rule,
         "sure": judged.choice if judged.standing is Standing.better else "fresh",
-        "untrained_taken": min(trials, key=lambda trial: min(trial.start, trial.trained)).rule,
         "trials": {trial.rule: [trial.start, trial.trained] for trial in trials},
+        "folds": {trial.rule: [trial.start_losses, trial.losses] for trial in trials},
+        "tokens": joining.tokens,
         "weights": weights,
     }
 
@@ -122,12 +124,13 @@ def summarise(lines: Sequence[dict]) -> None:
             "base": lambda line: line["start"]["fresh"],
             **{f"start {rule}": lambda line, rule=rule: line["start"][rule] for rule in RULES},
             **{f"trained {rule}": lambda line, rule=rule: line["trained"][rule] for rule in RULES},
-            "join": lambda line: line["trained"][line["taken"]],
+            "join": joined,
+            "join, always trained": lambda line: line["trained"][line["taken"]],
             "join, only where sure": lambda line: line["trained"][line["sure"]],
             "best way in hindsight": lambda line: min(line["trained"].values()),
         }
         print(f"\n{count} rows, {len(of)} lines, {len({line['task'] for line in of})} tasks")
-        print({rule: sum(line["taken"] == rule for line in of) for rule in RULES}, "taken")
+        print(Counter(way_of(line) for line in of))
         for name, way in ways.items():
             told = [by_task(of, way)]
             for rival in ("fresh", "nearest", "generalist"):
@@ -137,6 +140,21 @@ def summarise(lines: Sequence[dict]) -> None:
                     )
             mean, *differences = (list(each.values()) for each in told)
             print(f"{name:24s} {fmean(mean):.4f}", *(interval(each) for each in differences))
+
+
+def way_of(line: dict) -> tuple[str, bool]:
+    """The way that `fedmira join` takes, and whether it trains."""
+    trials = [
+        Trial(rule, *line["trials"][rule], *map(tuple, line["folds"][rule]))
+        for rule in line["trials"]
+    ]
+    return best_way(trials, line["tokens"])
+
+
+def joined(line: dict) -> float:
+    """The test loss of what `fedmira join` gives."""
+    rule, train = way_of(line)
+    return line["trained" if train else "start"][rule]
 
 
 def by_task(lines: Sequence[dict], value) -> dict[str, float]:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmira.adapters import modules
-from fedmira.fleet import RULES, SHARED, Pool
+from fedmira.errors import RunError
+from fedmira.fleet import RULES, SHARED, Pool, Trial, best_way
 from fedmira.fleet.starts import FEW, scored
 
 LAYER = SimpleNamespace(name="layer", inputs=7, outputs=5)
@@ -102,3 +103,34 @@ def test_ways_name_who_is_in_them(pool: Pool) -> None:
     assert "c" not in pool.weights("mix", scores)
     nothing = scored({"c": [math.inf] * 2}, [1, 1], range(2))
     assert all(pool.weights(rule, nothing) == {} for rule in RULES)
+
+
+def trial(rule: str, before: list[float], after: list[float]) -> Trial:
+    rows = len(before)
+    return Trial(rule, sum(before) / rows, sum(after) / rows, tuple(before), tuple(after))
+
+
+@pytest.mark.parametrize(
+    ("mix", "fresh", "wanted"),
+    [
+        (([2.0, 2.2, 1.8], [1.0, 1.2, 1.1]), ([3.0] * 3, [1.5] * 3), ("mix", True)),
+        (([2.0, 2.2, 1.8], [1.6, 1.6, 1.6]), ([3.0] * 3, [1.5] * 3), ("fresh", True)),
+        # The start is 0.5 better on each row: more than its standard error, which is 0.
+        (([1.0, 1.0, 1.0], [2.5, 2.5, 2.5]), ([3.0] * 3, [1.5] * 3), ("mix", False)),
+        # Better by 0.1 on average, by differences of -0.9, 0.3, 0.3: their error is 0.4.
+        (([1.1, 2.3, 2.3], [2.5, 2.5, 2.5]), ([3.0] * 3, [2.0] * 3), ("fresh", True)),
+        (([2.0] * 3, [math.inf] * 3), ([3.0] * 3, [math.inf] * 3), ("mix", False)),
+        (([2.0] * 3, [math.inf] * 3), ([3.0] * 3, [2.9] * 3), ("mix", False)),
+    ],
+)
+def test_training_is_left_out_only_where_rows_show_that_it_harms(
+    mix: tuple[list[float], list[float]],
+    fresh: tuple[list[float], list[float]],
+    wanted: tuple[str, bool],
+) -> None:
+    assert best_way([trial("mix", *mix), trial("fresh", *fresh)], [1, 1, 1]) == wanted
+
+
+def test_nothing_finite_is_an_error() -> None:
+    with pytest.raises(RunError, match="no start has a finite loss"):
+        best_way([trial("mix", [math.inf], [math.inf])], [1])

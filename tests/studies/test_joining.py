@@ -78,8 +78,10 @@ def test_the_newcomer_gets_a_folder_and_the_run_stays_byte_for_byte(
     figures = json.loads(ended.out)
     assert figures["rows"] == {"train": 6, "choose": 6, "held_out": 4}
     assert {each["client"] for each in figures["resembles"]} == {*CLIENTS, "the generalist"}
-    taken = min(figures["tried"], key=lambda each: each["loss_trained"])
+    before_or_after = "loss_trained" if figures["steps"] else "loss_of_start"
+    taken = min(figures["tried"], key=lambda each: each[before_or_after])
     assert figures["start"] == taken["start"] and len(figures["tried"]) == len(RULES)
+    assert figures["steps_asked"] == 3 and figures["steps"] in (0, 3)
     folder = tmp_path / "new"
     assert figures == {
         **json.loads((folder / "join.json").read_text("utf-8")),
@@ -192,6 +194,23 @@ def test_no_steps_keep_the_start_and_a_given_start_is_not_judged(
     assert made.figures["tried"] == [] and made.figures["training"] is None
     assert made.figures["held_out"]["start"] == made.figures["held_out"]["trained"]
     assert "join.html" in made._repr_html_()
+
+
+def test_where_rows_show_that_training_harms_the_start_is_kept(
+    run: Path, rows: Path, tmp_path: Path
+) -> None:
+    settings = {"local.learning_rate": 1e3}  # far beyond what any start stands
+    given = {"client": "apple-9", "data": rows, "steps": 4, "settings": settings}
+    made = fedmira.join(run, **given, output=tmp_path / "new")
+    start = min(made.figures["tried"], key=lambda each: each["loss_of_start"])
+    assert (made.figures["steps"], made.figures["start"]) == (0, start["start"])
+    assert any(note.startswith("the start is kept as it is") for note in made.figures["notes"])
+    joining = joining_of(run, rows)
+    wanted = joining.pool.start(joining.pool.weights(start["start"], joining.scores()))
+    assert all(torch.equal(made.adapter[name], wanted[name]) for name in wanted)
+    told = fedmira.join(run, **given, start=start["start"], output=tmp_path / "told")
+    assert told.figures["steps"] == 4, "a start that is given is trained in any case"
+    assert "keeps that as it is, as 4 local steps made it worse" in made.page.read_text("utf-8")
 
 
 def test_objects_join_too_and_equally(run: Path, rows: Path, tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ def join(
         lines = [[each[name] for name in ways] for each in figures["tried"]]
         print_table("on rows that neither chose nor trained", ways, lines)
     made_of = ", ".join(f"{name} {share:.2g}" for name, share in figures["start_weights"].items())
-    print(f"starts from: {figures['start']}{f' ({made_of})' if made_of else ''}")
+    kept = "" if figures["steps"] else ", kept as it is"
+    print(f"starts from: {figures['start']}{f' ({made_of})' if made_of else ''}{kept}")
     if figures["held_out"]:
         told = ", ".join(f"{name} {loss:.4f}" for name, loss in figures["held_out"].items())
         print(f"on {figures['rows']['held_out']} rows that were set aside: {told}")

@@ -4,7 +4,7 @@ from fedmira.fleet.align import Aligned, AlignSettings, Moved, align_fleet
 from fedmira.fleet.compress import Compressed, CompressedFleet, compress_fleet
 from fedmira.fleet.decide import DecidedFleet, decide
 from fedmira.fleet.folders import Fleet, read_fleet, rows_of_run
-from fedmira.fleet.join import Joined, Joining, JoinSettings, check_enough
+from fedmira.fleet.join import Joined, Joining, JoinSettings, Trial, best_way, check_enough
 from fedmira.fleet.merge import STRENGTHS, WAYS, Merged, merge_fleet
 from fedmira.fleet.output import check_new, new_folder
 from fedmira.fleet.rows import OwnRows
@@ -28,7 +28,9 @@ __all__ = [
     "Moved",
     "OwnRows",
     "Pool",
+    "Trial",
     "align_fleet",
+    "best_way",
     "check_enough",
     "check_new",
     "compress_fleet",

@@ -3,7 +3,9 @@
 Which way to start is chosen by what it leads to. For each fold of the newcomer's rows, the other
 folds score the run's adapters, each way makes its start of these scores, trains from it on the
 other folds, and is measured on the fold; so no row measures what it chose or trained. The way with
-the lowest loss then makes the start from all rows, and all rows train.
+the lowest loss then makes the start from all rows, and all rows train. Few rows are soon learned by
+heart: where the folds show that the best start, as it is, has a lower loss than the best way behind
+training by more than a standard error of their difference between rows, it is kept as it is.
 """
 
 from __future__ import annotations
@@ -22,12 +24,21 @@ from fedmira.errors import DataError, RunError
 from fedmira.fleet.starts import FRESH, RULES, SHARED, Pool, Score, scored
 from fedmira.messages import Payload, Reply, Request
 from fedmira.methods import Local
-from fedmira.metrics import Judgement, TokenLoss, judge
+from fedmira.metrics import Judgement, TokenLoss, judge, mean_and_error
 from fedmira.metrics.gate import FEWEST_ROWS, FOLDS
 from fedmira.model import AdapterKind, most_side_by_side
 from fedmira.seeds import seed_for
 
-__all__ = ["MOST_SCORED", "JoinSettings", "Joined", "Joining", "Trained", "Trial", "check_enough"]
+__all__ = [
+    "MOST_SCORED",
+    "JoinSettings",
+    "Joined",
+    "Joining",
+    "Trained",
+    "Trial",
+    "best_way",
+    "check_enough",
+]
 
 MOST_SCORED = 64
 """So many rows of a newcomer score and choose at most; all of them train."""
@@ -82,12 +93,13 @@ class Trial:
         rule: one of `RULES`.
         start: nats per response token of the start itself.
         trained: the same behind the local steps.
-        losses: summed loss of each group of rows behind the local steps.
+        start_losses, losses: the summed loss of each group of rows before and behind them.
     """
 
     rule: str
     start: float
     trained: float
+    start_losses: tuple[float, ...]
     losses: tuple[float, ...]
 
 
@@ -98,6 +110,7 @@ class Joined:
     Attributes:
         adapter: trained.
         rule: how it started, one of `RULES`.
+        steps: that were taken; 0 where the rows show that training harms.
         weights: of what its start was made, by client and `SHARED`; empty for a fresh start.
         scores: of all adapters on the rows, the best first.
         fresh_loss: nats per response token of the base on the same rows.
@@ -110,6 +123,7 @@ class Joined:
 
     adapter: Adapter
     rule: str
+    steps: int
     weights: Mapping[str, float]
     scores: Sequence[Score]
     fresh_loss: float
@@ -248,16 +262,17 @@ class Joining:
             RunError: training from the chosen start diverges.
         """
         trials = self.trials() if start is None else []
-        rule = start or self._best(trials)
+        rule, train = (start, True) if start else best_way(trials, self.tokens)
         scores = self.scores()
         weights = self.pool.weights(rule, scores)
         began = self.pool.start(weights)
-        found = self.trained({rule: began})
+        found = self.trained({rule: began}) if train else Trained({rule: began})
         adapters = {"base": self.pool.fresh, "start": began, "trained": found.adapters[rule]}
         losses = {trial.rule: trial.losses for trial in trials}
         return Joined(
             adapter=found.adapters[rule],
             rule=rule,
+            steps=self.settings.steps if train else 0,
             weights=weights,
             scores=scores,
             fresh_loss=math.fsum(self.losses[_BARE]) / sum(self.tokens),
@@ -266,20 +281,6 @@ class Joining:
             held_out=self.tested(adapters),
             training=found.losses.get(rule),
         )
-
-    def _best(self, trials: Sequence[Trial]) -> str:
-        """The way with the lowest loss on rows that did not choose; of equals the first.
-
-        Raises:
-            RunError: training diverges from every start.
-        """
-        finite = [trial for trial in trials if math.isfinite(trial.trained)]
-        if not finite:
-            raise RunError(
-                f"{self.newcomer.data.client_id}: training diverges from every start; lower "
-                "local.learning_rate, or take fewer steps"
-            )
-        return min(finite, key=lambda trial: trial.trained).rule
 
     def _trial(
         self,
@@ -297,7 +298,9 @@ class Joining:
                 rows[when] |= zip(places, found.get(f"{rule} {fold}", lost), strict=True)
         begun, ended = (self._by_group(rows[when]) for when in ("before", "after"))
         total = sum(self.tokens)
-        return Trial(rule, math.fsum(begun) / total, math.fsum(ended) / total, tuple(ended))
+        return Trial(
+            rule, math.fsum(begun) / total, math.fsum(ended) / total, tuple(begun), tuple(ended)
+        )
 
     def _by_group(self, losses: Mapping[int, float] | Sequence[float]) -> list[float]:
         """Sums over the rows of each group; inf where one is not finite."""
@@ -363,3 +366,27 @@ def check_enough(newcomer: Newcomer) -> None:
             f"{name}: {rows} rows to train on{told}; a start is chosen by at least {FEWEST_ROWS}: "
             "add rows"
         )
+
+
+def best_way(trials: Sequence[Trial], tokens: Sequence[int]) -> tuple[str, bool]:
+    """The way with the lowest loss behind training, and that it trains; of equals the first.
+
+    The best start as it is, and that it does not train, where it is better by more than a standard
+    error, or where training diverges from every start.
+
+    Args:
+        trials: of all ways.
+        tokens: response tokens of each group of rows.
+
+    Raises:
+        RunError: no loss is finite.
+    """
+    ended = min(trials, key=lambda trial: trial.trained)
+    begun = min(trials, key=lambda trial: trial.start)
+    if not math.isfinite(min(ended.trained, begun.start)):
+        raise RunError("no start has a finite loss on the newcomer's rows, nor has what is trained")
+    if not math.isfinite(ended.trained):
+        return begun.rule, False
+    gained = [one - other for one, other in zip(begun.start_losses, ended.losses, strict=True)]
+    mean, error = mean_and_error(gained, tokens)
+    return (begun.rule, False) if mean + error < 0 else (ended.rule, True)

@@ -41,7 +41,7 @@ def _content(figures: Mapping[str, Any]) -> dict[str, Any]:
     ]
     tried: list[list[Cell]] = [
         [
-            text_cell("taken" if each["start"] == figures["start"] else "–"),
+            text_cell(_taken(figures, each["start"])),
             text_cell(each["start"]),
             text_cell(each["meaning"]),
             number_cell(each["loss_of_start"], loss_text),
@@ -71,8 +71,22 @@ def _summary(figures: Mapping[str, Any]) -> str:
     how = "was told to start" if figures["start_given"] else "starts"
     return (
         f"With {rows['train']} rows it comes nearest to {nearest}, {how} from "
-        f"{figures['start']}, and trains alone for {figures['steps']} local steps."
+        f"{figures['start']}, and {_training(figures)}."
     )
+
+
+def _taken(figures: Mapping[str, Any], start: str) -> str:
+    if start != figures["start"]:
+        return "–"
+    return "trained" if figures["steps"] else "as it is"
+
+
+def _training(figures: Mapping[str, Any]) -> str:
+    if figures["steps"]:
+        return f"trains alone for {figures['steps']} local steps"
+    if figures["steps_asked"]:
+        return f"keeps that as it is, as {figures['steps_asked']} local steps made it worse"
+    return "keeps that as it is"
 
 
 def _sure(figures: Mapping[str, Any]) -> str:

@@ -92,8 +92,9 @@ def join_run(
         client: what the newcomer is called.
         data: its rows: a file or a folder, or rows that are objects.
         output: a new folder; by default beside the run, with the client's name behind the run's.
-        steps: local steps; 0 keeps the start as it is.
-        start: one of `RULES`; None lets the rows choose.
+        steps: local steps; 0 keeps the start as it is, and so do rows that show that training
+            harms.
+        start: one of `RULES`, which is trained in any case; None lets the rows choose.
         settings: dotted key -> value, or KEY=VALUE texts: how the rows are read, and [local].
         base: of a run whose base was an object, or one that is loaded already.
 
@@ -273,7 +274,8 @@ def _figures(
         "base_sha256": saved.kind.base.sha256,
         "sha256": content_hash(joined.adapter),
         "rank": pool.rank,
-        "steps": steps,
+        "steps": joined.steps,
+        "steps_asked": steps,
         "learning_rate": joining.settings.local.learning_rate,
         "rows": {
             "train": len(data.train),
@@ -323,11 +325,19 @@ def _remarks(joining: Joining, joined: Joined) -> list[str]:
     if scored < rows:
         told.append(f"{scored} of {rows} rows score and choose, drawn at random; all of them train")
     chosen = next((trial for trial in joined.trials if trial.rule == joined.rule), None)
-    if chosen and joining.settings.steps and chosen.trained > chosen.start:
+    steps = joining.settings.steps
+    if chosen and joined.steps < steps:
         told.append(
-            f"on rows that neither chose nor trained, {joining.settings.steps} local steps made "
-            f"the loss greater ({chosen.start:.3f} before, {chosen.trained:.3f} after): fewer "
-            "steps, or --steps 0, may be better"
+            f"the start is kept as it is: on rows that neither chose nor trained it has "
+            f"{chosen.start:.3f}, and the best of what {steps} local steps made "
+            f"{min(trial.trained for trial in joined.trials):.3f}; --start {joined.rule} trains "
+            "all the same"
+        )
+    elif chosen and steps and chosen.trained > chosen.start:
+        told.append(
+            f"on rows that neither chose nor trained, {steps} local steps made the loss of this "
+            f"start greater ({chosen.start:.3f} before, {chosen.trained:.3f} after): fewer steps "
+            "may be better"
         )
     if not joined.held_out:
         told.append(
