@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmira import errors, methods, observers
-    from fedmira.api import check, compare, decide, load, run, tune
+    from fedmira.api import check, compare, decide, join, load, run, tune
     from fedmira.api.fleets import align, compress, merge
     from fedmira.config import Config, load_config, setting
     from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
@@ -35,6 +35,7 @@ __all__ = [
     "compress",
     "decide",
     "errors",
+    "join",
     "load",
     "load_config",
     "merge",
@@ -61,6 +62,7 @@ _HOMES = {
     "compare": "fedmira.api",
     "compress": "fedmira.api.fleets",
     "decide": "fedmira.api",
+    "join": "fedmira.api",
     "load": "fedmira.api",
     "load_config": "fedmira.config",
     "merge": "fedmira.api.fleets",

@@ -15,6 +15,7 @@ FIRST = "fedmira.api.run"
 WITH_A_RUN = (
     "fedmira.api.check",
     "fedmira.api.compare",
+    "fedmira.api.join",
     "fedmira.api.load",
     "fedmira.api.tune",
     "fedmira.api.fleets.align",

@@ -18,6 +18,7 @@ from fedmira.cli import (
     fleets,
     flower,
     generate,
+    join,
     presets,
     report,
     route,
@@ -55,6 +56,7 @@ for _verb in (
     fleets.merge,
     fleets.compress,
     fleets.align,
+    join.join,
     report.report,
     presets.presets,
 ):
