@@ -155,7 +155,7 @@ def test_resume_needs_the_folder_and_nothing_else(
     )
     assert_refused(
         fedmira("run", "--resume", "--output", tmp_path / "nowhere"),
-        r"no run folder \(config\.toml is missing\)",
+        "there is no such folder; give the folder that an earlier run printed",
     )
     assert_refused(
         fedmira("run", command_run.config, "--resume", "--output", command_run.folder),

@@ -104,7 +104,7 @@ def test_equal_clients_leave_no_residual(make: Callable[..., Path]) -> None:
     ("arguments", "told"),
     [
         ({}, "give --rank, --energy or both"),
-        ({"rank": 0}, "rank is 0; must be 1 or more; 0 needs --around"),
+        ({"rank": 0}, "rank is 0; must be a whole number, 1 or more; 0 needs --around"),
         ({"energy": 1.5}, "energy is 1.5"),
         ({"rank": 1, "around": "ties"}, "around 'ties' is not known; choose from uniform, metagpt"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fedmira.errors import ConfigError
 from fedmira.fleet import (
@@ -27,6 +27,9 @@ __all__ = ["align", "compress", "merge"]
 
 Places = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 """One run folder, or folders that plain PEFT loads; as a mapping, each under a name of its own."""
+
+_READING = ("data", "model", "engine")
+"""Sections of a config that say how rows are read and measured."""
 
 JUDGED_COUPLING = 1.0
 """How far adapters go by default where their owners' rows have the last word."""
@@ -63,10 +66,10 @@ def merge(
     Raises:
         InputError: an argument or a folder cannot be used.
     """
-    check_new(Path(output))
-    fleet = _read(adapters, base)
+    check_new(_path("merge", "output", output))
+    fleet = _read("merge", adapters, base)
     run = fleet.run
-    rows = None if run is None else lambda: OwnRows.of_clients(clients_of(reload_adapters(run)))
+    rows = None if run is None else lambda: _validation_rows(run)
     made = merge_fleet(fleet, by, strength=strength, rank=rank, keep=keep, rows=rows)
     made.save(output)
     return made
@@ -102,8 +105,12 @@ def compress(
     Raises:
         InputError: an argument or a folder cannot be used.
     """
-    check_new(Path(output))
-    made = compress_fleet(_read(adapters, base), rank, energy, around)
+    check_new(_path("compress", "output", output))
+    if joined and around is None:
+        raise ConfigError(
+            "compress: joined puts merged adapter and residual together; give around too"
+        )
+    made = compress_fleet(_read("compress", adapters, base), rank, energy, around)
     made.save(output, joined)
     return made
 
@@ -115,7 +122,7 @@ def align(
     coupling: float | None = None,
     nearest: int = 3,
     base: str = "",
-    settings: Sequence[str] = (),
+    settings: Mapping[str, Any] | Sequence[str] = (),
     output: str | Path,
 ) -> DecidedFleet:
     """Adapters that were trained apart, each moved towards those that learned something like it.
@@ -134,18 +141,22 @@ def align(
             with rows 1.
         nearest: neighbours that each adapter chooses.
         base: as for `merge`; with rows, also where the base is loaded from.
-        settings: KEY=VALUE for keys of [data], [model] and [engine], such as "data.prompt=chat".
+        settings: how the rows of a folder are read: dotted key -> value for keys of [data], [model]
+            and [engine], such as {"data.prompt": "chat"}, or "KEY=VALUE" each. Where the adapters
+            are a run's, the form of its prompt and the length of its rows are taken from it.
         output: a new folder; adapters lie in it by name, beside graph.json and report.html.
 
     Raises:
         InputError: an argument or a folder cannot be used.
     """
-    check_new(Path(output))
+    check_new(_path("align", "output", output))
+    if rows is not None:
+        _path("align", "rows", rows)
     if settings and rows is None:
         raise ConfigError(
             "align: settings say how rows are read; give rows too, or leave them away"
         )
-    fleet = _read(adapters, base)
+    fleet = _read("align", adapters, base)
     usual = AlignSettings.coupling if rows is None else JUDGED_COUPLING
     chosen = AlignSettings(usual if coupling is None else coupling, nearest)
     made = decide(align_fleet(fleet, chosen), _judging(fleet, rows, base, settings))
@@ -154,7 +165,7 @@ def align(
 
 
 def _judging(
-    fleet: Fleet, rows: str | Path | None, base: str, settings: Sequence[str]
+    fleet: Fleet, rows: str | Path | None, base: str, settings: Mapping[str, Any] | Sequence[str]
 ) -> OwnRows | None:
     """The owners' rows, from a folder or from the run that the fleet is."""
     if rows is None:
@@ -162,11 +173,61 @@ def _judging(
     if fleet.run is not None and Path(rows).resolve() == fleet.run.resolve():
         if settings:
             raise ConfigError("align: a run's rows are read as its config.toml says; leave --set")
-        return OwnRows.of_clients(clients_of(reload_adapters(fleet.run)))
+        return _validation_rows(fleet.run)
+    if (Path(rows) / "config.toml").is_file():
+        raise ConfigError(
+            f"align: rows {str(rows)!r} is a run, and the adapters are given as folders or are "
+            "those of another one; give the run itself as the adapters too, or a folder with rows "
+            "of each owner"
+        )
+    _check_settings(settings)
     return OwnRows.of_folder(fleet, rows, base, settings)
 
 
-def _read(adapters: Places, base: str) -> Fleet:
+def _check_settings(settings: Mapping[str, Any] | Sequence[str]) -> None:
+    """Refuses settings that say nothing of how rows are read.
+
+    Raises:
+        ConfigError: there are such, or these are no settings.
+    """
+    if isinstance(settings, str) or not isinstance(settings, Mapping | Sequence):
+        raise ConfigError(
+            f"align: settings is {settings!r}; give a dict of dotted keys to values, such as "
+            "{'data.prompt': 'chat'}"
+        )
+    keys = [str(each).partition("=")[0].strip() for each in settings]
+    if other := [key for key in keys if key.partition(".")[0] not in _READING]:
+        raise ConfigError(
+            f"align: {', '.join(other)} would change nothing: settings say how rows are read, and "
+            f"are keys of [{'], ['.join(_READING)}]"
+        )
+
+
+def _validation_rows(run: Path) -> OwnRows:
+    """Those that the clients of a run set aside."""
+    return OwnRows.of_clients(clients_of(reload_adapters(run), choosing=True))
+
+
+def _read(verb: str, adapters: Places, base: str) -> Fleet:
     if isinstance(adapters, Mapping):
-        return read_fleet(adapters, base)
-    return read_fleet([adapters] if isinstance(adapters, str | Path) else list(adapters), base)
+        places = {name: _path(verb, "adapters", place) for name, place in adapters.items()}
+        return read_fleet(places, base)
+    given = (
+        [adapters] if isinstance(adapters, str) or not isinstance(adapters, Sequence) else adapters
+    )
+    return read_fleet([_path(verb, "adapters", place) for place in given], base)
+
+
+def _path(verb: str, what: str, value: object) -> Path:
+    """A path that was given from Python.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(value, str | Path):
+        return Path(value)
+    folder = getattr(value, "folder", None)
+    hint = f", such as its folder {str(folder)!r}" if folder is not None else ""
+    raise ConfigError(
+        f"{verb}: {what} is of type {type(value).__name__}; give the path of a folder{hint}"
+    )

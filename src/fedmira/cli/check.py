@@ -12,7 +12,7 @@ from fedmira.cli.options import (
     PresetName,
     settings_and_rows,
 )
-from fedmira.cli.screen import print_json, print_table, say
+from fedmira.cli.screen import print_json, print_table
 
 __all__ = ["check"]
 
@@ -65,7 +65,5 @@ def check(
         list(table.values()),
         [[row[name] for name in table] for row in summaries],
     )
-    for note in experiment.skipped:
-        say(f"left out: {note}")
     for line in plan.lines():
         print(line)

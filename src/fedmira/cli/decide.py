@@ -112,7 +112,9 @@ def _print(found: Decision) -> None:
     for note in document["notes"]:
         print(note)
     measured = document["measured"]
-    if measured:
+    if measured and not found.decisions.taken:
+        print(f"Everybody keeps its own adapter: {measured['own_test_loss']:.3f} on test rows.")
+    elif measured:
         print(
             f"On test rows: {measured['own_test_loss']:.3f} all alone, "
             f"{measured['chosen_test_loss']:.3f} as decided, difference "

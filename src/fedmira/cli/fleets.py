@@ -220,14 +220,18 @@ def _places(folders: list[str]) -> list[str] | dict[str, str]:
     """Folders, or names and folders where one is given a name.
 
     Raises:
-        ConfigError: a name is given twice.
+        ConfigError: a name is given twice, or to nothing.
     """
     pairs = [_named(text) for text in folders]
     if not any(name for name, _ in pairs):
         return folders
-    named = {name or Path(folder).resolve().name: folder for name, folder in pairs}
-    if len(named) < len(pairs):
-        raise ConfigError("two folders have one name; give each another one as NAME=FOLDER")
+    named: dict[str, str] = {}
+    for given, folder in pairs:
+        name = given or Path(folder).resolve().name
+        if not folder or name in named:
+            what = f"and {named[name]} both have this name" if folder else "names no folder"
+            raise ConfigError(f"{name}={folder}: {what}; give each folder a name as NAME=FOLDER")
+        named[name] = folder
     return named
 
 

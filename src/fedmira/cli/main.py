@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -26,11 +27,13 @@ from fedmira.cli import (
     serve_config,
     tune,
 )
+from fedmira.cli.screen import logged
 from fedmira.errors import FedmiraError, InputError
 
 __all__ = ["app", "main"]
 
 _INTERRUPTED = 130
+_REPEATED = ("compare", "decide", "tune")
 
 app = typer.Typer(
     name="fedmira",
@@ -89,7 +92,8 @@ def main() -> None:
     0 for success, 2 for bad input, 3 for a failed run, 130 for an interrupt.
     """
     try:
-        app()
+        with logged():
+            app()
     except InputError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -102,5 +106,15 @@ def main() -> None:
         sys.exit(FedmiraError.exit_code)
     except SystemExit as ending:
         if ending.code == _INTERRUPTED:  # typer ends an interrupt from the keyboard without a word
-            print("interrupted; continue the run with --resume", file=sys.stderr)
+            print(f"interrupted{_way_on(sys.argv[1:])}", file=sys.stderr)
         raise
+
+
+def _way_on(arguments: Sequence[str]) -> str:
+    """How a verb that was interrupted goes on."""
+    verb = next((each for each in arguments if not each.startswith("-")), "")
+    if verb == "run":
+        return "; continue the run with --resume and the --output that it has"
+    if verb in _REPEATED:
+        return "; the same command with the same --output goes on from there"
+    return ""

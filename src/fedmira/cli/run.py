@@ -77,8 +77,6 @@ def run(
         RunFolder.refuse_taken(folder)
     experiment = build_experiment(chosen, resumed=folder if resume else None, rows=rows)
     experiment = replace(experiment, verify_adapters=verify_adapters)
-    for note in experiment.skipped:
-        say(f"left out: {note}")
     say(
         f"{chosen.algorithm.name} on {len(experiment.ranks)} clients, "
         f"{chosen.rounds.count} rounds, into {folder}"

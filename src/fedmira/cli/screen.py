@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 from rich.console import Console
@@ -13,7 +15,7 @@ from rich.table import Table
 
 from fedmira.observers import Progress
 
-__all__ = ["print_json", "print_table", "progress", "say"]
+__all__ = ["logged", "print_json", "print_table", "progress", "say"]
 
 _NAME_WIDTH = 16
 _PIPE_WIDTH = 400  # a pipe has no width to keep to
@@ -24,6 +26,35 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 def say(text: str) -> None:
     """A line on stderr, so that stdout stays for results."""
     _err.print(text, markup=False)
+
+
+class _Said(logging.Handler):
+    """Says what the library logs, each line once: runs on the same rows have the same notes."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say a line that was not said before."""
+        text = record.getMessage()
+        if text not in self._said:
+            self._said.add(text)
+            say(text)
+
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """Within the block, what the library logs is said as it is, whoever else set up logging."""
+    log, handler = logging.getLogger("fedmira"), _Said()
+    before = log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.propagate = before
+        log.removeHandler(handler)
 
 
 def print_json(value: object) -> None:

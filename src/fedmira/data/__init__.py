@@ -21,7 +21,7 @@ from fedmira.data.load import (
     summary_of,
 )
 from fedmira.data.prompts import PROMPTS
-from fedmira.data.reading import ReadRows, id_problem, read_rows
+from fedmira.data.reading import LEFT_OUT, ReadRows, id_problem, read_rows, told_left_out
 from fedmira.data.rendering import clock_now, uses_clock
 from fedmira.data.sources import Reader, reader
 from fedmira.data.tokenizer import Tokenizer
@@ -43,6 +43,7 @@ __all__ = [
     "EncodedExample",
     "Encoder",
     "Example",
+    "LEFT_OUT",
     "Newcomer",
     "PROMPTS",
     "RawTask",
@@ -63,6 +64,7 @@ __all__ = [
     "reader",
     "read_summary",
     "summary_of",
+    "told_left_out",
     "turn_ends",
     "uses_clock",
     "without_middle",

@@ -18,7 +18,22 @@ from fedmira.data.sources.jsonl import read_own
 from fedmira.data.split import Split, split_rows
 from fedmira.errors import DataError
 
-__all__ = ["ReadRows", "check_ids", "id_problem", "read_all", "read_one", "read_rows", "split_all"]
+__all__ = [
+    "LEFT_OUT",
+    "ReadRows",
+    "check_ids",
+    "id_problem",
+    "read_all",
+    "read_one",
+    "read_rows",
+    "split_all",
+    "told_left_out",
+]
+
+LEFT_OUT = "left out: "
+"""How a note begins that tells what of the source no client has."""
+
+_MOST_TOLD = 20
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +60,7 @@ class ReadRows:
 def read_rows(settings: DataSettings, seed: int, rows: ObjectRows | None = None) -> ReadRows:
     """Read the source, give its rows to clients, and split them.
 
-    Logs what was done to the rows, which is also kept as the notes.
+    Logs what was left out and what was done to the rows, which is also kept.
 
     Args:
         settings: the [data] section.
@@ -57,9 +72,21 @@ def read_rows(settings: DataSettings, seed: int, rows: ObjectRows | None = None)
     """
     clients, skipped, notes = read_all(settings, seed, rows)
     check_ids(clients)
-    for note in notes:
+    for note in (*told_left_out(skipped), *notes):
         _log.warning("%s", note)
     return ReadRows(tuple(clients), split_all(clients, settings, seed), seed, skipped, notes)
+
+
+def told_left_out(skipped: Sequence[str]) -> list[str]:
+    """What a rule left out as lines for a reader; of very many, the first and how many more.
+
+    Args:
+        skipped: "name: reason" each.
+    """
+    told = [f"{LEFT_OUT}{each}" for each in skipped[:_MOST_TOLD]]
+    if more := len(skipped) - len(told):
+        told.append(f"{LEFT_OUT}{more} more; fedmira check --format json lists all as skipped")
+    return told
 
 
 def read_all(

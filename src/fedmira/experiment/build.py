@@ -18,6 +18,7 @@ from fedmira.data import (
     ReadRows,
     load_clients,
     read_rows,
+    told_left_out,
     turn_ends,
 )
 from fedmira.experiment.clock import with_clock
@@ -185,7 +186,7 @@ def build_experiment(
         token_budget=budget,
         skipped=dataset.skipped,
         prompts={client.client_id: client.shared_prompt for client in dataset.clients},
-        notes=(*dataset.notes, *notes),
+        notes=(*told_left_out(dataset.skipped), *dataset.notes, *notes),
     )
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -28,11 +29,15 @@ from torch import Tensor
 from fedmira.adapters import Adapter, folded, modules, nearest, update_gram
 from fedmira.errors import ConfigError
 from fedmira.fleet.folders import Fleet
+from fedmira.fleet.output import check_names
 from fedmira.graphs import Graph, likeness
 from fedmira.methods.parts.mixing import Mixing, mixing_matrix
 from fedmira.model import LoraFolder
 
 __all__ = ["AlignSettings", "Aligned", "Moved", "align_fleet"]
+
+_FILES = ("align.json", "graph.json", "report.html", "report.md")
+"""What stands beside the adapters in the folder of an alignment."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,14 @@ class AlignSettings:
     neighbours: Literal["fresh", "rescaled", "stale"] = "stale"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.coupling <= 1:
-            raise ConfigError(f"align: coupling is {self.coupling:g}; must be within 0..1")
-        if self.nearest < 1:
-            raise ConfigError(f"align: nearest is {self.nearest}; must be 1 or more")
+        problems = []
+        if not (isinstance(self.coupling, Real) and 0 <= self.coupling <= 1):
+            told = f"{self.coupling:g}" if isinstance(self.coupling, Real) else repr(self.coupling)
+            problems.append(f"align: coupling is {told}; must be within 0..1")
+        if not (isinstance(self.nearest, Integral) and self.nearest >= 1):
+            problems.append(f"align: nearest is {self.nearest!r}; must be a whole number from 1 on")
+        if problems:
+            raise ConfigError(problems)
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ def align_fleet(fleet: Fleet, settings: AlignSettings | None = None) -> Aligned:
     count = len(fleet.members)
     if count < 2:
         raise ConfigError(f"align: {count} adapter; give at least 2, or a run with as many")
+    check_names(fleet.names, _FILES)
     updates = [member.update for member in fleet.members]
     gram = update_gram(updates)
     everybody = torch.ones(count, dtype=torch.bool)

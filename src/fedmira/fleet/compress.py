@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -31,13 +32,13 @@ from fedmira.atomic import replace_file
 from fedmira.errors import ConfigError
 from fedmira.fleet.folders import Fleet
 from fedmira.fleet.merge import Merged, merge_fleet
-from fedmira.fleet.output import card, new_folder
+from fedmira.fleet.output import card, check_names, new_folder
 from fedmira.model import LoraFolder, write_lora_folder
 
 __all__ = ["AROUND", "Compressed", "CompressedFleet", "compress_fleet"]
 
 AROUND = ("uniform", "metagpt")
-MERGED, RESIDUALS = "merged", "residuals"
+MERGED, RESIDUALS, FIGURES = "merged", "residuals", "compress.json"
 _ROUNDING = 1e-6
 """A residual below this share of its adapter is the rounding of float32 factors, and none."""
 
@@ -176,7 +177,7 @@ class CompressedFleet:
                 write_lora_folder(own, each.member, *self.joined(each.member.name))
                 replace_file(own / "README.md", _card(each, None), lasting=False)
             text = json.dumps(self.figures, indent=1, allow_nan=False)
-            replace_file(aside / "compress.json", text + "\n", lasting=False)
+            replace_file(aside / FIGURES, text + "\n", lasting=False)
         return place
 
 
@@ -197,6 +198,7 @@ def compress_fleet(
         ConfigError: an argument cannot be used.
     """
     _check(fleet, rank, energy, around)
+    check_names(fleet.names, (FIGURES,) if around is None else (FIGURES, MERGED, RESIDUALS))
     common = None if around is None else merge_fleet(fleet, around)
     shared = None if common is None else common.update
     members = tuple(_compressed(member, rank, energy, shared) for member in fleet.members)
@@ -213,11 +215,13 @@ def _check(fleet: Fleet, rank: int | None, energy: float | None, around: str | N
     if rank is None and energy is None:
         problems.append("compress: give --rank, --energy or both")
     least = 1 if around is None else 0
-    if rank is not None and rank < least:
+    if rank is not None and not (isinstance(rank, Integral) and rank >= least):
         more = "" if around else "; 0 needs --around, whose merged adapter is then all there is"
-        problems.append(f"compress: rank is {rank}; must be {least} or more{more}")
-    if energy is not None and not 0 < energy <= 1:
-        problems.append(f"compress: energy is {energy:g}; must be above 0 and at most 1")
+        problems.append(
+            f"compress: rank is {rank!r}; must be a whole number, {least} or more{more}"
+        )
+    if energy is not None and not (isinstance(energy, Real) and 0 < energy <= 1):
+        problems.append(f"compress: energy is {energy!r}; must be a number above 0 and at most 1")
     if around is not None and around not in AROUND:
         problems.append(
             f"compress: around {around!r} is not known; choose from {', '.join(AROUND)}"

@@ -130,11 +130,12 @@ class DecidedFleet:
 
     def _bound(self) -> str:
         coupling = self.aligned.settings.coupling
+        kept = f"at least {1 - coupling:g} of it is its own, and " if coupling < 1 else ""
         return (
             f"No adapter goes more than {coupling:g} of the way to the mean of its neighbours "
-            f"(coupling; degrees of the graph are 1 or less), so at least {1 - coupling:g} of it "
-            "is its own, and before the cut to its rank it is no further from what it was than "
-            f"{coupling:g} of its distance to its farthest neighbour."
+            f"(coupling; degrees of the graph are 1 or less), so {kept}before the cut to its rank "
+            f"it is no further from what it was than {coupling:g} of its distance to its farthest "
+            "neighbour."
         )
 
     def _unknown(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +14,13 @@ from fedmira.adapters import padded
 from fedmira.data import id_problem
 from fedmira.errors import ConfigError, RunError, RunFolderError
 from fedmira.model import LoraFolder, read_lora_folder
+from fedmira.runs import RunFolder
 
 __all__ = ["Fleet", "read_fleet", "rows_of_run"]
 
 _CONFIG = "adapter_config.json"
+
+_log = logging.getLogger("fedmira")
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def _of_run(path: Path, base: str) -> Fleet:
             f"{path}: the run has saved no adapters yet; finish it with: fedmira run "
             f"--resume --output {path}"
         )
+    if told := RunFolder(path).not_ended():
+        _log.warning("%s", told)
     members = [read_lora_folder(path / "adapters" / client, client) for client in index]
     return Fleet(tuple(members), path, rows_of_run(path), _check_base(members, base))
 

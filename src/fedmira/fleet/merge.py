@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -247,12 +248,12 @@ def _check(by: str, strength: float | str, rank: int | None, keep: float) -> Non
     if by not in WAYS:
         told = f"merge: by {by!r} is not known; choose from {', '.join(WAYS)}"
         problems.append(_PRECISION if by == "precision" else told)
-    if strength != "auto" and not (isinstance(strength, int | float) and 0 < strength < math.inf):
+    if strength != "auto" and not (isinstance(strength, Real) and 0 < strength < math.inf):
         problems.append(f"merge: strength is {strength!r}; give a number above 0, or 'auto'")
-    if rank is not None and rank < 1:
-        problems.append(f"merge: rank is {rank}; must be 1 or more")
-    if not 0 < keep <= 1:
-        problems.append(f"merge: keep is {keep:g}; must be above 0 and at most 1")
+    if rank is not None and not (isinstance(rank, Integral) and rank >= 1):
+        problems.append(f"merge: rank is {rank!r}; must be a whole number, 1 or more")
+    if not (isinstance(keep, Real) and 0 < keep <= 1):
+        problems.append(f"merge: keep is {keep!r}; must be a number above 0 and at most 1")
     if problems:
         raise ConfigError(problems)
 

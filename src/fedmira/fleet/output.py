@@ -12,7 +12,7 @@ from fedmira.atomic import PARTIAL
 from fedmira.errors import RunFolderError
 from fedmira.model import LoraFolder
 
-__all__ = ["card", "check_new", "copy_folder", "new_folder"]
+__all__ = ["card", "check_names", "check_new", "copy_folder", "new_folder"]
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
@@ -26,6 +26,24 @@ def check_new(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunFolderError(
             f"{path}: it is there already and is never overwritten; choose another --output"
+        )
+
+
+def check_names(names: Sequence[str], own: Sequence[str]) -> None:
+    """No adapter may be called as something that the result has beside it.
+
+    Args:
+        names: of the adapters, which name folders.
+        own: names of the result's own files and folders.
+
+    Raises:
+        RunFolderError: one is.
+    """
+    taken = [name for name in names if name.casefold() in own]
+    if taken:
+        raise RunFolderError(
+            f"an adapter is called {', '.join(map(repr, taken))}, as is something of the result "
+            f"({', '.join(own)}); give it another name: NAME=FOLDER"
         )
 
 
@@ -88,7 +106,7 @@ def card(member: LoraFolder, title: str, parts: Sequence[str], code: str = "") -
         "\n".join(["---", *head, "library_name: peft", "---"]),
         f"# {title}",
         *parts,
-        f"It belongs to the base of the adapters that it was made of {told}"
+        f"It belongs to the base of the adapters that it was made of{told}"
         " and is worthless on another one. An adapter can give away some of the rows that it "
         "learned from, and so can one that is made of it.",
         "```python\nfrom peft import PeftModel\n"

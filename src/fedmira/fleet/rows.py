@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +69,7 @@ class OwnRows:
         fleet: Fleet,
         rows: Path | str,
         base: str = "",
-        settings: Sequence[str] = (),
+        settings: Mapping[str, Any] | Sequence[str] = (),
         loaded: BaseModel | None = None,
     ) -> OwnRows:
         """All rows of a folder with a file or a folder for each adapter, by its name.
@@ -76,17 +78,25 @@ class OwnRows:
             fleet: whose owners' rows they are.
             rows: where they are, as `data.path` takes it.
             base: in place of what the adapters call their base.
-            settings: KEY=VALUE for keys of [data], [model] and [engine].
+            settings: for keys of [data], [model] and [engine], as a mapping or KEY=VALUE each; how
+                the prompts of a run's adapters are written stands below them.
             loaded: the base, where it is loaded already.
 
         Raises:
             InputError: the rows or the base cannot be read, or the base lacks layers.
         """
+        if not Path(rows).exists():
+            raise DataError(
+                f"{rows}: there are no such rows; give a folder with NAME.jsonl or NAME/ for each "
+                f"adapter, such as {fleet.names[0]}.jsonl"
+            )
+        mapped = settings if isinstance(settings, Mapping) else {}
         config = load_config(
             None,
             None,
-            settings,
+            _overrides(fleet, () if mapped else list(settings)),
             {
+                **mapped,
                 "data.source": "jsonl",
                 "data.path": str(rows),
                 "data.min_rows": 2,
@@ -170,3 +180,20 @@ class OwnRows:
                 down[: len(own_down)], up[:, : len(own_down)] = own_down, own_up
             result[name + DOWN], result[name + UP] = down, up
         return result
+
+
+def _overrides(fleet: Fleet, settings: Sequence[str]) -> list[str]:
+    """The settings, with how the prompts of a run's adapters are written where they do not say."""
+    if fleet.run is None:
+        return list(settings)
+    data = load_config(fleet.run / "config.toml").data
+    given = {each.partition("=")[0].strip() for each in settings}
+    asked: dict[str, Any] = {
+        "prompt": data.prompt,
+        "max_length": data.max_length,
+        "train_on": data.train_on,
+    }
+    if data.prompt == "chat":
+        asked |= {"system": data.system, "clock": data.clock}
+    own = {f"data.{key}": value for key, value in asked.items()}
+    return [f"{k}={json.dumps(v)}" for k, v in own.items() if k not in given] + list(settings)

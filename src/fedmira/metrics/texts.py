@@ -120,10 +120,11 @@ class _UnicodeWords:
 @cache
 def _scorer(use_stemmer: bool, foreign: bool) -> Callable[[str, str], float]:
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    scorer = RougeScorer(
-        ["rougeL"], use_stemmer=use_stemmer, tokenizer=_UnicodeWords() if foreign else None
-    )
+    # Without one the package logs a line, and with it sets up logging for the whole process.
+    words = _UnicodeWords() if foreign else DefaultTokenizer(use_stemmer)
+    scorer = RougeScorer(["rougeL"], use_stemmer=use_stemmer, tokenizer=words)
     return lambda reference, prediction: scorer.score(reference, prediction)["rougeL"].fmeasure
 
 

@@ -198,11 +198,16 @@ def _content(figures: Figures, folder: Path) -> dict[str, Any]:
         "rows": len(cells),
         "heat_keys": heat_keys,
         "settings": _differing_settings(figures.methods),
-        "tuned": [
-            (name, figures.tuned.get(name), settings_text(figures.tuned.get(name)))
-            for name in figures.methods
-        ],
+        "tuned": _tuned(figures),
     }
+
+
+def _tuned(figures: Figures) -> list[tuple[str, Mapping[str, Any] | None, str]]:
+    """Each method with what was chosen for it, and that in words."""
+    return [
+        (name, figures.tuned.get(name), settings_text(figures.tuned.get(name)))
+        for name in figures.methods
+    ]
 
 
 def _method(row: Mapping[str, Any], figures: Figures, folder: Path) -> dict[str, Any]:

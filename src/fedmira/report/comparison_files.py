@@ -22,7 +22,7 @@ from fedmira.report.tables import (
     number_text,
     setting_text,
 )
-from fedmira.report.targets import TARGET_RULE, reached_text
+from fedmira.report.targets import reached_text
 
 __all__ = ["COUNTS", "TUNED_RULE", "interval_text", "markdown", "settings_text", "write_tables"]
 
@@ -47,11 +47,13 @@ def settings_text(tuned: Mapping[str, Any] | None) -> str:
     """The settings that a search chose, or that there was none.
 
     Args:
-        tuned: what a search chose for a method, and how.
+        tuned: what a search chose for a method, and how; of a control, by what it differs from the
+            tuned method.
     """
     if tuned is None:
         return "as given, not tuned"
-    return ", ".join(f"{key} = {setting_text(value)}" for key, value in tuned["values"].items())
+    told = ", ".join(f"{key} = {setting_text(value)}" for key, value in tuned["values"].items())
+    return f"as {tuned['control_of']}, but for {told}" if "control_of" in tuned else told
 
 
 def write_tables(figures: Figures, folder: Path) -> None:

@@ -105,6 +105,11 @@ class Decisions:
         """The clients whose rows say this."""
         return [one for one in self.clients if one.judgement.standing is standing]
 
+    @property
+    def taken(self) -> int:
+        """How many clients take another adapter than their own."""
+        return sum(one.judgement.choice != self.own for one in self.clients)
+
     @cached_property
     def measured(self) -> dict[str, Any]:
         """What following the decisions gains on test rows, the mean over clients with test rows.
@@ -171,6 +176,7 @@ def _content(decisions: Decisions) -> dict[str, Any]:
         "decisions": decisions,
         "counts": counts,
         "measured": measured,
+        "taken": decisions.taken,
         "percent": percent_text(measured["difference"] / measured["own_test_loss"], 1)
         if measured and measured["own_test_loss"]
         else MISSING,

@@ -76,11 +76,21 @@ class RunFolder:
             RunFolderError: there is none.
         """
         if not (path / "config.toml").is_file():
-            raise RunFolderError(
-                f"{path}: this is no run folder (config.toml is missing); give the folder "
-                "that an earlier run printed"
-            )
+            raise RunFolderError(f"{path}: {_other_than_a_run(path)}")
         return cls(path)
+
+    def not_ended(self) -> str:
+        """That the run did not come to its end, as far as run.json says; "" where it did."""
+        run = self.read_json("run.json")
+        status = run.get("status", "not begun")
+        if status in ("finished", "stopped"):
+            return ""
+        done = run.get("rounds_done")
+        after = "" if done is None else f" after round {done}"
+        return (
+            f"{self.path}: the run has not ended (status: {status}{after}); its adapters are those "
+            f"so far; finish it with: fedmira run --resume --output {self.path}"
+        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -219,3 +229,16 @@ def _sync(file: TextIO) -> None:
     """Have the disk hold what was written; a checkpoint counts on it."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def _other_than_a_run(path: Path) -> str:
+    """What is at a path in place of a run folder, and what to give."""
+    if not path.exists():
+        return "there is no such folder; give the folder that an earlier run printed"
+    inside = sorted(path.glob("*/config.toml")) + sorted(path.glob("*/*/config.toml"))
+    if inside:
+        return f"this is no run folder but holds runs; give one of them, such as {inside[0].parent}"
+    return (
+        "this is no run folder (config.toml is missing); give the folder that an earlier run "
+        "printed"
+    )

@@ -260,6 +260,9 @@ def compare_algorithms(
         ground = CommonGround(config.model, folders, base, rows)
         failures = _run(unfinished, ground, observers)
     about = {name: of.about for name, of in found.items()}
+    for name in found if controls else ():
+        for control, changes in methods[name].algorithm.controls.items():
+            about[f"{name}-{control}"] = {"control_of": name, "values": dict(changes)}
     return _compared(folders, output, failures, reference, target_loss, about, controls_of(methods))
 
 

@@ -20,7 +20,7 @@ from fedmira.atomic import replace_file
 from fedmira.clients import LocalClients
 from fedmira.config import Config, load_config, with_algorithm
 from fedmira.config.methods import AbsentMethod
-from fedmira.data import ObjectRows, ReadRows, read_rows
+from fedmira.data import LEFT_OUT, ObjectRows, ReadRows, read_rows
 from fedmira.errors import ConfigError, DataError, RunFolderError
 from fedmira.experiment import build_experiment, start_experiment, where_they_lay
 from fedmira.messages import ClientId
@@ -194,6 +194,12 @@ def _with_validation(config: Config, rows: ObjectRows | ReadRows | None) -> Read
     read = rows if isinstance(rows, ReadRows) else read_rows(config.data, config.seed, rows)
     if not any(split.validation for split in read.splits):
         raise DataError([_BLIND])
+    if len(read.clients) < 2:
+        raise DataError(
+            f"decide: all rows are of one client, {read.clients[0].client_id!r}, who has nobody to "
+            "train with; give rows of two at least, or train it by: fedmira run --set "
+            "algorithm.name=local"
+        )
     return read
 
 
@@ -235,7 +241,23 @@ def _beside(
     Raises:
         RunFolderError: it is no run, or trains alone itself.
     """
-    RunFolder.reopen(folder)
+    if not (folder / "config.toml").is_file() and any(folder.glob("*-seed*/config.toml")):
+        raise RunFolderError(
+            f"{folder}: this comparison is not finished (comparison.json is missing); repeat its "
+            "fedmira compare command, which goes on"
+        )
+    if (folder / "runs" / "comparison.json").is_file():
+        raise RunFolderError(
+            f"{folder}: these are decisions that were made; the comparison that they come from is "
+            f"{folder / 'runs'}"
+        )
+    run = RunFolder.reopen(folder).read_json("run.json")
+    if run.get("status") not in ("finished", "stopped"):
+        raise RunFolderError(
+            f"{folder}: the run is not finished (status: {run.get('status', 'not begun')}), and "
+            "training alone for all its rounds would not compare with it; finish it with: "
+            f"fedmira run --resume --output {folder}"
+        )
     config = load_config(folder / "config.toml")
     if config.algorithm.name == ALONE:
         raise RunFolderError(
@@ -247,7 +269,7 @@ def _beside(
             f"{folder}: its method was given as an object; compare it with local training "
             "(fedmira.compare), and give the folder of the comparison"
         )
-    places = where_they_lay(config, RunFolder(folder).read_json("run.json"))
+    places = where_they_lay(config, run)
     alone, path = with_algorithm(places, ALONE), output / "runs" / ALONE
     begun = (path / "config.toml").is_file()
     if not begun or RunFolder(path).read_json("run.json").get("status") != "finished":
@@ -280,7 +302,7 @@ def _candidates(
             settings = replace(found[0].clients.settings, scales=scales)
             clients = replace(found[0].clients, kind=saved.kind, settings=settings)
         else:
-            clients = clients_of(saved, rows)
+            clients = clients_of(saved, rows, choosing=True)
         found.append(_Candidate(name, saved, clients, saved.adapters))
     if not any(client.validation for client in found[0].clients.data.values()):
         raise DataError([_BLIND])
@@ -356,9 +378,28 @@ def _judged(candidates: Sequence[_Candidate]) -> tuple[Decisions, dict[ClientId,
             )
         )
     without = [client for client, judgement in judgements.items() if not judgement.rows]
-    notes = (f"Without validation rows, so not judged: {', '.join(without)}.",) if without else ()
+    notes = [f"Without validation rows, so not judged: {', '.join(without)}."] if without else []
+    notes += [f"{told[0].upper()}{told[1:]}" for told in _left_out(own.saved.path)]
+    notes += [note for one in candidates for note in _stopped(one)]
     names = tuple(one.name for one in candidates)
-    return Decisions(own.name, names, own.saved.config.seed, made, notes), chosen
+    return Decisions(own.name, names, own.saved.config.seed, made, tuple(notes)), chosen
+
+
+def _left_out(folder: Path) -> list[str]:
+    """Who is not among the clients at all, as the run says it."""
+    run: dict[str, Any] = RunFolder(folder).read_json("run.json")
+    notes: list[str] = run.get("notes", [])
+    return [note for note in notes if note.startswith(LEFT_OUT)]
+
+
+def _stopped(candidate: _Candidate) -> list[str]:
+    """That an observer ended its run before the last round: others may have trained for longer."""
+    saved = candidate.saved
+    run = RunFolder(saved.path).read_json("run.json")
+    if candidate.adapters is not saved.adapters or run.get("status") != "stopped":
+        return []
+    rounds = f"{run.get('rounds_done')} of {saved.config.rounds.count}"
+    return [f"{candidate.name} was stopped after round {rounds}."]
 
 
 def _margin(own: Sequence[float], other: Sequence[float], tokens: Sequence[int]) -> float | None:

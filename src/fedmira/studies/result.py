@@ -343,7 +343,7 @@ class Result:
 
     def _own_rows(self) -> OwnRows:
         """The validation rows of all clients."""
-        return OwnRows.of_clients(clients_of(self._saved, self._rows))
+        return OwnRows.of_clients(clients_of(self._saved, self._rows, choosing=True))
 
     def __repr__(self) -> str:
         """One line: where it is, how it ended, and the headline figure."""

@@ -80,6 +80,8 @@ def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
             f"{path}: the run has saved no adapters yet; finish it with: fedmira run "
             f"--resume --output {path}"
         )
+    if told := folder.not_ended():
+        _log.warning("%s", told)
     run: dict[str, Any] = folder.read_json("run.json")
     config = where_they_lay(load_config(path / "config.toml"), run)
     kind = prepare_kind(config, base)
@@ -110,16 +112,21 @@ def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
     )
 
 
-def clients_of(saved: SavedAdapters, rows: ObjectRows | None = None) -> LocalClients:
+def clients_of(
+    saved: SavedAdapters, rows: ObjectRows | None = None, *, choosing: bool = False
+) -> LocalClients:
     """The run's clients with their rows, to measure the adapters; they do not train.
 
     Args:
         saved: the adapters.
         rows: of a run whose rows were objects.
+        choosing: whether something is chosen by their validation rows, which must then be those
+            that the run set aside.
 
     Raises:
         DataError: the rows cannot be read.
-        RunFolderError: the rows of its clients are not on this machine.
+        RunFolderError: the rows of its clients are not on this machine, or, where they choose, are
+            not those of the run.
     """
     config, kind = saved.config, saved.kind
     data = {
@@ -130,6 +137,12 @@ def clients_of(saved: SavedAdapters, rows: ObjectRows | None = None) -> LocalCli
         raise RunFolderError(
             f"{saved.path}: the rows of {_listed(absent)} are not on this machine, as [data] in "
             "its config.toml reads them; the run's own figures are in metrics/clients.csv"
+        )
+    if hash_of_rows(data) != saved.data_sha256 and choosing:
+        raise RunFolderError(
+            f"{saved.path}: the rows at {config.data.path!r} are not those of the run: they have "
+            "changed, are split in another way, or were elsewhere. What would choose now may have "
+            "been trained on; restore the rows, or run again with these"
         )
     if hash_of_rows(data) != saved.data_sha256:
         _log.warning(
@@ -218,7 +231,7 @@ def refuse_unknown(saved: SavedAdapters, client: ClientId) -> None:
     """
     if client not in saved.adapters:
         raise ConfigError(
-            f"there is no client {client!r} in this run; its clients are "
+            f"{saved.path}: there is no client {client!r} in this run; its clients are "
             f"{_listed(list(saved.adapters))}"
         )
 
