@@ -22,7 +22,7 @@ from fedmira.report.tables import (
     number_text,
     setting_text,
 )
-from fedmira.report.targets import reached_text
+from fedmira.report.targets import TARGET_RULE, reached_text
 
 __all__ = ["COUNTS", "TUNED_RULE", "interval_text", "markdown", "settings_text", "write_tables"]
 
