@@ -22,9 +22,9 @@ SIZE ?= small
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## local training, FedAvg and two levels on the bundled base and demo data; prints where the report is
+demo: $(STAMP) ## each client alone, one adapter for all, and two levels on the demo, and what each client should take; prints where the page is
 	@number=1; while [ -e "runs/demo-$$number" ]; do number=$$((number + 1)); done; \
-	$(BIN)/fedmira compare --preset demo --algorithms local,fedavg,two-level --output "runs/demo-$$number"
+	$(BIN)/fedmira decide --preset demo --output "runs/demo-$$number"
 
 test: $(STAMP) ## all tests, in two processes; in one: .venv/bin/pytest
 	$(BIN)/pytest -n 2 --dist loadfile

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmira.data import rows_of_clients
-from fedmira.studies.routing import Router, Score
 from fedmira.studies.saved import SavedAdapters, reload_adapters
+from fedmira.studies.serving.routing import Router, Score
 
 GROUPS = (1, 2, 4, 8)
 

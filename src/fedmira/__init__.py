@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmira import errors, methods, observers
-    from fedmira.api import check, compare, decide, load, run, tune
+    from fedmira.api import check, compare, decide, join, load, run, tune
+    from fedmira.api.fleets import align, compress, merge
     from fedmira.config import Config, load_config, setting
     from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
     from fedmira.methods import Method
     from fedmira.observers import Observer
-    from fedmira.studies.fleets import align, compress, merge
     from fedmira.studies.result import Result
 
 __all__ = [
@@ -32,9 +32,10 @@ __all__ = [
     "build_experiment",
     "check",
     "compare",
-    "decide",
     "compress",
+    "decide",
     "errors",
+    "join",
     "load",
     "load_config",
     "merge",
@@ -55,15 +56,16 @@ _HOMES = {
     "Method": "fedmira.methods",
     "Observer": "fedmira.observers",
     "Result": "fedmira.studies.result",
-    "align": "fedmira.studies.fleets",
+    "align": "fedmira.api.fleets",
     "build_experiment": "fedmira.experiment",
     "check": "fedmira.api",
     "compare": "fedmira.api",
+    "compress": "fedmira.api.fleets",
     "decide": "fedmira.api",
-    "compress": "fedmira.studies.fleets",
+    "join": "fedmira.api",
     "load": "fedmira.api",
     "load_config": "fedmira.config",
-    "merge": "fedmira.studies.fleets",
+    "merge": "fedmira.api.fleets",
     "resume_experiment": "fedmira.experiment",
     "run": "fedmira.api",
     "run_experiment": "fedmira.experiment",

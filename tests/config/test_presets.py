@@ -52,7 +52,11 @@ def test_a_preset_opens_with_what_it_is_and_the_command_that_runs_it(name: str) 
     assert description == f"# {preset_description(name)}"
     assert preset_description(name).endswith(".")
     assert command.startswith(
-        (f"# fedmira run --preset {name} --set data.path=", f"# fedmira compare --preset {name} ")
+        (
+            f"# fedmira run --preset {name} --set data.path=",
+            f"# fedmira compare --preset {name} ",
+            f"# fedmira decide --preset {name}",
+        )
     )
 
 

@@ -15,11 +15,12 @@ FIRST = "fedmira.api.run"
 WITH_A_RUN = (
     "fedmira.api.check",
     "fedmira.api.compare",
+    "fedmira.api.join",
     "fedmira.api.load",
     "fedmira.api.tune",
-    "fedmira.studies.fleets.align",
-    "fedmira.studies.fleets.compress",
-    "fedmira.studies.fleets.merge",
+    "fedmira.api.fleets.align",
+    "fedmira.api.fleets.compress",
+    "fedmira.api.fleets.merge",
     "fedmira.studies.result.Result.generate",
     "fedmira.studies.result.Result.merge",
     "fedmira.studies.result.Result.plot",
@@ -45,8 +46,8 @@ ALONE = (
     "fedmira.observers.base.Observer",
     "fedmira.observers.base.Stop",
     "fedmira.observers.early_stopping.EarlyStopping",
-    "fedmira.studies.halving.stage_rounds",
-    "fedmira.studies.halving.stage_sizes",
+    "fedmira.studies.tuning.halving.stage_rounds",
+    "fedmira.studies.tuning.halving.stage_sizes",
 )
 
 

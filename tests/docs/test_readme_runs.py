@@ -72,7 +72,8 @@ def expanded(line: str, before: list[str]) -> list[str]:
 
 def run_command(words: list[str]) -> None:
     """`fedmira ...`, made small where it trains from settings."""
-    if words[1] in ("run", "compare") and "--resume" not in words:
+    trains = words[1] in ("run", "compare") or (words[1] == "decide" and words[2].startswith("-"))
+    if trains and "--resume" not in words:
         small = dict(SMALL)
         if "algorithm.name=local" in words:
             del small["graph.kind"]  # it uses no graph, and a graph is an error then

@@ -72,7 +72,7 @@ def test_every_file_of_the_contract_is_there_and_no_other(folder: Path) -> None:
         for client in CLIENTS
         for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")
     }
-    tables = {"metrics/clients.csv", "metrics/rounds.csv", "adapters/index.json"}
+    tables = {f"metrics/{name}.csv" for name in ("clients", "rounds", "validation")}
     checkpoint = {
         f"checkpoint/round-000004/{name}"
         for name in ("numbers.safetensors", "values.json", "graph.json")
@@ -93,6 +93,7 @@ def test_every_file_of_the_contract_is_there_and_no_other(folder: Path) -> None:
         "report.html",
         ".lock",
         *adapters,
+        "adapters/index.json",
         *tables,
         *checkpoint,
     }

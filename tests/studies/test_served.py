@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 import fedmira
 from fedmira.data import PROMPTS, Example
 from fedmira.errors import ConfigError, RunError
-from fedmira.studies.server_checks import (
+from fedmira.studies.serving.server_checks import (
     filled,
     problems_of_llama,
     problems_of_vllm,
     read_modelfile,
 )
-from fedmira.studies.server_files import ServedClient, ollama_texts, vllm_script
+from fedmira.studies.serving.server_files import ServedClient, ollama_texts, vllm_script
 from small import CLIENTS, call_main, make_run
 from tiny import tiny_model, tiny_tokenizer
 

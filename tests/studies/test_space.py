@@ -20,8 +20,8 @@ from fedmira.config import (
 )
 from fedmira.errors import ConfigError
 from fedmira.methods import Local
-from fedmira.studies.halving import stage_rounds, stage_sizes
-from fedmira.studies.space import (
+from fedmira.studies.tuning.halving import stage_rounds, stage_sizes
+from fedmira.studies.tuning.space import (
     Searched,
     Space,
     default_space,

@@ -1,4 +1,4 @@
-"""The verbs from Python: run, check, compare, tune, decide, load."""
+"""The verbs from Python: run, check, compare, tune, decide, join, load."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from fedmira.studies import (
     tune_settings,
 )
 from fedmira.studies import decide as decide_for
+from fedmira.studies.joining import JoinedClient, join_run
 from fedmira.studies.result import Result
 
-__all__ = ["check", "compare", "decide", "load", "run", "tune"]
+__all__ = ["check", "compare", "decide", "join", "load", "run", "tune"]
 
 
 def run(
@@ -348,6 +349,52 @@ def decide(
             base=ready.base,
             rows=ready.rows,
         )
+
+
+def join(
+    run: str | Path,
+    *,
+    client: str,
+    data: str | Path | Sequence[Mapping[str, Any]] | Any,
+    steps: int | None = None,
+    start: str | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    base: Base | None = None,
+    output: str | Path | None = None,
+) -> JoinedClient:
+    """An adapter for a newcomer with a few rows, begun from those of a run, which stays as it is.
+
+    >>> import fedmira
+    >>> rows = [{"instruction": "Add.", "input": f"{n}+2", "output": f"{n + 2}"} for n in range(9)]
+    >>> made = fedmira.join("runs/first", client="west", data=rows, steps=2, output="west")
+    >>> sorted(made.figures["rows"].items())
+    [('choose', 9), ('held_out', 0), ('train', 9)]
+
+    Args:
+        run: the run folder.
+        client: what the newcomer is called.
+        data: its rows: a file or a folder, or what `run` takes as the rows of a client.
+        steps: local steps, 10 by default; 0 keeps the start as it is.
+        start: "generalist", "nearest", "mix" or "fresh"; None lets the rows choose.
+        settings: dotted key -> value, or KEY=VALUE texts: how rows are read, and [local].
+        base: the base of a run whose base was an object, or one that is loaded already.
+        output: a new folder; by default beside the run, with the client's name behind the run's.
+
+    Raises:
+        InputError: something cannot be used; nothing was trained or written.
+        RunError: training diverges.
+    """
+    given = Path(data) if isinstance(data, str | Path) else rows_from_objects({client: data})
+    return join_run(
+        Path(run),
+        client,
+        given,
+        None if output is None else Path(output),
+        steps=steps,
+        start=start,
+        settings=settings,
+        base=kept_base("join", base),
+    )
 
 
 def load(

@@ -14,7 +14,7 @@ from fedmira.cli.screen import print_json, print_table, say
 from fedmira.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from fedmira.studies.talking import Conversation
+    from fedmira.studies.serving.talking import Conversation
 
 __all__ = ["chat"]
 
@@ -60,7 +60,7 @@ def chat(
     if typed:
         say(f"{_COMMANDS}; loading the base ...")
     from fedmira.studies.saved import reload_adapters
-    from fedmira.studies.talking import Conversation
+    from fedmira.studies.serving.talking import Conversation
 
     saved = reload_adapters(run)
     others = [reload_adapters(path, saved.kind.base) for path in beside or []]

@@ -41,8 +41,8 @@ def export(
 
     Example: fedmira export runs/first --client clinic-north --merged --output clinic-north-model
     """
-    from fedmira.studies.exported import export_adapter
     from fedmira.studies.saved import reload_adapters
+    from fedmira.studies.serving.exported import export_adapter
 
     found = export_adapter(reload_adapters(run), client, output, merged=merged, dtype=dtype)
     if format is Format.json:

@@ -63,7 +63,7 @@ def merge(
 
     Example: fedmira merge runs/first --by metagpt --strength auto --output merged
     """
-    from fedmira.studies import fleets
+    from fedmira.api import fleets
 
     made = fleets.merge(
         _places(folders),
@@ -127,7 +127,7 @@ def compress(
 
     Example: fedmira compress runs/first --rank 4 --output small
     """
-    from fedmira.studies import fleets
+    from fedmira.api import fleets
 
     if joined and around is None:
         raise ConfigError(
@@ -188,7 +188,7 @@ def align(
 
     Example: fedmira align adapters/* --rows validation --output aligned
     """
-    from fedmira.studies import fleets
+    from fedmira.api import fleets
 
     made = fleets.align(
         _places(folders),

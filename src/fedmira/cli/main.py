@@ -19,6 +19,7 @@ from fedmira.cli import (
     fleets,
     flower,
     generate,
+    join,
     presets,
     report,
     route,
@@ -58,6 +59,7 @@ for _verb in (
     fleets.merge,
     fleets.compress,
     fleets.align,
+    join.join,
     report.report,
     presets.presets,
 ):

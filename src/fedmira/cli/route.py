@@ -35,8 +35,8 @@ def route(
     Example: fedmira route runs/first --rows few.jsonl
     """
     from fedmira.data import rows_of_file
-    from fedmira.studies.routing import Router
     from fedmira.studies.saved import reload_adapters
+    from fedmira.studies.serving.routing import Router
 
     if (text is None) == (rows is None):
         raise ConfigError("route: give a text or --rows FILE, and not both")

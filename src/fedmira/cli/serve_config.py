@@ -38,7 +38,7 @@ def serve_config(
     Example: fedmira serve-config runs/first --output serve
     """
     from fedmira.studies.saved import reload_adapters
-    from fedmira.studies.served import write_served
+    from fedmira.studies.serving.served import write_served
 
     found = write_served(reload_adapters(run), output, clients=client or (), base=base)
     if format is Format.json:

@@ -16,9 +16,9 @@ from fedmira.data.encoding import Encoder
 from fedmira.data.from_objects import ObjectRows
 from fedmira.data.partition import ClientRows
 from fedmira.data.problems import Problems
-from fedmira.data.reading import ReadRows, check_ids, read_all, read_rows, split_all
+from fedmira.data.reading import ReadRows, check_ids, read_all, read_one, read_rows, split_all
 from fedmira.data.rendering import uses_clock
-from fedmira.data.split import Split, split_rows
+from fedmira.data.split import Split, kept_whole, split_rows
 from fedmira.data.tokenizer import Tokenizer
 from fedmira.errors import DataError
 
@@ -26,9 +26,11 @@ __all__ = [
     "CUT_SHARE",
     "ClientSummary",
     "Dataset",
+    "Newcomer",
     "check_apart",
     "check_clock",
     "load_clients",
+    "load_newcomer",
     "load_own",
     "make_encoder",
     "read_summary",
@@ -165,6 +167,68 @@ def load_own(settings: DataSettings, seed: int, tokenizer: Tokenizer, name: str)
     own = [replace(found[0], client_id=name)]
     check_ids(own)
     return _encoded(own, split_all(own, settings, seed), settings, seed, tokenizer)[0][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """The rows of a client that comes to a run that is over.
+
+    Attributes:
+        data: its rows; all train but those that the source sets aside for testing.
+        groups: of each training row, equal numbers for rows that must not be told apart: turns of
+            one conversation, and rows that ask the same.
+        notes: what was left out of the rows or done to them, a sentence each.
+    """
+
+    data: ClientData
+    groups: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+def load_newcomer(
+    settings: DataSettings,
+    seed: int,
+    tokenizer: Tokenizer,
+    name: str,
+    rows: ObjectRows | None = None,
+) -> Newcomer:
+    """The rows of one client, none of which is left to chance: there is no split.
+
+    Args:
+        settings: the [data] section of the run, with the path of the rows; how a run thins, deals
+            and splits rows does not count here.
+        seed: of the run.
+        tokenizer: that of the base.
+        name: what the client will be called.
+        rows: where they are objects.
+
+    Raises:
+        DataError: rows cannot be read, are of several clients, or none is left to train on.
+    """
+    check_clock(settings, tokenizer)
+    client, left_out, said = read_one(settings, seed, name, rows)
+    split, problems = kept_whole(client), Problems()
+    encoder = make_encoder(settings, tokenizer)
+    parts = [encoder.turns(part, problems) for part in (split.train, (), split.test)]
+    problems.raise_if_any()
+    data = encoder.encode_client(client, split, parts)
+    if not data.train:
+        raise DataError(f"{name}: no row is left to train on; all of them are test rows")
+    same = _groups(parts[0])
+    notes = (*left_out, *said, *_notes([data], settings, encoder))
+    return Newcomer(data, tuple(same[row] for row in data.train), notes)
+
+
+def _groups(turns: Sequence[EncodedTurn]) -> dict[EncodedExample, int]:
+    """Row -> the number of its group: turns of one row, and turns that read the same."""
+    groups: dict[Hashable, int] = {}
+    for number, turn in enumerate(turns):
+        keys = (("row", turn.source.prompt), ("reading", turn.reading), ("tokens", turn.row))
+        first, *others = sorted({groups[key] for key in keys if key in groups}) or [number]
+        if others:
+            groups |= {key: first for key, group in groups.items() if group in others}
+        groups |= dict.fromkeys(keys, first)
+    return {turn.row: groups["tokens", turn.row] for turn in turns}
 
 
 def check_clock(settings: DataSettings, tokenizer: Tokenizer) -> None:

@@ -14,6 +14,7 @@ from fedmira.data.from_objects import OBJECT, ObjectRows
 from fedmira.data.partition import ClientRows, partition_tasks, safe_id
 from fedmira.data.problems import Problems
 from fedmira.data.sources import reader
+from fedmira.data.sources.jsonl import read_own
 from fedmira.data.split import Split, split_rows
 from fedmira.errors import DataError
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_ids",
     "id_problem",
     "read_all",
+    "read_one",
     "read_rows",
     "split_all",
     "told_left_out",
@@ -110,6 +112,48 @@ def read_all(
         (*reading.skipped, *partition.skipped),
         (*reading.notes, *partition.notes),
     )
+
+
+def read_one(
+    settings: DataSettings, seed: int, name: str, rows: ObjectRows | None = None
+) -> tuple[ClientRows, tuple[str, ...], tuple[str, ...]]:
+    """The rows of one client by itself, what was left out, and what is to be said.
+
+    Args:
+        settings: the [data] section, with the path of the client's rows.
+        seed: of the run.
+        name: what the client is called, whatever it is called there.
+        rows: where they are objects.
+
+    Raises:
+        DataError: the source cannot be read, or holds several clients and none of this name.
+    """
+    # How a run deals and thins the rows of all its clients says nothing of these few.
+    changes = {"clients": 0, "partition": "task", "min_rows": 1, "sample_fraction": 1.0}
+    settings = settings.model_copy(update=changes)
+    if settings.source == OBJECT:
+        reading = _given(settings, rows).reading(settings, seed)
+    elif settings.source == "jsonl":
+        reading = read_own(settings, seed, name)
+    else:
+        reading = reader(settings.source)(settings, seed)
+    found = [task for task in reading.tasks if task.name == name] or reading.tasks
+    if len(found) != 1:
+        held = ", ".join(task.name for task in reading.tasks[:8])
+        raise DataError(
+            f"{settings.path or 'the rows'}: holds {len(reading.tasks)} clients, and none is "
+            f"called {name!r}; {f'it holds {held}: ' if held else ''}give the rows of one"
+        )
+    (task,) = found
+    client = ClientRows(
+        client_id=name,
+        task=task.name,
+        category=task.category,
+        examples=task.examples,
+        test=task.test,
+        validation=task.validation,
+    )
+    return client, reading.skipped, reading.notes
 
 
 def split_all(

@@ -17,7 +17,7 @@ from fedmira.data.partition import ClientRows
 from fedmira.data.problems import Problems
 from fedmira.data.randomness import generator, shuffled
 
-__all__ = ["Split", "most_rows", "split_rows"]
+__all__ = ["Split", "kept_whole", "most_rows", "split_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,21 @@ def split_rows(
         for part in (client.examples, client.test or (), client.validation or ())
     )
     return replace(_cut(parts, settings, position), duplicates=copies)
+
+
+def kept_whole(client: ClientRows) -> Split:
+    """All rows train, but for those that the source itself sets aside for testing.
+
+    Rows that the source sets aside for choosing train too.
+
+    Args:
+        client: its rows, and what the source itself sets aside.
+    """
+    given, test = [*client.examples, *(client.validation or ())], _distinct(client.test or ())
+    rows = _distinct(given)
+    train = [row for group in _without(by_prompt(rows), test, {}) for row in group]
+    copies = len(given) - len(rows) + len(client.test or ()) - len(test)
+    return Split(tuple(train), (), tuple(test), copies, len(rows) - len(train))
 
 
 def _parts(

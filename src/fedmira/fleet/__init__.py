@@ -1,14 +1,18 @@
-"""What is done with adapters that exist already: merged, compressed, aligned."""
+"""What is done with adapters that exist already: merged, compressed, aligned, joined."""
 
 from fedmira.fleet.align import Aligned, AlignSettings, Moved, align_fleet
 from fedmira.fleet.compress import Compressed, CompressedFleet, compress_fleet
 from fedmira.fleet.decide import DecidedFleet, decide
-from fedmira.fleet.folders import Fleet, read_fleet
+from fedmira.fleet.folders import Fleet, read_fleet, rows_of_run
+from fedmira.fleet.join import Joined, Joining, JoinSettings, Trial, best_way, check_enough
 from fedmira.fleet.merge import STRENGTHS, WAYS, Merged, merge_fleet
-from fedmira.fleet.output import check_new
+from fedmira.fleet.output import check_new, new_folder
 from fedmira.fleet.rows import OwnRows
+from fedmira.fleet.starts import RULES, SHARED, Pool
 
 __all__ = [
+    "RULES",
+    "SHARED",
     "STRENGTHS",
     "WAYS",
     "AlignSettings",
@@ -17,13 +21,22 @@ __all__ = [
     "CompressedFleet",
     "DecidedFleet",
     "Fleet",
+    "JoinSettings",
+    "Joined",
+    "Joining",
     "Merged",
     "Moved",
     "OwnRows",
+    "Pool",
+    "Trial",
     "align_fleet",
+    "best_way",
+    "check_enough",
     "check_new",
     "compress_fleet",
     "decide",
     "merge_fleet",
+    "new_folder",
     "read_fleet",
+    "rows_of_run",
 ]

@@ -16,7 +16,7 @@ from fedmira.errors import ConfigError, RunError, RunFolderError
 from fedmira.model import LoraFolder, read_lora_folder
 from fedmira.runs import RunFolder
 
-__all__ = ["Fleet", "read_fleet"]
+__all__ = ["Fleet", "read_fleet", "rows_of_run"]
 
 _CONFIG = "adapter_config.json"
 
@@ -106,13 +106,21 @@ def _of_run(path: Path, base: str) -> Fleet:
     if told := RunFolder(path).not_ended():
         _log.warning("%s", told)
     members = [read_lora_folder(path / "adapters" / client, client) for client in index]
-    rows = {}
+    return Fleet(tuple(members), path, rows_of_run(path), _check_base(members, base))
+
+
+def rows_of_run(path: Path) -> dict[str, int]:
+    """Client -> its training rows, as far as the run's tables tell.
+
+    Args:
+        path: the run folder.
+    """
     table = path / "metrics" / "clients.csv"
-    if table.is_file():
-        with table.open(encoding="utf-8", newline="") as file:
-            counts = {line["client"]: line["train_rows"] for line in csv.DictReader(file)}
-        rows = {client: int(count) for client, count in counts.items() if count.isdigit()}
-    return Fleet(tuple(members), path, rows, _check_base(members, base))
+    if not table.is_file():
+        return {}
+    with table.open(encoding="utf-8", newline="") as file:
+        counts = {line["client"]: line["train_rows"] for line in csv.DictReader(file)}
+    return {client: int(count) for client, count in counts.items() if count.isdigit()}
 
 
 def _within(path: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from fedmira.report.comparison import write_comparison
 from fedmira.report.comparison_figures import Figures
 from fedmira.report.decision import ClientDecision, Decisions, write_decision
 from fedmira.report.findings import SummaryRow, summary_rows
+from fedmira.report.joining import write_joining
 from fedmira.report.page import write_report
 from fedmira.report.pictures import Picture, picture_of_graph, picture_of_rounds
 from fedmira.report.read import read_run
@@ -33,6 +34,7 @@ __all__ = [
     "write_alignment",
     "write_comparison",
     "write_decision",
+    "write_joining",
     "write_report",
     "write_tuning",
 ]

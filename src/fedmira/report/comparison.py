@@ -135,6 +135,16 @@ def heat(loss: float, best: float) -> int:
     return sum(excess > limit for limit in HEAT_LIMITS)
 
 
+_RULES = {
+    "rule": NOISE_RULE,
+    "choice_rule": RULE,
+    "target_rule": TARGET_RULE,
+    "sharing_rule": SHARING_RULE,
+    "tuned_rule": TUNED_RULE,
+}
+"""What the page says of its figures, by the name in the template."""
+
+
 def _content(figures: Figures, folder: Path) -> dict[str, Any]:
     columns, cells = _loss_table(figures)
     lines = [
@@ -165,9 +175,7 @@ def _content(figures: Figures, folder: Path) -> dict[str, Any]:
             for name, metric in TEXT_METRICS.items()
             if any(row[name] is not None for row in figures.method_rows)
         ],
-        "rule": NOISE_RULE,
-        "choice_rule": RULE,
-        "target_rule": TARGET_RULE,
+        **_RULES,
         "level": f"{100 * LEVEL:g} %",
         "limit": f"{100 * CHANGE_LIMIT:g} %",
         "charts": [
@@ -190,8 +198,6 @@ def _content(figures: Figures, folder: Path) -> dict[str, Any]:
         "rows": len(cells),
         "heat_keys": heat_keys,
         "settings": _differing_settings(figures.methods),
-        "sharing_rule": SHARING_RULE,
-        "tuned_rule": TUNED_RULE,
         "tuned": _tuned(figures),
     }
 

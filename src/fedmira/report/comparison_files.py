@@ -122,15 +122,7 @@ def markdown(figures: Figures) -> str:
         "of them that local training moves."
     )
     parts += ["\n".join(f"- {note}" for note in figures.notes)] if figures.notes else []
-    if figures.target is not None:
-        parts += [
-            f"## To a test loss of {figures.target:g}",
-            _table(_target_columns(), figures.method_rows),
-            TARGET_RULE,
-        ]
-    if figures.tuned:
-        chosen = [f"- {name}: {settings_text(figures.tuned.get(name))}" for name in figures.methods]
-        parts += ["## Tuned settings", "\n".join(chosen), TUNED_RULE]
+    parts += [*_target(figures), *_tuned(figures)]
     parts += ["## Clients", _table(_client_columns(figures), figures.client_rows[:MOST_ROWS])]
     if len(figures.client_rows) > MOST_ROWS:
         parts.append(
@@ -141,7 +133,7 @@ def markdown(figures: Figures) -> str:
 
 
 def _sharing(figures: Figures) -> list[str]:
-    """What sharing gains, where a method stands beside its control."""
+    """What each method gains over its own control."""
     if not figures.sharing:
         return []
     lines = [
@@ -151,6 +143,22 @@ def _sharing(figures: Figures) -> list[str]:
     ]
     head = ["| method | control | read-out | difference | below / above |", "|---|---|---|---|---|"]
     return ["## What sharing gains", "\n".join([*head, *lines]), SHARING_RULE]
+
+
+def _target(figures: Figures) -> list[str]:
+    """How soon each method came to the loss that was set."""
+    if figures.target is None:
+        return []
+    table = _table(_target_columns(), figures.method_rows)
+    return [f"## To a test loss of {figures.target:g}", table, TARGET_RULE]
+
+
+def _tuned(figures: Figures) -> list[str]:
+    """What a search chose for each method."""
+    if not figures.tuned:
+        return []
+    chosen = [f"- {name}: {settings_text(figures.tuned.get(name))}" for name in figures.methods]
+    return ["## Tuned settings", "\n".join(chosen), TUNED_RULE]
 
 
 Columns = dict[str, Any]

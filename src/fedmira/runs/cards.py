@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmira.config import Config
@@ -74,12 +74,40 @@ class AdapterCards:
             for key, meaning in meanings.items()
             if key in figures
         ]
+        made = (
+            f"Made by fedmira with `{self._config.algorithm.name}`: {self._chosen()}. "
+            f"Trained on {row['train_rows']} rows, measured on "
+            f"{row['test_rows']} test rows of this client."
+        )
+        about = [
+            "## Figures",
+            "From index.json in the folder above. Losses are nats per response token on "
+            "the client's own test rows; lower is better.",
+            "\n".join(["| key | value | meaning |", "|---|---|---|", *lines]),
+        ]
+        return self.told(client, made, shared, about, entry["sha256"])
+
+    def told(
+        self,
+        client: ClientId,
+        made: str,
+        shared: Mapping[str, Any],
+        about: Sequence[str],
+        sha256: str,
+    ) -> str:
+        """A card with words of one's own, such as that of a client that came later.
+
+        Args:
+            client: its id.
+            made: how the adapter was made, in sentences.
+            shared: what the prompts of its training rows share.
+            about: paragraphs behind base, prompt and code.
+            sha256: of the adapter's tensors.
+        """
         parts = [
             self._head(),
             f"# Adapter of {client}",
-            f"Made by fedmira with `{self._config.algorithm.name}`: {self._chosen()}. "
-            f"Trained on {row['train_rows']} rows, measured on "
-            f"{row['test_rows']} test rows of this client. An adapter can give away some "
+            f"{made} An adapter can give away some "
             "of the rows that it learned from; pass it on with "
             "the care that the rows need.",
             self._about_base(),
@@ -89,11 +117,8 @@ class AdapterCards:
             "With plain PEFT, and no fedmira; what stands in braces or in capitals is for "
             "you to fill in.",
             f"```python\n{self._code(shared)}\n```",
-            "## Figures",
-            "From index.json in the folder above. Losses are nats per response token on "
-            "the client's own test rows; lower is better.",
-            "\n".join(["| key | value | meaning |", "|---|---|---|", *lines]),
-            f"`sha256` of the adapter's tensors: {entry['sha256']}",
+            *about,
+            f"`sha256` of the adapter's tensors: {sha256}",
         ]
         return "\n\n".join(parts) + "\n"
 

@@ -4,7 +4,7 @@ from fedmira.studies.comparison import Comparison, compare_algorithms, plan_meth
 from fedmira.studies.decision import Decision, decide
 from fedmira.studies.plan import Plan, make_plan
 from fedmira.studies.saved import SavedAdapters, answer
-from fedmira.studies.tuning import Search, Tuning, tune_methods, tune_settings
+from fedmira.studies.tuning.search import Search, Tuning, tune_methods, tune_settings
 
 __all__ = [
     "Comparison",

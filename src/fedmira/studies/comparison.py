@@ -38,7 +38,7 @@ from fedmira.runs import RunFolder
 from fedmira.studies.controls import controls_of, with_controls
 from fedmira.studies.ground import CommonGround, PlannedRun, with_one_clock
 from fedmira.studies.notebook import html_table
-from fedmira.studies.tuned import Tuned, read_tuned
+from fedmira.studies.tuning.tuned import Tuned, read_tuned
 
 if TYPE_CHECKING:
     import pandas

@@ -20,12 +20,12 @@ from fedmira.metrics import metrics
 from fedmira.model import BaseModel
 from fedmira.report import Picture, picture_of_graph, picture_of_rounds
 from fedmira.runs import RunFolder
-from fedmira.studies.exported import Exported, export_adapter
 from fedmira.studies.notebook import html_table
-from fedmira.studies.routing import Router
 from fedmira.studies.saved import SavedAdapters, answer, clients_of, reload_adapters
-from fedmira.studies.served import Served, write_served
-from fedmira.studies.talking import Conversation
+from fedmira.studies.serving.exported import Exported, export_adapter
+from fedmira.studies.serving.routing import Router
+from fedmira.studies.serving.served import Served, write_served
+from fedmira.studies.serving.talking import Conversation
 
 if TYPE_CHECKING:
     import pandas

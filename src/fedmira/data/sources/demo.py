@@ -32,9 +32,21 @@ from fedmira.data.sources.demo_words import (
 )
 from fedmira.data.sources.grouping import sampled
 
-__all__ = ["DEMO_TEST_ROWS", "Task", "demo_tasks", "pretraining_rows", "read"]
+__all__ = [
+    "DEMO_TEST_ROWS",
+    "DEMO_VALIDATION_ROWS",
+    "Task",
+    "demo_tasks",
+    "pretraining_rows",
+    "read",
+]
 
 DEMO_TEST_ROWS = 32
+DEMO_VALIDATION_ROWS = 32
+"""At most, beside the training rows, where data.validation_fraction says that they are wanted; two
+small grammars (`clinic-south`, `bank-app`) have 4 and 2 inputs left."""
+
+_MOST_REPEATED = 2000  # draws in a row that bring nothing new: the grammar has no more
 
 Row = tuple[str, str]  # input, output
 
@@ -359,17 +371,25 @@ PRETRAINING: list[Task] = [
 ]
 
 
-def demo_tasks(seed: int = 0) -> list[RawTask]:
+def demo_tasks(seed: int = 0, *, validation: bool = False) -> list[RawTask]:
     """The demo's tasks, with training rows and `DEMO_TEST_ROWS` test rows; no input stands in both.
 
     Args:
         seed: draws other rows of the same tasks.
+        validation: whether `DEMO_VALIDATION_ROWS` further rows are set aside; the others stay.
     """
+    more = DEMO_VALIDATION_ROWS if validation else 0
     return [
-        RawTask(task.name, family, examples[: task.rows], examples[task.rows :])
+        RawTask(
+            task.name,
+            family,
+            examples[: task.rows],
+            examples[task.rows : task.rows + DEMO_TEST_ROWS],
+            examples[task.rows + DEMO_TEST_ROWS :] if validation else None,
+        )
         for family, tasks in FAMILIES.items()
         for task in tasks
-        for examples in [list(_distinct(task, task.rows + DEMO_TEST_ROWS, seed))]
+        for examples in [list(_distinct(task, task.rows + DEMO_TEST_ROWS + more, seed))]
     ]
 
 
@@ -380,7 +400,7 @@ def read(settings: DataSettings, seed: int) -> Reading:
         settings: the [data] section.
         seed: the seed of the run.
     """
-    tasks = demo_tasks(seed)
+    tasks = demo_tasks(seed, validation=settings.validation_fraction > 0)
     return Reading(
         tuple(
             replace(task, examples=sampled(list(task.examples), task.name, settings, seed))
@@ -390,12 +410,16 @@ def read(settings: DataSettings, seed: int) -> Reading:
 
 
 def _distinct(task: Task, count: int, seed: int) -> Iterator[Example]:
+    """Rows of different inputs, so many or as many as the task's grammar has."""
     rng = random.Random(f"demo {seed} {task.name}")
     seen: set[str] = set()
-    while len(seen) < count:
+    repeated = 0
+    while len(seen) < count and repeated < _MOST_REPEATED:
         text, answer = task.draw(rng)
+        repeated += 1
         if text not in seen:
             seen.add(text)
+            repeated = 0
             yield Example(task.instruction, text, answer, where=f"demo:{task.name}#{len(seen)}")
 
 

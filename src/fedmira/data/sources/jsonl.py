@@ -22,7 +22,7 @@ from fedmira.data.sources.grouping import group_key, sampled, tables_by_key
 from fedmira.data.sources.layouts import PARTS, parts_of, rows_of, sorted_out
 from fedmira.data.tables import ENDINGS, stem_of
 
-__all__ = ["read"]
+__all__ = ["read", "read_own"]
 
 _LAYOUTS = "PATH/<client>/train.jsonl, PATH/<client>.jsonl, or one .jsonl file with a client column"
 _KINDS = f"{', '.join(ENDINGS)} files, also with .gz, are read"
@@ -53,6 +53,39 @@ def read(settings: DataSettings, seed: int) -> Reading:
     skipped, notes = reader.rows.finish()
     problems.raise_if_any()
     return Reading(tuple(tasks), (*reader.skipped, *skipped), (*reader.notes, *notes))
+
+
+def read_own(settings: DataSettings, seed: int, name: str) -> Reading:
+    """Reads the rows of one client, which need not say whose they are.
+
+    Besides what `read` reads, `settings.path` may be a file of the client's rows, or its folder
+    with train.* and perhaps test.* and validation.*. Where the rows name clients in
+    `data.column`, each becomes a task, as with `read`.
+
+    Args:
+        settings: the [data] section.
+        seed: the seed of the run.
+        name: what the client is called where no row says it.
+
+    Raises:
+        DataError: all problems of all files, together.
+    """
+    place = Path(settings.path)
+    if place.is_file():
+        parts = {"train": [place]}
+    else:
+        parts = parts_of(sorted_out(place, [])[0]) if place.is_dir() else {}
+    if "train" not in parts or "" in parts:
+        return read(settings, seed)
+    key = settings.column
+    if any(key in row for _, row in rows_of(parts["train"], Problems(), [])):
+        return read(settings, seed)
+    problems = Problems()
+    reader = _Clients(settings, seed, problems)
+    task = reader.of_parts(name, parts)
+    skipped, notes = reader.rows.finish()
+    problems.raise_if_any()
+    return Reading((task,), (*reader.skipped, *skipped), (*reader.notes, *notes))
 
 
 class _Clients:
@@ -132,7 +165,11 @@ class _Clients:
             )
             return RawTask(folder.name, "", [])
         self.skipped += [*others, *(f"{entry}: a folder inside of a client's" for entry in folders)]
-        return self._task(folder.name, *(parts.get(part) for part in PARTS))
+        return self.of_parts(folder.name, parts)
+
+    def of_parts(self, name: str, parts: dict[str, list[Path]]) -> RawTask:
+        """A client of the files of each part."""
+        return self._task(name, *(parts.get(part) for part in PARTS))
 
     def _task(
         self,

@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 
-from fedmira.studies.server_files import ServedClient
+from fedmira.studies.serving.server_files import ServedClient
 
 __all__ = ["LOAD", "page"]
 

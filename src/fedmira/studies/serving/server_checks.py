@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fedmira.errors import RunError
-from fedmira.studies.server_files import LORA_RANKS
+from fedmira.studies.serving.server_files import LORA_RANKS
 
 __all__ = ["filled", "problems_of_llama", "problems_of_vllm", "read_modelfile"]
 

@@ -20,7 +20,7 @@ __all__ = ["check_stages", "stage_rounds", "stage_sizes"]
 def stage_sizes(trials: int, rate: int) -> list[int]:
     """How many trials run in each stage.
 
-    >>> from fedmira.studies.halving import stage_sizes
+    >>> from fedmira.studies.tuning.halving import stage_sizes
     >>> stage_sizes(9, 3)
     [9, 3, 1]
 
@@ -46,7 +46,7 @@ def stage_sizes(trials: int, rate: int) -> list[int]:
 def stage_rounds(rounds: int, stages: int, rate: int) -> list[int]:
     """The round up to which the trials of each stage run.
 
-    >>> from fedmira.studies.halving import stage_rounds
+    >>> from fedmira.studies.tuning.halving import stage_rounds
     >>> stage_rounds(20, 3, 3)
     [3, 7, 20]
 

@@ -20,8 +20,8 @@ from fedmira.errors import ConfigError, RunError, RunFolderError
 from fedmira.messages import ClientId
 from fedmira.model import FoldProof, LoraKind, adapter_logits, held_against, write_folded
 from fedmira.runs import RunFolder
-from fedmira.studies.request_forms import FewRows, RequestForm, few_rows, request_form
 from fedmira.studies.saved import SavedAdapters, refuse_unknown
+from fedmira.studies.serving.request_forms import FewRows, RequestForm, few_rows, request_form
 
 __all__ = ["DTYPES", "Exported", "export_adapter", "fresh_folder"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedmira.errors import ConfigError, RunFolderError
 from fedmira.seeds import seed_for
-from fedmira.studies.space import Searched, Space
+from fedmira.studies.tuning.space import Searched, Space
 
 __all__ = ["OptunaStudy", "check_optuna"]
 

@@ -29,11 +29,18 @@ from fedmira.model import BaseModel
 from fedmira.observers import Observer
 from fedmira.report import write_tuning
 from fedmira.studies.ground import with_one_clock
-from fedmira.studies.halving import check_stages, stage_rounds, stage_sizes
 from fedmira.studies.notebook import html_table
-from fedmira.studies.space import Space, default_space, draw, edge_notes, foreign_keys, read_space
-from fedmira.studies.tpe import OptunaStudy, check_optuna
-from fedmira.studies.trials import At, Trial, Trials
+from fedmira.studies.tuning.halving import check_stages, stage_rounds, stage_sizes
+from fedmira.studies.tuning.space import (
+    Space,
+    default_space,
+    draw,
+    edge_notes,
+    foreign_keys,
+    read_space,
+)
+from fedmira.studies.tuning.tpe import OptunaStudy, check_optuna
+from fedmira.studies.tuning.trials import At, Trial, Trials
 
 if TYPE_CHECKING:
     import pandas

@@ -15,16 +15,16 @@ from fedmira.errors import ConfigError, RunError
 from fedmira.messages import ClientId
 from fedmira.model import LoraKind, end_tokens
 from fedmira.runs import RunFolder
-from fedmira.studies.exported import fresh_folder
-from fedmira.studies.request_forms import FewRows, few_rows, request_form
 from fedmira.studies.saved import SavedAdapters, refuse_unknown
-from fedmira.studies.server_checks import (
+from fedmira.studies.serving.exported import fresh_folder
+from fedmira.studies.serving.request_forms import FewRows, few_rows, request_form
+from fedmira.studies.serving.server_checks import (
     filled,
     problems_of_llama,
     problems_of_vllm,
     read_modelfile,
 )
-from fedmira.studies.server_files import (
+from fedmira.studies.serving.server_files import (
     ServedClient,
     bare_prompt,
     convert_script,
@@ -34,7 +34,7 @@ from fedmira.studies.server_files import (
     resolver_script,
     vllm_script,
 )
-from fedmira.studies.server_pages import LOAD, page
+from fedmira.studies.serving.server_pages import LOAD, page
 
 __all__ = ["Served", "write_served"]
 

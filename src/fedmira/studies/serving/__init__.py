@@ -1,0 +1,1 @@
+"""The adapters of a finished run put to use: exported, served, talked to, chosen among."""

@@ -1,0 +1,1 @@
+"""Settings chosen by validation loss: spaces, searches, trials, and what comparisons take."""
