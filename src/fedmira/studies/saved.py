@@ -51,6 +51,7 @@ class SavedAdapters:
         adapters: each client's, read when it is asked for.
         ranks: of each adapter, 0 where it has none.
         data_sha256: of the rows that the run was made with.
+        rows_elsewhere: whether nodes had the rows, so that the hash is of what they told.
         prompts: what the prompts of a client's training rows share, where it is known.
     """
 
@@ -60,6 +61,7 @@ class SavedAdapters:
     adapters: Mapping[ClientId, Adapter]
     ranks: Mapping[ClientId, int]
     data_sha256: str
+    rows_elsewhere: bool = False
     prompts: Mapping[ClientId, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -109,6 +111,7 @@ def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
             if isinstance(entry, dict) and isinstance(entry.get("prompt"), dict)
         },
         data_sha256=rows.get("sha256", ""),
+        rows_elsewhere="federation" in run,
     )
 
 
@@ -138,13 +141,14 @@ def clients_of(
             f"{saved.path}: the rows of {_listed(absent)} are not on this machine, as [data] in "
             "its config.toml reads them; the run's own figures are in metrics/clients.csv"
         )
-    if hash_of_rows(data) != saved.data_sha256 and choosing:
+    same = hash_of_rows(data) == saved.data_sha256
+    if choosing and not same and not saved.rows_elsewhere:
         raise RunFolderError(
             f"{saved.path}: the rows at {config.data.path!r} are not those of the run: they have "
             "changed, are split in another way, or were elsewhere. What would choose now may have "
             "been trained on; restore the rows, or run again with these"
         )
-    if hash_of_rows(data) != saved.data_sha256:
+    if not same:
         _log.warning(
             "%s: these are not known to be the rows of the run: they have changed, are "
             "split in another way, or were elsewhere",
