@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,15 +28,16 @@ from small import make_config
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for sockets of this test alone.
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for sockets of this test alone, with a short name: a socket's has 108 bytes at most.
 
-    A process that it leaves behind is ended by its id.
+    A process that is left behind is ended by its id.
     """
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    yield tmp_path / f"fedmira-{os.getuid()}"
-    for number in residents(tmp_path):
-        os.kill(number, signal.SIGKILL)
+    with tempfile.TemporaryDirectory(prefix="fm") as short:
+        monkeypatch.setattr("tempfile.tempdir", short)
+        yield Path(short) / f"fedmira-{os.getuid()}"
+        for number in residents(Path(short)):
+            os.kill(number, signal.SIGKILL)
 
 
 def residents(folder: Path) -> list[int]:
@@ -66,12 +68,12 @@ def test_it_answers_like_this_process_and_is_started_when_it_is_missing(
     first = ask_resident(node, settings, IDENTITY, question)
     assert first == answer_here(node, settings, IDENTITY, question)
     assert json.loads(str(unpack(first).header["party"]))["client_id"] == "apple-1"
-    (number,) = residents(tmp_path)
+    (number,) = residents(place.parent)
     with pytest.raises(NodeError, match="a message of kind 'query.nonsense'"):
         ask_resident(node, settings, "query.nonsense", question)
     with pytest.raises(NodeError, match="'/nowhere' does not exist"):
         ask_resident({**node, "data-path": "/nowhere"}, settings, IDENTITY, question)
-    assert residents(tmp_path) == [number], "an error does not end it"
+    assert residents(place.parent) == [number], "an error does not end it"
     os.kill(number, signal.SIGKILL)
     os.waitpid(number, 0)  # its socket is closed when it is gone altogether
     assert ask_resident(node, settings, IDENTITY, question) == first
