@@ -46,6 +46,29 @@ def test_a_control_is_known_by_its_settings(base_folder: Path, clients_folder: P
         with_controls(taken)
 
 
+def test_a_safeguard_has_the_control_that_has_nothing_to_decline(
+    base_folder: Path, clients_folder: Path
+) -> None:
+    config = make_config(base_folder, clients_folder)
+    guarded = {"guarded": ["algorithm.name=two-level", "algorithm.safeguard=true"]}
+    assert controls_of(plan_methods(config, ["local", "two-level"], guarded)) == {}
+    plans = with_controls(plan_methods(config, ["two-level"], guarded))
+    assert controls_of(plans)["guarded"] in ("two-level-alone", "guarded-alone")
+    assert not plans["guarded-alone"].algorithm.safeguard  # type: ignore[attr-defined]
+
+
+def test_a_control_that_does_not_go_with_a_method_is_none(
+    base_folder: Path, clients_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told before anything trains where controls are asked for; no error where they are not."""
+    plans = plan_methods(make_config(base_folder, clients_folder), ["local", "two-level"])
+    impossible = {"alone": {"algorithm.coupling": -1.0}}
+    monkeypatch.setattr(type(plans["two-level"].algorithm), "controls", impossible)
+    assert controls_of(plans) == {}
+    with pytest.raises(ConfigError, match=r"two-level-alone: .*coupling"):
+        with_controls(plans)
+
+
 def test_a_comparison_with_controls_says_what_sharing_gains(
     base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:

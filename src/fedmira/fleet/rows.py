@@ -143,14 +143,15 @@ class OwnRows:
         Args:
             updates: by name, with their scales in B.
         """
-        found: dict[str, list[TokenLoss]] = {}
-        for turn in self._in_turns(updates):
-            for place in range(max(len(self.rows[name]) for name in turn)):
-                names = [name for name in turn if len(self.rows[name]) > place]
-                rows = [[self.rows[name][place]] for name in names]
-                sums = self.kind.losses(*self._stacked(updates, names), rows, self.budget)
-                for name, total, (row,) in zip(names, sums, rows, strict=True):
-                    found.setdefault(name, []).append(TokenLoss(total, len(row.response)))
+        found = {}
+        for names in self._in_turns(updates):
+            rows = [self.rows[name] for name in names]
+            sums = self.kind.row_losses(*self._stacked(updates, names), rows, self.budget)
+            for name, totals, own in zip(names, sums, rows, strict=True):
+                found[name] = [
+                    TokenLoss(total, len(row.response))
+                    for total, row in zip(totals, own, strict=True)
+                ]
         return found
 
     def _in_turns(self, updates: Mapping[str, Adapter]) -> list[list[str]]:

@@ -151,7 +151,11 @@ class TwoLevel(MayDecline):
         "horizon": (0.5, 1.0),
     }
     controls: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "alone": {"algorithm.coupling": 0.0, "algorithm.common_rank": 0},
+        "alone": {  # who is not pulled has nothing to decline
+            "algorithm.coupling": 0.0,
+            "algorithm.common_rank": 0,
+            "algorithm.safeguard": False,
+        },
         "common": {"algorithm.coupling": 0.0},
         "shuffled": {"graph.shuffled": True},
     }

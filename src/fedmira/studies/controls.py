@@ -20,7 +20,8 @@ def with_controls(plans: Mapping[str, Config]) -> dict[str, Config]:
         plans: name of a method in the comparison -> its settings.
 
     Raises:
-        ConfigError: no method among them has a control, or a name is taken.
+        ConfigError: no method among them has a control, a name is taken, or a control does not go
+            with its method's other settings.
     """
     found: dict[str, Config] = {}
     for name, plan in plans.items():
@@ -29,7 +30,10 @@ def with_controls(plans: Mapping[str, Config]) -> dict[str, Config]:
             own = f"{name}-{control}"
             if own in plans:
                 raise ConfigError(f"{own!r} is the name of a control; call the variant otherwise")
-            found[own] = with_settings(plan, settings)
+            try:
+                found[own] = with_settings(plan, settings)
+            except ConfigError as error:
+                raise ConfigError([f"{own}: {problem}" for problem in error.problems]) from error
     if len(found) == len(plans):
         raise ConfigError(
             f"none of {', '.join(plans)} has a control; leave --controls away, or add a method "
@@ -41,7 +45,8 @@ def with_controls(plans: Mapping[str, Config]) -> dict[str, Config]:
 def controls_of(plans: Mapping[str, Config]) -> dict[str, str]:
     """Method -> the method of the comparison that is its control and shares nothing.
 
-    It is known by its settings, whatever it is called.
+    It is known by its settings, whatever it is called. A method with whose other settings its
+    control does not go has none.
 
     Args:
         plans: name of a method in the comparison -> its settings.
@@ -49,8 +54,13 @@ def controls_of(plans: Mapping[str, Config]) -> dict[str, str]:
     written = {dump_config(plan): name for name, plan in plans.items()}
     found = {}
     for name, plan in plans.items():
-        if ALONE in plan.algorithm.controls:
-            control = written.get(dump_config(with_settings(plan, plan.algorithm.controls[ALONE])))
-            if control is not None and control != name:
-                found[name] = control
+        if ALONE not in plan.algorithm.controls:
+            continue
+        try:
+            alone = with_settings(plan, plan.algorithm.controls[ALONE])
+        except ConfigError:
+            continue
+        control = written.get(dump_config(alone), name)
+        if control != name:
+            found[name] = control
     return found

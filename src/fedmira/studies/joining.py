@@ -63,7 +63,7 @@ class JoinedClient:
 
     @property
     def page(self) -> Path:
-        """join.html."""
+        """Whom the newcomer resembles, which starts were tried, and the losses before and after."""
         return self.folder / "join.html"
 
     def _repr_html_(self) -> str:

@@ -124,7 +124,7 @@ class Tuning:
 
     @property
     def page(self) -> Path:
-        """tune.html."""
+        """All trials, the chosen settings, and how close the next ones come."""
         return self.folder / "tune.html"
 
     @property
