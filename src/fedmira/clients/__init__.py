@@ -2,15 +2,24 @@
 
 from fedmira.clients.base import Candidates, Clients, SplitName
 from fedmira.clients.cohort import Cohort, CohortSettings
+from fedmira.clients.crews import Crew, InTurn, Share, share_size, threads_of
 from fedmira.clients.local import LocalClients
 from fedmira.clients.over_wire import OverWire
+from fedmira.clients.workers import Workers, unsafe_main
 
 __all__ = [
     "Candidates",
     "Clients",
     "Cohort",
     "CohortSettings",
+    "Crew",
+    "InTurn",
     "LocalClients",
     "OverWire",
+    "Share",
     "SplitName",
+    "Workers",
+    "share_size",
+    "threads_of",
+    "unsafe_main",
 ]

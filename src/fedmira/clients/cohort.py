@@ -6,7 +6,7 @@ Begin, choose a start, local training on one resident base, finish.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedmira.adapters import Adapter, same_shapes
 from fedmira.config import LocalSettings
@@ -49,6 +49,14 @@ class CohortSettings:
     scales: Mapping[ClientId, float]
     token_budget: int
     rounds: int = 1
+
+    def of(self, clients: Sequence[ClientId]) -> CohortSettings:
+        """The same for a few of the clients.
+
+        Args:
+            clients: those whose scales are needed.
+        """
+        return replace(self, scales={client: self.scales[client] for client in clients})
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TypeVar
 
 from fedmira.adapters import Adapter
 from fedmira.clients.base import Candidates, SplitName
 from fedmira.clients.cohort import Cohort, CohortSettings
+from fedmira.clients.crews import Crew, InTurn, Share
 from fedmira.data import ClientData, ClientSummary, summary_of
 from fedmira.messages import ClientId, Failure, Payload, Reply, Request
 from fedmira.methods import Method
 from fedmira.metrics import TokenLoss, text_scores
-from fedmira.model import AdapterKind, Contender
+from fedmira.model import AdapterKind, Choice, Contender, Row
 from fedmira.storage import remembered
 
 __all__ = ["LocalClients"]
 
+Result = TypeVar("Result")
+
+_Trained = tuple[list[Reply | Failure], dict[ClientId, Payload]]
+
 
 @dataclass(eq=False)
 class LocalClients:
-    """Trains and measures a few clients side by side; more take turns, with equal results.
+    """Trains and measures a few clients side by side, in shares that a crew does.
 
     Memories stay where `restore` put them: a `MemoryTable` keeps those of clients that do not train
     on disk.
@@ -32,7 +38,8 @@ class LocalClients:
         data: the rows of each client.
         settings: how they train, the scale of each client's adapter, and the most tokens in one
             pass.
-        at_once: clients whose adapters and moments are in memory together.
+        at_once: clients of a share, whose passes are made together.
+        crew: who does the shares.
     """
 
     method: Method | None
@@ -40,6 +47,7 @@ class LocalClients:
     data: Mapping[ClientId, ClientData]
     settings: CohortSettings
     at_once: int = 64
+    crew: Crew = field(default_factory=InTurn)
     _memories: Mapping[ClientId, Payload] = field(default_factory=dict)
 
     @cached_property
@@ -63,20 +71,34 @@ class LocalClients:
     def train(self, requests: Sequence[Request]) -> list[Reply | Failure]:
         """Trains the requested clients and stores what they keep for themselves."""
         assert self.method is not None, "these clients have no method to train by"
-        cohort = Cohort(self.method, self.kind, self.data, self.settings)
+        parts = [
+            requests[start : start + self.at_once]
+            for start in range(0, len(requests), self.at_once)
+        ]
+
+        def begun(part: Sequence[Request]) -> Callable[[AdapterKind], _Trained]:
+            names = [request.client_id for request in part]
+            before = {name: self._memories[name] for name in names if name in self._memories}
+            return partial(
+                _trained,
+                self.method,
+                {name: self.data[name] for name in names},
+                self.settings.of(names),
+                part,
+                before,
+            )
+
+        shares = [
+            Share(
+                [request.client_id for request in part],
+                sum(self._length(request.client_id, "train") for request in part),
+                partial(begun, part),
+            )
+            for part in parts
+        ]
         answers: list[Reply | Failure] = []
-        for start in range(0, len(requests), self.at_once):
-            part = requests[start : start + self.at_once]
-            before = {
-                request.client_id: self._memories[request.client_id]
-                for request in part
-                if request.client_id in self._memories
-            }
-            after: dict[ClientId, Payload] = {}
-            for request, (answer, memory) in zip(part, cohort.work(part, before), strict=True):
-                if memory is not None and memory is not before.get(request.client_id):
-                    after[request.client_id] = memory
-                answers.append(answer)
+        for of_share, after in self.crew.do(self.kind, shares):
+            answers += of_share
             self._memories = remembered(self._memories, after)
         return answers
 
@@ -84,18 +106,19 @@ class LocalClients:
         self, adapters: Mapping[ClientId, Adapter], split: SplitName = "test"
     ) -> dict[ClientId, TokenLoss]:
         """The response loss of each given client's own adapter on its own rows."""
-        result: dict[ClientId, TokenLoss] = {}
-        asked = [client for client in adapters if getattr(self.data[client], split)]
-        for names in self._in_turns(asked):
+
+        def begun(names: Sequence[ClientId]) -> Callable[[AdapterKind], list[float]]:
             rows = [getattr(self.data[name], split) for name in names]
-            scales = [self.settings.scales[name] for name in names]
-            # No name holds the adapters, so that they are gone before the next ones are read.
-            sums = self.kind.losses(
-                [adapters[name] for name in names], scales, rows, self.settings.token_budget
+            return partial(_losses, [adapters[name] for name in names], *self._scaled(names), rows)
+
+        asked = [client for client in adapters if getattr(self.data[client], split)]
+        found = self._in_shares(asked, split, begun)
+        return {
+            name: TokenLoss(
+                total, sum(len(row.response) for row in getattr(self.data[name], split))
             )
-            for name, total, of_client in zip(names, sums, rows, strict=True):
-                result[name] = TokenLoss(total, sum(len(row.response) for row in of_client))
-        return result
+            for name, total in found.items()
+        }
 
     def row_losses(
         self, adapters: Mapping[ClientId, Adapter], split: SplitName = "validation"
@@ -109,32 +132,40 @@ class LocalClients:
             adapters: by client id; each is read once.
             split: which rows; clients without such rows are left out.
         """
-        result: dict[ClientId, list[float]] = {}
-        for names in self._in_turns([name for name in adapters if getattr(self.data[name], split)]):
-            found = self.kind.row_losses(
-                [adapters[name] for name in names],
-                [self.settings.scales[name] for name in names],
-                [getattr(self.data[name], split) for name in names],
-                self.settings.token_budget,
+
+        def begun(names: Sequence[ClientId]) -> Callable[[AdapterKind], list[list[float]]]:
+            rows = [getattr(self.data[name], split) for name in names]
+            return partial(
+                _row_losses, [adapters[name] for name in names], *self._scaled(names), rows
             )
-            result |= dict(zip(names, found, strict=True))
-        return result
+
+        asked = [name for name in adapters if getattr(self.data[name], split)]
+        return self._in_shares(asked, split, begun)
 
     def choose(self, clients: Sequence[ClientId], candidates: Candidates) -> dict[ClientId, float]:
         """The candidate with the lowest loss on each client's validation rows."""
-        result: dict[ClientId, float] = {}
-        for names in self._in_turns(clients):
-            found = {name: several for name in names if len(several := candidates(name)) > 1}
-            contenders = [
-                Contender(list(of.values()), self.settings.scales[name], self.data[name].validation)
-                for name, of in found.items()
-            ]
-            choices = self.kind.choose(contenders, self.settings.token_budget)
-            result |= {
-                name: list(of)[choice.index]
-                for (name, of), choice in zip(found.items(), choices, strict=True)
-            }
-        return result
+        several: dict[ClientId, list[float]] = {}
+
+        def begun(names: Sequence[ClientId]) -> Callable[[AdapterKind], list[Choice]]:
+            contenders = []
+            for name in names:
+                found = candidates(name)
+                several[name] = list(found)
+                contenders.append(
+                    Contender(
+                        list(found.values()),
+                        self.settings.scales[name],
+                        self.data[name].validation,
+                    )
+                )
+            return partial(_choices, contenders, self.settings.token_budget)
+
+        chosen = self._in_shares(clients, "validation", begun)
+        return {
+            name: several[name][choice.index]
+            for name, choice in chosen.items()
+            if len(several[name]) > 1
+        }
 
     def generations(
         self, adapters: Mapping[ClientId, Adapter], max_new_tokens: int
@@ -145,22 +176,18 @@ class LocalClients:
             adapters: by client id; each is read once.
             max_new_tokens: longest answer in tokens.
         """
-        result: dict[ClientId, list[str]] = {}
-        for names in self._in_turns(list(adapters)):
-            prompts = [
-                (i, row.prompt) for i, name in enumerate(names) for row in self.data[name].test
-            ]
-            found = self.kind.generate(
+
+        def begun(names: Sequence[ClientId]) -> Callable[[AdapterKind], list[list[str]]]:
+            prompts = [[row.prompt for row in self.data[name].test] for name in names]
+            return partial(
+                _answers,
                 [adapters[name] for name in names],
-                [self.settings.scales[name] for name in names],
+                *self._scaled(names),
                 prompts,
                 max_new_tokens,
-                self.settings.token_budget,
             )
-            texts = iter(found)
-            for name in names:
-                result[name] = [next(texts) for _ in self.data[name].test]
-        return result
+
+        return self._in_shares(list(adapters), "test", begun)
 
     def score(
         self, adapters: Mapping[ClientId, Adapter], max_new_tokens: int
@@ -172,7 +199,85 @@ class LocalClients:
             for client, predictions in texts.items()
         }
 
-    def _in_turns(self, clients: Sequence[ClientId]) -> Iterator[list[ClientId]]:
-        """A few clients at a time, so that the memory for their adapters stays bounded."""
-        for start in range(0, len(clients), self.at_once):
-            yield list(clients[start : start + self.at_once])
+    def _in_shares(
+        self,
+        clients: Sequence[ClientId],
+        split: SplitName,
+        begun: Callable[[Sequence[ClientId]], Callable[[AdapterKind], Sequence[Result]]],
+    ) -> dict[ClientId, Result]:
+        """What the work on a few clients at a time gives for each, in their order."""
+        turns = [
+            clients[start : start + self.at_once] for start in range(0, len(clients), self.at_once)
+        ]
+        shares = [
+            Share(names, sum(self._length(name, split) for name in names), partial(begun, names))
+            for names in turns
+        ]
+        result: dict[ClientId, Result] = {}
+        for names, found in zip(turns, self.crew.do(self.kind, shares), strict=True):
+            result |= dict(zip(names, found, strict=True))
+        return result
+
+    def _scaled(self, clients: Sequence[ClientId]) -> tuple[list[float], int]:
+        """The clients' scales, and the most tokens of a pass."""
+        return [self.settings.scales[name] for name in clients], self.settings.token_budget
+
+    def _length(self, client: ClientId, split: SplitName) -> int:
+        """Tokens of a client's rows."""
+        return sum(len(row.prompt) + len(row.response) for row in getattr(self.data[client], split))
+
+
+def _trained(
+    method: Method,
+    data: Mapping[ClientId, ClientData],
+    settings: CohortSettings,
+    requests: Sequence[Request],
+    before: Mapping[ClientId, Payload],
+    kind: AdapterKind,
+) -> _Trained:
+    """A share of a round: the answers, and the memories that changed."""
+    worked = Cohort(method, kind, data, settings).work(requests, before)
+    after = {
+        request.client_id: memory
+        for request, (_, memory) in zip(requests, worked, strict=True)
+        if memory is not None and memory is not before.get(request.client_id)
+    }
+    return [answer for answer, _ in worked], after
+
+
+def _losses(
+    adapters: Sequence[Adapter],
+    scales: Sequence[float],
+    budget: int,
+    rows: Sequence[Sequence[Row]],
+    kind: AdapterKind,
+) -> list[float]:
+    return kind.losses(adapters, scales, rows, budget)
+
+
+def _row_losses(
+    adapters: Sequence[Adapter],
+    scales: Sequence[float],
+    budget: int,
+    rows: Sequence[Sequence[Row]],
+    kind: AdapterKind,
+) -> list[list[float]]:
+    return kind.row_losses(adapters, scales, rows, budget)
+
+
+def _choices(contenders: Sequence[Contender], budget: int, kind: AdapterKind) -> list[Choice]:
+    return kind.choose(contenders, budget)
+
+
+def _answers(  # noqa: PLR0913 - what an adapter kind generates from
+    adapters: Sequence[Adapter],
+    scales: Sequence[float],
+    budget: int,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    max_new_tokens: int,
+    kind: AdapterKind,
+) -> list[list[str]]:
+    """Of each client the answers to its prompts."""
+    of_clients = [(i, prompt) for i, own in enumerate(prompts) for prompt in own]
+    texts = iter(kind.generate(adapters, scales, of_clients, max_new_tokens, budget))
+    return [[next(texts) for _ in own] for own in prompts]

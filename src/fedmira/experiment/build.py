@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedmira.adapters import Adapter
-from fedmira.clients import Clients, CohortSettings, LocalClients, OverWire
+from fedmira.clients import (
+    Clients,
+    CohortSettings,
+    Crew,
+    LocalClients,
+    OverWire,
+    share_size,
+    threads_of,
+)
 from fedmira.config import Config
 from fedmira.config.methods import written_form
 from fedmira.data import (
@@ -23,6 +32,7 @@ from fedmira.data import (
 )
 from fedmira.experiment.clock import with_clock
 from fedmira.experiment.places import where_they_lay
+from fedmira.experiment.processors import choose_crew
 from fedmira.experiment.scheme import make_scheme, prepare_kind, token_budget
 from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
@@ -59,6 +69,7 @@ class Experiment:
         clients: who trains and measures, with the client half of the algorithm.
         data_sha256, token_budget, federation: as in `Ground`.
         skipped: what was left out of the data, one "name: reason" each.
+        crew: the processes and threads that train and measure; None where other machines do.
         verify_adapters: whether every saved adapter is loaded with plain PEFT, and not one alone.
         prompts, notes: as in `Ground`.
     """
@@ -76,6 +87,7 @@ class Experiment:
     skipped: tuple[str, ...] = ()
     federation: Mapping[str, object] = field(default_factory=dict)
     verify_adapters: bool = False
+    crew: Crew | None = None
     prompts: Mapping[ClientId, Mapping[str, object]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -117,7 +129,17 @@ class Experiment:
             federation=self.federation,
             prompts=self.prompts,
             notes=self.notes,
+            crew=self.crew,
         )
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Ends worker processes behind the block."""
+        try:
+            yield
+        finally:
+            if self.crew is not None:
+                self.crew.release()
 
 
 def build_experiment(
@@ -161,13 +183,19 @@ def build_experiment(
     parties = {party.client_id: party for party in dataset.summaries()}
     scheme = make_scheme(config, kind, parties)
     scales = {client: kind.scale(rank) for client, rank in scheme.ranks.items()}
-    budget = _token_budget(config, kind, resumed)
+    before = RunFolder(resumed).read_json("run.json") if resumed else {}
+    threads = _count(before.get("threads"))
+    crew = choose_crew(config, kind, scheme.algorithm, dataset.clients, threads)
+    with threads_of(crew.threads):
+        budget = _token_budget(config, kind, before)
     largest = max(
         sum(tensor.numel() for tensor in start.values()) for start in scheme.starts.values()
     )
     at_once = most_side_by_side(largest, kind.base.device)
+    if kind.base.device.type == "cpu":
+        at_once = share_size(dataset.clients, config.local.batch_size, budget, at_once)
     settings = CohortSettings(config.local, scales, budget, config.rounds.count)
-    clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once)
+    clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once, crew)
     if config.engine.wire != "float32":
         clients = OverWire(clients, config.engine.wire, at_once)
     notes = _about_answers(config, kind.base, dataset)
@@ -184,6 +212,7 @@ def build_experiment(
         clients=clients,
         data_sha256=hash_of_rows(data),
         token_budget=budget,
+        crew=crew,
         skipped=dataset.skipped,
         prompts={client.client_id: client.shared_prompt for client in dataset.clients},
         notes=(*told_left_out(dataset.skipped), *dataset.notes, *notes),
@@ -225,11 +254,16 @@ def _length(response: Sequence[int], ends: set[int]) -> int:
     return next((place for place, token in enumerate(response) if token in ends), len(response))
 
 
-def _token_budget(config: Config, kind: AdapterKind, resumed: Path | None) -> int:
+def _token_budget(config: Config, kind: AdapterKind, before: Mapping[str, object]) -> int:
     """As set, else that of the run that is continued, else what is fastest."""
-    recorded = RunFolder(resumed).read_json("run.json").get("token_budget") if resumed else None
+    recorded = _count(before.get("token_budget"))
     return (
         recorded
-        if isinstance(recorded, int) and config.engine.token_budget == "auto"
+        if recorded is not None and config.engine.token_budget == "auto"
         else token_budget(config, kind)
     )
+
+
+def _count(recorded: object) -> int | None:
+    """A whole number that run.json holds, or None."""
+    return recorded if isinstance(recorded, int) and recorded > 0 else None

@@ -61,7 +61,7 @@ def run_experiment(
         RunError: the run failed; what was computed is in the folder.
     """
     folder = RunFolder.create(output, dump_config(experiment.config))
-    with folder.locked():
+    with folder.locked(), experiment.at_work():
         return _run(experiment, folder, observers, until)
 
 
@@ -89,7 +89,7 @@ def resume_experiment(
             f"{output}: this run was made with other settings; --resume continues it as it "
             "was: leave the config and --set away"
         )
-    with folder.locked():
+    with folder.locked(), experiment.at_work():
         return _run(experiment, folder, observers, until)
 
 

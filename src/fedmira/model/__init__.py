@@ -4,7 +4,7 @@ from fedmira.model.base.borrowed import borrowed, with_padding
 from fedmira.model.base.hashing import tokenizer_hash
 from fedmira.model.base.ids import check_ids, check_prompt_ids
 from fedmira.model.base.loading import load_tokenizer
-from fedmira.model.base.memory import most_side_by_side, within_memory
+from fedmira.model.base.memory import free_bytes, most_side_by_side, within_memory
 from fedmira.model.base.options import with_engine_options
 from fedmira.model.base.rows import Row
 from fedmira.model.base.targets import find_targets
@@ -60,6 +60,7 @@ __all__ = [
     "count_steps",
     "end_tokens",
     "find_targets",
+    "free_bytes",
     "from_model",
     "generate",
     "generate_tokens",

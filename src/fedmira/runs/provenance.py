@@ -14,6 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fedmira.clients import Crew
 from fedmira.data import ClientData
 from fedmira.errors import RunFolderError
 from fedmira.messages import ClientId
@@ -36,6 +39,7 @@ class Ground:
         federation: of clients on machines of their own, what a resume must know.
         prompts: what the prompts of a client's training rows share, where its rows are here.
         notes: what the user should know of rows and answers, a sentence each.
+        crew: the processes and threads that train and measure; None where other machines do.
     """
 
     kind: AdapterKind
@@ -44,6 +48,7 @@ class Ground:
     federation: Mapping[str, object] = field(default_factory=dict)
     prompts: Mapping[ClientId, Mapping[str, object]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    crew: Crew | None = None
 
     @property
     def base(self) -> BaseModel:
@@ -65,6 +70,13 @@ class Provenance:
         self._ground = ground
         self._before = before
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def _processors(self) -> dict[str, object]:
+        """How many processes and threads compute, where that is known here."""
+        crew = self._ground.crew
+        if crew is None:
+            return {}
+        return {"workers": crew.count, "threads": crew.threads or torch.get_num_threads()}
 
     def check_same_ground(self) -> None:
         """Refuse to continue on another base or on other rows than the run began with.
@@ -130,6 +142,7 @@ class Provenance:
             **({"notes": list(self._ground.notes)} if self._ground.notes else {}),
             **({"clock": clock} if (clock := self._recorder.config.data.clock) else {}),
             "token_budget": self._ground.token_budget,
+            **self._processors(),
             **({"federation": dict(self._ground.federation)} if self._ground.federation else {}),
             "machine": {
                 "cpu": platform.processor() or platform.machine(),

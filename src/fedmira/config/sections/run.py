@@ -91,6 +91,26 @@ class EngineSettings(Section):
             "single longer row is computed on its own."
         ),
     )
+    workers: Positive | Literal["auto"] = setting(
+        "auto",
+        help=(
+            "Processes that train and measure a run's clients at the same time, each with the base "
+            "in shared memory. Clients are dealt out in shares that depend on the run alone, so "
+            'that results are the same bits with any number of workers. `"auto"`: as many as '
+            "there are free cores, as memory holds and as there are shares in a round; 1 for runs "
+            "of less than about a minute, on a GPU, and in a Python program whose main file would "
+            "start the run again. run.json says how many there were."
+        ),
+    )
+    threads: Positive | Literal["auto"] = setting(
+        "auto",
+        help=(
+            'Threads of PyTorch in each process. `"auto"`: 1 for each of several workers; in '
+            "one process as many as there are free cores, as threads that wait for a core that "
+            "another program keeps busy cost several times what they gain. What "
+            "`OMP_NUM_THREADS` says is never exceeded."
+        ),
+    )
     recompute: bool = setting(
         False,
         help=(
