@@ -22,6 +22,7 @@ class ColumnSettings(Section):
     system: str = setting("", help="The column of the system's text.")
     messages: str = setting("", help="The column of the messages.")
     category: str = setting("", help="The column of the category.")
+    advantage: str = setting("", help="The column of the advantage, a number.")
 
 
 class DataSettings(Section):
