@@ -128,6 +128,14 @@ class DataSettings(Section):
         ),
         read_by={"source": ("natural-instructions",)},
     )
+    emit: Literal["planner", "executor", "both"] = setting(
+        "both",
+        help=(
+            "trajectories: what a file of them makes: a client that learns the next sub-goal, one "
+            "that learns the next action, or both, as two clients of one category."
+        ),
+        read_by={"source": ("trajectories",)},
+    )
     min_rows: Positive = setting(
         4,
         help=(
@@ -240,7 +248,7 @@ class DataSettings(Section):
         if self.source == "demo" and self.path:
             raise ValueError(
                 f"path is {self.path!r}, but source 'demo' reads no files; set source to "
-                "'jsonl', 'natural-instructions', 'dolly' or 'hub'"
+                "'jsonl', 'natural-instructions', 'dolly', 'hub' or 'trajectories'"
             )
         return self
 
