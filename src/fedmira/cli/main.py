@@ -20,6 +20,7 @@ from fedmira.cli import (
     flower,
     generate,
     join,
+    offsite,
     presets,
     report,
     route,
@@ -60,6 +61,8 @@ for _verb in (
     fleets.compress,
     fleets.align,
     join.join,
+    offsite.emulate,
+    offsite.plug,
     report.report,
     presets.presets,
 ):

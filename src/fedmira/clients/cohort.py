@@ -162,6 +162,9 @@ class Cohort:
             hook=start.hook,
             settle=start.settle,
             moments=moments,
+            advantages=(
+                [row.advantage or 0.0 for row in rows] if local.advantage_temperature else None
+            ),
             rates=rate_shares(
                 local, request.round, self.settings.rounds, count_steps(len(rows), local)
             ),

@@ -16,6 +16,7 @@ from fedmira.data import (
     Dataset,
     ObjectRows,
     ReadRows,
+    about_advantages,
     load_clients,
     read_rows,
     told_left_out,
@@ -170,7 +171,10 @@ def build_experiment(
     clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once)
     if config.engine.wire != "float32":
         clients = OverWire(clients, config.engine.wire, at_once)
-    notes = _about_answers(config, kind.base, dataset)
+    notes = [
+        *_about_answers(config, kind.base, dataset),
+        *about_advantages(dataset.clients, config.local.advantage_temperature),
+    ]
     for note in notes:
         _log.warning("%s", note)
     return Experiment(

@@ -6,6 +6,7 @@ Answers the server's messages.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 from fedmira.clients import CohortSettings, LocalClients, SplitName
 from fedmira.config import Config, cache_folder
-from fedmira.data import ClientData, load_own
+from fedmira.data import ClientData, about_advantages, load_own
 from fedmira.errors import ConfigError, WireError
 from fedmira.experiment import client_ranks, prepare_kind, token_budget
 from fedmira.experiment.scheme import method_of
@@ -40,6 +41,9 @@ from fedmira.wire import (
 )
 
 __all__ = ["Node", "NodeSettings", "memory_beside", "own_node", "read_node_settings"]
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +212,8 @@ def own_node(config: Config, settings: NodeSettings) -> Node:
     kind = prepare_kind(here)
     data = load_own(here.data, config.seed, kind.base.tokenizer, name)
     check_ids(kind.base, {name: data.rows})
+    for note in about_advantages([data], config.local.advantage_temperature, required=False):
+        _log.warning("%s", note)
     rank = client_ranks(here.adapter, [name], kind.targets, config.seed)[name]
     memory = (
         Path(settings.memory) if settings.memory else (cache_folder() or Path(".fedmira")) / "nodes"

@@ -1,6 +1,16 @@
 """The only room that knows transformers and peft."""
 
 from fedmira.model.base.borrowed import borrowed, with_padding
+from fedmira.model.base.emulator import (
+    EMULATOR,
+    Emulator,
+    in_the_middle,
+    kept_layers,
+    outer_targets,
+    plugged,
+    read_emulator,
+    write_emulator,
+)
 from fedmira.model.base.hashing import tokenizer_hash
 from fedmira.model.base.ids import check_ids, check_prompt_ids
 from fedmira.model.base.loading import load_tokenizer
@@ -33,6 +43,14 @@ from fedmira.model.training.rates import rate_shares
 from fedmira.model.training.steps import LocalOutcome, LocalTask, train_cohort
 
 __all__ = [
+    "EMULATOR",
+    "Emulator",
+    "in_the_middle",
+    "kept_layers",
+    "outer_targets",
+    "plugged",
+    "read_emulator",
+    "write_emulator",
     "write_folded",
     "held_against",
     "adapter_logits",

@@ -158,7 +158,7 @@ class Provenance:
 
 
 def hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:
-    """SHA-256 over ids and tokens of all clients' rows."""
+    """SHA-256 over ids, tokens and, where there are any, advantages of all clients' rows."""
     hasher = hashlib.sha256()
     for name, client in clients.items():
         for part, rows in (
@@ -171,4 +171,6 @@ def hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:
             )
             for row in rows:
                 hasher.update(array("q", (*row.prompt, *row.response)).tobytes())
+            if any(row.advantage is not None for row in rows):
+                hasher.update(repr([row.advantage for row in rows]).encode())
     return hasher.hexdigest()

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed; pip install 'fedmira[flower]'")
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,7 +34,16 @@ from fedmira.wire import (
     unpack,
 )
 from loopback import LoopbackGrid, Meddler
-from small import CLIENTS, adapter_bytes, events_of, make_config, over_wire, table_of, with_clients
+from small import (
+    CLIENTS,
+    adapter_bytes,
+    events_of,
+    make_config,
+    over_wire,
+    table_of,
+    with_clients,
+    write_clients,
+)
 
 LOST_CODES = (3, 4, 5, 8)
 """Flower's: message, reply or node unavailable, and a node's program that stopped responding."""
@@ -116,6 +126,33 @@ def test_a_federation_ends_with_the_adapters_of_the_run_in_one_process(
         [float(loss) for loss in losses[1]], rel=1e-4
     )
     assert (tmp_path / "apart" / "report.html").is_file()
+
+
+def test_nodes_weigh_their_own_rows_by_advantage(base_folder: Path, tmp_path: Path) -> None:
+    data = write_clients(tmp_path / "rows")
+    for file in data.glob("*/train.jsonl"):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        told = [{**row, "advantage": number % 3 - 1} for number, row in enumerate(rows)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in told), encoding="utf-8")
+    adapters = {}
+    for temperature in (0.5, 0.0):
+        settings = settings_of(**{"local.advantage_temperature": temperature})
+        config = make_config(base_folder, data, settings)
+        output = tmp_path / f"apart-{temperature}"
+        run_apart(config, LoopbackGrid(config, nodes_of(data, output / "memory")), output)
+        experiment = build_experiment(config)
+        together = tmp_path / f"together-{temperature}"
+        run_experiment(with_clients(experiment, over_wire(experiment, 1)), together)
+        adapters[temperature] = [
+            {
+                name: content
+                for name, content in adapter_bytes(run).items()
+                if name.endswith(".safetensors")
+            }
+            for run in (output, together)
+        ]
+    assert adapters[0.5][0] == adapters[0.5][1]
+    assert adapters[0.5][0] != adapters[0.0][0]
 
 
 def test_each_node_receives_its_own_adapter_only(

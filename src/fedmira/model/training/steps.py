@@ -28,6 +28,7 @@ from fedmira.model.lora.branches import (
 )
 from fedmira.model.lora.stack import StackedAdapters
 from fedmira.model.packed.passes import response_losses
+from fedmira.model.training.advantages import RowFactors, step_weights
 from fedmira.model.training.batches import batch_indices
 from fedmira.model.training.curvature import TargetDraws, response_tokens, without_dropout
 from fedmira.model.training.optimizers import (
@@ -59,6 +60,7 @@ class LocalTask:
         rates: share of the learning rate of each of its steps; None where all are 1.
         settle: turns the parameters that a step left into those of them that are to be others, by
             name, or None.
+        advantages: of each row, finite; None where all rows weigh alike.
     """
 
     start: Adapter
@@ -69,6 +71,7 @@ class LocalTask:
     moments: tuple[Adapter, Adapter, int] | None = None
     rates: tuple[float, ...] | None = None
     settle: Settle | None = None
+    advantages: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class LocalOutcome:
 
     Attributes:
         failure: "" or why the result must not be used; the adapter is then the start.
-        loss: nats per response token over all steps.
+        loss: nats per response token over all steps, rows weighted as in training.
         response_tokens, tokens: tokens that carried loss, and token positions computed.
         clip_share: of optimizer "sophia", the share of entries whose step was clipped, over all
             steps; None with the others.
@@ -189,14 +192,8 @@ class _Cohort:
         budget: int,
         limit: PassLimit,
     ) -> None:
-        self.branch, self.passes, self.tasks, self.settings, self.budget, self.limit = (
-            branch,
-            passes,
-            tasks,
-            settings,
-            budget,
-            limit,
-        )
+        self.branch, self.passes, self.tasks = branch, passes, tasks
+        self.settings, self.budget, self.limit = settings, budget, limit
         self.stacked = branch.adapters
         self.device = self.stacked.values.device
         self.optimizer = CohortOptimizer(
@@ -220,6 +217,7 @@ class _Cohort:
         self.tokens = [0] * len(tasks)
         self.clipped = torch.zeros(len(tasks), dtype=torch.long, device=self.device)
         self.target_draws = TargetDraws([task.seed for task in tasks])
+        self.weights: dict[int, list[float]] = {}
         self.steps_before = [task.moments[2] if task.moments else 0 for task in tasks]
         self.slopes: RandomSlopes | None = None
         if settings.optimizer == "zeroth-order":
@@ -235,15 +233,21 @@ class _Cohort:
         # Asking a device who has failed would wait for it: there, failed clients run on beside the
         # others without moving.
         going = self.alive.tolist() if self.device.type == "cpu" else [True] * len(self.tasks)
-        batches = {
-            client: [self.tasks[client].rows[index] for index in chosen]
+        drawn = {
+            client: chosen
             for client in range(len(self.tasks))
             if going[client]
             for chosen in [next(self.batches[client], None)]
             if chosen
         }
-        if not batches:
+        if not drawn:
             return False
+        batches = {
+            client: [self.tasks[client].rows[index] for index in chosen]
+            for client, chosen in drawn.items()
+        }
+        temperature = self.settings.advantage_temperature
+        self.weights = step_weights([task.advantages for task in self.tasks], drawn, temperature)
         good = (
             self._refresh_curvature(batches) if self.settings.optimizer == "sophia" else self.alive
         )
@@ -379,18 +383,23 @@ class _Cohort:
             [1 / counts.get(client, 1) for client in range(len(self.tasks))], self.device
         )
         sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device)
+        # What is drawn from the model tells the curvature of all rows alike.
+        factors = RowFactors(batches, self.weights if draws is None else {}, self.device)
         self.stacked.gradients.zero_()
         for losses in self._passes(batches, budget, draws):
-            (losses.values * weights[losses.clients]).sum().backward()  # type: ignore[no-untyped-call]
-            sums.index_add_(0, losses.clients, losses.values.detach().double())
+            of = factors.of(losses)
+            shares = of.float() * weights[losses.clients]
+            (losses.values * shares).sum().backward()  # type: ignore[no-untyped-call]
+            sums.index_add_(0, losses.clients, losses.values.detach().double() * of)
         return sums
 
     def _losses(self, batches: Mapping[int, list[Row]], budget: int) -> Tensor:
         """Sums of losses alone."""
         sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device)
+        factors = RowFactors(batches, self.weights, self.device)
         with torch.no_grad():
             for losses in self._passes(batches, budget):
-                sums.index_add_(0, losses.clients, losses.values.double())
+                sums.index_add_(0, losses.clients, losses.values.double() * factors.of(losses))
         return sums
 
     def _passes(
