@@ -17,6 +17,7 @@ from fedmira.adapters.directions import movement
 from fedmira.config import LocalSettings
 from fedmira.config.methods import METHODS, MethodSection
 from fedmira.graphs import (
+    BlocksGraph,
     CollaborationGraph,
     FixedGraph,
     GraphSource,
@@ -147,6 +148,7 @@ SETTINGS: dict[str, tuple[MethodSection, GraphSource]] = {
         Mira(),
         LearnedGraph(nearest=2, warmup_rounds=0, space="subspace", sketch=32),
     ),
+    "mira, blocks": (Mira(), BlocksGraph(nearest=2, warmup_rounds=0, strength=0.2)),
     "mira, pfedgraph": (
         Mira(server_step=1, size_scale=0),
         CollaborationGraph(warmup_rounds=0),
