@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedlease": {},
     "fedalt": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6}},
     "feddpa": {},
+    "mtlora": {},
     "lora-fair": {},
     "rolora": {},
     "two-level": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6, "birch-2": 2}},
@@ -254,10 +255,27 @@ def test_feddpa_ends_with_one_global_half_and_a_personal_one_for_each(run: Run) 
     assert [len(half) for half in halves] == [1, len(CLIENTS)]
 
 
+def test_mtlora_is_fedavg_where_all_is_shared_local_where_nothing_is_and_mira_where_own_parts_align(
+    run: Run,
+) -> None:
+    def ends_as(other: str, **settings: Any) -> bool:
+        found, expected = (
+            {client: digest(adapter) for client, adapter in result.adapters.items()}
+            for _, result in (run("mtlora", **settings), run(other))
+        )
+        return found == expected
+
+    assert ends_as("fedavg", algorithm__shared_rank=4)
+    assert ends_as("local", algorithm__shared_rank=0)
+    assert ends_as("mira", algorithm__shared_rank=0, algorithm__own_coupling=1.0)
+    assert not ends_as("local") and not ends_as("fedavg")
+
+
 @pytest.mark.parametrize(
     "keys",
     [
         {"algorithm.name": "feddpa"},
+        {"algorithm.name": "mtlora", "algorithm.own_coupling": 0.5},
         {"algorithm.name": "rolora"},
         {"algorithm.name": "lora-fair"},
         {

@@ -73,6 +73,8 @@ def test_planned_traffic_is_that_of_the_first_round(
             "graph.kind": "uniform",
         },
         {"algorithm.name": "lora-fair"},
+        {"algorithm.name": "mtlora"},
+        {"algorithm.name": "mtlora", "algorithm.own_coupling": 1.0},
         {"algorithm.name": "feddpa", "algorithm.halves": "together"},
         {"algorithm.name": "feddpa", "rounds.count": 2},
         {"algorithm.name": "rolora", "rounds.count": 2},

@@ -108,6 +108,17 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.participation": 0.6,
         "rounds.count": 4,
     },
+    "mtlora, some clients": {
+        "algorithm.name": "mtlora",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "mtlora, own parts aligned": {
+        "algorithm.name": "mtlora",
+        "algorithm.own_coupling": 1.0,
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
     "rolora, some clients": {
         "algorithm.name": "rolora",
         "rounds.participation": 0.6,

@@ -61,6 +61,7 @@ METHODS: Mapping[str, str] = {
     "fedlease": "fedmira.methods.fedlease:FedLease",
     "fedalt": "fedmira.methods.fedalt:FedAlt",
     "feddpa": "fedmira.methods.feddpa:FedDpa",
+    "mtlora": "fedmira.methods.mtlora:MtLora",
     "lora-fair": "fedmira.methods.lora_fair:LoraFair",
     "rolora": "fedmira.methods.rolora:RoLora",
     "fedfomo": "fedmira.methods.fedfomo:FedFomo",

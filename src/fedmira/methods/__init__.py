@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fedmira.methods.local import Local
     from fedmira.methods.lora_fair import LoraFair
     from fedmira.methods.mira import Mira
+    from fedmira.methods.mtlora import MtLora
     from fedmira.methods.parts.mixing import Mixing, mixing_matrix
     from fedmira.methods.rolora import RoLora
     from fedmira.methods.scaffold import Scaffold
@@ -74,6 +75,7 @@ _HOMES = {
     "MethodContext": "fedmira.methods.context",
     "Mira": "fedmira.methods.mira",
     "Mixing": "fedmira.methods.parts.mixing",
+    "MtLora": "fedmira.methods.mtlora",
     "Need": "fedmira.config.methods",
     "RoLora": "fedmira.methods.rolora",
     "Scaffold": "fedmira.methods.scaffold",
@@ -113,6 +115,7 @@ __all__ = [
     "MethodContext",
     "Mira",
     "Mixing",
+    "MtLora",
     "Need",
     "RoLora",
     "Scaffold",
