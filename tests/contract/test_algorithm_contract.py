@@ -40,6 +40,7 @@ from fedmira.methods import (
     FedRot,
     FlexLora,
     Flora,
+    Fola,
     HetLora,
     Local,
     LoraFair,
@@ -111,6 +112,8 @@ SETTINGS: dict[str, tuple[MethodSection, GraphSource]] = {
     ),
     "feddpa": (FedDpa(), FIXED),
     "feddpa, together": (FedDpa(halves="together", global_rank=3), FIXED),
+    "fola": (Fola(), FIXED),
+    "fola, neither prior nor damping": (Fola(prior=0, damping=0), FIXED),
     "mtlora": (MtLora(), FIXED),
     "mtlora, all shared": (MtLora(shared_rank=4), FIXED),
     "mtlora, nothing shared": (MtLora(shared_rank=0), FIXED),
@@ -245,7 +248,9 @@ def replies(
         along = movement(
             {CLIENTS.index(client): 0.1, 10 + round_number: 0.2}
         )  # what zeroth-order training says of its steps
-        sent, _ = algorithm.finish(payload, None, Trained(trained, rows, 5, 1e-3, along))
+        observed = {name: tensor.square() for name, tensor in change.items()}
+        told = Trained(trained, rows, 5, 1e-3, along, squares=observed)
+        sent, _ = algorithm.finish(payload, None, told)
         result.append(Reply(client, round_number, rows, sent))
     return result
 

@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedlease": {},
     "fedalt": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6}},
     "feddpa": {},
+    "fola": {},
     "mtlora": {},
     "lora-fair": {},
     "rolora": {},
@@ -275,6 +276,7 @@ def test_mtlora_is_fedavg_where_all_is_shared_local_where_nothing_is_and_mira_wh
     "keys",
     [
         {"algorithm.name": "feddpa"},
+        {"algorithm.name": "fola"},
         {"algorithm.name": "mtlora", "algorithm.own_coupling": 0.5},
         {"algorithm.name": "rolora"},
         {"algorithm.name": "lora-fair"},

@@ -73,6 +73,7 @@ def test_planned_traffic_is_that_of_the_first_round(
             "graph.kind": "uniform",
         },
         {"algorithm.name": "lora-fair"},
+        {"algorithm.name": "fola"},
         {"algorithm.name": "mtlora"},
         {"algorithm.name": "mtlora", "algorithm.own_coupling": 1.0},
         {"algorithm.name": "feddpa", "algorithm.halves": "together"},

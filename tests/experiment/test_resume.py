@@ -108,6 +108,11 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.participation": 0.6,
         "rounds.count": 4,
     },
+    "fola, some clients": {
+        "algorithm.name": "fola",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
     "mtlora, some clients": {
         "algorithm.name": "mtlora",
         "rounds.participation": 0.6,

@@ -61,6 +61,7 @@ METHODS: Mapping[str, str] = {
     "fedlease": "fedmira.methods.fedlease:FedLease",
     "fedalt": "fedmira.methods.fedalt:FedAlt",
     "feddpa": "fedmira.methods.feddpa:FedDpa",
+    "fola": "fedmira.methods.fola:Fola",
     "mtlora": "fedmira.methods.mtlora:MtLora",
     "lora-fair": "fedmira.methods.lora_fair:LoraFair",
     "rolora": "fedmira.methods.rolora:RoLora",
@@ -90,6 +91,7 @@ class Need(Enum):
     VALIDATION = "clients have validation rows"
     MOVEMENTS = "clients train along random directions"
     PLAIN_STEPS = "a local step is one rate times the gradient"
+    GRADIENTS = "local steps follow the gradients of batches"
 
 
 class MethodSection(Section):
@@ -186,6 +188,7 @@ _USUAL_REASONS = {
     ),
     Need.VALIDATION: "algorithm.name = {name!r}",
     Need.MOVEMENTS: "algorithm.name = {name!r}",
+    Need.GRADIENTS: "algorithm.name = {name!r}, which adds up squared gradients",
     Need.PLAIN_STEPS: "algorithm.name = {name!r}, which reads the mean gradient off the way it led",
 }
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedmira.methods.fedrot import FedRot
     from fedmira.methods.flexlora import FlexLora
     from fedmira.methods.flora import Flora
+    from fedmira.methods.fola import Fola
     from fedmira.methods.hetlora import HetLora
     from fedmira.methods.local import Local
     from fedmira.methods.lora_fair import LoraFair
@@ -67,6 +68,7 @@ _HOMES = {
     "FedRot": "fedmira.methods.fedrot",
     "FlexLora": "fedmira.methods.flexlora",
     "Flora": "fedmira.methods.flora",
+    "Fola": "fedmira.methods.fola",
     "GradientHook": "fedmira.methods.base",
     "HetLora": "fedmira.methods.hetlora",
     "Local": "fedmira.methods.local",
@@ -107,6 +109,7 @@ __all__ = [
     "FedRot",
     "FlexLora",
     "Flora",
+    "Fola",
     "GradientHook",
     "HetLora",
     "Local",

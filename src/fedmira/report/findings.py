@@ -51,6 +51,7 @@ ALGORITHM_TITLES = {
     "fedlease": "FedLEASE, no router",
     "fedalt": "FedALT",
     "feddpa": "FedDPA",
+    "fola": "FOLA",
     "mtlora": "MTLoRA",
     "lora-fair": "LoRA-FAIR",
     "rolora": "RoLoRA",

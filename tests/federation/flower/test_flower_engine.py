@@ -76,6 +76,7 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {},
         {"algorithm.name": "ditto"},
         {"algorithm.name": "feddpa"},
+        {"algorithm.name": "fola"},
         {"algorithm.name": "mtlora"},
         {"algorithm.name": "rolora"},
         {
@@ -91,6 +92,7 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         "mira",
         "ditto",
         "feddpa",
+        "fola",
         "mtlora",
         "rolora",
         "fedalt",

@@ -36,6 +36,7 @@ from fedmira.model.training.optimizers import (
     add_curvature,
     clip_rows,
 )
+from fedmira.model.training.squares import SquaredGradients
 from fedmira.model.training.zeroth_order import RandomSlopes
 
 __all__ = ["LocalOutcome", "LocalTask", "train_cohort", "train_with"]
@@ -59,6 +60,7 @@ class LocalTask:
         rates: share of the learning rate of each of its steps; None where all are 1.
         settle: turns the parameters that a step left into those of them that are to be others, by
             name, or None.
+        squares: whether squares of gradients are added up.
     """
 
     start: Adapter
@@ -69,6 +71,7 @@ class LocalTask:
     moments: tuple[Adapter, Adapter, int] | None = None
     rates: tuple[float, ...] | None = None
     settle: Settle | None = None
+    squares: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,8 @@ class LocalOutcome:
         num_steps: steps that were taken.
         first_loss, last_loss: that of the first and of the last step.
         moments: first and second moment and the steps behind them; None where none are kept.
+        squares: the sum over the batches of |b| / n times the squared gradient of the mean loss of
+            a batch of |b| of the n rows; None where nobody asked.
     """
 
     adapter: Adapter
@@ -100,6 +105,7 @@ class LocalOutcome:
     moments: tuple[Adapter, Adapter, int] | None = None
     clip_share: float | None = None
     movement: Adapter | None = None
+    squares: Adapter | None = None
 
 
 def train_cohort(
@@ -219,6 +225,9 @@ class _Cohort:
         self.counts: list[dict[int, int]] = []
         self.tokens = [0] * len(tasks)
         self.clipped = torch.zeros(len(tasks), dtype=torch.long, device=self.device)
+        self.squares = SquaredGradients(
+            self.stacked, [len(task.rows) if task.squares else None for task in tasks]
+        )
         self.target_draws = TargetDraws([task.seed for task in tasks])
         self.steps_before = [task.moments[2] if task.moments else 0 for task in tasks]
         self.slopes: RandomSlopes | None = None
@@ -259,6 +268,7 @@ class _Cohort:
         sums, _ = within_memory(backward, self.budget, self.limit)
         self.sums.append(sums)
         self._stop_the_failed(good & torch.isfinite(sums))
+        self.squares.add(batches)  # while gradients are still those of the loss alone
         for client in batches:
             self._apply_hook(client)
         shares = clip_rows(self.stacked.gradients, self.settings.max_grad_norm)
@@ -348,6 +358,7 @@ class _Cohort:
             kept,
             self._clip_share(client, len(losses)) if self.settings.optimizer == "sophia" else None,
             self.slopes.movement(client) if self.slopes is not None and not failure else None,
+            self.squares.of(client) if not failure else None,
         )
 
     def _clip_share(self, client: int, num_steps: int) -> float:
