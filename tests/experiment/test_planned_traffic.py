@@ -128,6 +128,11 @@ def test_planned_traffic_is_that_of_the_whole_run(
             (1, 0),
             "changes in the course",
         ),
+        (
+            {"algorithm.name": "gossip", "graph.kind": "category"},
+            None,
+            "how many neighbours a client has",
+        ),
         ({"algorithm.name": "ditto"}, (1, 0), "changes in the course"),
         ({"algorithm.name": "feddpa"}, (1 / 2, 0), "changes in the course"),
         (

@@ -113,6 +113,12 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.participation": 0.6,
         "rounds.count": 4,
     },
+    "gossip, some clients": {
+        "algorithm.name": "gossip",
+        "graph.kind": "category",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
     "mtlora, some clients": {
         "algorithm.name": "mtlora",
         "rounds.participation": 0.6,

@@ -67,6 +67,7 @@ METHODS: Mapping[str, str] = {
     "rolora": "fedmira.methods.rolora:RoLora",
     "fedfomo": "fedmira.methods.fedfomo:FedFomo",
     "fedkseed": "fedmira.methods.fedkseed:FedKSeed",
+    "gossip": "fedmira.methods.gossip:Gossip",
     "mira": "fedmira.methods.mira:Mira",
     "two-level": "fedmira.methods.two_level:TwoLevel",
 }
@@ -107,6 +108,8 @@ class MethodSection(Section):
             that less travels than is handed over.
         uses_graph: whether its server half looks at the graph of clients; where it does not, a key
             of [graph] is an error.
+        traffic_differs: by what the messages of clients of one rank differ in size; "" where they
+            do not.
         searched: its main settings, which `fedmira tune` searches beside the learning rate where
             no space is given -> the values that are tried with the one it has.
         controls: what could explain its gain away, for `fedmira compare --controls`: a name -> the
@@ -118,6 +121,7 @@ class MethodSection(Section):
     always_needs: ClassVar[Mapping[Need, str]] = {}
     partly_sent: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = True
+    traffic_differs: ClassVar[str] = ""
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     controls: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fedmira.methods.flexlora import FlexLora
     from fedmira.methods.flora import Flora
     from fedmira.methods.fola import Fola
+    from fedmira.methods.gossip import Gossip
     from fedmira.methods.hetlora import HetLora
     from fedmira.methods.local import Local
     from fedmira.methods.lora_fair import LoraFair
@@ -69,6 +70,7 @@ _HOMES = {
     "FlexLora": "fedmira.methods.flexlora",
     "Flora": "fedmira.methods.flora",
     "Fola": "fedmira.methods.fola",
+    "Gossip": "fedmira.methods.gossip",
     "GradientHook": "fedmira.methods.base",
     "HetLora": "fedmira.methods.hetlora",
     "Local": "fedmira.methods.local",
@@ -110,6 +112,7 @@ __all__ = [
     "FlexLora",
     "Flora",
     "Fola",
+    "Gossip",
     "GradientHook",
     "HetLora",
     "Local",

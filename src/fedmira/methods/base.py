@@ -263,6 +263,14 @@ class Method(MethodSection, ABC):
             client: its id.
         """
 
+    def totals(self, state: ServerState) -> Mapping[str, float]:
+        """Figures of a whole run, for `method` of run.json; by default there are none.
+
+        Args:
+            state: of the server at the end; it is not changed.
+        """
+        return {}
+
     def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
         """What a client may have in place of what the server made of its adapter.
 

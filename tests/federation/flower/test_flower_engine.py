@@ -78,6 +78,7 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {"algorithm.name": "feddpa"},
         {"algorithm.name": "fola"},
         {"algorithm.name": "mtlora"},
+        {"algorithm.name": "gossip", "graph.kind": "category"},
         {"algorithm.name": "rolora"},
         {
             "algorithm.name": "fedalt",
@@ -94,6 +95,7 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         "feddpa",
         "fola",
         "mtlora",
+        "gossip",
         "rolora",
         "fedalt",
         "safeguard",
