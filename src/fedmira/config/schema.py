@@ -174,6 +174,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _gradients_are_there_to_be_squared(self) -> Config:
+        problem = self.algorithm.reason(Need.GRADIENTS)
+        if problem and self.local.optimizer == "zeroth-order":
+            raise ValueError(
+                f"local.optimizer = 'zeroth-order' does not go with {problem}: it has slopes along "
+                "random directions in their place; set another local.optimizer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _plain_steps_show_their_gradients(self) -> Config:
         problem, local = self.algorithm.reason(Need.PLAIN_STEPS), self.local
         wanted = {

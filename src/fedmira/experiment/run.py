@@ -175,6 +175,7 @@ class _Part:
     def __init__(self, experiment: Experiment, recorder: Recorder, provenance: Provenance) -> None:
         self._experiment, self._recorder, self._provenance = experiment, recorder, provenance
         self._clients = list(experiment.ranks)
+        self._totals: dict[str, float] = {}
 
     def train(self, checkpoint: Checkpoint | None) -> ServerState:
         """Run the rounds after a checkpoint, or all of them; the last state.
@@ -242,6 +243,7 @@ class _Part:
         """Write adapters and tables of the last state."""
         generate = self._experiment.config.evaluation.rouge
         ground, ranks = self._experiment.ground, self._experiment.ranks
+        self._totals = dict(self._experiment.algorithm.totals(state))
         result = write_results(self._recorder, ground, ranks, state, generate=generate)
         return replace(result, status="finished" if self.stopped is None else "stopped")
 
@@ -261,6 +263,7 @@ class _Part:
             clients=len(self._clients),
             summary=result.summary,
             export=export,
+            **({"method": self._totals} if self._totals else {}),
         )
         self._tell_end(status, reason, result)
         if wrong:

@@ -86,6 +86,9 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {},
         {"algorithm.name": "ditto"},
         {"algorithm.name": "feddpa"},
+        {"algorithm.name": "fola"},
+        {"algorithm.name": "mtlora"},
+        {"algorithm.name": "gossip", "graph.kind": "category"},
         {"algorithm.name": "rolora"},
         {
             "algorithm.name": "fedalt",
@@ -96,7 +99,18 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {"algorithm.safeguard": True},
         {"algorithm.space": "factor", "local.optimizer_state": "kept", "engine.wire": "int8"},
     ],
-    ids=["mira", "ditto", "feddpa", "rolora", "fedalt", "safeguard", "kept moments in int8"],
+    ids=[
+        "mira",
+        "ditto",
+        "feddpa",
+        "fola",
+        "mtlora",
+        "gossip",
+        "rolora",
+        "fedalt",
+        "safeguard",
+        "kept moments in int8",
+    ],
 )
 def test_a_federation_ends_with_the_adapters_of_the_run_in_one_process(
     settings: dict[str, Any], base_folder: Path, clients_folder: Path, tmp_path: Path

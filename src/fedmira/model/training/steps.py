@@ -37,6 +37,7 @@ from fedmira.model.training.optimizers import (
     add_curvature,
     clip_rows,
 )
+from fedmira.model.training.squares import SquaredGradients
 from fedmira.model.training.zeroth_order import RandomSlopes
 
 __all__ = ["LocalOutcome", "LocalTask", "train_cohort", "train_with"]
@@ -61,6 +62,7 @@ class LocalTask:
         settle: turns the parameters that a step left into those of them that are to be others, by
             name, or None.
         advantages: of each row, finite; None where all rows weigh alike.
+        squares: whether squares of gradients are added up.
     """
 
     start: Adapter
@@ -72,6 +74,7 @@ class LocalTask:
     rates: tuple[float, ...] | None = None
     settle: Settle | None = None
     advantages: Sequence[float] | None = None
+    squares: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,8 @@ class LocalOutcome:
         num_steps: steps that were taken.
         first_loss, last_loss: that of the first and of the last step.
         moments: first and second moment and the steps behind them; None where none are kept.
+        squares: the sum over the batches of |b| / n times the squared gradient of the mean loss of
+            a batch of |b| of the n rows; None where nobody asked.
     """
 
     adapter: Adapter
@@ -103,6 +108,7 @@ class LocalOutcome:
     moments: tuple[Adapter, Adapter, int] | None = None
     clip_share: float | None = None
     movement: Adapter | None = None
+    squares: Adapter | None = None
 
 
 def train_cohort(
@@ -216,6 +222,9 @@ class _Cohort:
         self.counts: list[dict[int, int]] = []
         self.tokens = [0] * len(tasks)
         self.clipped = torch.zeros(len(tasks), dtype=torch.long, device=self.device)
+        self.squares = SquaredGradients(
+            self.stacked, [len(task.rows) if task.squares else None for task in tasks]
+        )
         self.target_draws = TargetDraws([task.seed for task in tasks])
         self.weights: dict[int, list[float]] = {}
         self.steps_before = [task.moments[2] if task.moments else 0 for task in tasks]
@@ -263,6 +272,7 @@ class _Cohort:
         sums, _ = within_memory(backward, self.budget, self.limit)
         self.sums.append(sums)
         self._stop_the_failed(good & torch.isfinite(sums))
+        self.squares.add(batches)  # while gradients are still those of the loss alone
         for client in batches:
             self._apply_hook(client)
         shares = clip_rows(self.stacked.gradients, self.settings.max_grad_norm)
@@ -352,6 +362,7 @@ class _Cohort:
             kept,
             self._clip_share(client, len(losses)) if self.settings.optimizer == "sophia" else None,
             self.slopes.movement(client) if self.slopes is not None and not failure else None,
+            self.squares.of(client) if not failure else None,
         )
 
     def _clip_share(self, client: int, num_steps: int) -> float:
