@@ -18,7 +18,7 @@ from fedmira.model.kinds.lora_folders import (
     write_alike,
     write_lora_folder,
 )
-from fedmira.model.kinds.peft_files import read_adapter, write_adapter
+from fedmira.model.kinds.peft_files import read_adapter, read_trained, write_adapter
 from fedmira.model.kinds.prompts import PromptKind
 from fedmira.model.kinds.proof import prove_export
 from fedmira.model.kinds.registry import AdapterKind, adapter_kind
@@ -69,6 +69,7 @@ __all__ = [
     "prove_export",
     "rate_shares",
     "read_adapter",
+    "read_trained",
     "read_lora_folder",
     "response_losses",
     "start_adapter",
