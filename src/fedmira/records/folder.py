@@ -58,7 +58,7 @@ class RecordedFolder:
             if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
                 return None
             raise
-        self._read = (version, parse_hashes(content, str(place)))
+        self._read = (version, parse_hashes(content, str(place), self._told("all")))
         return self._read[1]
 
     def write(self, name: str, content: str | bytes, *, lasting: bool = True) -> None:
@@ -145,6 +145,9 @@ class RecordedFolder:
         if self._recorded(name) and not (self.path / name).is_file():
             raise self._gone(name)
         return False
+
+    def _told(self, name: str) -> str:
+        return self._way_out.replace("FOLDER", str(self.path)).replace("NAME", name)
 
     def _gone(self, name: str) -> RunFolderError:
         return RunFolderError(

@@ -21,17 +21,19 @@ def lost_lines(folder: Path) -> list[str]:
     Args:
         folder: of a run; one that has ended has these files in its own record, too.
     """
-    rounds = list((folder / "checkpoint").glob(f"round-*/{RECORD}"))
-    numbers = {place.parent.name.removeprefix("round-"): place.parent for place in rounds}
-    last = max((int(number) for number in numbers if number.isdecimal()), default=None)
-    if last is None:
-        return []
-    found = RecordedFolder(folder / "checkpoint" / f"round-{last:06d}").hashes()
-    return [
-        problem
-        for name, (size, sha256) in (found.beginnings.items() if found else ())
-        if (problem := GrowingFile(folder / name).problem(size, sha256))
-    ]
+    rounds = (place.parent for place in (folder / "checkpoint").glob(f"round-*/{RECORD}"))
+    numbers = {place.name.removeprefix("round-"): place for place in rounds}
+    for number in sorted(filter(str.isdecimal, numbers), key=int, reverse=True):
+        try:
+            found = RecordedFolder(numbers[number]).hashes()
+        except RunFolderError:
+            continue  # a damaged checkpoint is told by whoever needs it; the one before it will do
+        return [
+            problem
+            for name, (size, sha256) in (found.beginnings.items() if found else ())
+            if (problem := GrowingFile(folder / name).problem(size, sha256))
+        ]
+    return []
 
 
 class GrowingFile:

@@ -59,12 +59,13 @@ class Hashes:
         return f"{above}{_SEAL}{hashlib.sha256(above.encode()).hexdigest()}\n"
 
 
-def parse_hashes(content: bytes, where: str) -> Hashes:
+def parse_hashes(content: bytes, where: str, way_out: str) -> Hashes:
     """What a record says.
 
     Args:
         content: of the file.
         where: its path, for messages.
+        way_out: what to do where it is damaged.
 
     Raises:
         RunFolderError: it is damaged, which its last line tells.
@@ -73,8 +74,7 @@ def parse_hashes(content: bytes, where: str) -> Hashes:
     if seal != f"{hashlib.sha256(above).hexdigest()}\n".encode():
         raise RunFolderError(
             f"{where}: the record of hashes is damaged (its last line does not fit the others); "
-            "put it back from a copy, or, where you trust the files as they are: fedmira verify "
-            "FOLDER --accept all"
+            f"{way_out}"
         )
     files: dict[str, tuple[str, ...]] = {}
     beginnings: dict[str, tuple[int, str]] = {}
