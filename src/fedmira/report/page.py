@@ -15,8 +15,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedmira.atomic import replace_file
 from fedmira.metrics import LOSS_METRICS
+from fedmira.records import RecordedFolder
 from fedmira.report.charts import (
     Series,
     change_bars,
@@ -93,7 +93,9 @@ def write_report(
     """
     run = read_run(run_folder)
     path = run.folder / "report.html"
-    replace_file(path, render("report.html.j2", _content(run, defaults)), lasting=False)
+    RecordedFolder(run.folder).write(
+        path.name, render("report.html.j2", _content(run, defaults)), lasting=False
+    )
     return path
 
 

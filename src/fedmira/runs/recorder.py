@@ -393,6 +393,7 @@ class Recorder:
                 best=self.best_adapters,
                 values=values,
                 graph_json=self.graph_json,
+                beginnings=self.folder.beginnings(),
             )
         )
         self.round_done = number
