@@ -10,6 +10,7 @@ import typer
 
 from fedmira import __version__
 from fedmira.cli import (
+    audit,
     chat,
     check,
     compare,
@@ -61,6 +62,7 @@ for _verb in (
     fleets.align,
     join.join,
     report.report,
+    audit.audit,
     presets.presets,
 ):
     app.command()(_verb)
