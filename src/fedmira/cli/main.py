@@ -10,6 +10,7 @@ import typer
 
 from fedmira import __version__
 from fedmira.cli import (
+    audit,
     chat,
     check,
     compare,
@@ -67,6 +68,7 @@ for _verb in (
     offsite.plug,
     report.report,
     verify.verify,
+    audit.audit,
     presets.presets,
 ):
     app.command()(_verb)

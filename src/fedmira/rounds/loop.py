@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from fedmira.clients import Clients
+from fedmira.clients import Clients, believed
 from fedmira.config import RoundsSettings
 from fedmira.errors import AlignmentError, RoundError
 from fedmira.messages import (
@@ -94,7 +94,7 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
             for client in chosen
         ]
         begun = time.perf_counter()
-        answers = workers.train(requests)
+        answers = believed(workers.train(requests), workers.parties)
         trained = time.perf_counter()
         replies, failures = _told_apart(answers)
         if len(replies) < min(settings.min_replies, len(chosen)):
