@@ -46,7 +46,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "model": {"adapters", "atomic", "config", "data", "errors", "records", "storage"},
     "report": {"atomic", "errors", "metrics", "records", "shown"},
     "clients": _BELOW_CLIENTS - {"graphs"},
-    "rounds": {"clients", "config", "errors", "messages", "methods", "seeds"},
+    "rounds": {"adapters", "clients", "config", "errors", "messages", "methods", "seeds"},
     "runs": _BELOW_RUNS - {"wire"},
     "experiment": _BELOW_EXPERIMENT,
     "fleet": _BELOW_EXPERIMENT | {"experiment"},

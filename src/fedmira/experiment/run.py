@@ -19,9 +19,10 @@ from fedmira.errors import (
 from fedmira.experiment.build import Experiment
 from fedmira.experiment.export import check_export
 from fedmira.methods import ServerState
+from fedmira.model import count_steps
 from fedmira.observers import EndEvent, Observer, RunFacts, StartEvent
 from fedmira.records import machine_errors, told
-from fedmira.rounds import run_rounds
+from fedmira.rounds import Screen, run_rounds
 from fedmira.runs import (
     Checkpoint,
     CheckpointFolder,
@@ -215,6 +216,7 @@ class _Part:
             recorder.on_round,
             first_round=checkpoint.round + 1 if checkpoint else 1,
             resting=recorder.watchers.resting,
+            screen=_screen(experiment),
         )
         still = self.stopped is None and experiment.algorithm.aligns and not recorder.ever_moved
         if still and experiment.graph.learned:
@@ -333,6 +335,18 @@ class _Part:
         recorder.watchers.tell(
             EndEvent(recorder.facts, status, reason, summary, recorder.folder.path)
         )
+
+
+def _screen(experiment: Experiment) -> Screen:
+    """What the server holds replies against."""
+    config, ranks = experiment.config, experiment.ranks
+    rows = {client: party.train_rows for client, party in experiment.parties.items()}
+    return Screen(
+        config.server,
+        rows,
+        {client: count_steps(count, config.local) for client, count in rows.items()},
+        {client: experiment.kind.scale(rank) for client, rank in ranks.items() if rank},
+    )
 
 
 def _told(error: BaseException) -> str:
