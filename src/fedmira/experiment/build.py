@@ -25,6 +25,7 @@ from fedmira.data import (
     Dataset,
     ObjectRows,
     ReadRows,
+    about_advantages,
     load_clients,
     read_rows,
     told_left_out,
@@ -168,7 +169,7 @@ def build_experiment(
     """
     places = config
     if resumed is not None:  # perhaps from another folder than the one it was started in
-        places = where_they_lay(config, RunFolder(resumed).read_json("run.json"))
+        places = where_they_lay(config, RunFolder(resumed).run_json())
     if dataset is None and not isinstance(rows, ReadRows):
         rows = read_rows(places.data, config.seed, rows)
     tokenizer = base.tokenizer if base else load_tokenizer(places.model)
@@ -183,7 +184,7 @@ def build_experiment(
     parties = {party.client_id: party for party in dataset.summaries()}
     scheme = make_scheme(config, kind, parties)
     scales = {client: kind.scale(rank) for client, rank in scheme.ranks.items()}
-    before = RunFolder(resumed).read_json("run.json") if resumed else {}
+    before = RunFolder(resumed).run_json() if resumed else {}
     threads = _count(before.get("threads"))
     crew = choose_crew(config, kind, scheme.algorithm, dataset.clients, threads)
     with threads_of(crew.threads):
@@ -198,7 +199,10 @@ def build_experiment(
     clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once, crew)
     if config.engine.wire != "float32":
         clients = OverWire(clients, config.engine.wire, at_once)
-    notes = _about_answers(config, kind.base, dataset)
+    notes = [
+        *_about_answers(config, kind.base, dataset),
+        *about_advantages(dataset.clients, config.local.advantage_temperature),
+    ]
     for note in notes:
         _log.warning("%s", note)
     return Experiment(
