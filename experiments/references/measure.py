@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("places", type=Path, nargs="+")
     parser.add_argument("--summary", action="store_true")
-    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -52,8 +52,9 @@ def main() -> None:
             "data.max_rows": asked.rows,
             "data.validation_fraction": 0.4,
             "data.train_fraction": 0.4,
-            "data.test_rows": 24,
-            "data.max_length": 256,
+            "data.test_rows": 16,
+            "data.max_length": 160,
+            "local.batch_size": 4,
             "rounds.count": asked.rounds,
             "evaluation.every": 0,
             "evaluation.rouge": False,

@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedModel,
+)
 
 from fedmira.adapters import Adapter, content_hash
 from fedmira.config import EvaluationSettings
 from fedmira.errors import ModelError, RunError
-from fedmira.model import BaseModel, LoraKind, ReferenceStore, find_targets, start_adapter
+from fedmira.model import (
+    BaseModel,
+    LoraKind,
+    ReferenceStore,
+    find_targets,
+    from_model,
+    start_adapter,
+)
 from fedmira.model.generation import reference
 from fedmira.model.generation.reference import auto_temperature
-from tiny import TinyRow, draw_rows, tiny_base
+from tiny import VOCABULARY, TinyRow, draw_rows, tiny_base, tiny_tokenizer
 
 SETTINGS = EvaluationSettings(reference_neighbours=8)
 SCALE = 2.0
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def by_hand(temperature: float, neighbours: int = 32) -> ReferenceStore:
@@ -176,6 +204,28 @@ def test_a_store_of_another_adapter_is_refused() -> None:
         kind.referred_losses(other, SCALE, rows, store, 0.5)
     with pytest.raises(RunError, match="was made with another adapter"):
         kind.referred_answers(other, SCALE, [rows[0].prompt], 3, 500, store, 0.5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, final_logit_softcapping=0.5, head_dim=8)),
+        lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=8.0)),
+        lambda: CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.1)),
+    ],
+    ids=["capped", "divided", "multiplied"],
+)
+def test_a_base_that_changes_its_scores_behind_the_head_is_refused(
+    model: Callable[[], PreTrainedModel],
+) -> None:
+    torch.manual_seed(1)
+    made = model()
+    with torch.no_grad():
+        made.get_output_embeddings().weight.mul_(20)
+    base = from_model(made, tiny_tokenizer(), "tiny")
+    kind = LoraKind(base, find_targets(base.model, ("q_proj",)), 4.0)
+    with pytest.raises(ModelError, match="changes its scores behind the head"):
+        kind.reference(start_adapter(kind.targets, 2, 1), SCALE, draw_rows(3, 6, 1), SETTINGS)
 
 
 def test_what_cannot_be_referred_to_is_named() -> None:

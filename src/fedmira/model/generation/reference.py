@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from fedmira.errors import ModelError, RunError
 from fedmira.model.base.rows import Row
 from fedmira.model.base.types import BaseModel
 from fedmira.model.lora.branch import LoraBranch
+from fedmira.model.packed.probe import losses_agree
 
 __all__ = [
     "ReferenceStore",
@@ -172,13 +173,9 @@ def build_store(
             f"evaluation.reference_heads = {heads} does not divide the width of {base.name!r}, "
             f"which is {width}; choose a divisor"
         )
-    if getattr(base.model.config.get_text_config(), "final_logit_softcapping", None):
-        raise ModelError(
-            f"{base.name!r}: its scores are capped behind the head, where reference decoding mixes "
-            "probabilities; set evaluation.reference_share to 0"
-        )
     if not rows:
-        raise ModelError("reference decoding needs training rows of the client, and there are none")
+        raise ModelError("reference decoding needs training rows of the client; there are none")
+    _check_head(base, branch, rows[0])
     states = torch.cat([hidden for _, hidden in _states(base, branch, rows)])
     targets = torch.tensor([token for row in rows for token in row.response], device=base.device)
     small = states.to(torch.float16)
@@ -250,6 +247,30 @@ def _states(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             ).last_hidden_state
         yield row, hidden[0, len(row.prompt) - 1 :]
+
+
+def _check_head(base: BaseModel, branch: LoraBranch, row: Row) -> None:
+    """Refuse a model whose scores are not what its head gives, such as scaled or capped ones.
+
+    Raises:
+        ModelError: they are not.
+    """
+    ids = torch.tensor([list(row.prompt)], device=base.device)
+    read: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "use_cache": False,
+    }
+    head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    with torch.no_grad(), branch.tokens([(0, slice(None))]):
+        wanted = base.model(**read).logits[:, -1]
+        found = head(base.model.base_model(**read).last_hidden_state[:, -1])
+    one, other = (scores.float().log_softmax(dim=-1) for scores in (found, wanted))
+    if not losses_agree(one, other, base.dtype):
+        raise ModelError(
+            f"{base.name!r}: {type(base.model).__name__} changes its scores behind the head, where "
+            "reference decoding mixes probabilities; set evaluation.reference_share to 0"
+        )
 
 
 def _in_parts(states: Tensor, heads: int) -> Tensor:
