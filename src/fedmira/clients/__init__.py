@@ -6,6 +6,7 @@ from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.crews import Crew, InTurn, Share, share_size, threads_of
 from fedmira.clients.local import LocalClients
 from fedmira.clients.over_wire import OverWire
+from fedmira.clients.references import References, references_of
 from fedmira.clients.workers import Workers, unsafe_main
 
 __all__ = [
@@ -18,10 +19,12 @@ __all__ = [
     "LocalClients",
     "OverWire",
     "Share",
+    "References",
     "SplitName",
     "Workers",
     "share_size",
     "threads_of",
     "unsafe_main",
     "believed",
+    "references_of",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,6 +12,7 @@ from fedmira.adapters import Adapter
 from fedmira.clients.base import Candidates, SplitName
 from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.crews import Crew, InTurn, Share
+from fedmira.clients.references import References
 from fedmira.data import ClientData, ClientSummary, summary_of
 from fedmira.messages import ClientId, Failure, Payload, Reply, Request
 from fedmira.methods import Method
@@ -39,6 +41,7 @@ class LocalClients:
         settings: how they train, the scale of each client's adapter, and the most tokens in one
             pass.
         at_once: clients of a share, whose passes are made together.
+        references: where losses and answers are to lean on the clients' training rows.
         crew: who does the shares.
     """
 
@@ -47,6 +50,7 @@ class LocalClients:
     data: Mapping[ClientId, ClientData]
     settings: CohortSettings
     at_once: int = 64
+    references: References | None = None
     crew: Crew = field(default_factory=InTurn)
     _memories: Mapping[ClientId, Payload] = field(default_factory=dict)
 
@@ -106,12 +110,14 @@ class LocalClients:
         self, adapters: Mapping[ClientId, Adapter], split: SplitName = "test"
     ) -> dict[ClientId, TokenLoss]:
         """The response loss of each given client's own adapter on its own rows."""
+        asked = [client for client in adapters if getattr(self.data[client], split)]
+        if self.references is not None:
+            return {name: self._leaning(self.references, name, adapters, split) for name in asked}
 
         def begun(names: Sequence[ClientId]) -> Callable[[AdapterKind], list[float]]:
             rows = [getattr(self.data[name], split) for name in names]
             return partial(_losses, [adapters[name] for name in names], *self._scaled(names), rows)
 
-        asked = [client for client in adapters if getattr(self.data[client], split)]
         found = self._in_shares(asked, split, begun)
         return {
             name: TokenLoss(
@@ -176,6 +182,18 @@ class LocalClients:
             adapters: by client id; each is read once.
             max_new_tokens: longest answer in tokens.
         """
+        if self.references is not None:
+            return {
+                name: self.references.answers(
+                    self.data[name],
+                    adapter,
+                    self.settings.scales[name],
+                    [row.prompt for row in self.data[name].test],
+                    max_new_tokens=max_new_tokens,
+                    budget=self.settings.token_budget,
+                )
+                for name, adapter in adapters.items()
+            }
 
         def begun(names: Sequence[ClientId]) -> Callable[[AdapterKind], list[list[str]]]:
             prompts = [[row.prompt for row in self.data[name].test] for name in names]
@@ -198,6 +216,19 @@ class LocalClients:
             client: text_scores(predictions, self.data[client].references)
             for client, predictions in texts.items()
         }
+
+    def _leaning(
+        self,
+        references: References,
+        name: ClientId,
+        adapters: Mapping[ClientId, Adapter],
+        split: SplitName,
+    ) -> TokenLoss:
+        """A client's loss as it is where answers lean on its training rows."""
+        rows = getattr(self.data[name], split)
+        scale = self.settings.scales[name]
+        found = references.losses(self.data[name], adapters[name], scale, rows)
+        return TokenLoss(math.fsum(found), sum(len(row.response) for row in rows))
 
     def _in_shares(
         self,

@@ -15,6 +15,7 @@ from fedmira.clients import (
     Crew,
     LocalClients,
     OverWire,
+    references_of,
     share_size,
     threads_of,
 )
@@ -196,7 +197,15 @@ def build_experiment(
     if kind.base.device.type == "cpu":
         at_once = share_size(dataset.clients, config.local.batch_size, budget, at_once)
     settings = CohortSettings(config.local, scales, budget, config.rounds.count)
-    clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once, crew)
+    clients: Clients = LocalClients(
+        scheme.algorithm,
+        kind,
+        data,
+        settings,
+        at_once,
+        references=references_of(kind, config.evaluation),
+        crew=crew,
+    )
     if config.engine.wire != "float32":
         clients = OverWire(clients, config.engine.wire, at_once)
     notes = [
