@@ -32,8 +32,8 @@ test: $(STAMP) ## all tests, in two processes; in one: .venv/bin/pytest
 federation: $(FLOWER_STAMP) ## tests of runs over Flower, as real processes too (minutes); FLOWER=1.40.0: with that release
 	$(FLOWER_BIN)/pytest tests/federation/flower tests/federation/processes tests/clients/test_clients_contract.py
 
-trackers: $(TRACKERS_STAMP) ## tests of observers with TensorBoard, Trackio, W&B and MLflow, all offline
-	$(TRACKERS_BIN)/pytest tests/observers
+trackers: $(TRACKERS_STAMP) ## tests of observers with TensorBoard, Trackio, W&B and MLflow, and of the page for a conversation, all offline
+	$(TRACKERS_BIN)/pytest tests/observers tests/studies/test_talking_page.py
 
 check: $(STAMP) ## format, lint, types, layers, public names; changes nothing
 	$(BIN)/ruff format --check .
@@ -78,7 +78,7 @@ $(FLOWER_STAMP): pyproject.toml constraints.txt
 # These bring some hundred packages that nothing else needs.
 $(TRACKERS_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-trackers
-	$(TRACKERS_BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,trackers]'
+	$(TRACKERS_BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,trackers,page]'
 	@touch $@
 
 # A peer that cannot be installed takes only its own tools away; the result says so.

@@ -49,7 +49,7 @@ def run_with(
     "settings",
     [
         {"algorithm.name": "two-level", "evaluation.every": 1, "evaluation.rouge": True},
-        {"algorithm.name": "mira", "algorithm.safeguard": "blend"},
+        {"algorithm.name": "mira", "algorithm.safeguard": True},
         {"algorithm.name": "local", "local.optimizer_state": "kept"},
         {"algorithm.name": "fedavg", "engine.wire": "int8"},
     ],

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["chat"]
 
+_PORT = 7860
 _COMMANDS = "/client NAME talks to another client, /reset forgets what was said, /quit ends"
 
 
@@ -48,6 +49,20 @@ def chat(
         ),
     ] = None,
     reference_share: ReferenceShare = None,
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--page",
+            help="A page in a browser on this machine, in place of the terminal; needs gradio "
+            "(pip install 'fedmira[page]').",
+        ),
+    ] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            "--port", min=1, max=65535, help="Of --page. Default: 7860.", show_default=False
+        ),
+    ] = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Ask base and adapters the same, and see their answers side by side.
@@ -57,7 +72,13 @@ def chat(
 
     Example: fedmira chat runs/first --client clinic-north
     """
-    typed = sys.stdin.isatty()
+    if port is not None and not page:
+        raise ConfigError("--port belongs to --page; give that too, or leave it away")
+    if page:
+        from fedmira.studies.serving.talking_page import check_gradio, serve_page
+
+        check_gradio()
+    typed = sys.stdin.isatty() and not page
     if typed:
         say(f"{_COMMANDS}; loading the base ...")
     from fedmira.studies.saved import reload_adapters
@@ -73,6 +94,9 @@ def chat(
         max_new_tokens=max_new_tokens,
         reference_share=reference_share,
     )
+    if page:
+        serve_page(conversation, port or _PORT, lambda place: say(f"{place}  (Ctrl-C ends it)"))
+        return
     if typed:
         _introduce(conversation)
     told: list[dict[str, Any]] = []

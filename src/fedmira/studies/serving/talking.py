@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 from fedmira.adapters import Adapter
@@ -79,6 +80,18 @@ class Conversation:
     def voices(self) -> tuple[str, ...]:
         """Who answers, in order; the run's own adapter is the last."""
         return tuple(voice.name for voice in self._voices)
+
+    @property
+    def clients(self) -> tuple[ClientId, ...]:
+        """Whose adapters can be talked to: the clients that all its runs have."""
+        own, others = self._runs[-1], self._runs[:-1]
+        return tuple(name for name in own.ranks if all(name in run.ranks for run in others))
+
+    def another(self) -> Conversation:
+        """A conversation with the same client, in which nothing was said."""
+        other = copy(self)
+        other.switch(self.client)
+        return other
 
     @property
     def remembers(self) -> bool:
