@@ -10,6 +10,7 @@ import typer
 
 from fedmira import __version__
 from fedmira.cli import (
+    audit,
     chat,
     check,
     compare,
@@ -27,9 +28,11 @@ from fedmira.cli import (
     run,
     serve_config,
     tune,
+    verify,
 )
 from fedmira.cli.screen import logged
 from fedmira.errors import FedmiraError, InputError
+from fedmira.records import told
 
 __all__ = ["app", "main"]
 
@@ -64,6 +67,8 @@ for _verb in (
     offsite.emulate,
     offsite.plug,
     report.report,
+    verify.verify,
+    audit.audit,
     presets.presets,
 ):
     app.command()(_verb)
@@ -105,7 +110,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:  # a full disk, a folder without permission
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         sys.exit(FedmiraError.exit_code)
     except SystemExit as ending:
         if ending.code == _INTERRUPTED:  # typer ends an interrupt from the keyboard without a word

@@ -1,6 +1,7 @@
 """Clients' work behind one seam: train, losses, choose, score."""
 
 from fedmira.clients.base import Candidates, Clients, SplitName
+from fedmira.clients.believed import believed
 from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.local import LocalClients
 from fedmira.clients.over_wire import OverWire
@@ -15,5 +16,6 @@ __all__ = [
     "OverWire",
     "References",
     "SplitName",
+    "believed",
     "references_of",
 ]

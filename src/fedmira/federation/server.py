@@ -31,6 +31,7 @@ from fedmira.experiment import (
     prepare_kind,
     start_experiment,
 )
+from fedmira.federation.audit import AuditLog, audit_beside
 from fedmira.federation.ends import ServerEnd
 from fedmira.federation.node import memory_beside
 from fedmira.messages import ClientId
@@ -116,7 +117,7 @@ def build_federation(
     check_apart(config.data)
     kind = prepare_kind(config)
     names = tuple(before.parties) if before else settings.clients
-    nodes = _nodes(config, grid, kind, names)
+    nodes = _nodes(config, grid, kind, names, AuditLog(audit_beside(output)))
     if before:
         nodes.close(before.parties)
     wanted = len(names) or settings.nodes
@@ -187,8 +188,17 @@ def build_simulation(
     )
 
 
-def _nodes(config: Config, grid: Grid, kind: AdapterKind, names: tuple[ClientId, ...]) -> Nodes:
-    """The nodes of the grid; those with the server's base and tokenizer may take part."""
+def _nodes(
+    config: Config,
+    grid: Grid,
+    kind: AdapterKind,
+    names: tuple[ClientId, ...],
+    audit: AuditLog | None = None,
+) -> Nodes:
+    """The nodes of the grid; those with the server's base and tokenizer may take part.
+
+    A simulation keeps no record of messages: all of them are one party's.
+    """
     from fedmira.federation.flower.nodes import Nodes
 
     return Nodes(
@@ -197,6 +207,7 @@ def _nodes(config: Config, grid: Grid, kind: AdapterKind, names: tuple[ClientId,
         tokenizer_hash(kind.base.tokenizer),
         names,
         config.federation.reply_s,
+        audit,
     )
 
 

@@ -29,7 +29,7 @@ from fedmira.model.kinds.lora_folders import (
     write_alike,
     write_lora_folder,
 )
-from fedmira.model.kinds.peft_files import read_adapter, write_adapter
+from fedmira.model.kinds.peft_files import read_adapter, read_trained, write_adapter
 from fedmira.model.kinds.prompts import PromptKind
 from fedmira.model.kinds.proof import prove_export
 from fedmira.model.kinds.registry import AdapterKind, adapter_kind
@@ -41,7 +41,8 @@ from fedmira.model.packed.token_budget import choose_token_budget, usual_token_b
 from fedmira.model.training.batches import count_steps
 from fedmira.model.training.measure import Choice, Contender, choose_adapters, summed_losses
 from fedmira.model.training.rates import rate_shares
-from fedmira.model.training.steps import LocalOutcome, LocalTask, train_cohort
+from fedmira.model.training.steps import train_cohort
+from fedmira.model.training.tasks import LocalOutcome, LocalTask
 
 __all__ = [
     "EMULATOR",
@@ -89,6 +90,7 @@ __all__ = [
     "prove_export",
     "rate_shares",
     "read_adapter",
+    "read_trained",
     "read_lora_folder",
     "response_losses",
     "start_adapter",

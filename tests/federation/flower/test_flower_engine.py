@@ -22,6 +22,7 @@ from flwr.app import Error, Message, RecordDict
 from fedmira.config import Config
 from fedmira.errors import ConfigError, RoundError
 from fedmira.experiment import build_experiment, run_experiment
+from fedmira.federation.codes import code_text
 from fedmira.federation.flower.records import bytes_of, record_of
 from fedmira.federation.server import run_federation
 from fedmira.runs import Result
@@ -86,6 +87,9 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {},
         {"algorithm.name": "ditto"},
         {"algorithm.name": "feddpa"},
+        {"algorithm.name": "fola"},
+        {"algorithm.name": "mtlora"},
+        {"algorithm.name": "gossip", "graph.kind": "category"},
         {"algorithm.name": "rolora"},
         {
             "algorithm.name": "fedalt",
@@ -96,7 +100,18 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {"algorithm.safeguard": True},
         {"algorithm.space": "factor", "local.optimizer_state": "kept", "engine.wire": "int8"},
     ],
-    ids=["mira", "ditto", "feddpa", "rolora", "fedalt", "safeguard", "kept moments in int8"],
+    ids=[
+        "mira",
+        "ditto",
+        "feddpa",
+        "fola",
+        "mtlora",
+        "gossip",
+        "rolora",
+        "fedalt",
+        "safeguard",
+        "kept moments in int8",
+    ],
 )
 def test_a_federation_ends_with_the_adapters_of_the_run_in_one_process(
     settings: dict[str, Any], base_folder: Path, clients_folder: Path, tmp_path: Path
@@ -270,7 +285,7 @@ def test_a_bad_reply_is_a_failure_with_its_reason_and_the_client_goes_on_from_it
     assert sorted(trained) == [1, 3] and trained[3]["loaded_hash"] == trained[1]["sent_hash"]
 
 
-def test_a_node_that_fails_says_so_in_its_own_words(
+def test_a_node_that_fails_sends_a_code_and_keeps_the_words_in_its_log(
     base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:
     grid: LoopbackGrid
@@ -286,10 +301,11 @@ def test_a_node_that_fails_says_so_in_its_own_words(
     assert {(f["client"], f["stage"]) for f in events_of(tmp_path / "run", "failure")} == {
         ("apple-3", "memory")
     }
-    assert all(
-        "private memory cannot be read" in failure["reason"]
-        for failure in events_of(tmp_path / "run", "failure")
-    )
+    assert {failure["reason"] for failure in events_of(tmp_path / "run", "failure")} == {
+        code_text("memory")
+    }
+    log = (tmp_path / "memory" / "apple-3.log").read_text(encoding="utf-8")
+    assert "private memory cannot be read" in log
 
 
 def test_a_node_that_is_away_is_left_out_and_taken_up_again_under_another_id(
@@ -435,7 +451,7 @@ def test_too_few_replies_end_the_run_and_it_resumes_when_the_nodes_are_back(
             {"name": "stranger"},
             {"federation.clients": list(CLIENTS)},
             {},
-            "none is called 'stranger'",
+            "code data (1 problem)",
         ),
         (
             {"name": "birch-2"},
@@ -445,8 +461,8 @@ def test_too_few_replies_end_the_run_and_it_resumes_when_the_nodes_are_back(
         ),
         ({"base": "OTHER"}, {}, {}, "another base model"),
         ({"base": "TOKENS"}, {}, {}, "another tokenizer"),
-        ({"data-path": "/nowhere"}, {}, {}, "'/nowhere' does not exist"),
-        ({"nmae": "x"}, {}, {}, "'nmae' is unknown"),
+        ({"data-path": "/nowhere"}, {}, {}, "code data (1 problem)"),
+        ({"nmae": "x"}, {}, {}, "code config (1 problem)"),
         ({}, {}, {104: "cedar"}, "registered as 'cedar' but calls itself 'birch-2'"),
     ],
 )
@@ -470,10 +486,13 @@ def test_a_node_that_does_not_fit_is_refused_on_both_sides(
         run_apart(config, grid, tmp_path / "run")
     assert reason in str(caught.value) and not (tmp_path / "run").exists()
     server, node = "refused a node: ", "the server refused this node: "
-    said = [record.getMessage() for record in caplog.records if reason in record.getMessage()]
-    assert any(text.startswith(node) or text.startswith("query.identity: ") for text in said)
+    said = [record.getMessage() for record in caplog.records]
+    words = {"/nowhere": "'/nowhere' does not exist", "stranger": "none is called 'stranger'"}
+    told = [words.get(value, "is unknown") for value in change.values()]
+    of_node = told[0] if "code " in reason else reason
+    assert any(text.startswith((node, "query.identity: ")) and of_node in text for text in said)
     assert any(
-        text.startswith(server) or text.startswith("a node cannot take part: ") for text in said
+        text.startswith((server, "a node cannot take part: ")) and reason in text for text in said
     )
 
 
