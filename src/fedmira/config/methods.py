@@ -61,6 +61,7 @@ METHODS: Mapping[str, str] = {
     "fedlease": "fedmira.methods.fedlease:FedLease",
     "fedalt": "fedmira.methods.fedalt:FedAlt",
     "feddpa": "fedmira.methods.feddpa:FedDpa",
+    "cgc-lora": "fedmira.methods.cgc_lora:CgcLora",
     "fola": "fedmira.methods.fola:Fola",
     "mtlora": "fedmira.methods.mtlora:MtLora",
     "lora-fair": "fedmira.methods.lora_fair:LoraFair",
