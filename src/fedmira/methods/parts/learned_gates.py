@@ -132,8 +132,11 @@ class LearnedGates:
     def _hook(self, gradient: Adapter, parameters: Adapter) -> Adapter:
         """The gradient in the experts' own factors; steps z beside them."""
         ups = self._unfolded(next(iter(gradient.values())).device)
-        slopes = {name: gradient[name] for name in ups}
-        along = torch.stack([(slopes[name] * ups[name]).sum(dim=0) for name in ups]).sum(dim=0)
+        # In the order of the gradient, which no message changes, so that sums have equal bits.
+        slopes = {name: slope for name, slope in gradient.items() if name in ups}
+        along = torch.stack([(slope * ups[name]).sum(dim=0) for name, slope in slopes.items()]).sum(
+            dim=0
+        )
         self._before = {name: parameters[name].clone() for name in ups}
         scales = self._gates[self._owner]
         own = {name: slope * scales[None, :] for name, slope in slopes.items()}
