@@ -601,8 +601,11 @@ def test_a_dumped_config_loads_back_equal(config: Config) -> None:
 
 
 def test_a_dump_writes_every_default_out() -> None:
-    text = dump_config(Config())
-    for section, settings in Config():
+    config = Config()
+    text = dump_config(config)
+    for section, settings in config:
+        if section == "server":  # which is written where something in it is set
+            continue
         for key in type(settings).model_fields if section != "seed" else ():
             # unset has no form in TOML; a table has a header of its own
             unset = type(settings).model_fields[key].default is None
@@ -687,3 +690,38 @@ def test_a_safeguard_compares_whole_messages() -> None:
                 "engine.wire=int8",
             ]
         )
+
+
+def test_other_averages_are_refused_of_methods_that_make_none() -> None:
+    (problem,) = problems("algorithm.name=flexlora", "server.combine=median")
+    assert "algorithm.name = 'flexlora' does not make" in problem
+    assert "'fedavg'" in problem
+    for name in ("fedavg", "fedprox", "fedopt", "ditto", "fedit-finetune", "fedlease"):
+        chosen = [f"algorithm.name={name}", "server.combine=trimmed", "server.trim=0.25"]
+        assert load_config(overrides=chosen).server.trim == 0.25
+    (problem,) = problems("algorithm.name=scaffold", "local.optimizer=sgd", "server.combine=median")
+    assert "'scaffold'" in problem
+    assert "does not read it" in problems("algorithm.name=fedavg", "server.trim=0.3")[0]
+
+
+def test_a_class_with_a_combine_of_its_own_makes_no_other_average_unless_it_says_so() -> None:
+    class Own(FedAvg):
+        def combine(self, state, replies):  # type: ignore[no-untyped-def]
+            return super().combine(state, replies)
+
+    class Same(FedAvg):
+        pass
+
+    assert (FedAvg.averages, Same.averages, Own.averages) == (True, True, False)
+
+
+def test_a_least_number_of_neighbours_is_refused_of_methods_that_mix_nobody() -> None:
+    (problem,) = problems("algorithm.name=fedavg", "server.least_mixed=2")
+    assert "'mira', 'two-level'" in problem
+    assert load_config(overrides=["server.least_mixed=2"]).server.least_mixed == 2
+
+
+def test_the_server_is_written_where_something_is_set() -> None:
+    assert "[server]" not in dump_config(Config())
+    config = load_config(overrides=["server.norm_bound=4.0"])
+    assert "norm_bound = 4.0" in dump_config(config)

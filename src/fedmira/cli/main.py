@@ -10,6 +10,7 @@ import typer
 
 from fedmira import __version__
 from fedmira.cli import (
+    audit,
     chat,
     check,
     compare,
@@ -20,15 +21,18 @@ from fedmira.cli import (
     flower,
     generate,
     join,
+    offsite,
     presets,
     report,
     route,
     run,
     serve_config,
     tune,
+    verify,
 )
 from fedmira.cli.screen import logged
 from fedmira.errors import FedmiraError, InputError
+from fedmira.records import told
 
 __all__ = ["app", "main"]
 
@@ -60,7 +64,11 @@ for _verb in (
     fleets.compress,
     fleets.align,
     join.join,
+    offsite.emulate,
+    offsite.plug,
     report.report,
+    verify.verify,
+    audit.audit,
     presets.presets,
 ):
     app.command()(_verb)
@@ -102,7 +110,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:  # a full disk, a folder without permission
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         sys.exit(FedmiraError.exit_code)
     except SystemExit as ending:
         if ending.code == _INTERRUPTED:  # typer ends an interrupt from the keyboard without a word

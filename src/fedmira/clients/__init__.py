@@ -1,6 +1,7 @@
 """Clients' work behind one seam: train, losses, choose, score."""
 
 from fedmira.clients.base import Candidates, Clients, SplitName
+from fedmira.clients.believed import believed
 from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.local import LocalClients
 from fedmira.clients.over_wire import OverWire
@@ -13,4 +14,5 @@ __all__ = [
     "LocalClients",
     "OverWire",
     "SplitName",
+    "believed",
 ]

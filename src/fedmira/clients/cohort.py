@@ -165,6 +165,9 @@ class Cohort:
             settle=start.settle,
             squares=start.squares,
             moments=moments,
+            advantages=(
+                [row.advantage or 0.0 for row in rows] if local.advantage_temperature else None
+            ),
             rates=rate_shares(
                 local, request.round, self.settings.rounds, count_steps(len(rows), local)
             ),

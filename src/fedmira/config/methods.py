@@ -111,6 +111,11 @@ class MethodSection(Section):
             of [graph] is an error.
         traffic_differs: by what the messages of clients of one rank differ in size; "" where they
             do not.
+        averages: whether `combine` averages whole adapters by `mean_of`, so that [server] may put
+            another average in its place. It holds for the class that says so and for those that
+            take its `combine` over.
+        moves_towards: whether it moves clients' adapters towards those of others, by
+            `mixing_matrix`.
         searched: its main settings, which `fedmira tune` searches beside the learning rate where
             no space is given -> the values that are tried with the one it has.
         controls: what could explain its gain away, for `fedmira compare --controls`: a name -> the
@@ -123,6 +128,8 @@ class MethodSection(Section):
     partly_sent: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = True
     traffic_differs: ClassVar[str] = ""
+    averages: ClassVar[bool] = False
+    moves_towards: ClassVar[bool] = False
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     controls: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -152,6 +159,8 @@ class MethodSection(Section):
             ).lower()
         if "title" not in vars(cls):
             cls.title = cls.__name__
+        if "combine" in vars(cls) and "averages" not in vars(cls):
+            cls.averages = False
 
     @property
     def needs(self) -> Mapping[Need, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from fedmira.graphs import Graph, graph_of
 from fedmira.messages import ClientId
 from fedmira.metrics import metrics
 from fedmira.model import BaseModel
+from fedmira.records import RecordedFolder, lost_lines
 from fedmira.report import Picture, picture_of_graph, picture_of_rounds
 from fedmira.runs import RunFolder
 from fedmira.studies.notebook import html_table
@@ -128,8 +130,7 @@ class Result:
         """events.jsonl, a row a line; keys that a line does not have are NaN."""
         import pandas
 
-        path = self.folder / "events.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = self._content("events.jsonl").decode().splitlines()
         return pandas.DataFrame([json.loads(line) for line in lines])
 
     @cached_property
@@ -138,7 +139,7 @@ class Result:
         path = self.folder / "graph.json"
         if not path.exists():
             return None
-        text = path.read_text(encoding="utf-8")
+        text = self._content("graph.json").decode()
         return RunGraph(graph_of(text, str(path)), self.folder)
 
     @property
@@ -380,22 +381,29 @@ class Result:
                 "fedmira.run(output=..., resume=True)"
             )
         # Names are text even where they look like numbers, or like missing cells.
-        texts = dict.fromkeys(_TEXT_COLUMNS, str)
+        texts, content = dict.fromkeys(_TEXT_COLUMNS, str), self._content(f"metrics/{name}.csv")
         table = pandas.read_csv(
-            path,
+            io.BytesIO(content),
             dtype=texts,
             keep_default_na=False,
-            na_values={column: [""] for column in _columns(path) if column != "client"},
+            na_values={column: [""] for column in _columns(content) if column != "client"},
         )
         for column in table.columns:
             if column not in _TEXT_COLUMNS and table[column].isna().all():
                 table[column] = table[column].astype(float)
         return table
 
+    def _content(self, name: str) -> bytes:
+        """A file's bytes, compared with its hash; none where it is not there."""
+        recorded = RecordedFolder(self.folder)
+        if name == "events.jsonl" and (lost := lost_lines(self.folder)):
+            raise RunFolderError(lost)
+        return recorded.read(name) if recorded.exists(name) else b""
+
     def _is_measured(self, name: str) -> bool:
         return name in self.clients and bool(self.clients[name].notna().any())
 
 
-def _columns(path: Path) -> list[str]:
+def _columns(content: bytes) -> list[str]:
     """The columns of a table."""
-    return path.read_text(encoding="utf-8").partition("\n")[0].split(",")
+    return content.decode().partition("\n")[0].split(",")

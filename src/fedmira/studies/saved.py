@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedmira.adapters import Adapter, LazyAdapters
+from fedmira.adapters import Adapter, LazyAdapters, content_hash
 from fedmira.clients import CohortSettings, LocalClients
 from fedmira.config import Config, load_config
 from fedmira.data import ObjectRows, asked, load_clients, make_encoder
@@ -33,6 +33,7 @@ __all__ = [
     "clients_of",
     "quick_budget",
     "refuse_unknown",
+    "refuse_other",
     "reload_adapters",
     "shared_prompt",
 ]
@@ -98,7 +99,14 @@ def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
                 f"has {kind.base.sha256[:12]}); give the base it was trained on"
             )
     rows = run.get("data", {})
-    adapters = LazyAdapters(index, lambda client: kind.read(folder.adapters / client))
+
+    def read(client: ClientId) -> Adapter:
+        folder.check_adapter(client)
+        adapter = kind.read(folder.adapters / client)
+        refuse_other(folder, client, index[client], adapter)
+        return adapter
+
+    adapters = LazyAdapters(index, read)
     return SavedAdapters(
         path=path,
         config=config,
@@ -113,6 +121,27 @@ def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
         data_sha256=rows.get("sha256", ""),
         rows_elsewhere="federation" in run,
     )
+
+
+def refuse_other(folder: RunFolder, client: ClientId, entry: object, adapter: Adapter) -> None:
+    """Refuses an adapter that is not the one of which index.json has the hash.
+
+    Args:
+        folder: of the run.
+        client: whose adapter it is.
+        entry: the client's in index.json.
+        adapter: as it was read.
+
+    Raises:
+        RunFolderError: its content is another, or index.json does not say which it was.
+    """
+    about = entry if isinstance(entry, dict) else {}
+    if about.get("sha256") != content_hash(adapter):
+        raise RunFolderError(
+            f"{folder.adapters / client}: the adapter is damaged: its content has another SHA-256 "
+            "than adapters/index.json says; save it again from the checkpoint with: fedmira run "
+            f"--resume --output {folder.path}, or put the file back from a copy"
+        )
 
 
 def clients_of(

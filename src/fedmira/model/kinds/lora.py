@@ -30,7 +30,8 @@ from fedmira.model.training.measure import (
     row_losses_with,
     summed_losses,
 )
-from fedmira.model.training.steps import LocalOutcome, LocalTask, train_cohort
+from fedmira.model.training.steps import train_cohort
+from fedmira.model.training.tasks import LocalOutcome, LocalTask
 
 __all__ = ["LoraKind"]
 
