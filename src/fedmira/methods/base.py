@@ -216,6 +216,14 @@ class Method(MethodSection, ABC):
         bound.check()
         return bound
 
+    @property
+    def returned(self) -> tuple[str, ...]:
+        """Parts and numbers that every reply must have beside its adapter; by default none.
+
+        A reply without one, or with one in another form than that of the request, is a failure.
+        """
+        return ()
+
     def check(self) -> None:
         """Refuses a federation that the settings cannot work on; by default it refuses none.
 

@@ -86,6 +86,11 @@ class CgcLora(Method):
         return self
 
     @property
+    def returned(self) -> tuple[str, ...]:
+        """The gates of common experts."""
+        return tuple(gate_name(e) for e in range(self.common_experts))
+
+    @property
     def split(self) -> RankSplit:
         """Where adapters are divided: the common experts are first."""
         return RankSplit(self.common_rank, zero_is_half=self.common_experts > 0)

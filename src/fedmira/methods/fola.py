@@ -71,6 +71,11 @@ class Fola(FedAvg):
         ),
     )
 
+    @property
+    def returned(self) -> tuple[str, ...]:
+        """W_k."""
+        return (PRECISION,)
+
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The start that all clients have in common, and nothing observed."""
         shared = next(iter(starts.values()))
