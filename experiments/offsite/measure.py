@@ -1,6 +1,6 @@
 """What adapters that were trained on an emulator are worth on the emulator and on the base.
 
-    python experiments/offsite/measure.py TASKS OUTPUT.jsonl [--seeds 0 1 2] [--rounds 6]
+    python experiments/offsite/measure.py TASKS OUTPUT.jsonl [--seeds 0 1 2] [--rounds 4]
     python experiments/offsite/measure.py --summary OUTPUT.jsonl
 
 The bundled base has 6 layers: its emulator keeps the ends and the first and last of the four
@@ -30,8 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("places", type=Path, nargs="+")
     parser.add_argument("--summary", action="store_true")
-    parser.add_argument("--clients", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     asked = parser.parse_args()
     if asked.summary:
@@ -46,9 +46,10 @@ def main() -> None:
             "data.source": "natural-instructions",
             "data.path": str(tasks.resolve()),
             "data.clients": asked.clients,
-            "data.max_rows": 48,
-            "data.test_rows": 32,
-            "data.max_length": 256,
+            "data.max_rows": 32,
+            "data.test_rows": 24,
+            "data.max_length": 160,
+            "local.batch_size": 4,
             "rounds.count": asked.rounds,
             "evaluation.every": 0,
             "evaluation.rouge": False,

@@ -1,6 +1,6 @@
 """What sub-goals are worth to an executor, and what planner and executor are worth to each other.
 
-    python experiments/trajectories/measure.py OUTPUT.jsonl [--seeds 0 1 2] [--rounds 5]
+    python experiments/trajectories/measure.py OUTPUT.jsonl [--seeds 0 1 2] [--rounds 4]
     python experiments/trajectories/measure.py --summary OUTPUT.jsonl
 
 ScienceWorld, which the paper measures on, is not here. The trajectories are of a small text
@@ -32,8 +32,8 @@ HOMES = {
 THINGS = ("cup", "towel", "apple", "pan", "book", "shirt", "egg", "lamp")
 PLACES = ("shelf", "box", "table", "drawer")
 CHANGES = {"": "", "wash": "sink", "warm": "oven"}
-COUNT = 40
-ROWS = {"train_fraction": 0.7, "max_rows": 64, "test_rows": 40}
+COUNT = 24
+ROWS = {"train_fraction": 0.7, "max_rows": 32, "test_rows": 24}
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % at n - 1 degrees
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--summary", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     asked = parser.parse_args()
     if asked.summary:
@@ -117,9 +117,10 @@ def run(folder: Path, arm: str, seed: int, rounds: int) -> dict[str, float]:
         "seed": seed,
         "rounds.count": rounds,
         "local.steps": 5,
+        "local.batch_size": 4,
         "evaluation.every": 0,
         "evaluation.rouge": False,
-        "data.max_length": 320,
+        "data.max_length": 256,
     }
     data: dict[str, Any] = {"source": "trajectories", "path": str(folder), **ROWS}
     clients: dict[str, Any] | None = None

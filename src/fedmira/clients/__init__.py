@@ -5,6 +5,7 @@ from fedmira.clients.believed import believed
 from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.local import LocalClients
 from fedmira.clients.over_wire import OverWire
+from fedmira.clients.references import References, references_of
 
 __all__ = [
     "Candidates",
@@ -13,6 +14,8 @@ __all__ = [
     "CohortSettings",
     "LocalClients",
     "OverWire",
+    "References",
     "SplitName",
     "believed",
+    "references_of",
 ]

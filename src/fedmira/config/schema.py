@@ -106,6 +106,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _references_are_of_layers(self) -> Config:
+        if self.evaluation.reference_share and not self.adapter.low_rank:
+            raise ValueError(
+                f"evaluation.reference_share = {self.evaluation.reference_share:g} goes with "
+                f"adapter.kind = 'lora' only, and kind is {self.adapter.kind!r}; set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _choices_need_validation(self) -> Config:
         setting = self.algorithm.reason(Need.VALIDATION)
         if setting and self.data.validation_fraction == 0:

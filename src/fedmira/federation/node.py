@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
-from fedmira.clients import CohortSettings, LocalClients, SplitName
+from fedmira.clients import CohortSettings, LocalClients, SplitName, references_of
 from fedmira.config import Config, cache_folder
 from fedmira.data import ClientData, about_advantages, load_own
 from fedmira.errors import ConfigError, WireError
@@ -179,7 +179,13 @@ class Node:
         self._memory = memory
         scales = {self.name: kind.scale(rank)}
         settings = CohortSettings(config.local, scales, budget, config.rounds.count)
-        self._clients = LocalClients(method_of(config), kind, {self.name: data}, settings)
+        self._clients = LocalClients(
+            method_of(config),
+            kind,
+            {self.name: data},
+            settings,
+            references=references_of(kind, config.evaluation),
+        )
         self._answers: Mapping[str, Callable[[Encoded], Encoded]] = {
             IDENTITY: self._identity,
             TRAIN: self._train,

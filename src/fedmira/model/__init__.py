@@ -20,6 +20,7 @@ from fedmira.model.base.rows import Row
 from fedmira.model.base.targets import find_targets
 from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.generation.generate import end_tokens, generate, generate_tokens
+from fedmira.model.generation.reference import ReferenceStore
 from fedmira.model.kinds.folding import FoldProof, adapter_logits, held_against, write_folded
 from fedmira.model.kinds.lora import LoraKind
 from fedmira.model.kinds.lora_folders import (
@@ -68,6 +69,7 @@ __all__ = [
     "LoraFolder",
     "LoraKind",
     "PromptKind",
+    "ReferenceStore",
     "Row",
     "StackedAdapters",
     "TargetModule",

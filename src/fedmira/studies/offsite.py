@@ -227,6 +227,7 @@ def _measured(
         on_emulator = clients_of(saved)
     except (DataError, RunFolderError) as error:
         return {}, [f"nothing was measured, as the rows are not here: {error}"]
+    on_emulator.references = None  # what is compared are adapters alone
     settings = on_emulator.settings
     on_base = LocalClients(
         None,

@@ -172,6 +172,21 @@ def test_nodes_weigh_their_own_rows_by_advantage(base_folder: Path, tmp_path: Pa
     assert adapters[0.5][0] != adapters[0.0][0]
 
 
+def test_nodes_lean_on_their_own_rows_as_clients_of_one_process_do(
+    base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    settings = settings_of(**{"evaluation.reference_share": 0.4, "algorithm.name": "local"})
+    config = make_config(base_folder, clients_folder, settings)
+    grid = LoopbackGrid(config, nodes_of(clients_folder, tmp_path / "memory"))
+    run_apart(config, grid, tmp_path / "apart")
+    run_experiment(build_experiment(config), tmp_path / "together")
+    losses = [
+        [float(row["after_align_loss"]) for row in table_of(tmp_path / run, "clients")]
+        for run in ("apart", "together")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_each_node_receives_its_own_adapter_only(
     base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:
