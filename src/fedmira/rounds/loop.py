@@ -16,6 +16,7 @@ from fedmira.messages import (
     Request,
 )
 from fedmira.methods import Combined, Method, ServerState
+from fedmira.rounds.complete import complete
 from fedmira.rounds.sampling import sample_clients
 from fedmira.rounds.screening import Screened
 from fedmira.seeds import seed_for
@@ -100,6 +101,7 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
         ]
         begun = time.perf_counter()
         answers = believed(workers.train(requests), workers.parties)
+        answers = complete(requests, answers, algorithm.returned)
         trained = time.perf_counter()
         replies, failures = _told_apart(answers)
         screened = screen(requests, replies) if screen else Screened(replies)
