@@ -11,19 +11,21 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fedmira.adapters import Adapter, content_hash
 from fedmira.atomic import PARTIAL, replace_file
 from fedmira.errors import RunFolderError
 from fedmira.messages import ClientId, Payload, flattened, in_parts
+from fedmira.records import machine_errors
 
 __all__ = ["NodeMemory"]
 
 _OF_A_ROUND = re.compile(r"round-(\d{6}|[1-9]\d{6,})\.safetensors")
 _ABOUT, _SEAL = "memory", "sha256"
+_LENGTH_BYTES = 8
 
 
 class NodeMemory:
@@ -59,12 +61,15 @@ class NodeMemory:
 
         Raises:
             RunFolderError: the file is damaged or belongs to another run or client.
+            MachineError: the folder cannot be read or tidied.
         """
         accepted = self._path(accepted_round)
-        for path in list(self.folder.glob("round-*")):
-            if path != accepted and _OF_A_ROUND.fullmatch(path.name.removesuffix(PARTIAL)):
-                path.unlink()
-        return self._read(accepted) if accepted.exists() else None
+        with machine_errors():
+            for path in list(self.folder.glob("round-*")):
+                if path != accepted and _OF_A_ROUND.fullmatch(path.name.removesuffix(PARTIAL)):
+                    path.unlink()
+            present = accepted.exists()
+        return self._read(accepted) if present else None
 
     def keep(self, round_number: int, memory: Payload) -> None:
         """Store the memory after a round, before its reply leaves.
@@ -113,18 +118,26 @@ class NodeMemory:
         Raises:
             RunFolderError: the file is damaged or belongs to another run or client.
         """
+        with machine_errors():
+            content = path.read_bytes()
         try:
-            with safe_open(path, framework="pt") as file:
-                written = file.metadata() or {}
-                flat: dict[str, Tensor] = {key: file.get_tensor(key).clone() for key in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise _damaged(path, str(error)) from error
+            flat: dict[str, Tensor] = load(content)
+            written = _metadata(content)
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _damaged(path, f"{type(error).__name__}: {error}") from error
         if written.get(_SEAL) != _seal(written.get(_ABOUT, ""), flat):
             raise _damaged(path, "its content does not have the SHA-256 that was written with it")
         about = json.loads(written[_ABOUT])
         if {key: about[key] for key in self._place} != self._place:
             raise _damaged(path, f"it belongs to run {about['run']!r}, client {about['client']!r}")
         return Payload(in_parts(flat, about["parts"]), about["scalars"])
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """What stands in the header of a safetensors file beside its tensors."""
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    found = json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length]).get("__metadata__")
+    return dict(found or {})
 
 
 def _seal(about: str, flat: Adapter) -> str:
