@@ -50,8 +50,9 @@ class NodeMemory:
     def recall(self, accepted_round: int) -> Payload | None:
         """The memory as of the round whose reply the server last accepted from this client.
 
-        All other rounds are removed: what is newer belongs to replies that the server never used,
-        and nobody asks for what is older again. Files of other names are neither read nor touched.
+        The one before it stays, since a server whose last checkpoint is damaged goes back a round.
+        All others are removed: what is newer belongs to replies that the server never used, and
+        nobody asks for what is older again. Files of other names are neither read nor touched.
 
         Args:
             accepted_round: 0 where the server has accepted none.
@@ -65,8 +66,10 @@ class NodeMemory:
         """
         accepted = self._path(accepted_round)
         with machine_errors():
+            kept = {accepted_round, max(self._rounds(below=accepted_round), default=0)}
             for path in list(self.folder.glob("round-*")):
-                if path != accepted and _OF_A_ROUND.fullmatch(path.name.removesuffix(PARTIAL)):
+                found = _OF_A_ROUND.fullmatch(path.name.removesuffix(PARTIAL))
+                if found and (path.suffix == PARTIAL or int(found[1]) not in kept):
                     path.unlink()
             present = accepted.exists()
         return self._read(accepted) if present else None
@@ -108,6 +111,11 @@ class NodeMemory:
                 f"{path}: the client's private memory cannot be written ({error}); make "
                 "room or choose another folder"
             ) from error
+
+    def _rounds(self, below: int) -> list[int]:
+        """Rounds before this one of which a memory is kept."""
+        found = (_OF_A_ROUND.fullmatch(path.name) for path in self.folder.glob("round-*"))
+        return [number for match in found if match and (number := int(match[1])) < below]
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:06d}.safetensors"
