@@ -24,7 +24,7 @@ from torture.faults import ERRORS, Ended, apart, call, counting, failing_at, kil
 __all__ = ["Arena", "METHODS", "Tally", "kill_trial", "fault_trial", "flip_trial"]
 
 SETTINGS: dict[str, Any] = {
-    "rounds.count": 3,
+    "rounds.count": 2,
     "rounds.participation": 0.8,
     "evaluation.every": 2,
     "local.steps": 1,
@@ -40,9 +40,10 @@ METHODS: dict[str, dict[str, Any]] = {
         name: {"algorithm.name": name}
         for name in (
             "local fedavg fedit-finetune fedprox ditto share-factor flexlora hetlora fedex flora "
-            "fedrot fedopt fedlease fedalt feddpa lora-fair rolora fedfomo"
+            "fedrot fedopt fedalt feddpa lora-fair rolora fedfomo"
         ).split()
     },
+    "fedlease": {"algorithm.name": "fedlease", "rounds.participation": 1.0},
     "scaffold": {"algorithm.name": "scaffold", "local.optimizer": "sgd"},
     "fedkseed": {"algorithm.name": "fedkseed", "local.optimizer": "zeroth-order"},
 }
