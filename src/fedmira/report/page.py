@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fedmira.atomic import replace_file
 from fedmira.metrics import LOSS_METRICS
 from fedmira.records import RecordedFolder
 from fedmira.report.charts import (
@@ -93,9 +94,11 @@ def write_report(
     """
     run = read_run(run_folder)
     path = run.folder / "report.html"
-    RecordedFolder(run.folder).write(
-        path.name, render("report.html.j2", _content(run, defaults)), lasting=False
-    )
+    page = render("report.html.j2", _content(run, defaults))
+    if run.status == "running":  # perhaps in another process, whose record it is
+        replace_file(path, page, lasting=False)
+    else:
+        RecordedFolder(run.folder).write(path.name, page, lasting=False)
     return path
 
 
