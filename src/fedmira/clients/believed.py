@@ -36,6 +36,6 @@ def _rows_problem(reply: Reply, parties: Mapping[ClientId, ClientSummary]) -> st
     if party is None or reply.num_examples <= party.train_rows:
         return ""
     return (
-        f"the reply counts {str(reply.num_examples)[:40]} training rows; the client said at the "
-        f"start that it has {party.train_rows}"
+        f"the reply counts {min(reply.num_examples, 10**18)} training rows or more; the client "
+        f"said at the start that it has {party.train_rows}"
     )

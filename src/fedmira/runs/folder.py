@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from fedmira.atomic import PARTIAL, replace_file
 from fedmira.errors import RunFolderError
+from fedmira.shown import csv_text
 
 __all__ = ["RunFolder"]
 
@@ -148,14 +147,10 @@ class RunFolder:
 
     def append_round(self, row: Mapping[str, object]) -> None:
         """Add a line to metrics/rounds.csv, with a header where the file is new."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
-        if not self.rounds_csv.exists() or self.rounds_csv.stat().st_size == 0:
-            writer.writeheader()
-        writer.writerow(row)
+        new = not self.rounds_csv.exists() or self.rounds_csv.stat().st_size == 0
         self.metrics.mkdir(exist_ok=True)
         with self.rounds_csv.open("a", encoding="utf-8") as file:
-            file.write(text.getvalue())
+            file.write(csv_text(list(row), [row], head=new))
             _sync(file)
 
     def sizes(self) -> dict[str, int]:
@@ -178,11 +173,7 @@ class RunFolder:
             name: of the file.
             rows: column -> cell, in the order of the lines.
         """
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        _replace(self.metrics / name, text.getvalue())
+        _replace(self.metrics / name, csv_text(list(rows[0]), rows))
 
     def write_text(self, name: str, text: str) -> None:
         """Replace `name` (relative to the folder).
