@@ -12,8 +12,6 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedmira.clients import believed
-from fedmira.data import ClientSummary
 from fedmira.messages import Failure, Payload, Reply, Request
 from fedmira.wire import (
     LONGEST_TEXT,
@@ -124,15 +122,3 @@ def test_any_header_is_a_reply_or_a_failure_and_never_an_error(change: dict[str,
     assert isinstance(answer, Reply | Failure) and answer.client_id == "apple"
     if isinstance(answer, Reply):
         assert 1 <= answer.num_examples <= 10**9 and abs(answer.metrics["loss"]) <= 1e6
-
-
-def test_a_client_is_believed_up_to_the_rows_that_it_declared() -> None:
-    about = dict.fromkeys(ClientSummary.__dataclass_fields__, 0)
-    party = ClientSummary(**{**about, "client_id": "apple", "task": "", "category": ""})  # type: ignore[arg-type]
-    parties = {"apple": replace(party, train_rows=12)}
-    failed = Failure("pear", 1, "train", "the power went out")
-    more = replace(REPLY, num_examples=13)
-    assert believed([REPLY, failed], parties) == [REPLY, failed]
-    (answer,) = believed([more], parties)
-    assert isinstance(answer, Failure) and "counts 13 training rows or more" in answer.reason
-    assert "it has 12" in answer.reason

@@ -21,15 +21,18 @@ from fedmira.cli import (
     flower,
     generate,
     join,
+    offsite,
     presets,
     report,
     route,
     run,
     serve_config,
     tune,
+    verify,
 )
 from fedmira.cli.screen import logged, tell
 from fedmira.errors import FedmiraError, InputError
+from fedmira.records import told
 
 __all__ = ["app", "main"]
 
@@ -61,7 +64,10 @@ for _verb in (
     fleets.compress,
     fleets.align,
     join.join,
+    offsite.emulate,
+    offsite.plug,
     report.report,
+    verify.verify,
     audit.audit,
     presets.presets,
 ):
@@ -104,7 +110,7 @@ def main() -> None:
         tell(f"error: {error}", error=True)
         sys.exit(error.exit_code)
     except OSError as error:  # a full disk, a folder without permission
-        tell(f"error: {error}", error=True)
+        tell(f"error: {told(error)}", error=True)
         sys.exit(FedmiraError.exit_code)
     except SystemExit as ending:
         if ending.code == _INTERRUPTED:  # typer ends an interrupt from the keyboard without a word

@@ -132,14 +132,16 @@ def _told_finished(folder: Path, format: Format) -> bool:
     """
     from fedmira.runs import RunFolder
 
-    run, table, page = (
-        RunFolder(folder).read_json("run.json"),
-        folder / "metrics" / "clients.csv",
-        folder / "report.html",
-    )
+    run: Any = RunFolder(folder).run_json()
+    table, page = folder / "metrics" / "clients.csv", folder / "report.html"
     if run.get("status") != "finished" or not all(
         path.is_file() for path in (table, page, folder / "adapters" / "index.json")
     ):
+        return False
+    if damaged := RunFolder(folder).damaged_results():
+        for problem in damaged:
+            say(f"warning: {problem}")
+        say("results are written again from the checkpoint")
         return False
     say(
         f"{folder}: already finished, {run['rounds_done']} of {run['rounds_done']} rounds; "

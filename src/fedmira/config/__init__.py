@@ -1,6 +1,6 @@
 """What to run: the settings, their layers, and what is wrong with them in words."""
 
-from fedmira.config.cache import cache_folder
+from fedmira.config.cache import cache_folder, distrusted
 from fedmira.config.flat import FlatValue, flattened, unflattened
 from fedmira.config.load import (
     dump_config,
@@ -34,6 +34,7 @@ from fedmira.config.schema import (
     RankDistribution,
     ResourceType,
     RoundsSettings,
+    ServerSettings,
 )
 from fedmira.config.section import Section, setting
 
@@ -61,7 +62,9 @@ __all__ = [
     "RankDistribution",
     "ResourceType",
     "RoundsSettings",
+    "ServerSettings",
     "cache_folder",
+    "distrusted",
     "dump_config",
     "flattened",
     "load_config",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import uuid
 from collections.abc import Sequence
@@ -13,14 +12,17 @@ from fedmira.config import dump_config, flattened
 from fedmira.errors import (
     AlignmentError,
     FedmiraError,
+    MachineError,
     RunError,
     RunFolderError,
 )
 from fedmira.experiment.build import Experiment
 from fedmira.experiment.export import check_export
 from fedmira.methods import ServerState
+from fedmira.model import count_steps
 from fedmira.observers import EndEvent, Observer, RunFacts, StartEvent
-from fedmira.rounds import run_rounds
+from fedmira.records import machine_errors, told
+from fedmira.rounds import Screen, run_rounds
 from fedmira.runs import (
     Checkpoint,
     CheckpointFolder,
@@ -61,7 +63,7 @@ def run_experiment(
         RunError: the run failed; what was computed is in the folder.
     """
     folder = RunFolder.create(output, dump_config(experiment.config))
-    with folder.locked():
+    with machine_errors(), folder.locked():
         return _run(experiment, folder, observers, until)
 
 
@@ -84,12 +86,14 @@ def resume_experiment(
         RunError: the run failed.
     """
     folder = RunFolder.reopen(output)
+    with machine_errors():
+        folder.make_parts()
     if (output / "config.toml").read_text(encoding="utf-8") != dump_config(experiment.config):
         raise RunFolderError(
             f"{output}: this run was made with other settings; --resume continues it as it "
             "was: leave the config and --set away"
         )
-    with folder.locked():
+    with machine_errors(), folder.locked():
         return _run(experiment, folder, observers, until)
 
 
@@ -135,7 +139,7 @@ def _run(
     until: int | None = None,
 ) -> Result:
     """Go on from the folder's checkpoint, or from the start in one that has none."""
-    checkpoints, before = CheckpointFolder(folder.checkpoint), folder.read_json("run.json")
+    checkpoints, before = CheckpointFolder(folder.checkpoint), folder.run_json()
     identity = str(before.get("id") or uuid.uuid4().hex)
     recorder = Recorder(
         config=experiment.config,
@@ -145,11 +149,12 @@ def _run(
         checkpoints=checkpoints,
         facts=RunFacts(identity, folder.path.name, flattened(experiment.config)),
         observers=observers,
-        spent_seconds=float(before.get("wall_seconds", 0.0)),  # type: ignore[arg-type]
+        spent_seconds=float(before.get("wall_seconds", 0.0)),
         until=until,
     )
-    checkpoint, provenance = checkpoints.load(), Provenance(recorder, experiment.ground, before)
+    provenance = Provenance(recorder, experiment.ground, before)
     provenance.check_same_ground()
+    checkpoint = checkpoints.load(folder.lost_lines)
     part = _Part(experiment, recorder, provenance)
     try:
         checkpoints.tidy(checkpoint)
@@ -175,6 +180,7 @@ class _Part:
     def __init__(self, experiment: Experiment, recorder: Recorder, provenance: Provenance) -> None:
         self._experiment, self._recorder, self._provenance = experiment, recorder, provenance
         self._clients = list(experiment.ranks)
+        self._totals: dict[str, float] = {}
 
     def train(self, checkpoint: Checkpoint | None) -> ServerState:
         """Run the rounds after a checkpoint, or all of them; the last state.
@@ -210,6 +216,7 @@ class _Part:
             recorder.on_round,
             first_round=checkpoint.round + 1 if checkpoint else 1,
             resting=recorder.watchers.resting,
+            screen=_screen(experiment),
         )
         still = self.stopped is None and experiment.algorithm.aligns and not recorder.ever_moved
         if still and experiment.graph.learned:
@@ -242,6 +249,7 @@ class _Part:
         """Write adapters and tables of the last state."""
         generate = self._experiment.config.evaluation.rouge
         ground, ranks = self._experiment.ground, self._experiment.ranks
+        self._totals = dict(self._experiment.algorithm.totals(state))
         result = write_results(self._recorder, ground, ranks, state, generate=generate)
         return replace(result, status="finished" if self.stopped is None else "stopped")
 
@@ -261,6 +269,7 @@ class _Part:
             clients=len(self._clients),
             summary=result.summary,
             export=export,
+            **({"method": self._totals} if self._totals else {}),
         )
         self._tell_end(status, reason, result)
         if wrong:
@@ -328,22 +337,27 @@ class _Part:
         )
 
 
+def _screen(experiment: Experiment) -> Screen:
+    """What the server holds replies against."""
+    config, ranks = experiment.config, experiment.ranks
+    rows = {client: party.train_rows for client, party in experiment.parties.items()}
+    return Screen(
+        config.server,
+        rows,
+        {client: count_steps(count, config.local) for client, count in rows.items()},
+        {client: experiment.kind.scale(rank) for client, rank in ranks.items() if rank},
+    )
+
+
 def _told(error: BaseException) -> str:
     """An error's own words; with its kind, where it is none of fedmira's."""
     return str(error) if isinstance(error, FedmiraError) else f"{type(error).__name__}: {error}"
 
 
-def _unwritten(error: OSError, folder: Path) -> RunError:
+def _unwritten(error: OSError, folder: Path) -> MachineError:
     """A system's error on a file in one line: where, why, and how to go on."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "make room"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "allow this user to write there"
-    else:
-        remedy = "mend that"
-    return RunError(
-        f"{error.filename or folder}: {error.strerror or error}; what the last checkpoint holds "
-        f"is kept: {remedy} and continue with --resume"
+    return MachineError(
+        f"{told(error, folder)}, and continue with --resume; what the last checkpoint holds is kept"
     )
 
 

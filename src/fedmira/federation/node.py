@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
-from fedmira.clients import CohortSettings, LocalClients, SplitName
+from fedmira.clients import CohortSettings, LocalClients, SplitName, references_of
 from fedmira.config import Config, cache_folder
-from fedmira.data import ClientData, load_own
+from fedmira.data import ClientData, about_advantages, load_own
 from fedmira.errors import ConfigError, WireError
 from fedmira.experiment import client_ranks, prepare_kind, token_budget
 from fedmira.experiment.scheme import method_of
@@ -178,7 +178,13 @@ class Node:
         self._memory = memory
         scales = {self.name: kind.scale(rank)}
         settings = CohortSettings(config.local, scales, budget, config.rounds.count)
-        self._clients = LocalClients(method_of(config), kind, {self.name: data}, settings)
+        self._clients = LocalClients(
+            method_of(config),
+            kind,
+            {self.name: data},
+            settings,
+            references=references_of(kind, config.evaluation),
+        )
         self._answers: Mapping[str, Callable[[Encoded], Encoded]] = {
             IDENTITY: self._identity,
             TRAIN: self._train,
@@ -264,6 +270,8 @@ def own_node(config: Config, settings: NodeSettings, policy: NodePolicy) -> Node
     policy.check_base(kind.base.sha256)
     data = _as_told(load_own(here.data, config.seed, kind.base.tokenizer, name), policy)
     check_ids(kind.base, {name: data.rows})
+    for note in about_advantages([data], config.local.advantage_temperature, required=False):
+        _log.warning("%s", note)
     rank = client_ranks(here.adapter, [name], kind.targets, config.seed)[name]
     rows = len(data.train)
     policy.check_size(rows, rank, count_steps(rows, config.local) if rows else 0)

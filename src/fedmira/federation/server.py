@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedmira.config import Config
 from fedmira.data import (
     ClientSummary,
+    about_advantages,
     check_apart,
     check_clock,
     load_clients,
@@ -161,6 +162,8 @@ def build_simulation(
     kind = prepare_kind(config, load_base(config.model, tokenizer))
     clients = {client.client_id: client for client in dataset.clients}
     check_ids(kind.base, {name: client.rows for name, client in clients.items()})
+    for note in about_advantages(dataset.clients, config.local.advantage_temperature):
+        _log.warning("%s", note)
     memory_beside(output).mkdir(parents=True, exist_ok=True)
     nodes = _nodes(config, grid, kind, tuple(clients))
     parties = nodes.gather((), len(clients), config.federation.wait_s, until_refused=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmira.atomic import replace_file
+from fedmira.records import RecordedFolder
 from fedmira.report.charts import percent_text
 from fedmira.report.comparison_figures import Figures, budget_text
 from fedmira.report.findings import CHANGE_LIMIT, MIB
@@ -72,8 +72,9 @@ def write_tables(figures: Figures, folder: Path) -> None:
         "comparison-clients.csv": _csv(figures.client_rows),
         "comparison.md": markdown(figures),
     }
+    recorded = RecordedFolder(folder)
     for name, text in texts.items():
-        replace_file(folder / name, text, lasting=False)
+        recorded.write(name, text, lasting=False)
 
 
 def markdown(figures: Figures) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from fedmira.atomic import replace_file
 from fedmira.metrics import RULE, Judgement, Standing
+from fedmira.records import RecordedFolder
 from fedmira.report.charts import percent_text
 from fedmira.report.findings import CHANGE_LIMIT
 from fedmira.report.page import render
@@ -156,11 +156,12 @@ def write_decision(decisions: Decisions, folder: Path) -> Path:
     """
     rows = [one.row() for one in decisions.clients]
     document = json.dumps(decisions.document(), indent=1, allow_nan=False) + "\n"
-    replace_file(folder / "decision.json", document, lasting=False)
-    replace_file(folder / "decision.csv", csv_text(list(rows[0]), rows), lasting=False)
-    page = folder / "decision.html"
-    replace_file(page, render("decision.html.j2", _content(decisions)), lasting=False)
-    return page
+    recorded = RecordedFolder(folder)
+    recorded.write("decision.json", document, lasting=False)
+    recorded.write("decision.csv", csv_text(list(rows[0]), rows), lasting=False)
+    page = render("decision.html.j2", _content(decisions))
+    recorded.write("decision.html", page, lasting=False)
+    return folder / "decision.html"
 
 
 def _content(decisions: Decisions) -> dict[str, Any]:

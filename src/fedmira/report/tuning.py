@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fedmira.atomic import replace_file
+from fedmira.records import RecordedFolder
 from fedmira.report.comparison_figures import pools_of
 from fedmira.report.findings import algorithm_title
 from fedmira.report.page import render
@@ -46,11 +46,12 @@ def write_tuning(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """
     rows = _rows(document, folder)
     close = [row["trial"] for row in rows if row["standing"] == "close"]
+    recorded = RecordedFolder(folder)
     full = {**document, "rows": rows, "close": close, "level": LEVEL}
-    replace_file(folder / "tune.json", json.dumps(full, indent=1, allow_nan=False) + "\n")
-    replace_file(folder / "trials.csv", _csv(rows), lasting=False)
+    recorded.write("tune.json", json.dumps(full, indent=1, allow_nan=False) + "\n")
+    recorded.write("trials.csv", _csv(rows), lasting=False)
     page = render("tune.html.j2", _content(full, folder))
-    replace_file(folder / "tune.html", page, lasting=False)
+    recorded.write("tune.html", page, lasting=False)
     return full
 
 

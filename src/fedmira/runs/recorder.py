@@ -191,6 +191,7 @@ class Recorder:
             ),
             *self._note_pulls(outcome),
             *(failure_event(failure) for failure in outcome.failures),
+            *({"event": "warning", "round": number, "message": note} for note in outcome.notes),
         ]
         self._tell_clients(outcome)
         begun = time.perf_counter()
@@ -393,6 +394,7 @@ class Recorder:
                 best=self.best_adapters,
                 values=values,
                 graph_json=self.graph_json,
+                beginnings=self.folder.beginnings(),
             )
         )
         self.round_done = number

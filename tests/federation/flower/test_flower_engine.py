@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed; pip install 'fedmira[flower]'")
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,7 +35,16 @@ from fedmira.wire import (
     unpack,
 )
 from loopback import LoopbackGrid, Meddler
-from small import CLIENTS, adapter_bytes, events_of, make_config, over_wire, table_of, with_clients
+from small import (
+    CLIENTS,
+    adapter_bytes,
+    events_of,
+    make_config,
+    over_wire,
+    table_of,
+    with_clients,
+    write_clients,
+)
 
 LOST_CODES = (3, 4, 5, 8)
 """Flower's: message, reply or node unavailable, and a node's program that stopped responding."""
@@ -77,6 +87,9 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {},
         {"algorithm.name": "ditto"},
         {"algorithm.name": "feddpa"},
+        {"algorithm.name": "fola"},
+        {"algorithm.name": "mtlora"},
+        {"algorithm.name": "gossip", "graph.kind": "category"},
         {"algorithm.name": "rolora"},
         {
             "algorithm.name": "fedalt",
@@ -87,7 +100,18 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {"algorithm.safeguard": True},
         {"algorithm.space": "factor", "local.optimizer_state": "kept", "engine.wire": "int8"},
     ],
-    ids=["mira", "ditto", "feddpa", "rolora", "fedalt", "safeguard", "kept moments in int8"],
+    ids=[
+        "mira",
+        "ditto",
+        "feddpa",
+        "fola",
+        "mtlora",
+        "gossip",
+        "rolora",
+        "fedalt",
+        "safeguard",
+        "kept moments in int8",
+    ],
 )
 def test_a_federation_ends_with_the_adapters_of_the_run_in_one_process(
     settings: dict[str, Any], base_folder: Path, clients_folder: Path, tmp_path: Path
@@ -117,6 +141,48 @@ def test_a_federation_ends_with_the_adapters_of_the_run_in_one_process(
         [float(loss) for loss in losses[1]], rel=1e-4
     )
     assert (tmp_path / "apart" / "report.html").is_file()
+
+
+def test_nodes_weigh_their_own_rows_by_advantage(base_folder: Path, tmp_path: Path) -> None:
+    data = write_clients(tmp_path / "rows")
+    for file in data.glob("*/train.jsonl"):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        told = [{**row, "advantage": number % 3 - 1} for number, row in enumerate(rows)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in told), encoding="utf-8")
+    adapters = {}
+    for temperature in (0.5, 0.0):
+        settings = settings_of(**{"local.advantage_temperature": temperature})
+        config = make_config(base_folder, data, settings)
+        output = tmp_path / f"apart-{temperature}"
+        run_apart(config, LoopbackGrid(config, nodes_of(data, output / "memory")), output)
+        experiment = build_experiment(config)
+        together = tmp_path / f"together-{temperature}"
+        run_experiment(with_clients(experiment, over_wire(experiment, 1)), together)
+        adapters[temperature] = [
+            {
+                name: content
+                for name, content in adapter_bytes(run).items()
+                if name.endswith(".safetensors")
+            }
+            for run in (output, together)
+        ]
+    assert adapters[0.5][0] == adapters[0.5][1]
+    assert adapters[0.5][0] != adapters[0.0][0]
+
+
+def test_nodes_lean_on_their_own_rows_as_clients_of_one_process_do(
+    base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    settings = settings_of(**{"evaluation.reference_share": 0.4, "algorithm.name": "local"})
+    config = make_config(base_folder, clients_folder, settings)
+    grid = LoopbackGrid(config, nodes_of(clients_folder, tmp_path / "memory"))
+    run_apart(config, grid, tmp_path / "apart")
+    run_experiment(build_experiment(config), tmp_path / "together")
+    losses = [
+        [float(row["after_align_loss"]) for row in table_of(tmp_path / run, "clients")]
+        for run in ("apart", "together")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_each_node_receives_its_own_adapter_only(

@@ -159,7 +159,7 @@ HUGE = 10**400
         ("train", {"metric:loss": HUGE}, "reply", "beyond the largest float"),
         ("train", {"parts": "[" * 100_000}, "reply", "JSON list of names"),
         ("train", {"num_examples": 10**18}, "reply", "10^18 or more training rows"),
-        ("train", {"num_examples": 10_000}, "reply", "the client said at the start that it has"),
+        ("train", {"num_examples": 10_000}, "screen", "claims 10000 training rows, and had"),
         ("train", {"metric:loss": 1e300}, "reply", "must be from -1e+06 to 1e+06"),
         ("train", {"kind": "failure", "stage": "x", "reason": "\x1b" * 10**6}, "x", "\\x1b"),
         ("evaluate.losses", {"total": 1e300}, "evaluate", "nats a token; must be at most"),

@@ -249,7 +249,7 @@ class _TrialRun(PlannedRun):
             return True
         if not self.is_begun:
             return False
-        document = RunFolder(self.folder).read_json("run.json")
+        document = RunFolder(self.folder).run_json()
         done = document.get("rounds_done", 0)
         if document.get("status") != "stopped" or not isinstance(done, int):
             return False
