@@ -1,7 +1,6 @@
 """Clients' work behind one seam: train, losses, choose, score."""
 
 from fedmira.clients.base import Candidates, Clients, SplitName
-from fedmira.clients.believed import believed
 from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.crews import Crew, InTurn, Share, share_size, threads_of
 from fedmira.clients.local import LocalClients
@@ -25,6 +24,5 @@ __all__ = [
     "share_size",
     "threads_of",
     "unsafe_main",
-    "believed",
     "references_of",
 ]

@@ -14,9 +14,7 @@ from fedmira.studies.serving.talking import Conversation
 __all__ = ["check_gradio", "serve_page", "talking_page"]
 
 _HERE = "127.0.0.1"
-_HINT = (
-    "All are asked alike, in the prompt form of training. Nothing leaves this machine."
-)
+_HINT = "All are asked alike, in the prompt form of training. Nothing leaves this machine."
 
 
 def check_gradio() -> None:
@@ -107,7 +105,12 @@ def talking_page(conversation: Conversation) -> Any:
         def close(request: Any) -> None:
             tabs.close(request.session_hash)
 
-        for called in (ask, switch, reset, close):  # gradio gives the request by the type of an argument
+        for called in (
+            ask,
+            switch,
+            reset,
+            close,
+        ):  # gradio gives the request by the type of an argument
             called.__annotations__["request"] = gradio.Request
         one = {"concurrency_limit": 1, "concurrency_id": "base"}
         send.click(ask, [question], answers, api_name="ask", **one)
