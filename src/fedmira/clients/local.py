@@ -74,7 +74,8 @@ class LocalClients:
 
     def train(self, requests: Sequence[Request]) -> list[Reply | Failure]:
         """Trains the requested clients and stores what they keep for themselves."""
-        assert self.method is not None, "these clients have no method to train by"
+        method = self.method
+        assert method is not None, "these clients have no method to train by"
         parts = [
             requests[start : start + self.at_once]
             for start in range(0, len(requests), self.at_once)
@@ -85,7 +86,7 @@ class LocalClients:
             before = {name: self._memories[name] for name in names if name in self._memories}
             return partial(
                 _trained,
-                self.method,
+                method,
                 {name: self.data[name] for name in names},
                 self.settings.of(names),
                 part,

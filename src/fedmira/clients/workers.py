@@ -193,7 +193,7 @@ def _shared_memory_problem(kind: AdapterKind) -> str | None:
     sizes = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*kind.base.model.parameters(), *kind.base.model.buffers())
-        if not tensor.is_shared()
+        if not tensor.is_shared()  # type: ignore[no-untyped-call]
     }
     found = os.statvfs(place)
     needed, free = sum(sizes.values()), found.f_bavail * found.f_frsize

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from fedmira.clients import Crew, InTurn, Workers, unsafe_main
@@ -69,9 +69,11 @@ def choose_crew(
         workers = wanted
         if workers > 1 and (why := _why_not(kind, method, unasked=False)) is not None:
             raise ConfigError(f"engine.workers is {workers}: {why}")
-    if threads == "auto":
-        threads = 1 if workers > 1 else min(torch.get_num_threads(), free_cores())
-    return InTurn(threads) if workers == 1 else Workers(workers, threads)
+    if threads != "auto":
+        each = threads
+    else:
+        each = 1 if workers > 1 else min(torch.get_num_threads(), free_cores())
+    return InTurn(each) if workers == 1 else Workers(workers, each)
 
 
 def free_cores() -> int:
@@ -86,7 +88,7 @@ def free_cores() -> int:
     )
     if len(allowed) == 1:
         return 1
-    busy = psutil.cpu_percent(interval=_LOOK_SECONDS, percpu=True)
+    busy: list[float] = psutil.cpu_percent(interval=_LOOK_SECONDS, percpu=True)
     idle = sum(100.0 - busy[core] for core in allowed if core < len(busy)) / 100.0
     return max(1, min(math.floor(idle + 0.4), _quota(Path("/sys/fs/cgroup/cpu.max"))))
 
