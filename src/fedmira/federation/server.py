@@ -262,7 +262,7 @@ def _read_members(folder: RunFolder) -> Members:
         RunFolderError: the folder does not say.
     """
     try:
-        about: Any = folder.read_json("run.json")["federation"]
+        about: Any = folder.run_json()["federation"]
         parties = [read_summary(values) for values in about["parties"]]
         run_id = str(about["run_id"])
     except (KeyError, TypeError, ValueError) as error:

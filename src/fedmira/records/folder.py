@@ -27,6 +27,7 @@ class RecordedFolder:
 
     A hash is written before the content that has it, and the former one stays beside it until the
     next write, so that whatever ends the process, the file that is there has a hash that is known.
+    One process at a time may write.
     Files that are in no record, such as those of older versions, are read as they are.
 
     Args:
@@ -77,7 +78,7 @@ class RecordedFolder:
         new, known = hashlib.sha256(data).hexdigest(), self._settled()
         present = known.files.get(name, ())
         if present != (new,):
-            self._record(known.with_files({name: (*present, new)}), lasting)
+            self._record(known.with_files({name: (*present, new)}))
         replace_file(self.path / name, data, lasting=lasting)
 
     def seal(self, names: Iterable[str]) -> None:
@@ -87,7 +88,7 @@ class RecordedFolder:
             names: relative to the folder; of files that others wrote.
         """
         found = {name: (sha256_of(self.path / name),) for name in names}
-        self._record(self._settled().with_files(found), lasting=True)
+        self._record(self._settled().with_files(found))
 
     def release(self, chosen: Callable[[str], bool]) -> None:
         """Forget the hashes of files that are about to change by other hands than this writer's.
@@ -97,7 +98,7 @@ class RecordedFolder:
         """
         known = self.hashes()
         if known is not None and (names := [name for name in known.files if chosen(name)]):
-            self._record(known.without(*names), lasting=True)
+            self._record(known.without(*names))
 
     def read(self, name: str) -> bytes:
         """A file's content, which has the recorded hash.
@@ -180,8 +181,9 @@ class RecordedFolder:
             true[name] = (present,) if present in several else several[-1:]
         return known.with_files(true) if true else known
 
-    def _record(self, hashes: Hashes, lasting: bool) -> None:
-        replace_file(self.path / RECORD, hashes.text(), lasting=lasting)
+    def _record(self, hashes: Hashes) -> None:
+        # Always held by the disk: all files of the folder stand in it.
+        replace_file(self.path / RECORD, hashes.text())
 
 
 def sha256_of(path: Path, first: int | None = None) -> str:

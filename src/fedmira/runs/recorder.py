@@ -147,6 +147,7 @@ class Recorder:
         if self.graph_json:
             self.folder.write_text("graph.json", self.graph_json)
         self.folder.cut_back(values["sizes"])
+        self._number = checkpoint.round
         self.watchers.restore(values.get("observers", []))
 
     def return_to(self, checkpoint: Checkpoint) -> None:

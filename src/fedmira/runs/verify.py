@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,10 +92,11 @@ def accept_files(path: Path, names: Sequence[str]) -> list[str]:
         The names of what was recorded anew.
 
     Raises:
-        RunFolderError: there is no such file, or it belongs to a checkpoint.
+        RunFolderError: there is no such file, it belongs to a checkpoint, or a process runs there.
     """
     recorded = RecordedFolder(path)
-    with machine_errors():
+    is_run = (path / "config.toml").is_file()
+    with machine_errors(), RunFolder(path).locked() if is_run else nullcontext():
         if list(names) == ["all"]:
             files = [file.relative_to(path).as_posix() for file in _files(path)]
             chosen = [name for name in files if not name.startswith("checkpoint/round-")]
