@@ -90,7 +90,7 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {"algorithm.name": "fola"},
         {"algorithm.name": "mtlora"},
         {"algorithm.name": "cgc-lora", "algorithm.common_experts": 2},
-        {"algorithm.name": "gossip", "graph.kind": "category"},
+        {"algorithm.name": "gossip", "graph.kind": "uniform"},
         {"algorithm.name": "rolora"},
         {
             "algorithm.name": "fedalt",
