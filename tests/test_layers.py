@@ -14,7 +14,7 @@ import pytest
 PACKAGE = "fedmira"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
-_BELOW_METHODS = {"adapters", "config", "errors", "graphs", "messages"}
+_BELOW_METHODS = {"adapters", "config", "errors", "graphs", "messages", "shown"}
 _BELOW_CLIENTS = _BELOW_METHODS | {"data", "methods", "metrics", "model", "storage", "wire"}
 _BELOW_RUNS = _BELOW_CLIENTS | {
     "atomic",
@@ -29,6 +29,7 @@ _BELOW_EXPERIMENT = _BELOW_RUNS | {"runs"}
 
 ALLOWED: Mapping[str, set[str]] = {
     "errors": set(),
+    "shown": set(),
     "atomic": set(),
     "seeds": set(),
     "records": {"atomic", "errors"},
@@ -36,16 +37,16 @@ ALLOWED: Mapping[str, set[str]] = {
     "adapters": {"errors", "seeds"},
     "messages": {"adapters"},
     "metrics": set(),
-    "observers": {"errors"},
+    "observers": {"errors", "shown"},
     "storage": {"adapters", "atomic", "errors", "messages", "records"},
-    "wire": {"adapters", "errors", "messages"},
+    "wire": {"adapters", "errors", "messages", "shown"},
     "graphs": {"atomic", "config", "errors", "seeds"},
     "methods": _BELOW_METHODS - {"methods"},
     "data": {"atomic", "config", "errors", "records", "seeds", "storage"},
     "model": {"adapters", "atomic", "config", "data", "errors", "records", "storage"},
-    "report": {"atomic", "errors", "metrics", "records"},
+    "report": {"atomic", "errors", "metrics", "records", "shown"},
     "clients": _BELOW_CLIENTS - {"graphs"},
-    "rounds": {"clients", "config", "errors", "messages", "methods", "seeds"},
+    "rounds": {"adapters", "clients", "config", "errors", "messages", "methods", "seeds"},
     "runs": _BELOW_RUNS - {"wire"},
     "experiment": _BELOW_EXPERIMENT,
     "fleet": _BELOW_EXPERIMENT | {"experiment"},
@@ -69,14 +70,16 @@ ALLOWED: Mapping[str, set[str]] = {
         "data",
         "errors",
         "experiment",
+        "federation",
         "fleet",
         "observers",
         "records",
         "report",
         "runs",
+        "shown",
         "studies",
     },
-    "flower_app": {"config", "errors", "federation", "observers", "wire"},
+    "flower_app": {"config", "errors", "federation", "observers", "shown", "wire"},
 }
 """Room -> the rooms it may import; imports within functions and under TYPE_CHECKING count."""
 

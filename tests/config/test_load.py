@@ -192,11 +192,13 @@ def test_steps_and_epochs_in_one_layer_are_an_error_that_names_both(tmp_path: Pa
 @pytest.mark.parametrize(
     ("choice", "setting", "reader"),
     [
-        ("graph.kind=random", "graph.nearest=5", "'similarity'"),
-        ("graph.kind=uniform", "graph.memory=0.2", "'similarity' or 'pfedgraph'"),
-        ("graph.kind=category", "graph.warmup_rounds=2", "'similarity' or 'pfedgraph'"),
-        ("graph.kind=pfedgraph", "graph.nearest=5", "'similarity'"),
+        ("graph.kind=random", "graph.nearest=5", "'similarity' or 'blocks'"),
+        ("graph.kind=uniform", "graph.memory=0.2", "'similarity', 'blocks' or 'pfedgraph'"),
+        ("graph.kind=category", "graph.warmup_rounds=2", "'similarity', 'blocks' or 'pfedgraph'"),
+        ("graph.kind=pfedgraph", "graph.nearest=5", "'similarity' or 'blocks'"),
         ("graph.kind=similarity", "graph.alpha=0.4", "'pfedgraph'"),
+        ("graph.kind=similarity", "graph.strength=0.4", "'blocks'"),
+        ("graph.kind=pfedgraph", "graph.blocks=3", "'blocks'"),
         ("local.optimizer=adam", "local.sophia_rho=2", "'sophia'"),
         ("local.optimizer=sophia", "local.zeroth_seeds=9", "'zeroth-order'"),
         ("adapter.kind=lora", "adapter.virtual_tokens=9", "'p-tuning', 'prompt' or 'prefix'"),
@@ -325,7 +327,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     assert set(problems("rounds.count=0", "nonsense", path=path)) == {
         "--set 'nonsense': must be key=value with a dotted key, such as rounds.count=5",
         'graph.kind = "randm": must be one of random, uniform, category, similarity, '
-        f"pfedgraph, file (did you mean 'random'?) ({path})",
+        f"blocks, pfedgraph, file (did you mean 'random'?) ({path})",
         f"local.learning_rate = -1: must be above 0 ({path})",
         "rounds.count = 0: must be 1 or more (--set)",
         "sed = 1: unknown key; did you mean seed? there are: "
@@ -599,8 +601,11 @@ def test_a_dumped_config_loads_back_equal(config: Config) -> None:
 
 
 def test_a_dump_writes_every_default_out() -> None:
-    text = dump_config(Config())
-    for section, settings in Config():
+    config = Config()
+    text = dump_config(config)
+    for section, settings in config:
+        if section == "server":  # which is written where something in it is set
+            continue
         for key in type(settings).model_fields if section != "seed" else ():
             # unset has no form in TOML; a table has a header of its own
             unset = type(settings).model_fields[key].default is None
@@ -685,3 +690,38 @@ def test_a_safeguard_compares_whole_messages() -> None:
                 "engine.wire=int8",
             ]
         )
+
+
+def test_other_averages_are_refused_of_methods_that_make_none() -> None:
+    (problem,) = problems("algorithm.name=flexlora", "server.combine=median")
+    assert "algorithm.name = 'flexlora' does not make" in problem
+    assert "'fedavg'" in problem
+    for name in ("fedavg", "fedprox", "fedopt", "ditto", "fedit-finetune", "fedlease"):
+        chosen = [f"algorithm.name={name}", "server.combine=trimmed", "server.trim=0.25"]
+        assert load_config(overrides=chosen).server.trim == 0.25
+    (problem,) = problems("algorithm.name=scaffold", "local.optimizer=sgd", "server.combine=median")
+    assert "'scaffold'" in problem
+    assert "does not read it" in problems("algorithm.name=fedavg", "server.trim=0.3")[0]
+
+
+def test_a_class_with_a_combine_of_its_own_makes_no_other_average_unless_it_says_so() -> None:
+    class Own(FedAvg):
+        def combine(self, state, replies):  # type: ignore[no-untyped-def]
+            return super().combine(state, replies)
+
+    class Same(FedAvg):
+        pass
+
+    assert (FedAvg.averages, Same.averages, Own.averages) == (True, True, False)
+
+
+def test_a_least_number_of_neighbours_is_refused_of_methods_that_mix_nobody() -> None:
+    (problem,) = problems("algorithm.name=fedavg", "server.least_mixed=2")
+    assert "'mira', 'two-level'" in problem
+    assert load_config(overrides=["server.least_mixed=2"]).server.least_mixed == 2
+
+
+def test_the_server_is_written_where_something_is_set() -> None:
+    assert "[server]" not in dump_config(Config())
+    config = load_config(overrides=["server.norm_bound=4.0"])
+    assert "norm_bound = 4.0" in dump_config(config)

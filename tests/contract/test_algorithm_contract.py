@@ -17,6 +17,7 @@ from fedmira.adapters.directions import movement
 from fedmira.config import LocalSettings
 from fedmira.config.methods import METHODS, MethodSection
 from fedmira.graphs import (
+    BlocksGraph,
     CollaborationGraph,
     FixedGraph,
     GraphSource,
@@ -39,12 +40,15 @@ from fedmira.methods import (
     FedRot,
     FlexLora,
     Flora,
+    Fola,
+    Gossip,
     HetLora,
     Local,
     LoraFair,
     Method,
     MethodContext,
     Mira,
+    MtLora,
     RoLora,
     Scaffold,
     ServerState,
@@ -109,10 +113,18 @@ SETTINGS: dict[str, tuple[MethodSection, GraphSource]] = {
     ),
     "feddpa": (FedDpa(), FIXED),
     "feddpa, together": (FedDpa(halves="together", global_rank=3), FIXED),
+    "fola": (Fola(), FIXED),
+    "fola, neither prior nor damping": (Fola(prior=0, damping=0), FIXED),
+    "mtlora": (MtLora(), FIXED),
+    "mtlora, all shared": (MtLora(shared_rank=4), FIXED),
+    "mtlora, nothing shared": (MtLora(shared_rank=0), FIXED),
+    "mtlora, own parts aligned": (MtLora(own_coupling=1.0), LEARNED),
     "lora-fair": (LoraFair(), FIXED),
     "rolora": (RoLora(), FIXED),
     "fedfomo": (FedFomo(candidates=2), FIXED),
     "fedkseed": (FedKSeed(), FIXED),
+    "gossip": (Gossip(), FIXED),
+    "gossip, factor space": (Gossip(space="factor", size_scale=0), FIXED),
     "mira": (Mira(), LEARNED),
     "two-level": (TwoLevel(), LEARNED),
     "two-level, fixed graph": (TwoLevel(), FIXED),
@@ -147,6 +159,7 @@ SETTINGS: dict[str, tuple[MethodSection, GraphSource]] = {
         Mira(),
         LearnedGraph(nearest=2, warmup_rounds=0, space="subspace", sketch=32),
     ),
+    "mira, blocks": (Mira(), BlocksGraph(nearest=2, warmup_rounds=0, strength=0.2)),
     "mira, pfedgraph": (
         Mira(server_step=1, size_scale=0),
         CollaborationGraph(warmup_rounds=0),
@@ -238,7 +251,9 @@ def replies(
         along = movement(
             {CLIENTS.index(client): 0.1, 10 + round_number: 0.2}
         )  # what zeroth-order training says of its steps
-        sent, _ = algorithm.finish(payload, None, Trained(trained, rows, 5, 1e-3, along))
+        observed = {name: tensor.square() for name, tensor in change.items()}
+        told = Trained(trained, rows, 5, 1e-3, along, squares=observed)
+        sent, _ = algorithm.finish(payload, None, told)
         result.append(Reply(client, round_number, rows, sent))
     return result
 

@@ -108,6 +108,28 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.participation": 0.6,
         "rounds.count": 4,
     },
+    "fola, some clients": {
+        "algorithm.name": "fola",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "gossip, some clients": {
+        "algorithm.name": "gossip",
+        "graph.kind": "category",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "mtlora, some clients": {
+        "algorithm.name": "mtlora",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "mtlora, own parts aligned": {
+        "algorithm.name": "mtlora",
+        "algorithm.own_coupling": 1.0,
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
     "rolora, some clients": {
         "algorithm.name": "rolora",
         "rounds.participation": 0.6,

@@ -18,10 +18,12 @@ from fedmira.adapters import (
     mix,
     modules,
     norm,
+    product_norm,
     scale,
     subtract,
     weighted_sum,
 )
+from fedmira.config import ServerSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import (
     FixedGraph,
@@ -636,13 +638,53 @@ def test_relative_pull_is_what_moved_over_the_update() -> None:
         assert 0 < combined.diagnostics.clients[client]["truncation"] < 1
 
 
-def test_a_client_that_learned_nothing_is_moved_by_one_whole_update() -> None:
-    federation = context(FixedGraph(uniform_graph(names(3))), 3)
+def test_a_client_that_learned_nothing_is_moved_by_one_whole_update_among_who_trust_it() -> None:
+    federation = replace(
+        context(FixedGraph(uniform_graph(names(3))), 3), server=ServerSettings(screen=False)
+    )
     combined = one_round(
         federation, {**trained(federation), "client-0": lora(4, 0, fresh=True)}, coupling=0.5
     )
     assert combined.diagnostics.clients["client-0"]["relative_pull"] == 1
     assert "client-0" in combined.diagnostics.expects_motion
+
+
+def weakened(adapter: Adapter, share: float) -> Adapter:
+    """The same direction with a share of its length."""
+    return {
+        name: tensor * share if name.endswith("lora_B.weight") else tensor
+        for name, tensor in adapter.items()
+    }
+
+
+@pytest.mark.parametrize("graph", ["learned", "uniform"])
+@pytest.mark.parametrize("space", ["factor", "product"])
+@pytest.mark.parametrize("share", [1e-4, 0.0])
+def test_who_sends_next_to_nothing_is_handed_nobody_elses_adapter(
+    space: str, share: float, graph: str
+) -> None:
+    source = (
+        LearnedGraph(warmup_rounds=0) if graph == "learned" else FixedGraph(uniform_graph(names(2)))
+    )
+    federation = context(source, 2)
+    honest = lora(4, 1)
+    sent = {"client-0": honest, "client-1": weakened(honest, share)}
+    combined = one_round(federation, sent, coupling=1.0, space=space)
+    assert combined.diagnostics.clients["client-1"]["pull"] == 0
+    for client, adapter in sent.items():  # nobody is moved, and nobody loses what it learned
+        assert digest(combined.state.adapters[client]) == digest(adapter)
+    trusting = replace(federation, server=ServerSettings(screen=False))
+    handed = one_round(trusting, sent, coupling=1.0, space=space)
+    if graph == "uniform" or share:
+        assert product_norm(handed.state.adapters["client-1"]) > 0.4 * product_norm(honest)
+
+
+def test_with_two_clients_and_a_least_number_of_two_nobody_is_moved() -> None:
+    federation = replace(
+        context(FixedGraph(uniform_graph(names(2))), 2), server=ServerSettings(least_mixed=2)
+    )
+    combined = one_round(federation, trained(federation), coupling=1.0)
+    assert [figures["pull"] for figures in combined.diagnostics.clients.values()] == [0, 0]
 
 
 @pytest.mark.parametrize("space", ["factor", "product"])

@@ -42,6 +42,7 @@ from fedmira.adapters.merging import (
     ties,
     update_gram,
 )
+from fedmira.adapters.robust import median_of, trimmed_mean
 from fedmira.adapters.sketch import factor_sketches, product_sketches
 from fedmira.adapters.subspaces import column_spaces
 
@@ -63,6 +64,7 @@ __all__ = [
     "gram",
     "inner",
     "map_tensors",
+    "median_of",
     "metagpt_weights",
     "mix",
     "module_grams",
@@ -80,6 +82,7 @@ __all__ = [
     "spare_directions",
     "subtract",
     "ties",
+    "trimmed_mean",
     "truncate_rank",
     "update_gram",
     "weighted_sum",

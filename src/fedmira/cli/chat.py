@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedmira.cli.options import Format, FormatOption, RunPath
+from fedmira.cli.options import Format, FormatOption, ReferenceShare, RunPath
 from fedmira.cli.screen import print_json, print_table, say
 from fedmira.errors import ConfigError, InputError
 
@@ -47,6 +47,7 @@ def chat(
             "--max-new-tokens", min=1, help="Default: the run's setting.", show_default=False
         ),
     ] = None,
+    reference_share: ReferenceShare = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Ask base and adapters the same, and see their answers side by side.
@@ -65,7 +66,12 @@ def chat(
     saved = reload_adapters(run)
     others = [reload_adapters(path, saved.kind.base) for path in beside or []]
     conversation = Conversation(
-        saved, client, beside=others, instruction=instruction, max_new_tokens=max_new_tokens
+        saved,
+        client,
+        beside=others,
+        instruction=instruction,
+        max_new_tokens=max_new_tokens,
+        reference_share=reference_share,
     )
     if typed:
         _introduce(conversation)

@@ -10,6 +10,7 @@ import typer
 
 from fedmira import __version__
 from fedmira.cli import (
+    audit,
     chat,
     check,
     compare,
@@ -20,6 +21,7 @@ from fedmira.cli import (
     flower,
     generate,
     join,
+    offsite,
     presets,
     report,
     route,
@@ -62,8 +64,11 @@ for _verb in (
     fleets.compress,
     fleets.align,
     join.join,
+    offsite.emulate,
+    offsite.plug,
     report.report,
     verify.verify,
+    audit.audit,
     presets.presets,
 ):
     app.command()(_verb)

@@ -6,7 +6,7 @@ Begin, choose a start, local training on one resident base, finish.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedmira.adapters import Adapter, same_shapes
 from fedmira.config import LocalSettings
@@ -140,7 +140,7 @@ class Cohort:
             for share, choice in zip(shares, choices, strict=True)
         ]
         return [
-            Start(adapter, start.hook, settle=start.settle)
+            replace(start, adapter=adapter, alternatives={}, blend=None)
             for adapter, start in zip(adapters, starts, strict=True)
         ], measured
 
@@ -161,7 +161,11 @@ class Cohort:
             seed=request.seed,
             hook=start.hook,
             settle=start.settle,
+            squares=start.squares,
             moments=moments,
+            advantages=(
+                [row.advantage or 0.0 for row in rows] if local.advantage_temperature else None
+            ),
             rates=rate_shares(
                 local, request.round, self.settings.rounds, count_steps(len(rows), local)
             ),
@@ -181,6 +185,7 @@ class Cohort:
             learning_rate=self.settings.local.learning_rate,
             movement=outcome.movement,
             losses=measured.losses,
+            squares=outcome.squares,
         )
         payload, kept = self.algorithm.finished(request.payload, memory, trained)
         metrics = {

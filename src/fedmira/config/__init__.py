@@ -34,6 +34,7 @@ from fedmira.config.schema import (
     RankDistribution,
     ResourceType,
     RoundsSettings,
+    ServerSettings,
 )
 from fedmira.config.section import Section, setting
 
@@ -61,6 +62,7 @@ __all__ = [
     "RankDistribution",
     "ResourceType",
     "RoundsSettings",
+    "ServerSettings",
     "cache_folder",
     "distrusted",
     "dump_config",

@@ -51,6 +51,12 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     and issubclass(field.annotation, BaseModel)
 }
 """The sections whose class is known without a method."""
+_ONLY_WHERE_SET = ("server",)
+"""Sections that are written only where a setting differs from its default.
+
+Runs from before they were there are resumed by the text of their config.toml, which must be the
+same.
+"""
 _SEED: TypeAdapter[int] = TypeAdapter(Count)
 
 
@@ -217,11 +223,14 @@ def with_method(config: Config, method: MethodSection) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The config as TOML with every default written out.
+    """The config as TOML with its defaults, but for `_ONLY_WHERE_SET` where nothing is set.
 
     `load_config` reads an equal config from it.
     """
     settings = config.model_dump(mode="json", exclude_none=True)
+    for name in _ONLY_WHERE_SET:
+        if settings[name] == _SECTIONS[name]().model_dump(mode="json", exclude_none=True):
+            del settings[name]
     if "server_step" in settings["algorithm"]:
         settings["algorithm"].pop(
             "coupling", None

@@ -61,10 +61,13 @@ METHODS: Mapping[str, str] = {
     "fedlease": "fedmira.methods.fedlease:FedLease",
     "fedalt": "fedmira.methods.fedalt:FedAlt",
     "feddpa": "fedmira.methods.feddpa:FedDpa",
+    "fola": "fedmira.methods.fola:Fola",
+    "mtlora": "fedmira.methods.mtlora:MtLora",
     "lora-fair": "fedmira.methods.lora_fair:LoraFair",
     "rolora": "fedmira.methods.rolora:RoLora",
     "fedfomo": "fedmira.methods.fedfomo:FedFomo",
     "fedkseed": "fedmira.methods.fedkseed:FedKSeed",
+    "gossip": "fedmira.methods.gossip:Gossip",
     "mira": "fedmira.methods.mira:Mira",
     "two-level": "fedmira.methods.two_level:TwoLevel",
 }
@@ -89,6 +92,7 @@ class Need(Enum):
     VALIDATION = "clients have validation rows"
     MOVEMENTS = "clients train along random directions"
     PLAIN_STEPS = "a local step is one rate times the gradient"
+    GRADIENTS = "local steps follow the gradients of batches"
 
 
 class MethodSection(Section):
@@ -104,6 +108,13 @@ class MethodSection(Section):
             that less travels than is handed over.
         uses_graph: whether its server half looks at the graph of clients; where it does not, a key
             of [graph] is an error.
+        traffic_differs: by what the messages of clients of one rank differ in size; "" where they
+            do not.
+        averages: whether `combine` averages whole adapters by `mean_of`, so that [server] may put
+            another average in its place. It holds for the class that says so and for those that
+            take its `combine` over.
+        moves_towards: whether it moves clients' adapters towards those of others, by
+            `mixing_matrix`.
         searched: its main settings, which `fedmira tune` searches beside the learning rate where
             no space is given -> the values that are tried with the one it has.
         controls: what could explain its gain away, for `fedmira compare --controls`: a name -> the
@@ -115,6 +126,9 @@ class MethodSection(Section):
     always_needs: ClassVar[Mapping[Need, str]] = {}
     partly_sent: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = True
+    traffic_differs: ClassVar[str] = ""
+    averages: ClassVar[bool] = False
+    moves_towards: ClassVar[bool] = False
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     controls: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -144,6 +158,8 @@ class MethodSection(Section):
             ).lower()
         if "title" not in vars(cls):
             cls.title = cls.__name__
+        if "combine" in vars(cls) and "averages" not in vars(cls):
+            cls.averages = False
 
     @property
     def needs(self) -> Mapping[Need, str]:
@@ -185,6 +201,7 @@ _USUAL_REASONS = {
     ),
     Need.VALIDATION: "algorithm.name = {name!r}",
     Need.MOVEMENTS: "algorithm.name = {name!r}",
+    Need.GRADIENTS: "algorithm.name = {name!r}, which adds up squared gradients",
     Need.PLAIN_STEPS: "algorithm.name = {name!r}, which reads the mean gradient off the way it led",
 }
 

@@ -6,7 +6,14 @@ import re
 
 from pydantic import Field, model_validator
 
-from fedmira.config.methods import ChosenMethod, Need, default_method
+from fedmira.config.methods import (
+    METHODS,
+    AbsentMethod,
+    ChosenMethod,
+    Need,
+    default_method,
+    method_class,
+)
 from fedmira.config.section import Count, Section, setting
 from fedmira.config.sections.adapter import AdapterSettings, RankDistribution, ResourceType
 from fedmira.config.sections.data import DataSettings
@@ -19,6 +26,7 @@ from fedmira.config.sections.run import (
     FederationSettings,
     RoundsSettings,
 )
+from fedmira.config.sections.server import ServerSettings
 
 __all__ = [
     "AdapterSettings",
@@ -33,6 +41,7 @@ __all__ = [
     "RankDistribution",
     "ResourceType",
     "RoundsSettings",
+    "ServerSettings",
 ]
 
 _DEVICE = re.compile(r"auto|(?:cpu|cuda|mps|xpu|hpu|xla|mtia|meta|privateuseone)(?::\d+)?")
@@ -60,6 +69,7 @@ class Config(Section):
     graph: GraphSettings = GraphSettings()
     local: LocalSettings = LocalSettings()
     rounds: RoundsSettings = RoundsSettings()
+    server: ServerSettings = ServerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: EngineSettings = EngineSettings()
     federation: FederationSettings = FederationSettings()
@@ -96,11 +106,39 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _references_are_of_layers(self) -> Config:
+        if self.evaluation.reference_share and not self.adapter.low_rank:
+            raise ValueError(
+                f"evaluation.reference_share = {self.evaluation.reference_share:g} goes with "
+                f"adapter.kind = 'lora' only, and kind is {self.adapter.kind!r}; set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _choices_need_validation(self) -> Config:
         setting = self.algorithm.reason(Need.VALIDATION)
         if setting and self.data.validation_fraction == 0:
             raise ValueError(
                 f"{setting} needs validation rows; set data.validation_fraction above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_server_does_what_the_method_does(self) -> Config:
+        name, server = self.algorithm.name, self.server
+        if isinstance(self.algorithm, AbsentMethod):
+            return self
+        if server.combine != "mean" and not self.algorithm.averages:
+            raise ValueError(
+                f"server.combine = {server.combine!r} takes the place of a mean of whole adapters, "
+                f"which algorithm.name = {name!r} does not make; set server.combine = 'mean', or "
+                f"algorithm.name to one of {_those_with('averages')}"
+            )
+        if server.least_mixed > 1 and not self.algorithm.moves_towards:
+            raise ValueError(
+                f"server.least_mixed = {server.least_mixed} is about adapters that are moved "
+                f"towards others, which algorithm.name = {name!r} does not do; set it to 1, or "
+                f"algorithm.name to one of {_those_with('moves_towards')}"
             )
         return self
 
@@ -174,6 +212,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _gradients_are_there_to_be_squared(self) -> Config:
+        problem = self.algorithm.reason(Need.GRADIENTS)
+        if problem and self.local.optimizer == "zeroth-order":
+            raise ValueError(
+                f"local.optimizer = 'zeroth-order' does not go with {problem}: it has slopes along "
+                "random directions in their place; set another local.optimizer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _plain_steps_show_their_gradients(self) -> Config:
         problem, local = self.algorithm.reason(Need.PLAIN_STEPS), self.local
         wanted = {
@@ -191,3 +239,8 @@ class Config(Section):
                 f"gradient; set {ways} (with sgd another local.learning_rate is right)"
             )
         return self
+
+
+def _those_with(trait: str) -> str:
+    """The names of our methods that have a trait."""
+    return ", ".join(repr(name) for name in METHODS if getattr(method_class(name), trait))

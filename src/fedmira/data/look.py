@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterable
 
-__all__: list[str] = []
+__all__ = ["answer_all"]
 
 
 def _look(kind: str, place: str, data: bytes) -> None:
@@ -39,7 +39,7 @@ def _look(kind: str, place: str, data: bytes) -> None:
         each.data.table.validate(full=True)
 
 
-def _answer_all() -> None:
+def answer_all() -> None:
     """Answer requests until there are no more: a line of JSON, and as many bytes as it says."""
     source, answers = sys.stdin.buffer, sys.stdout
     sys.stdout = sys.stderr  # what libraries print is no answer
@@ -56,4 +56,4 @@ def _answer_all() -> None:
 
 
 if __name__ == "__main__":
-    _answer_all()
+    answer_all()

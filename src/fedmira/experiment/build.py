@@ -8,7 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedmira.adapters import Adapter
-from fedmira.clients import Clients, CohortSettings, LocalClients, OverWire
+from fedmira.clients import (
+    Clients,
+    CohortSettings,
+    LocalClients,
+    OverWire,
+    references_of,
+)
 from fedmira.config import Config
 from fedmira.config.methods import written_form
 from fedmira.data import (
@@ -16,6 +22,7 @@ from fedmira.data import (
     Dataset,
     ObjectRows,
     ReadRows,
+    about_advantages,
     load_clients,
     read_rows,
     told_left_out,
@@ -167,10 +174,14 @@ def build_experiment(
     )
     at_once = most_side_by_side(largest, kind.base.device)
     settings = CohortSettings(config.local, scales, budget, config.rounds.count)
-    clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once)
+    references = references_of(kind, config.evaluation)
+    clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once, references)
     if config.engine.wire != "float32":
         clients = OverWire(clients, config.engine.wire, at_once)
-    notes = _about_answers(config, kind.base, dataset)
+    notes = [
+        *_about_answers(config, kind.base, dataset),
+        *about_advantages(dataset.clients, config.local.advantage_temperature),
+    ]
     for note in notes:
         _log.warning("%s", note)
     return Experiment(

@@ -19,9 +19,10 @@ from fedmira.errors import (
 from fedmira.experiment.build import Experiment
 from fedmira.experiment.export import check_export
 from fedmira.methods import ServerState
+from fedmira.model import count_steps
 from fedmira.observers import EndEvent, Observer, RunFacts, StartEvent
 from fedmira.records import machine_errors, told
-from fedmira.rounds import run_rounds
+from fedmira.rounds import Screen, run_rounds
 from fedmira.runs import (
     Checkpoint,
     CheckpointFolder,
@@ -179,6 +180,7 @@ class _Part:
     def __init__(self, experiment: Experiment, recorder: Recorder, provenance: Provenance) -> None:
         self._experiment, self._recorder, self._provenance = experiment, recorder, provenance
         self._clients = list(experiment.ranks)
+        self._totals: dict[str, float] = {}
 
     def train(self, checkpoint: Checkpoint | None) -> ServerState:
         """Run the rounds after a checkpoint, or all of them; the last state.
@@ -214,6 +216,7 @@ class _Part:
             recorder.on_round,
             first_round=checkpoint.round + 1 if checkpoint else 1,
             resting=recorder.watchers.resting,
+            screen=_screen(experiment),
         )
         still = self.stopped is None and experiment.algorithm.aligns and not recorder.ever_moved
         if still and experiment.graph.learned:
@@ -246,6 +249,7 @@ class _Part:
         """Write adapters and tables of the last state."""
         generate = self._experiment.config.evaluation.rouge
         ground, ranks = self._experiment.ground, self._experiment.ranks
+        self._totals = dict(self._experiment.algorithm.totals(state))
         result = write_results(self._recorder, ground, ranks, state, generate=generate)
         return replace(result, status="finished" if self.stopped is None else "stopped")
 
@@ -265,6 +269,7 @@ class _Part:
             clients=len(self._clients),
             summary=result.summary,
             export=export,
+            **({"method": self._totals} if self._totals else {}),
         )
         self._tell_end(status, reason, result)
         if wrong:
@@ -330,6 +335,18 @@ class _Part:
         recorder.watchers.tell(
             EndEvent(recorder.facts, status, reason, summary, recorder.folder.path)
         )
+
+
+def _screen(experiment: Experiment) -> Screen:
+    """What the server holds replies against."""
+    config, ranks = experiment.config, experiment.ranks
+    rows = {client: party.train_rows for client, party in experiment.parties.items()}
+    return Screen(
+        config.server,
+        rows,
+        {client: count_steps(count, config.local) for client, count in rows.items()},
+        {client: experiment.kind.scale(rank) for client, rank in ranks.items() if rank},
+    )
 
 
 def _told(error: BaseException) -> str:

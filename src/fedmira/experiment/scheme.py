@@ -142,6 +142,7 @@ def make_scheme(
         cohort=at_once,
         rounds=config.rounds.count,
         rslora=config.adapter.rslora,
+        server=config.server,
     )
     algorithm = method.for_federation(context)
     if algorithm.aligns and not graph.acts(config.rounds.count):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmira.adapters import scale
+from fedmira.config import ServerSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
@@ -26,6 +27,7 @@ class MethodContext:
         cohort: clients that train in a round.
         rounds: of the run.
         rslora: whether a client's update is alpha / sqrt(rank) * B A.
+        server: the settings of [server].
     """
 
     clients: tuple[ClientId, ...]
@@ -36,6 +38,7 @@ class MethodContext:
     cohort: int
     rounds: int = 1
     rslora: bool = False
+    server: ServerSettings = ServerSettings()
 
     def scale(self, client: ClientId) -> float:
         """alpha / rank of a client, or alpha / sqrt(rank); 1 for adapters without a rank."""

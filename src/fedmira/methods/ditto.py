@@ -30,7 +30,7 @@ from fedmira.methods.base import (
     Start,
     Trained,
 )
-from fedmira.methods.parts.averaging import COMMON, mean_by_rows
+from fedmira.methods.parts.averaging import COMMON, mean_of
 from fedmira.methods.parts.partly_sent import PartlySent
 from fedmira.methods.parts.proximal import toward
 
@@ -51,6 +51,7 @@ class Ditto(Method):
     title: ClassVar[str] = "Ditto"
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"personal_pull": (0.01, 0.1, 1.0)}
     uses_graph: ClassVar[bool] = False
+    averages: ClassVar[bool] = True
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {
         Need.ONE_RANK: "",
@@ -87,7 +88,7 @@ class Ditto(Method):
         }
         shared = [reply for reply in replies if reply.client_id not in changes]
         if shared:
-            changes[COMMON] = mean_by_rows(shared)
+            changes[COMMON] = mean_of(shared, self.context.server)
         turns = state.numbers[TURNS].clone()
         turns[[self.context.clients.index(client) for client in trained]] += 1
         return Combined(

@@ -15,7 +15,7 @@ from fedmira.adapters import Adapter, replaced
 from fedmira.config.methods import Need
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import Combined, Method, ServerState
-from fedmira.methods.parts.averaging import mean_by_rows
+from fedmira.methods.parts.averaging import mean_of
 
 __all__ = ["FedAvg"]
 
@@ -28,6 +28,7 @@ class FedAvg(Method):
     name: ClassVar[str] = "fedavg"
     title: ClassVar[str] = "FedAvg"
     uses_graph: ClassVar[bool] = False
+    averages: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: ""}
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
@@ -42,7 +43,7 @@ class FedAvg(Method):
         """Average the replies by their training rows."""
         return Combined(
             ServerState(
-                adapters=replaced(state.adapters, {SHARED: mean_by_rows(replies)}),
+                adapters=replaced(state.adapters, {SHARED: mean_of(replies, self.context.server)}),
                 numbers=state.numbers,
             )
         )

@@ -31,7 +31,7 @@ from fedmira.methods.base import (
     ServerState,
     Trained,
 )
-from fedmira.methods.parts.averaging import COMMON, mean_by_rows
+from fedmira.methods.parts.averaging import COMMON, mean_of
 from fedmira.methods.parts.partly_sent import PartlySent
 
 __all__ = ["FedItFinetune"]
@@ -51,6 +51,7 @@ class FedItFinetune(Method):
     title: ClassVar[str] = "FedIT + fine-tuning"
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"finetune_share": (0.25, 0.5, 0.75)}
     uses_graph: ClassVar[bool] = False
+    averages: ClassVar[bool] = True
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: ""}
     finetune_share: float = setting(
@@ -105,7 +106,7 @@ class FedItFinetune(Method):
                 reply.client_id: reply.payload.tensors["adapter"] for reply in replies
             }
         else:
-            changes = {COMMON: mean_by_rows(replies)}
+            changes = {COMMON: mean_of(replies, self.context.server)}
         return Combined(
             ServerState(
                 replaced(state.adapters, changes), {**state.numbers, ROUND: torch.tensor([number])}

@@ -38,7 +38,7 @@ from fedmira.errors import ConfigError
 from fedmira.graphs import MOST_EDGES, all_pairs
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import Combined, Diagnostics, Method, ServerState
-from fedmira.methods.parts.averaging import mean_by_rows
+from fedmira.methods.parts.averaging import mean_of
 
 __all__ = ["FedLease", "average_linkage", "chosen_clusters", "silhouette"]
 
@@ -137,6 +137,7 @@ class FedLease(Method):
     name: ClassVar[str] = "fedlease"
     title: ClassVar[str] = "FedLEASE without router"
     uses_graph: ClassVar[bool] = False
+    averages: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.FACTORS: ""}
     warmup_share: float = setting(
         0.2,
@@ -213,7 +214,7 @@ class FedLease(Method):
         for cluster in sorted({self._cluster(state, reply.client_id) for reply in replies}):
             inside = [each for each in replies if self._cluster(state, each.client_id) == cluster]
             if cluster != NOWHERE:
-                changes[f"{EXPERT}{cluster}"] = mean_by_rows(inside)
+                changes[f"{EXPERT}{cluster}"] = mean_of(inside, self.context.server)
         trained = numbers[TRAINED].clone()
         trained[[clients.index(reply.client_id) for reply in new]] = True
         numbers[TRAINED] = trained

@@ -13,7 +13,7 @@ different ranks, and a safeguard: each client may decline its pull.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -24,13 +24,13 @@ from torch import Tensor
 
 from fedmira.adapters import (
     Adapter,
+    distance,
     dot_products,
     gram,
-    mix,
     modules,
+    product_norm,
     replaced,
     subtract,
-    weighted_sum,
 )
 from fedmira.config.methods import Need
 from fedmira.config.section import Fraction, setting
@@ -41,7 +41,8 @@ from fedmira.methods.base import Combined, Diagnostics, ServerState
 from fedmira.methods.parts.declining import MayDecline
 from fedmira.methods.parts.kept_products import KeptProducts, Take, Taken
 from fedmira.methods.parts.learning import Learning
-from fedmira.methods.parts.mixing import Mixing, mixing_matrix
+from fedmira.methods.parts.mixing import Mixing, comparable_weights, mixing_matrix
+from fedmira.methods.parts.spaces import MIX
 
 __all__ = ["Mira"]
 
@@ -53,41 +54,19 @@ What everybody started from. The star cannot be part of a client id.
 """
 
 
-def _mix_products(
-    taken: Taken, weights: list[float], rank: int, scale: float, own: Adapter
-) -> tuple[Adapter, float]:
-    """sum_l P_kl s_l B_l A_l at the receiver's rank and scale.
-
-    With it comes the norm that the rank could not hold.
-    """
-    mixed = mix(taken[0], weights, taken[1], rank, scale, own)
-    return mixed.adapter, mixed.tail
-
-
-def _mix_factors(
-    taken: Taken, weights: list[float], rank: int, scale: float, own: Adapter
-) -> tuple[Adapter, float]:
-    """sum_l P_kl A_l and sum_l P_kl B_l, which keeps the rank."""
-    return weighted_sum(taken[0], weights), 0.0
-
-
-_MIX: Mapping[str, Callable[[Taken, list[float], int, float, Adapter], tuple[Adapter, float]]] = {
-    "product": _mix_products,
-    "factor": _mix_factors,
-}
-
-
 @dataclass(frozen=True, slots=True)
 class _Move:
     """A client that is moved: what it trained and what it becomes.
 
-    Beside them stand the norm that its rank could not hold, and whether it must differ.
+    Beside them stand the norm that its rank could not hold, whether it must differ, and the share
+    of others in it.
     """
 
     before: Adapter
     after: Adapter
     tail: float
     neighbours_differ: bool
+    pull: float
 
 
 class Mira(MayDecline):
@@ -102,6 +81,7 @@ class Mira(MayDecline):
 
     name: ClassVar[str] = "mira"
     title: ClassVar[str] = "MIRA"
+    moves_towards: ClassVar[bool] = True
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"coupling": (0.25, 0.5, 1.0)}
     controls: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "shuffled": {"graph.shuffled": True}  # none is "alone": who is not pulled keeps its factors
@@ -261,7 +241,7 @@ class Mira(MayDecline):
         """Half of the way, in the space that is mixed."""
         rank = next(iter(modules(own).values()))[0].shape[0] if self.space == "product" else 0
         # Both have the client's own scale, so that it does not matter here.
-        return _MIX[self.space](([own, aligned], [1.0, 1.0]), [0.5, 0.5], rank, 1.0, own)[0]
+        return MIX[self.space](([own, aligned], [1.0, 1.0]), [0.5, 0.5], rank, 1.0, own)[0]
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Write the replies in, learn the graph, and move the round's clients to their neighbours.
@@ -289,7 +269,7 @@ class Mira(MayDecline):
         laplacian = graph.among(trained).laplacian
         before = kept.of(numbers, self.space).trace(laplacian)
         moving = [k for k in cohort if float(mixing.pulls[k]) > 0]
-        moves = {clients[k]: self._move(k, mixing, take, numbers) for k in moving}
+        moves = {clients[k]: self._move(k, mixing, take, numbers, state.adapters) for k in moving}
         after = {**changes, **{client: move.after for client, move in moves.items()}}
         kept.refresh(numbers, moving, trained, partial(self._updates, state.adapters, after))
         # Asked for anew after the refresh, which writes into the kept tensors: inner products asked
@@ -308,7 +288,7 @@ class Mira(MayDecline):
             round=round_log,
             clients={
                 clients[k]: {
-                    "pull": float(mixing.pulls[k]),
+                    "pull": moves[clients[k]].pull if clients[k] in moves else 0.0,
                     "degree": float(degrees[k]),
                     **self._motion(clients[k], moves.get(clients[k]), state.adapters),
                 }
@@ -363,24 +343,53 @@ class Mira(MayDecline):
             trained,
             torch.tensor(rows, dtype=torch.float64),
             self.context.graph.absolute,
+            self.context.server.least_mixed,
         )
 
-    def _move(self, k: int, mixing: Mixing, take: Take, numbers: Mapping[str, Tensor]) -> _Move:
-        """Client k's new adapter; `take` and `numbers` are as before anybody moves."""
+    def _move(
+        self,
+        k: int,
+        mixing: Mixing,
+        take: Take,
+        numbers: Mapping[str, Tensor],
+        stored: Mapping[ClientId, Adapter],
+    ) -> _Move:
+        """Client k's new adapter; `take`, `numbers` and `stored` are as before anybody moves."""
         client, space = self.context.clients[k], self.space
         positions, weights = mixing.row(k)
         taken, own = take(positions), positions.index(k)
         before = taken[0][own]
-        after, tail = _MIX[space](
+        weights, pull = self._comparable(weights, taken, own, float(mixing.pulls[k]), stored)
+        if pull == 0:
+            return _Move(before, before, 0.0, False, pull)
+        after, tail = MIX[space](
             taken, weights, self.context.ranks[client], self.context.scale(client), before
         )
 
         # Whether the weighted mean of k's neighbours is another point than k itself.
-        toward = torch.tensor(weights, dtype=torch.float64) / mixing.pulls[k]
+        toward = torch.tensor(weights, dtype=torch.float64) / pull
         toward[own] = -1
         return _Move(
-            before, after, tail, self._kept.differ(numbers, space, positions, taken, toward)
+            before, after, tail, self._kept.differ(numbers, space, positions, taken, toward), pull
         )
+
+    def _comparable(
+        self,
+        weights: list[float],
+        taken: Taken,
+        own: int,
+        pull: float,
+        stored: Mapping[ClientId, Adapter],
+    ) -> tuple[list[float], float]:
+        """The weights among updates of comparable length, and the pull that is left of them."""
+        if not self.context.server.screen:
+            return weights, pull
+        if self.context.low_rank:
+            lengths = [product_norm(*each) for each in zip(*taken, strict=True)]
+        else:
+            lengths = [distance(adapter, stored[START]) for adapter in taken[0]]
+        kept = comparable_weights(weights, lengths, own)
+        return (weights, pull) if kept == weights else (kept, 1 - kept[own])
 
     def _motion(
         self, client: ClientId, move: _Move | None, stored: Mapping[ClientId, Adapter]

@@ -34,7 +34,7 @@ from fedmira.config.methods import Need
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import Combined, GradientHook, ServerState, Start, Trained
 from fedmira.methods.fedavg import SHARED, FedAvg
-from fedmira.methods.parts.averaging import by_rows, mean_by_rows
+from fedmira.methods.parts.averaging import by_rows, mean_of
 
 __all__ = ["Scaffold"]
 
@@ -66,7 +66,7 @@ class Scaffold(FedAvg):
             [state.adapters[CONTROL], *(reply.payload.tensors[CONTROL] for reply in ordered)],
             [1.0, *(self.context.rows[reply.client_id] / rows for reply in ordered)],
         )
-        changes = {SHARED: mean_by_rows(replies), CONTROL: control}
+        changes = {SHARED: mean_of(replies, self.context.server), CONTROL: control}
         return Combined(ServerState(replaced(state.adapters, changes), state.numbers))
 
     def begin(self, payload: Payload, memory: Payload | None) -> Start:

@@ -31,7 +31,7 @@ from fedmira.config.section import setting
 from fedmira.messages import ClientId, Reply
 from fedmira.methods.base import Combined, ServerState
 from fedmira.methods.fedavg import SHARED, FedAvg
-from fedmira.methods.parts.averaging import mean_by_rows
+from fedmira.methods.parts.averaging import mean_of
 
 __all__ = ["FedOpt"]
 
@@ -47,6 +47,7 @@ class FedOpt(FedAvg):
     """The state holds the shared adapter and, in its shapes, m and v; momentum has no v."""
 
     name: ClassVar[str] = "fedopt"
+    averages: ClassVar[bool] = True
     title: ClassVar[str] = "FedOpt"
     server_optimizer: Literal["momentum", "adam", "yogi", "adagrad"] = setting(
         "adam",
@@ -125,7 +126,11 @@ class FedOpt(FedAvg):
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Step from the shared adapter along the round's mean change, by the optimizer."""
-        before, first, mean = state.adapters[SHARED], state.adapters[FIRST], mean_by_rows(replies)
+        before, first, mean = (
+            state.adapters[SHARED],
+            state.adapters[FIRST],
+            mean_of(replies, self.context.server),
+        )
         beta, rate = self.server_momentum, self.rate
         changes: dict[str, Adapter] = {
             FIRST: weighted_sum([first, mean, before], [beta, 1 - beta, beta - 1])

@@ -146,6 +146,7 @@ class TwoLevel(MayDecline):
 
     name: ClassVar[str] = "two-level"
     title: ClassVar[str] = "two levels"
+    moves_towards: ClassVar[bool] = True
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "coupling": (0.25, 0.5, 1.0),
         "horizon": (0.5, 1.0),
@@ -342,9 +343,14 @@ class TwoLevel(MayDecline):
         )
 
     def _common_step(self, state: ServerState, round_: _Round) -> tuple[_Sum, dict[str, Adapter]]:
-        """m, and the common part with its step; nothing where nothing is common."""
+        """m, and the common part with its step; nothing where nothing is common.
+
+        There is no step either where a client would get a mean of too few others.
+        """
         if not self.common_rank:
             return _Sum(), {}
+        if 1 < self.context.server.least_mixed >= len(round_.shares):
+            return _Sum(), {COMMON: state.adapters[COMMON]}
         total = _Sum()
         for client, share in round_.shares.items():
             total = total.plus(round_.added[client], share)
@@ -398,6 +404,7 @@ class TwoLevel(MayDecline):
             trained,
             torch.tensor(rows, dtype=torch.float64),
             self.context.graph.absolute,
+            self.context.server.least_mixed,
         )
 
     def _mixed(

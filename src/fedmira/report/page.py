@@ -417,6 +417,13 @@ def _messages(run: Run) -> list[tuple[str, str, str]]:
     return messages + [("reading", "", note) for note in run.notes]
 
 
+def _left_out(screened: object) -> str | None:
+    """Whose replies the server's screen left out, and in how many rounds."""
+    if not isinstance(screened, dict) or not screened:
+        return None
+    return ", ".join(f"{client} in {times} rounds" for client, times in screened.items())
+
+
 def _provenance(run: Run) -> list[tuple[str, str]]:
     """What was run, on what and from what, as (name, value); absent parts are left out."""
     facts: dict[str, Any] = {
@@ -427,6 +434,7 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
         "rounds done": run.provenance.get("rounds_done"),
         "clients": run.provenance.get("clients"),
     }
+    facts |= {"left out by the server": _left_out(run.provenance.get("screened"))}
     facts |= {"wall time": _duration(run.provenance.get("wall_seconds"))}
     for section, prefix in (("base", "base model "), ("machine", "machine "), ("versions", "")):
         values = run.provenance.get(section)

@@ -2,9 +2,13 @@
 
 from fedmira.rounds.loop import RoundOutcome, run_rounds
 from fedmira.rounds.sampling import cohort_size, sample_clients
+from fedmira.rounds.screening import SCREENED, Screen, Screened
 
 __all__ = [
+    "SCREENED",
     "RoundOutcome",
+    "Screen",
+    "Screened",
     "cohort_size",
     "run_rounds",
     "sample_clients",

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from fedmira.clients import Clients
+from fedmira.clients import Clients, believed
 from fedmira.config import RoundsSettings
 from fedmira.errors import AlignmentError, RoundError
 from fedmira.messages import (
@@ -17,6 +17,7 @@ from fedmira.messages import (
 )
 from fedmira.methods import Combined, Method, ServerState
 from fedmira.rounds.sampling import sample_clients
+from fedmira.rounds.screening import Screened
 from fedmira.seeds import seed_for
 
 __all__ = ["RoundOutcome", "run_rounds"]
@@ -31,6 +32,7 @@ class RoundOutcome:
         requests: what the round's clients were asked, in the order of their ids.
         replies: the usable ones, in the order of client ids; empty where too few came.
         failures: of the other clients, in the order of their ids.
+        notes: what the server did not believe of a reply that it used, a sentence each.
         combined: the new state of the server, and what was done.
         train_seconds: of the exchange.
         combine_seconds: of the server's step.
@@ -43,6 +45,7 @@ class RoundOutcome:
     combined: Combined
     train_seconds: float
     combine_seconds: float
+    notes: Sequence[str] = ()
 
 
 def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
@@ -55,6 +58,7 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
     on_round: Callable[[RoundOutcome], bool | None],
     first_round: int = 1,
     resting: Callable[[], Collection[ClientId]] = frozenset,
+    screen: Callable[[Sequence[Request], Sequence[Reply]], Screened] | None = None,
 ) -> ServerState:
     """Run the rounds `first_round` to `settings.count` and return the last state.
 
@@ -72,6 +76,7 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
         first_round: counts from 1.
         resting: is asked before each round which clients are not to take part; a round is drawn
             from the others. The loop ends where there are none.
+        screen: sorts out replies that are not to be used; None uses all.
 
     Raises:
         RoundError: fewer clients of a round than `min_replies` sent a usable reply; failures of
@@ -94,9 +99,11 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
             for client in chosen
         ]
         begun = time.perf_counter()
-        answers = workers.train(requests)
+        answers = believed(workers.train(requests), workers.parties)
         trained = time.perf_counter()
         replies, failures = _told_apart(answers)
+        screened = screen(requests, replies) if screen else Screened(replies)
+        replies, failures = _told_apart([*screened.replies, *failures, *screened.failures])
         if len(replies) < min(settings.min_replies, len(chosen)):
             on_round(
                 RoundOutcome(
@@ -129,6 +136,7 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
             combined=combined,
             train_seconds=trained - begun,
             combine_seconds=time.perf_counter() - trained,
+            notes=screened.notes,
         )
         if on_round(outcome):
             break

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import platform
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +21,8 @@ from fedmira.data import ClientData
 from fedmira.errors import RunFolderError
 from fedmira.messages import ClientId
 from fedmira.model import AdapterKind, BaseModel
+from fedmira.rounds import SCREENED
+from fedmira.runs.folder import RunFolder
 from fedmira.runs.pages import write_page
 from fedmira.runs.recorder import Recorder
 
@@ -151,6 +155,8 @@ class Provenance:
             ),
             **more,
         }
+        if status != "running" and (screened := _left_out(folder)):
+            document["screened"] = screened
         folder.write_json("run.json", document)
         if status == "running":
             folder.write_json("checkpoint/run.json", document)
@@ -194,8 +200,19 @@ class Provenance:
         return {"location": str(path.resolve())} if written and path.exists() else {}
 
 
+def _left_out(folder: RunFolder) -> dict[ClientId, int]:
+    """Client id -> rounds in which the server's screen left its reply out; few have any."""
+    if not folder.events.exists():
+        return {}
+    with folder.events.open(encoding="utf-8") as lines:
+        # A line is read as JSON only where it can be one of those: there are many others.
+        found = [json.loads(line) for line in lines if f'"{SCREENED}"' in line]
+    names = [event["client"] for event in found if event.get("stage") == SCREENED]
+    return dict(sorted(Counter(names).items()))
+
+
 def hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:
-    """SHA-256 over ids and tokens of all clients' rows."""
+    """SHA-256 over ids, tokens and, where there are any, advantages of all clients' rows."""
     hasher = hashlib.sha256()
     for name, client in clients.items():
         for part, rows in (
@@ -208,4 +225,6 @@ def hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:
             )
             for row in rows:
                 hasher.update(array("q", (*row.prompt, *row.response)).tobytes())
+            if any(row.advantage is not None for row in rows):
+                hasher.update(repr([row.advantage for row in rows]).encode())
     return hasher.hexdigest()

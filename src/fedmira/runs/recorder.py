@@ -192,6 +192,7 @@ class Recorder:
             ),
             *self._note_pulls(outcome),
             *(failure_event(failure) for failure in outcome.failures),
+            *({"event": "warning", "round": number, "message": note} for note in outcome.notes),
         ]
         self._tell_clients(outcome)
         begun = time.perf_counter()

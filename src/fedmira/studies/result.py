@@ -23,7 +23,8 @@ from fedmira.records import RecordedFolder, lost_lines
 from fedmira.report import Picture, picture_of_graph, picture_of_rounds
 from fedmira.runs import RunFolder
 from fedmira.studies.notebook import html_table
-from fedmira.studies.saved import SavedAdapters, answer, clients_of, reload_adapters
+from fedmira.studies.referring import answer
+from fedmira.studies.saved import SavedAdapters, clients_of, reload_adapters
 from fedmira.studies.serving.exported import Exported, export_adapter
 from fedmira.studies.serving.routing import Router
 from fedmira.studies.serving.served import Served, write_served
@@ -166,6 +167,7 @@ class Result:
         *,
         instruction: str | None = None,
         max_new_tokens: int | None = None,
+        reference_share: float | None = None,
     ) -> str:
         """What a client's adapter answers.
 
@@ -180,11 +182,22 @@ class Result:
             text: the input.
             instruction: in place of the one that all rows of the client share.
             max_new_tokens: longest answer in tokens; by default evaluation.max_new_tokens.
+            reference_share: of each token's probability that comes from the client's training
+                rows; by default evaluation.reference_share.
 
         Raises:
-            ConfigError: there is no such client, or its instruction is not known here.
+            ConfigError: there is no such client, its instruction is not known here, or the share
+                cannot be used.
         """
-        return answer(self._saved, client, text, instruction, max_new_tokens, self._rows)
+        return answer(
+            self._saved,
+            client,
+            text,
+            instruction,
+            max_new_tokens,
+            self._rows,
+            reference_share,
+        )
 
     def export(
         self,
@@ -235,6 +248,7 @@ class Result:
         beside: Sequence[Result] = (),
         instruction: str | None = None,
         max_new_tokens: int | None = None,
+        reference_share: float | None = None,
     ) -> Conversation:
         """A conversation with base and adapter: `.ask(text)` has the answer of each by its name.
 
@@ -248,9 +262,11 @@ class Result:
             beside: other runs on the same base, whose adapters for the client answer too.
             instruction: in place of the one that all rows of the client share.
             max_new_tokens: longest answer in tokens; by default evaluation.max_new_tokens.
+            reference_share: as for `generate`; the base has none.
 
         Raises:
-            InputError: a run has no such client, or stands on another base.
+            InputError: a run has no such client, stands on another base, or the share cannot be
+                used.
         """
         base = self._saved.kind.base
         return Conversation(
@@ -260,6 +276,7 @@ class Result:
             instruction=instruction,
             max_new_tokens=max_new_tokens,
             rows=self._rows,
+            reference_share=reference_share,
         )
 
     def route(

@@ -51,6 +51,37 @@ def test_with_everybody_in_the_round_it_is_identity_minus_gamma_laplacian() -> N
     assert not mixing.guarded
 
 
+def test_no_neighbour_is_more_than_its_share_of_what_a_client_gets() -> None:
+    """Of the weights 8, 2 and 1 with at least two: the largest is cut to the second."""
+    weights = torch.zeros(4, 4, dtype=torch.float64)
+    for place, weight in enumerate((8.0, 2.0, 1.0), start=1):
+        weights[0, place] = weights[place, 0] = weight
+    graph, strength = graph_of(weights), Mira(server_step=0.05, size_scale=0)
+    mixing = mixing_matrix(strength, graph, members(4), members(4), same_rows(4), least_mixed=2)
+    assert mixing.row(0) == ([0, 1, 2, 3], pytest.approx([0.75, 0.1, 0.1, 0.05]))
+    # The others have one neighbour each, which would be all that they get.
+    assert mixing.pulls[1:].tolist() == [0, 0, 0]
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=8), st.integers(2, 5))
+def test_the_largest_share_is_one_over_the_least_number(values: list[float], least: int) -> None:
+    count = len(values) + 1
+    weights = torch.zeros(count, count, dtype=torch.float64)
+    weights[0, 1:] = weights[1:, 0] = torch.tensor(values, dtype=torch.float64)
+    mixing = mixing_matrix(
+        Mira(coupling=1.0, size_scale=0),
+        graph_of(weights),
+        members(count),
+        members(count),
+        same_rows(count),
+        least_mixed=least,
+    )
+    pull = float(mixing.pulls[0])
+    assert (pull > 0) == (len(values) >= least)
+    if pull:
+        assert max(mixing.row(0)[1][1:]) <= pull / least * (1 + 1e-9)
+
+
 def test_coupling_is_the_pull_of_the_client_with_the_largest_degree() -> None:
     graph = random_graph(names(7), 0)
     mixing = mixing_matrix(

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedmira.adapters import Adapter, truncate_rank, weighted_sum
+from fedmira.adapters import Adapter, median_of, trimmed_mean, truncate_rank, weighted_sum
+from fedmira.config import ServerSettings
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import Method, ServerState
 
-__all__ = ["COMMON", "CutToRank", "by_rows", "mean_by_rows"]
+__all__ = ["COMMON", "CutToRank", "by_rows", "mean_of"]
 
 COMMON = "*common"
 """The common part in states that hold personal adapters too.
@@ -27,10 +28,20 @@ def by_rows(replies: Sequence[Reply]) -> tuple[list[Reply], list[float]]:
     return ordered, [reply.num_examples / total for reply in ordered]
 
 
-def mean_by_rows(replies: Sequence[Reply]) -> Adapter:
-    """The replies' adapters, averaged factor by factor."""
+def mean_of(replies: Sequence[Reply], server: ServerSettings) -> Adapter:
+    """The replies' adapters, averaged factor by factor, by rows or as [server] says.
+
+    Args:
+        replies: whose "adapter" is averaged.
+        server: the settings of [server].
+    """
     ordered, weights = by_rows(replies)
-    return weighted_sum([reply.payload.tensors["adapter"] for reply in ordered], weights)
+    adapters = [reply.payload.tensors["adapter"] for reply in ordered]
+    if server.combine == "median":
+        return median_of(adapters)
+    if server.combine == "trimmed":
+        return trimmed_mean(adapters, server.trim)
+    return weighted_sum(adapters, weights)
 
 
 class CutToRank(Method):

@@ -5,7 +5,7 @@ The clients' rows of the row-stochastic matrix P of MIRA's server step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,10 +14,18 @@ from torch import Tensor
 
 from fedmira.graphs import Graph
 
-__all__ = ["Mixing", "Strengths", "mixing_matrix"]
+__all__ = ["Mixing", "Strengths", "comparable_weights", "mixing_matrix"]
 
 ROUNDING = 1e-9
 """A pull above 1 by less than this is the rounding of a degree, not a step that is too large."""
+
+
+MOST_UNEQUAL = 100.0
+"""Updates of which one is longer than so many times the other are not mixed.
+
+Whoever sends next to nothing would be handed the others' adapter, and whoever sends far too much
+would make all of theirs.
+"""
 
 
 class Strengths(Protocol):
@@ -145,6 +153,7 @@ def mixing_matrix(
     trained: Tensor,
     rows: Tensor,
     absolute: bool = False,
+    least_mixed: int = 1,
 ) -> Mixing:
     """P_kl = gamma_k c a_kl for k in the cohort and l among its neighbours, P_kk = 1 - sum_l P_kl.
 
@@ -161,6 +170,9 @@ def mixing_matrix(
         trained: clients that ever trained, those of this round included, bool [K].
         rows: training rows of each client, float64 [K]; read for the cohort.
         absolute: whether a degree is the share of the way by itself, and the coupling is gamma.
+        least_mixed: neighbours that a client is moved towards together: the m-th largest step of
+            each client bounds its larger ones, so that no neighbour is more than 1 / m of them. Who
+            has fewer neighbours stays where it is.
     """
     neighbours, factor = _POLICIES[settings.neighbours](cohort, trained)
     gamma = _server_step(settings, graph, absolute)
@@ -171,6 +183,8 @@ def mixing_matrix(
     )
     clients, others, weights = _acting(graph, cohort, neighbours)
     steps = gamma * factor * share[clients] * weights
+    if least_mixed > 1:
+        steps = _evened(steps, clients, len(rows), least_mixed)
     strongest = float(_sums(steps, clients, len(rows)).max())
     if strongest > 1:
         steps, gamma = steps / strongest, gamma / strongest
@@ -184,3 +198,34 @@ def mixing_matrix(
 def _sums(steps: Tensor, clients: Tensor, count: int) -> Tensor:
     """Sum of each client's steps, float64 [K]."""
     return torch.zeros(count, dtype=torch.float64).index_add_(0, clients, steps)
+
+
+def _evened(steps: Tensor, clients: Tensor, count: int, least: int) -> Tensor:
+    """Each client's steps, none of them larger than its `least`-th largest; 0 where it has none."""
+    bounds = torch.zeros(count, dtype=torch.float64)
+    for client in set(clients.tolist()):
+        own = steps[clients == client]
+        if len(own) >= least:
+            bounds[client] = own.topk(least).values[-1]
+    return torch.minimum(steps, bounds[clients])
+
+
+def comparable_weights(weights: Sequence[float], lengths: Sequence[float], own: int) -> list[float]:
+    """A client's row of P without those whose update is of another order than its own.
+
+    Their weight goes to the client itself.
+
+    Args:
+        weights: of the client and its neighbours.
+        lengths: norms of their updates.
+        own: the client's place among them.
+    """
+    length = lengths[own]
+    kept = [
+        weight if max(length, other) <= MOST_UNEQUAL * min(length, other) else 0.0
+        for weight, other in zip(weights, lengths, strict=True)
+    ]
+    if kept == list(weights):
+        return kept
+    kept[own] = 1 - sum(weight for place, weight in enumerate(kept) if place != own)
+    return kept
