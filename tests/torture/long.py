@@ -45,6 +45,9 @@ _COUNTS = {
     "bases": 300,
 }
 
+_TOLD = 5
+"""The figures are written after so many trials."""
+
 
 def main() -> int:
     """Try everything; 1 where something came that must not."""
@@ -58,7 +61,7 @@ def main() -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as place:
         os.environ["FEDMIRA_CACHE"] = f"{place}/cache"
-        found = {}
+        found: dict[str, dict[str, object]] = {}
         for name, trial in _trials(Path(place), arguments.seed).items():
             tally, draw, begun = (
                 Tally(),
@@ -66,21 +69,20 @@ def main() -> int:
                 time.monotonic(),
             )
             wanted = getattr(arguments, name)
-            for number in range(wanted):
-                if time.monotonic() > deadline:
-                    break
-                trial(number, draw, tally)
-            done = number + 1 if wanted and tally else 0
-            found[name] = {
-                "wanted": wanted,
-                "done": done,
-                "seconds": round(time.monotonic() - begun, 1),
-                "came": dict(tally),
-                "wrong": tally.bad,
-            }
-            sys.stderr.write(f"{name} {json.dumps(found[name])}\n")
-            text = json.dumps({"seed": arguments.seed, "trials": found}, indent=1)
-            arguments.output.write_text(text + "\n", encoding="utf-8")
+            done = 0
+            while done < wanted and time.monotonic() < deadline:
+                trial(done, draw, tally)
+                done += 1
+                if done % _TOLD == 0 or done == wanted:
+                    found[name] = {
+                        "wanted": wanted,
+                        "done": done,
+                        "seconds": round(time.monotonic() - begun, 1),
+                        "came": dict(tally),
+                        "wrong": tally.bad,
+                    }
+                    text = json.dumps({"seed": arguments.seed, "trials": found}, indent=1)
+                    arguments.output.write_text(text + "\n", encoding="utf-8")
     return int(any(each["wrong"] for each in found.values()))
 
 
