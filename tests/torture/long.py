@@ -31,12 +31,14 @@ from torture.trials import (  # noqa: E402
     flip_trial,
     kill_trial,
     memory_trial,
+    named_trial,
 )
 
 _COUNTS = {
     "kills": 500,
     "faults": 150,
     "flips": 400,
+    "named": 1000,
     "memories": 100,
     "caches": 60,
     "messages": 12000,
@@ -105,6 +107,9 @@ def _trials(place: Path, seed: int) -> dict[str, Callable[[int, random.Random, T
     return {
         "kills": lambda n, d, t: kill_trial(arena, methods[n % len(methods)], d, t),
         "flips": flip,
+        "named": lambda n, d, t: named_trial(
+            arena.whole(methods[::5][n % len(methods[::5])])[0], d, t
+        ),
         "faults": lambda n, d, t: fault_trial(arena, methods[n % len(methods)], d, t),
         "memories": lambda n, d, t: memory_trial(place / "memory", d, t),
         "caches": lambda n, d, t: cache_trial(place / "cache-of-tokens", d, t),
