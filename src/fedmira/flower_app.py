@@ -88,7 +88,7 @@ def _answer(message: Message, context: Context) -> Message:
     try:
         return Message(record_of(_content(message, context)), reply_to=message)
     except FedmiraError as error:
-        _log.error("%s: %s", message.metadata.message_type, error)
+        _log.error("%s: %s", message.metadata.message_type, plain(str(error), lines=True))
         alone = _is_simulated(context) and "name" not in context.node_config
         told = str(error) if alone else told_of(error)
     except Exception:  # noqa: BLE001 - Flower would send the text of an unforeseen error

@@ -7,22 +7,25 @@ Imports nothing of the package, so every room may use it.
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import re
-import unicodedata
+from collections.abc import Mapping, Sequence
 
-__all__ = ["csv_value", "cut", "markdown_cell", "plain"]
+__all__ = ["csv_text", "csv_value", "cut", "html_text", "json_text", "markdown_text", "plain"]
 
 _CUT = " [...]"
-_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
-"""Unicode's categories of what is not to be seen as itself.
-
-Controls (with ANSI's escape), formats (with the marks that turn the direction of writing), halves
-of pairs, private characters, separators of lines and paragraphs.
-"""
-_JOINERS = frozenset({"\u200c", "\u200d"})
-"""Formats that belong to the spelling of words and to emoji, and turn nothing."""
-_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#!|~&])")
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # controls, with ANSI's escape and the ends of lines
+    "\u200b\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff"  # of no width, or turning the writing
+    "\u2028\u2029"  # ends of lines and paragraphs
+    "\ud800-\udfff"  # halves of pairs, which no file holds
+    "\U000e0000-\U000e007f]"  # tags, which nobody sees
+)
+"""What is not to be seen as itself. Joiners and marks that words and emoji need are not in it."""
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
+_MARKDOWN = re.compile(r"[\\`|\[\]]|<(?=[A-Za-z/!?])")
 
 
 def plain(text: str, lines: bool = False) -> str:
@@ -39,10 +42,7 @@ def plain(text: str, lines: bool = False) -> str:
     if text.isascii() and text.isprintable():
         return text
     kept = "\n\t" if lines else ""
-    return "".join(
-        character if character in kept or not _hidden(character) else _written(character)
-        for character in text
-    )
+    return _HIDDEN.sub(lambda found: found[0] if found[0] in kept else _written(found[0]), text)
 
 
 def cut(text: str, most: int) -> str:
@@ -71,22 +71,56 @@ def csv_value(value: object) -> object:
     if not isinstance(value, str):
         return value
     shown = plain(value)
-    if value.startswith(_FORMULAS) and not _is_number(value):
-        return "'" + shown
-    return shown
+    return "'" + shown if value.startswith(_FORMULAS) and not _is_number(value) else shown
 
 
-def markdown_cell(value: object) -> str:
-    """A text in a table or a sentence of Markdown, where it stays one cell and formats nothing.
+def csv_text(
+    columns: Sequence[str], rows: Sequence[Mapping[str, object]], head: bool = True
+) -> str:
+    """A table of CSV, every cell of it as `csv_value` has it.
 
     Args:
-        value: a text, or what becomes one.
+        columns: in order.
+        rows: column -> cell.
+        head: whether the names of the columns stand above.
     """
-    return _MARKDOWN.sub(r"\\\1", plain(str(value)))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if head:
+        writer.writerow([csv_value(column) for column in columns])
+    writer.writerows([[csv_value(row[column]) for column in columns] for row in rows])
+    return text.getvalue()
 
 
-def _hidden(character: str) -> bool:
-    return unicodedata.category(character) in _HIDDEN and character not in _JOINERS
+def markdown_text(text: str) -> str:
+    """A text in a cell, a list or a sentence of Markdown.
+
+    It stays one line and one cell, and begins neither a link nor an element of HTML.
+
+    Args:
+        text: from anywhere.
+    """
+    return _MARKDOWN.sub(lambda found: "\\" + found[0], plain(text))
+
+
+def html_text(text: str) -> str:
+    """A text that HTML's escapes are then put into: lines and tabs stay.
+
+    Args:
+        text: from anywhere.
+    """
+    return plain(text, lines=True)
+
+
+def json_text(value: object) -> str:
+    """A value as JSON, or as Python, in letters of all scripts; what is not to be seen is escaped.
+
+    Args:
+        value: of texts, numbers, lists and mappings.
+    """
+    return _HIDDEN.sub(
+        lambda found: json.dumps(found[0])[1:-1], json.dumps(value, ensure_ascii=False)
+    )
 
 
 def _written(character: str) -> str:

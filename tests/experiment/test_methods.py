@@ -51,6 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedalt": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6}},
     "feddpa": {},
     "fola": {},
+    "cgc-lora": {"algorithm.common_experts": 2},
     "mtlora": {},
     "gossip": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6}},
     "lora-fair": {},
@@ -302,6 +303,7 @@ def test_mtlora_is_fedavg_where_all_is_shared_local_where_nothing_is_and_mira_wh
     [
         {"algorithm.name": "feddpa"},
         {"algorithm.name": "fola"},
+        {"algorithm.name": "cgc-lora", "algorithm.common_experts": 2},
         {"algorithm.name": "gossip", "graph.kind": "category"},
         {"algorithm.name": "mtlora", "algorithm.own_coupling": 0.5},
         {"algorithm.name": "rolora"},

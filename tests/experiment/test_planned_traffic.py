@@ -74,6 +74,7 @@ def test_planned_traffic_is_that_of_the_first_round(
         },
         {"algorithm.name": "lora-fair"},
         {"algorithm.name": "fola"},
+        {"algorithm.name": "cgc-lora", "algorithm.common_experts": 2},
         {"algorithm.name": "mtlora"},
         {"algorithm.name": "mtlora", "algorithm.own_coupling": 1.0},
         {"algorithm.name": "feddpa", "algorithm.halves": "together"},

@@ -113,6 +113,12 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.participation": 0.6,
         "rounds.count": 4,
     },
+    "cgc-lora, some clients": {
+        "algorithm.name": "cgc-lora",
+        "algorithm.common_experts": 2,
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
     "gossip, some clients": {
         "algorithm.name": "gossip",
         "graph.kind": "category",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedmira.adapters import Adapter, digest
+from fedmira.config import ServerSettings
 from fedmira.errors import ConfigError
 from fedmira.graphs import FixedGraph, Graph, LearnedGraph
 from fedmira.messages import ClientId, Payload, Reply
@@ -35,8 +36,15 @@ def federation(ranks: Sequence[int] = (RANK,) * COUNT) -> MethodContext:
 class Nodes:
     """Clients with quadratic losses that keep their memories, and a relay between them."""
 
-    def __init__(self, method: Method, ranks: Sequence[int] = (RANK,) * COUNT) -> None:
-        self.context = federation(ranks)
+    def __init__(
+        self,
+        method: Method,
+        ranks: Sequence[int] = (RANK,) * COUNT,
+        longer: Mapping[ClientId, float] | None = None,
+        server: ServerSettings | None = None,
+    ) -> None:
+        self.context = replace(federation(ranks), server=server or ServerSettings())
+        self.longer = longer or {}
         self.method = method.for_federation(self.context)
         self.state: ServerState = started(self.method, self.context)
         self.memories: dict[ClientId, Payload] = {}
@@ -52,6 +60,8 @@ class Nodes:
                 payload = replace(payload, tensors=carried)
             begun = self.method.begin(payload, memory)
             centre = lora(self.context.ranks[client], 50 + names(COUNT).index(client))
+            times = self.longer.get(client, 1.0)
+            centre = {name: times * tensor for name, tensor in centre.items()}
             adapter = descend(begun, centre, STEPS, RATE)
             rows = self.context.rows[client]
             answer, kept = self.method.finish(payload, memory, Trained(adapter, rows, STEPS, RATE))
@@ -97,6 +107,23 @@ def test_with_everybody_in_every_round_it_is_the_servers_step_on_the_same_graph_
         assert (
             nodes.combined.diagnostics.expects_motion == server.combined.diagnostics.expects_motion
         )
+
+
+@pytest.mark.parametrize("screen", [True, False])
+def test_an_update_of_another_order_of_length_is_left_out_as_the_server_would(screen: bool) -> None:
+    settings = ServerSettings(screen=screen)
+    nodes, server = (
+        Nodes(method, longer={"client-2": 40.0}, server=settings) for method in (Gossip(), Mira())
+    )
+    for number in (1, 2):
+        nodes.round(number), server.round(number)
+    for client, adapter in server.adapters().items():
+        assert digest(nodes.adapters()[client]) == digest(adapter)
+    pulls = nodes.combined.diagnostics.clients
+    expected = server.combined.diagnostics.clients
+    for client in names(COUNT):
+        assert pulls[client]["pull"] == pytest.approx(expected[client]["pull"])
+    assert (pulls["client-2"]["pull"] == 0) == screen
 
 
 def test_ranks_may_differ_where_products_are_mixed() -> None:

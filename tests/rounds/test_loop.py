@@ -16,7 +16,6 @@ import torch
 from fedmira.adapters import digest
 from fedmira.clients import Clients
 from fedmira.config import RoundsSettings
-from fedmira.data import ClientSummary
 from fedmira.errors import AlignmentError, RoundError
 from fedmira.experiment import build_experiment
 from fedmira.messages import (
@@ -63,10 +62,6 @@ class Watched:
     fails: frozenset[tuple[int, str]] = frozenset()
     reverse: bool = False
     seen: list[Request] = field(default_factory=list)
-
-    @property
-    def parties(self) -> Mapping[ClientId, ClientSummary]:
-        return self.inner.parties
 
     @property
     def memories(self) -> Mapping[ClientId, Payload]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedmira.cli.options import Format, FormatOption, ReferenceShare, RunPath
-from fedmira.cli.screen import print_json, print_table, say
+from fedmira.cli.screen import print_json, print_table, say, tell_answer
 from fedmira.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _show(turn: dict[str, Any], typed: bool) -> None:
     if typed:
         print_table(turn["client"], list(answers), [list(answers.values())])
         return
-    print(f"> {turn['question']}")
+    tell_answer(f"> {turn['question']}")
     for voice, text in answers.items():
-        print(f"{voice}: {text}")
-    print(flush=True)
+        tell_answer(f"{voice}: {text}")
+    tell_answer("")

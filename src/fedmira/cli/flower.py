@@ -11,7 +11,7 @@ import tomli_w
 import typer
 
 from fedmira.cli.options import Overrides, PresetName, settings
-from fedmira.cli.screen import say
+from fedmira.cli.screen import say, tell
 from fedmira.config import Config, flattened
 from fedmira.errors import ConfigError
 
@@ -105,7 +105,7 @@ def init(
     (folder / "pyproject.toml").write_text(
         app_text(folder.resolve().name, chosen, run_folder, simulation), encoding="utf-8"
     )
-    typer.echo(folder / "pyproject.toml")
+    tell(folder / "pyproject.toml")
     programs, more = (
         ("a SuperLink for simulation", " --federation-config 'num-supernodes=CLIENTS'")
         if simulation
@@ -128,7 +128,7 @@ def _write_policy(folder: Path, config: Config, more: bool) -> None:
             "--simulation away"
         )
     path, said = write_policy(folder, config)
-    typer.echo(path)
+    tell(path)
     for sentence in said:
         say(sentence)
     say(

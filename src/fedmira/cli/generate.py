@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fedmira.cli.options import Format, FormatOption, ReferenceShare, RunPath
-from fedmira.cli.screen import print_json
+from fedmira.cli.screen import print_json, tell_answer
 
 __all__ = ["generate"]
 
@@ -57,4 +57,4 @@ def generate(
     if format is Format.json:
         print_json({"client": client, "prompt": prompt, "answer": text})
         return
-    print(text)
+    tell_answer(text)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedmira.cli.options import Format, FormatOption, RunPath, names_of
-from fedmira.cli.screen import print_json, print_table, say
+from fedmira.cli.screen import print_json, print_table, say, tell
 
 __all__ = ["emulate", "plug"]
 
@@ -46,7 +46,7 @@ def emulate(
     )
     say("a run on it trains both ends with:")
     say(f"  --set model.base={found.folder} --set '{found.setting}'")
-    print(found.folder)
+    tell(found.folder)
 
 
 def plug(
@@ -83,4 +83,4 @@ def plug(
     for note in found.notes:
         say(f"note: {note}")
     if output is not None:
-        print(output)
+        tell(output)

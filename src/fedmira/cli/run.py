@@ -22,12 +22,7 @@ from fedmira.cli.options import (
     settings,
     settings_and_rows,
 )
-from fedmira.cli.screen import (
-    print_json,
-    print_table,
-    progress,
-    say,
-)
+from fedmira.cli.screen import print_json, print_table, progress, say, tell
 from fedmira.config import load_config, refuse_federation
 from fedmira.errors import ConfigError
 
@@ -94,7 +89,7 @@ def run(
         )
         return
     print_summary(chosen.algorithm.name, result.summary)
-    print(f"report: {result.report}")
+    tell(f"report: {result.report}")
 
 
 def print_summary(title: str, summary: Any) -> None:
@@ -168,7 +163,7 @@ def _told_finished(folder: Path, format: Format) -> bool:
         )
         return True
     print_summary(load_config(folder / "config.toml").algorithm.name, run["summary"])
-    print(f"report: {page}")
+    tell(f"report: {page}")
     return True
 
 

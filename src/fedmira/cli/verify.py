@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedmira.cli.options import Format, FormatOption
-from fedmira.cli.screen import print_json, say
+from fedmira.cli.screen import print_json, say, tell
 from fedmira.errors import RunFolderError
 
 __all__ = ["verify"]
@@ -50,10 +50,10 @@ def verify(
             }
         )
     else:
-        print(f"{folder}: {len(found.checked)} files are as they were written")
+        tell(f"{folder}: {len(found.checked)} files are as they were written")
         for name, reason in list(found.unchecked.items())[:_SHOWN]:
-            print(f"cannot be checked: {name}: {reason}")
+            tell(f"cannot be checked: {name}: {reason}")
         if len(found.unchecked) > _SHOWN:
-            print(f"and {len(found.unchecked) - _SHOWN} more; --format json lists all")
+            tell(f"and {len(found.unchecked) - _SHOWN} more; --format json lists all")
     if found.damaged:
         raise RunFolderError(found.damaged)

@@ -1,7 +1,6 @@
 """Clients' work behind one seam: train, losses, choose, score."""
 
 from fedmira.clients.base import Candidates, Clients, SplitName
-from fedmira.clients.believed import believed
 from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.local import LocalClients
 from fedmira.clients.over_wire import OverWire
@@ -16,6 +15,5 @@ __all__ = [
     "OverWire",
     "References",
     "SplitName",
-    "believed",
     "references_of",
 ]

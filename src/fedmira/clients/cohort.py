@@ -106,8 +106,10 @@ class Cohort:
         ]
         outcomes = self.kind.train(tasks, self.settings.local, self.settings.token_budget)
         return [
-            self._finish(request, outcome, memories.get(request.client_id), measured)
-            for request, outcome, measured in zip(requests, outcomes, choices, strict=True)
+            self._finish(request, outcome, memories.get(request.client_id), measured, start)
+            for request, outcome, measured, start in zip(
+                requests, outcomes, choices, starts, strict=True
+            )
         ]
 
     def _chosen(
@@ -172,7 +174,12 @@ class Cohort:
         )
 
     def _finish(
-        self, request: Request, outcome: LocalOutcome, memory: Payload | None, measured: _Measured
+        self,
+        request: Request,
+        outcome: LocalOutcome,
+        memory: Payload | None,
+        measured: _Measured,
+        start: Start,
     ) -> tuple[Reply | Failure, Payload | None]:
         client, round_number = request.client_id, request.round
         if outcome.failure:
@@ -186,6 +193,7 @@ class Cohort:
             movement=outcome.movement,
             losses=measured.losses,
             squares=outcome.squares,
+            learned=start.learned() if start.learned else {},
         )
         payload, kept = self.algorithm.finished(request.payload, memory, trained)
         metrics = {

@@ -61,6 +61,7 @@ METHODS: Mapping[str, str] = {
     "fedlease": "fedmira.methods.fedlease:FedLease",
     "fedalt": "fedmira.methods.fedalt:FedAlt",
     "feddpa": "fedmira.methods.feddpa:FedDpa",
+    "cgc-lora": "fedmira.methods.cgc_lora:CgcLora",
     "fola": "fedmira.methods.fola:Fola",
     "mtlora": "fedmira.methods.mtlora:MtLora",
     "lora-fair": "fedmira.methods.lora_fair:LoraFair",
@@ -110,6 +111,9 @@ class MethodSection(Section):
             of [graph] is an error.
         traffic_differs: by what the messages of clients of one rank differ in size; "" where they
             do not.
+        begins_elsewhere: whether clients begin to train from what they make of the adapter that
+            they are sent and of others, so that a reply is not one local training away from it.
+        squared_parts: parts of a reply that are sums of squares, whose lengths differ as squares.
         averages: whether `combine` averages whole adapters by `mean_of`, so that [server] may put
             another average in its place. It holds for the class that says so and for those that
             take its `combine` over.
@@ -127,6 +131,8 @@ class MethodSection(Section):
     partly_sent: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = True
     traffic_differs: ClassVar[str] = ""
+    begins_elsewhere: ClassVar[bool] = False
+    squared_parts: ClassVar[tuple[str, ...]] = ()
     averages: ClassVar[bool] = False
     moves_towards: ClassVar[bool] = False
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {}

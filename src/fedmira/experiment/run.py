@@ -346,6 +346,8 @@ def _screen(experiment: Experiment) -> Screen:
         rows,
         {client: count_steps(count, config.local) for client, count in rows.items()},
         {client: experiment.kind.scale(rank) for client, rank in ranks.items() if rank},
+        begins_elsewhere=experiment.algorithm.begins_elsewhere,
+        squared_parts=experiment.algorithm.squared_parts,
     )
 
 

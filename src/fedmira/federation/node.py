@@ -20,6 +20,7 @@ from fedmira.data import ClientData, about_advantages, load_own
 from fedmira.errors import ConfigError, WireError
 from fedmira.experiment import client_ranks, prepare_kind, token_budget
 from fedmira.experiment.scheme import method_of
+from fedmira.federation.codes import Refused
 from fedmira.federation.ends import serve
 from fedmira.federation.policy import POLICY_FILE, NodePolicy
 from fedmira.messages import (
@@ -52,9 +53,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger("fedmira")
-
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +113,10 @@ def read_node_settings(values: Mapping[str, object]) -> NodeSettings:
     Raises:
         ConfigError: a key is unknown, the name is missing, or a value is no text; all of these
             together.
+        Refused: the node is one of a simulation.
     """
     if "partition-id" in values and not values.get("name"):
-        raise ConfigError(
+        raise Refused(
             "this is a node of a Flower simulation, and the run is none; start it with "
             "--run-config 'simulation=true'"
         )

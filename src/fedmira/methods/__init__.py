@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Start,
         Trained,
     )
+    from fedmira.methods.cgc_lora import CgcLora
     from fedmira.methods.context import MethodContext
     from fedmira.methods.ditto import Ditto
     from fedmira.methods.fedalt import FedAlt
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Blend": "fedmira.methods.base",
+    "CgcLora": "fedmira.methods.cgc_lora",
     "Combined": "fedmira.methods.base",
     "Diagnostics": "fedmira.methods.base",
     "Ditto": "fedmira.methods.ditto",
@@ -95,6 +97,7 @@ _HOMES = {
 
 __all__ = [
     "Blend",
+    "CgcLora",
     "Combined",
     "Diagnostics",
     "Ditto",

@@ -122,6 +122,8 @@ class Start:
         settle: puts parameters in their places after each step, for a part that follows from
             others; None leaves all as the step left them.
         squares: whether training adds up the squares of its gradients, for `Trained.squares`.
+        learned: asked behind the last step, what the hooks have learned beside the adapter, for
+            `Trained.learned`; None where they learn nothing.
     """
 
     adapter: Adapter
@@ -130,6 +132,7 @@ class Start:
     blend: Blend | None = None
     settle: Settle | None = None
     squares: bool = False
+    learned: Callable[[], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,7 @@ class Trained:
         losses: what was measured for `Start.blend`; empty where nothing was.
         squares: where `Start.squares` asks for it, the sum over all batches of |b| / n times the
             squared gradient of a batch's mean loss, n the client's rows; before hooks and clipping.
+        learned: what `Start.learned` told; empty where there is none.
     """
 
     adapter: Adapter
@@ -155,6 +159,7 @@ class Trained:
     movement: Adapter | None = None
     losses: tuple[float, ...] = ()
     squares: Adapter | None = None
+    learned: Mapping[str, float] = field(default_factory=dict)
 
 
 class Method(MethodSection, ABC):
@@ -210,6 +215,14 @@ class Method(MethodSection, ABC):
             require_one_rank(self.name, context)
         bound.check()
         return bound
+
+    @property
+    def returned(self) -> tuple[str, ...]:
+        """Parts and numbers that every reply must have beside its adapter; by default none.
+
+        A reply without one, or with one in another form than that of the request, is a failure.
+        """
+        return ()
 
     def check(self) -> None:
         """Refuses a federation that the settings cannot work on; by default it refuses none.

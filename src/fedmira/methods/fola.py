@@ -52,6 +52,7 @@ class Fola(FedAvg):
     name: ClassVar[str] = "fola"
     title: ClassVar[str] = "FOLA"
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.GRADIENTS: ""}
+    squared_parts: ClassVar[tuple[str, ...]] = (PRECISION,)
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"prior": (0.001, 0.01, 0.1)}
     prior: float = setting(
         0.01,
@@ -69,6 +70,11 @@ class Fola(FedAvg):
             "of all entries: entries that hardly anybody observed stay near it"
         ),
     )
+
+    @property
+    def returned(self) -> tuple[str, ...]:
+        """W_k."""
+        return (PRECISION,)
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The start that all clients have in common, and nothing observed."""

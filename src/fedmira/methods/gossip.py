@@ -24,20 +24,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapter, gram, modules, replaced
+from fedmira.adapters import Adapter, gram, modules, product_norm, replaced
 from fedmira.config.methods import Need
 from fedmira.config.section import Fraction, setting
 from fedmira.errors import ConfigError
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import Combined, Diagnostics, Method, ServerState, Start, Trained
-from fedmira.methods.parts.kept_products import KeptProducts
-from fedmira.methods.parts.mixing import Mixing, mixing_matrix
+from fedmira.methods.parts.kept_products import KeptProducts, Taken
+from fedmira.methods.parts.mixing import Mixing, comparable_weights, mixing_matrix
 from fedmira.methods.parts.partly_sent import PartlySent
 from fedmira.methods.parts.spaces import MIX
 
@@ -46,6 +47,8 @@ __all__ = ["Gossip"]
 LAST_ROUND, HELD, MESSAGES, BYTES = "last_round", "held", "messages", "bytes"
 FROM, STEP, SCALE, OWN = "from ", "step ", "scale ", "own "
 """Before the name of a node: its adapter, P_kl, alpha / rank; P_kk before the own name."""
+SCREEN = "screen"
+"""Of a request: whether updates of another order of length are left out, as `server.screen`."""
 MISSING = "missing"
 """Of a reply: neighbours whose adapters the node should have had and did not."""
 
@@ -61,6 +64,7 @@ class Gossip(Method):
     name: ClassVar[str] = "gossip"
     title: ClassVar[str] = "MIRA without a server"
     partly_sent: ClassVar[bool] = True
+    begins_elsewhere: ClassVar[bool] = True
     traffic_differs: ClassVar[str] = "how many neighbours a client has, and when they trained"
     always_needs: ClassVar[Mapping[Need, str]] = {Need.FACTORS: ""}
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"coupling": (0.25, 0.5, 1.0)}
@@ -181,7 +185,8 @@ class Gossip(Method):
 
     def adapter_for(self, state: ServerState, client: ClientId) -> Adapter:
         """What the node makes of its own adapter and those of its neighbours, once it trained."""
-        return self._mixed_here(state, client, self._mixing(state.numbers))[0]
+        mix = self._mix_of(state, client, self._mixing(state.numbers))
+        return state.adapters[client] if mix is None else mix.made(self.space)[0]
 
     def totals(self, state: ServerState) -> Mapping[str, float]:
         """Edges, and what was passed on along them in both directions."""
@@ -195,9 +200,8 @@ class Gossip(Method):
 
     def begin(self, payload: Payload, memory: Payload | None) -> Start:
         """Mix the own adapter with the last ones of the neighbours."""
-        return Start(
-            self._mixed(payload.tensors["adapter"], payload.scalars, _known(payload, memory))[0]
-        )
+        own = payload.tensors["adapter"]
+        return Start(self._mixed(own, payload.scalars, _known(payload, memory)))
 
     def finish(
         self, payload: Payload, memory: Payload | None, trained: Trained
@@ -223,56 +227,52 @@ class Gossip(Method):
 
     def _row(self, mixing: Mixing, k: int) -> dict[str, float]:
         """Node k's row of P, and the scales of neighbours that have another one than it."""
-        clients, numbers = self.context.clients, {}
+        clients, numbers = self.context.clients, {SCREEN: float(self.context.server.screen)}
         for other, step in zip(*mixing.row(k), strict=True):
             name = clients[other]
             numbers[(OWN if other == k else STEP) + name] = step
             numbers[SCALE + name] = self.context.scale(name)
         return numbers
 
-    def _mixed(
+    def _at_hand(
         self, own: Adapter, numbers: Mapping[str, float], known: Mapping[ClientId, Adapter]
-    ) -> tuple[Adapter, float]:
-        """The step of one node, and the norm of what its rank could not hold.
+    ) -> _Mix | None:
+        """What a node mixes, None where it has nobody to mix with.
 
-        A neighbour whose adapter is not at hand leaves its share to the node itself.
+        A neighbour whose adapter is not at hand leaves its share to the node itself, and so does
+        one whose update is of another order of length, where replies are screened.
         """
         others = sorted(_names(numbers, STEP) & known.keys())
         if not others:
-            return own, 0.0
+            return None
         (name,) = _names(numbers, OWN)
         steps = {other: numbers[STEP + other] for other in others}
         absent = _names(numbers, STEP) - known.keys()
         steps[name] = numbers[OWN + name] + sum(numbers[STEP + other] for other in sorted(absent))
         order = sorted(steps)
         adapters = [own if each == name else known[each] for each in order]
-        scales = [numbers[SCALE + each] for each in order]
-        rank = next(iter(modules(own).values()))[0].shape[0]
+        scales, place = [numbers[SCALE + each] for each in order], order.index(name)
         weights = [steps[each] for each in order]
-        return MIX[self.space]((adapters, scales), weights, rank, numbers[SCALE + name], own)
+        if numbers.get(SCREEN):
+            lengths = [product_norm(*each) for each in zip(adapters, scales, strict=True)]
+            weights = comparable_weights(weights, lengths, place)
+        return _Mix((adapters, scales), weights, place)
 
-    def _mixed_here(
-        self, state: ServerState, client: ClientId, mixing: Mixing
-    ) -> tuple[Adapter, float]:
-        """The same from what was sent, as the node does it."""
+    def _mixed(
+        self, own: Adapter, numbers: Mapping[str, float], known: Mapping[ClientId, Adapter]
+    ) -> Adapter:
+        """The step of one node."""
+        mix = self._at_hand(own, numbers, known)
+        return own if mix is None else mix.made(self.space)[0]
+
+    def _mix_of(self, state: ServerState, client: ClientId, mixing: Mixing) -> _Mix | None:
+        """What a node will mix, from what was sent; None before it has trained."""
         own, k = state.adapters[client], self.context.clients.index(client)
         if int(state.numbers[LAST_ROUND][k]) == 0:
-            return own, 0.0
+            return None
         names = [self.context.clients[other] for other in mixing.row(k)[0] if other != k]
         known = {name: state.adapters[name] for name in names}
-        return self._mixed(own, self._row(mixing, k), known)
-
-    def _neighbours_differ(self, state: ServerState, mixing: Mixing, k: int) -> bool:
-        """Whether the weighted mean of node k's neighbours is another point than k itself."""
-        if float(mixing.pulls[k]) == 0:
-            return False
-        positions, weights = mixing.row(k)
-        names = [self.context.clients[position] for position in positions]
-        toward = torch.tensor(weights, dtype=torch.float64) / mixing.pulls[k]
-        toward[positions.index(k)] = -1
-        taken = [state.adapters[name] for name in names], [self.context.scale(n) for n in names]
-        # Of the adapters themselves: nothing is kept of any products.
-        return KeptProducts((self.space,), 1).differ({}, self.space, positions, taken, toward)
+        return self._at_hand(own, self._row(mixing, k), known)
 
     def _diagnostics(
         self, after: ServerState, missing: Mapping[ClientId, float], before: Mapping[str, Tensor]
@@ -281,21 +281,14 @@ class Gossip(Method):
         mixing, graph = self._mixing(after.numbers), self._graph
         degrees, told, moving = graph.degrees, {}, set()
         for client, lost in missing.items():
-            k = self.context.clients.index(client)
-            own, (made, tail) = after.adapters[client], self._mixed_here(after, client, mixing)
-            pair = gram([own, made], [self.context.scale(client)] * 2)
-            moved = max(0.0, float(pair[0, 0] + pair[1, 1] - 2 * pair[0, 1]))
-            update = float(pair[0, 0]) or moved or 1.0
-            relative = math.sqrt(moved / update)
+            mix = self._mix_of(after, client, mixing)
             told[client] = {
-                "pull": float(mixing.pulls[k]),
-                "degree": float(degrees[k]),
-                # Factoring a product anew costs float32 rounding; that is no motion.
-                "relative_pull": relative if relative > torch.finfo(torch.float32).eps else 0.0,
-                "truncation": tail / math.sqrt(update),
+                "pull": mix.pull if mix else 0.0,
+                "degree": float(degrees[self.context.clients.index(client)]),
+                **(mix.motion(self.space) if mix else {"relative_pull": 0.0, "truncation": 0.0}),
                 MISSING: lost,
             }
-            if self._neighbours_differ(after, mixing, k):
+            if mix and mix.neighbours_differ(self.space):
                 moving.add(client)
         passed = {name: float(after.numbers[name] - before[name]) for name in (MESSAGES, BYTES)}
         figures = {
@@ -306,6 +299,62 @@ class Gossip(Method):
             "bytes_passed_on": passed[BYTES],
         }
         return Diagnostics(figures, told, graph, frozenset(moving))
+
+
+@dataclass(frozen=True, slots=True)
+class _Mix:
+    """A node's step: its own adapter among those of its neighbours, and a weight for each.
+
+    Attributes:
+        taken: the adapters with their scales, in the order of the nodes' names.
+        weights: of sum 1.
+        place: of the node itself.
+    """
+
+    taken: Taken
+    weights: list[float]
+    place: int
+
+    @property
+    def own(self) -> Adapter:
+        """The node's own adapter."""
+        return self.taken[0][self.place]
+
+    @property
+    def pull(self) -> float:
+        """The share of the way to the neighbours' mean."""
+        return 1 - self.weights[self.place]
+
+    def made(self, space: str) -> tuple[Adapter, float]:
+        """The mix at the node's rank and scale, and the norm of what the rank could not hold."""
+        if self.pull == 0:
+            return self.own, 0.0
+        rank = next(iter(modules(self.own).values()))[0].shape[0]
+        return MIX[space](self.taken, self.weights, rank, self.taken[1][self.place], self.own)
+
+    def motion(self, space: str) -> dict[str, float]:
+        """How far the node goes, by norms of s B A, as shares of its own update."""
+        made, tail = self.made(space)
+        pair = gram([self.own, made], [self.taken[1][self.place]] * 2)
+        moved = max(0.0, float(pair[0, 0] + pair[1, 1] - 2 * pair[0, 1]))
+        update = float(pair[0, 0]) or moved or 1.0
+        relative = math.sqrt(moved / update)
+        # Factoring a product anew costs float32 rounding; that is no motion.
+        return {
+            "relative_pull": relative if relative > torch.finfo(torch.float32).eps else 0.0,
+            "truncation": tail / math.sqrt(update),
+        }
+
+    def neighbours_differ(self, space: str) -> bool:
+        """Whether the weighted mean of the neighbours is another point than the node itself."""
+        if self.pull == 0:
+            return False
+        toward = torch.tensor(self.weights, dtype=torch.float64) / self.pull
+        toward[self.place] = -1
+        # Of the adapters themselves: nothing is kept of any products.
+        return KeptProducts((space,), 1).differ(
+            {}, space, range(len(self.weights)), self.taken, toward
+        )
 
 
 def _names(numbers: Mapping[str, float], kind: str) -> set[ClientId]:

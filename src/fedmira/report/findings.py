@@ -51,6 +51,7 @@ ALGORITHM_TITLES = {
     "fedlease": "FedLEASE, no router",
     "fedalt": "FedALT",
     "feddpa": "FedDPA",
+    "cgc-lora": "CGC-LoRA",
     "fola": "FOLA",
     "gossip": "MIRA without a server",
     "mtlora": "MTLoRA",

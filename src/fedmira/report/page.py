@@ -56,6 +56,7 @@ from fedmira.report.tables import (
     setting_text,
     worst_clients,
 )
+from fedmira.shown import html_text
 
 __all__ = ["environment", "render", "run_title", "write_report"]
 
@@ -110,6 +111,7 @@ def environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_seen,
     )
     templates.filters |= {
         "loss": loss_text,
@@ -118,6 +120,11 @@ def environment() -> Environment:
         "short": setting_text,
     }
     return templates
+
+
+def _seen(value: Any) -> Any:
+    """A value as a template prints it: what cannot be seen in a text is written out."""
+    return html_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:

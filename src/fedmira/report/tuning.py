@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -18,6 +16,7 @@ from fedmira.report.page import render
 from fedmira.report.paired import LEVEL, Losses, Pairing, pair
 from fedmira.report.read import read_run
 from fedmira.report.tables import MISSING, setting_text
+from fedmira.shown import csv_text
 
 __all__ = ["write_tuning"]
 
@@ -161,8 +160,4 @@ def _space_text(value: Any) -> str:
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(list(rows[0]), rows)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +14,7 @@ from filelock import FileLock, Timeout
 from fedmira.atomic import PARTIAL
 from fedmira.errors import MachineError, RunFolderError
 from fedmira.records import RECORD, GrowingFile, RecordedFolder, machine_errors, told
+from fedmira.shown import csv_text
 
 __all__ = ["RunFolder"]
 
@@ -192,13 +191,9 @@ class RunFolder:
 
     def append_round(self, row: Mapping[str, object]) -> None:
         """Add a line to metrics/rounds.csv, with a header where the file is new."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
-        if not self.rounds_csv.exists() or self.rounds_csv.stat().st_size == 0:
-            writer.writeheader()
-        writer.writerow(row)
+        new = not self.rounds_csv.exists() or self.rounds_csv.stat().st_size == 0
         self.metrics.mkdir(exist_ok=True)
-        self._append("metrics/rounds.csv", text.getvalue())
+        self._append("metrics/rounds.csv", csv_text(list(row), [row], head=new))
 
     def _append(self, name: str, text: str) -> None:
         self.recorded.release(lambda known: known == name)
@@ -252,11 +247,7 @@ class RunFolder:
             name: of the file.
             rows: column -> cell, in the order of the lines.
         """
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        self.write_text(f"metrics/{name}", text.getvalue())
+        self.write_text(f"metrics/{name}", csv_text(list(rows[0]), rows))
 
     def write_text(self, name: str, text: str) -> None:
         """Replace `name` (relative to the folder).

@@ -70,12 +70,14 @@ def address_problem(request: Request, client: object, round_number: object) -> s
 
 def _count_problem(reply: Reply) -> str:
     rows = reply.num_examples
-    if type(rows) is not int or not 1 <= rows <= _MOST_ROWS:
-        return (
-            f"the reply counts {str(rows)[:40]} training rows; must be a whole number, at least 1 "
-            f"and at most {_MOST_ROWS}"
-        )
-    return ""
+    if type(rows) is int and 1 <= rows <= _MOST_ROWS:
+        return ""
+    wanted = (
+        f"a whole number from 1 to {_MOST_ROWS}"
+        if type(rows) is not int or rows > 0
+        else "at least 1"
+    )
+    return f"the reply counts {_short(rows)} training rows; must be {wanted}"
 
 
 def _figures_problem(reply: Reply) -> str:
@@ -104,6 +106,13 @@ def _size_problem(reply: Reply) -> str:
         if not least <= value <= most and math.isfinite(value):
             return f"the reply's {name} is {value:g}; must be from {least:g} to {most:g}"
     return ""
+
+
+def _short(value: object) -> str:
+    """A value as text; Python refuses to write whole numbers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return "10^18 or more" if value > 0 else "-10^18 or less"
+    return plain(cut(str(value), 40))
 
 
 def _is_unfit(name: str) -> bool:

@@ -89,6 +89,7 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {"algorithm.name": "feddpa"},
         {"algorithm.name": "fola"},
         {"algorithm.name": "mtlora"},
+        {"algorithm.name": "cgc-lora", "algorithm.common_experts": 2},
         {"algorithm.name": "gossip", "graph.kind": "category"},
         {"algorithm.name": "rolora"},
         {
@@ -106,6 +107,7 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         "feddpa",
         "fola",
         "mtlora",
+        "cgc-lora",
         "gossip",
         "rolora",
         "fedalt",

@@ -146,8 +146,8 @@ class EngineSettings(Section):
             "hands payloads over as they are, and the others write and read every message, so "
             "that losses and bytes are those of machines apart. Not for methods that send a "
             "part of their adapters (`fedit-finetune`, `ditto`, `share-factor`, `fedkseed`, "
-            "`fedex`, `flora`, `fedalt`, `feddpa`, `mtlora`, `gossip`, `rolora`, `fedfomo`), "
-            "nor for mira's safeguard."
+            "`fedex`, `flora`, `fedalt`, `feddpa`, `mtlora`, `cgc-lora`, `gossip`, `rolora`, "
+            "`fedfomo`), nor for mira's safeguard."
         ),
     )
 

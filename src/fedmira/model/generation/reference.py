@@ -95,9 +95,8 @@ class ReferenceStore:
         parts = _in_parts(hidden.float(), heads)
         distances, places = _nearest(parts, self.keys, count)
         weights = (-heads * distances / self.temperature).softmax(dim=-1) / heads
-        flat = (each.transpose(0, 1).flatten(1) for each in (weights, self.targets[places]))
-        found, targets = flat
-        return found, targets
+        followed = self.targets[places]
+        return weights.transpose(0, 1).flatten(1), followed.transpose(0, 1).flatten(1)
 
     def of_targets(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """p_ref of one token for each state, float32 [M].

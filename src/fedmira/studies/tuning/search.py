@@ -29,6 +29,7 @@ from fedmira.model import BaseModel
 from fedmira.observers import Observer
 from fedmira.records import RECORD, RecordedFolder
 from fedmira.report import write_tuning
+from fedmira.shown import html_text
 from fedmira.studies.ground import with_one_clock
 from fedmira.studies.notebook import html_table
 from fedmira.studies.tuning.halving import check_stages, stage_rounds, stage_sizes
@@ -148,7 +149,7 @@ class Tuning:
     def _repr_html_(self) -> str:
         """For notebooks: all trials, what is to be said of the best, and the path of the page."""
         columns = list(self.rows[0])
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.document["notes"])
+        notes = "".join(f"<p>{html.escape(html_text(note))}</p>" for note in self.document["notes"])
         return (
             html_table(columns, [[row[column] for column in columns] for row in self.rows])
             + notes
