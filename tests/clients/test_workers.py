@@ -15,13 +15,13 @@ import psutil
 import pytest
 import torch
 
-from dying import Dying
 from fedmira.clients import InTurn, Share, Workers, share_size
 from fedmira.config import with_method
 from fedmira.data import ClientData, EncodedExample
 from fedmira.errors import ConfigError, RunError
 from fedmira.experiment import build_experiment, run_experiment
 from fedmira.model import LoraKind, find_targets
+from for_workers import Dying, Fails, Told
 from small import PROGRAM, adapter_bytes, environment, make_config, write_base, write_clients
 from tiny import tiny_base
 
@@ -118,28 +118,6 @@ def test_what_a_worker_logs_and_what_it_raises_reach_whoever_asked(
             list(crew.do(kind, [Share([str(i)], i, lambda i=i: Fails(i)) for i in range(4)]))
     finally:
         crew.release()
-
-
-class Told:
-    """Work that writes a line into the log."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __call__(self, kind: object) -> int:
-        """The square of its number."""
-        logging.getLogger("fedmira").warning("share %d", self.number)
-        return self.number**2
-
-
-class Fails(Told):
-    """Work that cannot be done, from the third on."""
-
-    def __call__(self, kind: object) -> int:
-        """Raises with its number and the worker's own kind."""
-        if self.number == 3:
-            raise RunError(f"share {self.number} of {type(kind).__name__}")
-        return self.number
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")

@@ -23,6 +23,7 @@ def test_a_new_folder_has_its_parts_and_the_config(tmp_path: Path) -> None:
         "metrics",
         "adapters",
         "checkpoint",
+        "hashes.sha256",
     }
     assert (folder.path / "config.toml").read_text(encoding="utf-8") == "seed = 3\n"
 

@@ -35,7 +35,7 @@ from fedmira.data import (
 from fedmira.experiment.clock import with_clock
 from fedmira.experiment.places import where_they_lay
 from fedmira.experiment.processors import choose_crew
-from fedmira.experiment.scheme import make_scheme, prepare_kind, token_budget
+from fedmira.experiment.scheme import Scheme, make_scheme, prepare_kind, token_budget
 from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
 from fedmira.methods import Method
@@ -184,30 +184,12 @@ def build_experiment(
     check_ids(kind.base, {name: client.rows for name, client in data.items()})
     parties = {party.client_id: party for party in dataset.summaries()}
     scheme = make_scheme(config, kind, parties)
-    scales = {client: kind.scale(rank) for client, rank in scheme.ranks.items()}
     before = RunFolder(resumed).run_json() if resumed else {}
     threads = _count(before.get("threads"))
     crew = choose_crew(config, kind, scheme.algorithm, dataset.clients, threads)
     with threads_of(crew.threads):
         budget = _token_budget(config, kind, before)
-    largest = max(
-        sum(tensor.numel() for tensor in start.values()) for start in scheme.starts.values()
-    )
-    at_once = most_side_by_side(largest, kind.base.device)
-    if kind.base.device.type == "cpu":
-        at_once = share_size(dataset.clients, config.local.batch_size, budget, at_once)
-    settings = CohortSettings(config.local, scales, budget, config.rounds.count)
-    clients: Clients = LocalClients(
-        scheme.algorithm,
-        kind,
-        data,
-        settings,
-        at_once,
-        references=references_of(kind, config.evaluation),
-        crew=crew,
-    )
-    if config.engine.wire != "float32":
-        clients = OverWire(clients, config.engine.wire, at_once)
+    clients = _at_work(config, kind, scheme, dataset, budget, crew)
     notes = [
         *_about_answers(config, kind.base, dataset),
         *about_advantages(dataset.clients, config.local.advantage_temperature),
@@ -230,6 +212,31 @@ def build_experiment(
         prompts={client.client_id: client.shared_prompt for client in dataset.clients},
         notes=(*told_left_out(dataset.skipped), *dataset.notes, *notes),
     )
+
+
+def _at_work(  # noqa: PLR0913 - all that clients work with meets here
+    config: Config, kind: AdapterKind, scheme: Scheme, dataset: Dataset, budget: int, crew: Crew
+) -> Clients:
+    """The clients of a run with their rows here, behind a wire where messages are compressed."""
+    largest = max(
+        sum(tensor.numel() for tensor in start.values()) for start in scheme.starts.values()
+    )
+    at_once = most_side_by_side(largest, kind.base.device)
+    if kind.base.device.type == "cpu":
+        at_once = share_size(dataset.clients, config.local.batch_size, budget, at_once)
+    scales = {client: kind.scale(rank) for client, rank in scheme.ranks.items()}
+    settings = CohortSettings(config.local, scales, budget, config.rounds.count)
+    clients = LocalClients(
+        scheme.algorithm,
+        kind,
+        {client.client_id: client for client in dataset.clients},
+        settings,
+        at_once,
+        references=references_of(kind, config.evaluation),
+        crew=crew,
+    )
+    wire = config.engine.wire
+    return clients if wire == "float32" else OverWire(clients, wire, at_once)
 
 
 def _about_answers(config: Config, base: BaseModel, dataset: Dataset) -> list[str]:

@@ -1,18 +1,20 @@
-"""A method whose clients end their process, for tests of worker processes."""
+"""What tests have worker processes do: they import it, as they cannot import a test."""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 from pathlib import Path
 
 from fedmira.config import setting
+from fedmira.errors import RunError
 from fedmira.messages import Payload
 from fedmira.methods import Start
 from fedmira.methods.local import Local
 
-__all__ = ["Dying"]
+__all__ = ["Dying", "Fails", "Told"]
 
 
 class Dying(Local):
@@ -29,3 +31,25 @@ class Dying(Local):
             Path(self.flag).write_text("\n".join(lines[1:]), encoding="ascii")
             os.kill(os.getpid(), signal.SIGKILL)
         return super().begin(payload, memory)
+
+
+class Told:
+    """Work that writes a line into the log."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __call__(self, kind: object) -> int:
+        """The square of its number."""
+        logging.getLogger("fedmira").warning("share %d", self.number)
+        return self.number**2
+
+
+class Fails(Told):
+    """Work that cannot be done, from the third on."""
+
+    def __call__(self, kind: object) -> int:
+        """Raises with its number and the worker's own kind."""
+        if self.number == 3:
+            raise RunError(f"share {self.number} of {type(kind).__name__}")
+        return self.number
