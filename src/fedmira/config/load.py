@@ -51,7 +51,7 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     and issubclass(field.annotation, BaseModel)
 }
 """The sections whose class is known without a method."""
-_ONLY_WHERE_SET = ("server",)
+_ONLY_WHERE_SET = ("privacy", "server")
 """Sections that are written only where a setting differs from its default.
 
 Runs from before they were there are resumed by the text of their config.toml, which must be the

@@ -23,6 +23,7 @@ from fedmira.data import (
 )
 from fedmira.experiment.clock import with_clock
 from fedmira.experiment.places import where_they_lay
+from fedmira.experiment.privacy import privacy_plan, row_privacy
 from fedmira.experiment.scheme import make_scheme, prepare_kind, token_budget
 from fedmira.graphs import GraphSource
 from fedmira.messages import ClientId
@@ -37,6 +38,7 @@ from fedmira.model import (
     load_tokenizer,
     most_side_by_side,
 )
+from fedmira.privacy import PrivacyPlan
 from fedmira.runs import Ground, RunFolder, hash_of_rows
 
 _log = logging.getLogger("fedmira")
@@ -60,7 +62,7 @@ class Experiment:
         data_sha256, token_budget, federation: as in `Ground`.
         skipped: what was left out of the data, one "name: reason" each.
         verify_adapters: whether every saved adapter is loaded with plain PEFT, and not one alone.
-        prompts, notes: as in `Ground`.
+        prompts, notes, privacy: as in `Ground`.
     """
 
     config: Config
@@ -78,6 +80,7 @@ class Experiment:
     verify_adapters: bool = False
     prompts: Mapping[ClientId, Mapping[str, object]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    privacy: PrivacyPlan | None = None
 
     def __post_init__(self) -> None:
         """Refuses a method that its papers or its clients do not know.
@@ -117,6 +120,7 @@ class Experiment:
             federation=self.federation,
             prompts=self.prompts,
             notes=self.notes,
+            privacy=self.privacy,
         )
 
 
@@ -166,7 +170,14 @@ def build_experiment(
         sum(tensor.numel() for tensor in start.values()) for start in scheme.starts.values()
     )
     at_once = most_side_by_side(largest, kind.base.device)
-    settings = CohortSettings(config.local, scales, budget, config.rounds.count)
+    rows_of = {client: party.train_rows for client, party in parties.items()}
+    settings = CohortSettings(
+        config.local,
+        scales,
+        budget,
+        config.rounds.count,
+        row_privacy(config, kind.base, rows_of),
+    )
     clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once)
     if config.engine.wire != "float32":
         clients = OverWire(clients, config.engine.wire, at_once)
@@ -185,7 +196,11 @@ def build_experiment(
         data_sha256=hash_of_rows(data),
         token_budget=budget,
         skipped=dataset.skipped,
-        prompts={client.client_id: client.shared_prompt for client in dataset.clients},
+        # What a client's prompts share is text of its rows, which nothing else here tells.
+        prompts={client.client_id: client.shared_prompt for client in dataset.clients}
+        if config.privacy.kind == "none"
+        else {},
+        privacy=privacy_plan(config, rows_of),
         notes=(*told_left_out(dataset.skipped), *dataset.notes, *notes),
     )
 

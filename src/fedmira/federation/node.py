@@ -16,7 +16,7 @@ from fedmira.clients import CohortSettings, LocalClients, SplitName
 from fedmira.config import Config, cache_folder
 from fedmira.data import ClientData, load_own
 from fedmira.errors import ConfigError, WireError
-from fedmira.experiment import client_ranks, prepare_kind, token_budget
+from fedmira.experiment import client_ranks, prepare_kind, row_privacy, token_budget
 from fedmira.experiment.scheme import method_of
 from fedmira.federation.ends import serve
 from fedmira.messages import (
@@ -124,7 +124,8 @@ class Node:
         self.name = data.client_id
         self._memory = memory
         scales = {self.name: kind.scale(rank)}
-        settings = CohortSettings(config.local, scales, budget, config.rounds.count)
+        hidden = row_privacy(config, kind.base, {self.name: len(data.train)})
+        settings = CohortSettings(config.local, scales, budget, config.rounds.count, hidden)
         self._clients = LocalClients(method_of(config), kind, {self.name: data}, settings)
         self._answers: Mapping[str, Callable[[Encoded], Encoded]] = {
             IDENTITY: self._identity,
@@ -173,9 +174,13 @@ class Node:
 
     def _losses(self, message: Encoded) -> Encoded:
         payload, _ = decode(message, Line())
-        losses = self._clients.losses(
-            {self.name: payload.tensors["adapter"]}, cast(SplitName, message.header["split"])
-        )
+        split = cast(SplitName, message.header["split"])
+        if self._clients.settings.privacy and split != "test":
+            raise WireError(
+                f"losses of {split} rows are asked for, which privacy.kind = 'row' does not cover; "
+                "of a private client only those of test rows are told"
+            )
+        losses = self._clients.losses({self.name: payload.tensors["adapter"]}, split)
         return Encoded({}, {"total": losses[self.name].total, "tokens": losses[self.name].tokens})
 
     def _choice(self, message: Encoded) -> Encoded:

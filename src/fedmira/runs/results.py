@@ -96,6 +96,7 @@ def write_results(
     summary = summary_of(rows)
     trained = _trained_by_rank(recorder, ranks, state)
     cards = AdapterCards(config, ground.base)
+    promised = ground.promised(recorder.rounds_asked)
     index: dict[str, object] = {}
     for client, row in zip(ranks, rows, strict=True):
         rank, adapter = ranks[client], chosen[client]
@@ -113,6 +114,7 @@ def write_results(
         entry |= {
             "sha256": content_hash(adapter),
             "base_sha256": ground.base.sha256,
+            **({"privacy": promised[client]} if client in promised else {}),
             **({"prompt": ground.prompts[client]} if client in ground.prompts else {}),
             "metrics": finite_figures(row),
         }

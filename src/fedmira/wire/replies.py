@@ -7,10 +7,13 @@ import math
 from fedmira.adapters import Adapter, all_finite
 from fedmira.messages import Failure, Reply, Request
 
-__all__ = ["FIGURES", "address_problem", "checked_reply"]
+__all__ = ["FIGURES", "WITHHELD", "address_problem", "checked_reply"]
 
 FIGURES = ("loss", "first_loss", "last_loss", "steps", "response_tokens", "tokens")
 """What every reply reports of its training, as metrics."""
+
+WITHHELD = "withheld"
+"""The metric by which a private client says that it tells no figures of its rows but its steps."""
 
 _ADAPTER = "adapter"
 _NAMED = 3
@@ -21,7 +24,8 @@ def checked_reply(request: Request, reply: Reply) -> Reply | Failure:
 
     The failure names what is wrong, its value and what was expected.
 
-    It must be of the request's client and round, tell of at least one row, have all of `FIGURES`,
+    It must be of the request's client and round, tell of at least one row, have all of `FIGURES`
+    (of a private client its steps alone),
     and hold finite tensors and numbers only; its adapter must have the names, shapes and number
     types of the one that was sent.
 
@@ -69,13 +73,14 @@ def _count_problem(reply: Reply) -> str:
 
 
 def _figures_problem(reply: Reply) -> str:
-    for name in FIGURES:
+    withheld = WITHHELD in reply.metrics
+    for name in ("steps",) if withheld else FIGURES:
         value = reply.metrics.get(name)
         if value is None or not math.isfinite(value):
             return f"the reply's {name} is {value}; must be a finite number"
     return (
         ""
-        if reply.metrics["response_tokens"] > 0
+        if withheld or reply.metrics["response_tokens"] > 0
         else "the reply counts no response tokens; must be at least 1"
     )
 

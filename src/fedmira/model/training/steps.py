@@ -28,7 +28,6 @@ from fedmira.model.lora.branches import (
 )
 from fedmira.model.lora.stack import StackedAdapters
 from fedmira.model.packed.passes import response_losses
-from fedmira.model.training.batches import batch_indices
 from fedmira.model.training.curvature import TargetDraws, response_tokens, without_dropout
 from fedmira.model.training.optimizers import (
     CohortOptimizer,
@@ -36,6 +35,7 @@ from fedmira.model.training.optimizers import (
     add_curvature,
     clip_rows,
 )
+from fedmira.model.training.private import PrivateSteps, RowPrivacy, batches_of
 from fedmira.model.training.zeroth_order import RandomSlopes
 
 __all__ = ["LocalOutcome", "LocalTask", "train_cohort", "train_with"]
@@ -59,6 +59,7 @@ class LocalTask:
         rates: share of the learning rate of each of its steps; None where all are 1.
         settle: turns the parameters that a step left into those of them that are to be others, by
             name, or None.
+        privacy: how each row is hidden; None hides none. All tasks of a cohort have it, or none.
     """
 
     start: Adapter
@@ -69,6 +70,7 @@ class LocalTask:
     moments: tuple[Adapter, Adapter, int] | None = None
     rates: tuple[float, ...] | None = None
     settle: Settle | None = None
+    privacy: RowPrivacy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,10 @@ class _Cohort:
             if settings.lora_plus_ratio != 1 and isinstance(self.stacked, StackedAdapters)
             else None
         )
-        self.batches = [batch_indices(len(task.rows), settings, task.seed) for task in tasks]
+        seeds = [task.seed for task in tasks]
+        self.private = PrivateSteps.of(self.stacked, [task.privacy for task in tasks], seeds)
+        rows = [len(task.rows) for task in tasks]
+        self.batches = batches_of(self.private, rows, settings, seeds)
         self.alive = torch.ones(len(tasks), dtype=torch.bool, device=self.device)
         self.failed_in_step = torch.zeros(len(tasks), dtype=torch.long, device=self.device)
         self.sums: list[Tensor] = []
@@ -240,7 +245,7 @@ class _Cohort:
             for client in range(len(self.tasks))
             if going[client]
             for chosen in [next(self.batches[client], None)]
-            if chosen
+            if chosen or (self.private and chosen is not None)  # a private batch may be empty
         }
         if not batches:
             return False
@@ -258,6 +263,8 @@ class _Cohort:
 
         sums, _ = within_memory(backward, self.budget, self.limit)
         self.sums.append(sums)
+        if self.private:
+            self.private.add_noise(list(batches))
         self._stop_the_failed(good & torch.isfinite(sums))
         for client in batches:
             self._apply_hook(client)
@@ -340,9 +347,9 @@ class _Cohort:
             dict(self.tasks[client].start) if failure else adapter,
             failure,
             len(losses) - bool(failed_in_step),
-            sum(loss for loss, _ in losses) / tokens,
-            losses[0][0] / losses[0][1],
-            losses[-1][0] / losses[-1][1],
+            sum(loss for loss, _ in losses) / (tokens or 1),
+            losses[0][0] / (losses[0][1] or 1),
+            losses[-1][0] / (losses[-1][1] or 1),
             tokens,
             self.tokens[client],
             kept,
@@ -360,7 +367,9 @@ class _Cohort:
 
         A method may put something else in the gradient's place.
         """
-        if self.slopes is None:
+        if self.private:
+            sums = self.private.clipped(batches, lambda part: self._gradients(part, budget))
+        elif self.slopes is None:
             sums = self._gradients(batches, budget)
         else:
             sums = self.slopes.measure(lambda: self._losses(batches, budget), batches)
