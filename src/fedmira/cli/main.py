@@ -18,6 +18,7 @@ from fedmira.cli import (
     export,
     fleets,
     flower,
+    forget,
     generate,
     join,
     presets,
@@ -60,6 +61,7 @@ for _verb in (
     fleets.compress,
     fleets.align,
     join.join,
+    forget.forget,
     report.report,
     presets.presets,
 ):

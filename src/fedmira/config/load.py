@@ -231,6 +231,8 @@ def dump_config(config: Config) -> str:
     for name in _ONLY_WHERE_SET:
         if settings[name] == _SECTIONS[name]().model_dump(mode="json", exclude_none=True):
             del settings[name]
+    if not settings["engine"]["apart"]:
+        del settings["engine"]["apart"]  # as with these sections
     if "server_step" in settings["algorithm"]:
         settings["algorithm"].pop(
             "coupling", None

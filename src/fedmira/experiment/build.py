@@ -169,7 +169,7 @@ def build_experiment(
     largest = max(
         sum(tensor.numel() for tensor in start.values()) for start in scheme.starts.values()
     )
-    at_once = most_side_by_side(largest, kind.base.device)
+    at_once = 1 if config.engine.apart else most_side_by_side(largest, kind.base.device)
     rows_of = {client: party.train_rows for client, party in parties.items()}
     settings = CohortSettings(
         config.local,

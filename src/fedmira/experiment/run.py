@@ -218,7 +218,7 @@ class _Part:
         still = self.stopped is None and experiment.algorithm.aligns and not recorder.ever_moved
         if still and experiment.graph.learned:
             recorder.note_nobody_related()
-        elif still:
+        elif still and not recorder.watchers.resting():  # whoever trains may have nobody else
             raise AlignmentError(
                 f"{config.algorithm.name}: alignment is on, yet in {config.rounds.count} "
                 "rounds no client was pulled: the graph "
