@@ -17,7 +17,7 @@ BENCH_STAMP := .venv-bench/.installed
 SIZE ?= small
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test federation trackers check docs format bench clean
+.PHONY: help demo test federation trackers check docs format bench torture clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ ifeq ($(SIZE),full)
 	$(BENCH_BIN)/python benchmarks/profile_step.py --output benchmarks/results/profile.json
 	$(BENCH_BIN)/python benchmarks/qr_svd.py --output benchmarks/results/qr-svd.json
 endif
+
+torture: $(STAMP) ## kills, refused operations, flipped bits and odd input, into torture.json (an hour or two; TORTURE="--kills 20": less)
+	PYTHONPATH=tests $(BIN)/python tests/torture/long.py --output torture.json $(TORTURE)
 
 clean: ## remove virtual environments and caches; runs/ stays
 	rm -rf .venv .venv-flower* .venv-trackers .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,8 +5,11 @@ Messages go through fedmira's own client app, one node after another, with Flowe
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +18,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmira.config import Config, flattened
+from fedmira.federation.policy import SERVER_ONLY, is_own
 from fedmira.flower_app import client_app
+from small import lenient_node
 
 __all__ = ["LoopbackGrid"]
 
@@ -51,7 +56,16 @@ class LoopbackGrid(Grid):
             "resume": False,
             "simulation": simulated_in is not None,
         }
-        self._run_config = {**of_the_app, **flattened(config)}
+        shared = {
+            f"{SERVER_ONLY}{key}" if is_own(key) and simulated_in is None else key: value
+            for key, value in flattened(config).items()
+        }
+        self._run_config = {**of_the_app, **shared}
+        self._of_all: dict[str, Any] = {"resident": False}
+        if simulated_in is None:
+            place = mkdtemp()
+            weakref.finalize(self, shutil.rmtree, place)
+            self._of_all |= lenient_node(config, Path(place))
         self._meddler = meddler
         self._registered = registered or {}
         self._replies: dict[str, Message] = {}
@@ -112,6 +126,6 @@ class LoopbackGrid(Grid):
 
     def _reply(self, node: int, message: Message) -> Message:
         context = Context(
-            0, node, {"resident": False, **self.nodes[node]}, RecordDict(), dict(self._run_config)
+            0, node, {**self._of_all, **self.nodes[node]}, RecordDict(), dict(self._run_config)
         )
         return client_app(message, context)

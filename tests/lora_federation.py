@@ -142,9 +142,11 @@ def play(
     sent = []
     for client, centre in centres.items():
         payload = algorithm.instruct(state, client)
-        trained = descend(algorithm.begin(payload, None), centre, steps, rate)
+        begun = algorithm.begin(payload, None)
+        trained = descend(begun, centre, steps, rate)
+        learned = begun.learned() if begun.learned else {}
         answer, _ = algorithm.finish(
-            payload, None, Trained(trained, federation.rows[client], steps, rate)
+            payload, None, Trained(trained, federation.rows[client], steps, rate, learned=learned)
         )
         sent.append(
             replace(replies(federation, {client: trained}, round_number)[0], payload=answer)

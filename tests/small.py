@@ -45,6 +45,7 @@ __all__ = [
     "environment",
     "events_of",
     "laplacian_of",
+    "lenient_node",
     "make_config",
     "make_run",
     "run_loop",
@@ -133,6 +134,22 @@ def make_config(
         (nested.setdefault(section, {}) if section else nested)[name] = value
     nested.setdefault("algorithm", {}).setdefault("name", "mira")
     return Config.model_validate(nested)
+
+
+def lenient_node(config: Config, folder: Path) -> dict[str, str]:
+    """What a node's config says of base and policy, for a node with a handful of rows.
+
+    It reads them as the config says; the policy is written into the folder.
+    """
+    from fedmira.federation.policy_file import policy_for, policy_text
+
+    policy, _ = policy_for(config)
+    few = {"least_rows": 1, "least_measured": 1, "least_batch": 1}
+    policy = policy.model_copy(update={"limits": policy.limits.model_copy(update=few)})
+    path = folder / "policy.toml"
+    path.write_text(policy_text(policy), encoding="utf-8")
+    path.chmod(0o600)
+    return {"base": config.model.base, "device": config.model.device, "policy": str(path)}
 
 
 def make_run(base: Path, clients: Path, output: Path, settings: Mapping[str, Any]) -> Path:

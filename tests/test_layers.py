@@ -14,12 +14,13 @@ import pytest
 PACKAGE = "fedmira"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
-_BELOW_METHODS = {"adapters", "config", "errors", "graphs", "messages"}
+_BELOW_METHODS = {"adapters", "config", "errors", "graphs", "messages", "shown"}
 _BELOW_CLIENTS = _BELOW_METHODS | {"data", "methods", "metrics", "model", "storage", "wire"}
 _BELOW_RUNS = _BELOW_CLIENTS | {
     "atomic",
     "clients",
     "observers",
+    "records",
     "report",
     "rounds",
     "seeds",
@@ -28,20 +29,22 @@ _BELOW_EXPERIMENT = _BELOW_RUNS | {"privacy", "runs"}
 
 ALLOWED: Mapping[str, set[str]] = {
     "errors": set(),
+    "shown": set(),
     "atomic": set(),
     "seeds": set(),
+    "records": {"atomic", "errors"},
     "config": {"errors"},
     "adapters": {"errors", "seeds"},
     "messages": {"adapters"},
     "metrics": set(),
-    "observers": {"errors"},
-    "storage": {"adapters", "atomic", "errors", "messages"},
-    "wire": {"adapters", "errors", "messages"},
+    "observers": {"errors", "shown"},
+    "storage": {"adapters", "atomic", "errors", "messages", "records"},
+    "wire": {"adapters", "errors", "messages", "shown"},
     "graphs": {"atomic", "config", "errors", "seeds"},
     "methods": _BELOW_METHODS - {"methods"},
-    "data": {"atomic", "config", "errors", "seeds", "storage"},
-    "model": {"adapters", "atomic", "config", "data", "errors", "storage"},
-    "report": {"atomic", "errors", "metrics"},
+    "data": {"atomic", "config", "errors", "records", "seeds", "storage"},
+    "model": {"adapters", "atomic", "config", "data", "errors", "records", "storage"},
+    "report": {"atomic", "errors", "metrics", "records", "shown"},
     "clients": _BELOW_CLIENTS - {"graphs"},
     "rounds": {"adapters", "clients", "config", "errors", "messages", "methods", "seeds"},
     "privacy": {"adapters", "config", "errors", "messages", "rounds", "seeds", "wire"},
@@ -58,6 +61,7 @@ ALLOWED: Mapping[str, set[str]] = {
         "fleet",
         "model",
         "observers",
+        "records",
         "runs",
         "studies",
     },
@@ -67,13 +71,16 @@ ALLOWED: Mapping[str, set[str]] = {
         "data",
         "errors",
         "experiment",
+        "federation",
         "fleet",
         "observers",
+        "records",
         "report",
         "runs",
+        "shown",
         "studies",
     },
-    "flower_app": {"config", "errors", "federation", "observers", "wire"},
+    "flower_app": {"config", "errors", "federation", "observers", "shown", "wire"},
 }
 """Room -> the rooms it may import; imports within functions and under TYPE_CHECKING count."""
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedmira.experiment import Experiment, build_experiment, resume_experiment, run_experiment
     from fedmira.methods import Method
     from fedmira.observers import Observer
+    from fedmira.studies.refining import refine
     from fedmira.studies.result import Result
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "merge",
     "methods",
     "observers",
+    "refine",
     "resume_experiment",
     "run",
     "run_experiment",
@@ -66,6 +68,7 @@ _HOMES = {
     "load": "fedmira.api",
     "load_config": "fedmira.config",
     "merge": "fedmira.api.fleets",
+    "refine": "fedmira.studies.refining",
     "resume_experiment": "fedmira.experiment",
     "run": "fedmira.api",
     "run_experiment": "fedmira.experiment",

@@ -9,6 +9,7 @@
     └── RunError                 exit code 3: the run itself failed; what was computed is on disk
         ├── RoundError           a round in which no client sent a usable reply
         ├── AlignmentError       alignment is on but moves nothing
+        ├── MachineError         the system refused to read or write: a full disk, no permission
         └── WireError            a message between server and client that cannot be read
 
 Messages name the thing, the value, the limit and the next step. `InputError.problems` holds all
@@ -26,6 +27,7 @@ __all__ = [
     "DataError",
     "FedmiraError",
     "InputError",
+    "MachineError",
     "ModelError",
     "RoundError",
     "RunError",
@@ -82,6 +84,10 @@ class RoundError(RunError):
 
 class AlignmentError(RunError):
     """Alignment is switched on but moves no adapter."""
+
+
+class MachineError(RunError):
+    """The system refused an operation on a file: a full disk, no permission, a lost folder."""
 
 
 class WireError(RunError):

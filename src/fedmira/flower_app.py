@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmira.errors import ConfigError, FedmiraError
+from fedmira.federation.codes import INTERNAL, Refused, told_of
 from fedmira.federation.resident import answer_here, ask_resident
+from fedmira.shown import cut, plain
 
 if TYPE_CHECKING:
     from fedmira.observers import Observer
@@ -37,6 +39,8 @@ OF_THE_APP = ("output", "resume", "simulation")
 """Keys of the app's config that are no settings of the run."""
 
 _ERROR_CODE = 1000  # Flower's own codes are small
+_LONGEST_REASON = 2000
+_SERVER_ONLY = "server-only."  # that of federation.policy, which takes long to import
 _log = logging.getLogger("fedmira")
 
 client_app = ClientApp()
@@ -78,14 +82,19 @@ def _run(grid: Grid, context: Context) -> None:
 def _answer(message: Message, context: Context) -> Message:
     """Answer a message of the server.
 
-    What goes wrong goes back in the node's own words, and stands in its log.
+    Of what goes wrong a code goes back, and the words stand in the node's log. A simulation has one
+    party only, and is told all.
     """
     try:
-        content = _content(message, context)
+        return Message(record_of(_content(message, context)), reply_to=message)
     except FedmiraError as error:
-        _log.error("%s: %s", message.metadata.message_type, error)
-        return Message(Error(_ERROR_CODE, str(error)), reply_to=message)
-    return Message(record_of(content), reply_to=message)
+        _log.error("%s: %s", message.metadata.message_type, plain(str(error), lines=True))
+        alone = _is_simulated(context) and "name" not in context.node_config
+        told = str(error) if alone else told_of(error)
+    except Exception:  # noqa: BLE001 - Flower would send the text of an unforeseen error
+        _log.exception("%s: unforeseen", message.metadata.message_type)
+        told = INTERNAL
+    return Message(Error(_ERROR_CODE, told), reply_to=message)
 
 
 def _content(message: Message, context: Context) -> bytes:
@@ -93,35 +102,56 @@ def _content(message: Message, context: Context) -> bytes:
 
     This process in a simulation, else the node's resident process.
     """
-    node, settings, kind, content = (
+    node, kind, content = (
         dict(context.node_config),
-        _settings(context),
         message.metadata.message_type,
         bytes_of(message.content),
     )
     if _is_simulated(context):
+        if "name" in node:  # an operator's node does not read the rows that a server names
+            raise Refused(
+                "the run is a Flower simulation, but this node is not simulated: its config lacks "
+                "partition-id; start the run with --run-config 'simulation=false'"
+            )
         _show_log()
         from fedmira.federation.simulation import answer_simulated
 
-        return answer_simulated(node, settings, _output(context), kind, content)
+        return answer_simulated(node, _settings(context), _output(context), kind, content)
     answer = ask_resident if node.get("resident", True) else answer_here
-    return answer(node, settings, kind, content)
+    return answer(node, _shared_settings(context), kind, content)
 
 
 @client_app.query("refusal")
 def _refused(message: Message, context: Context) -> Message:
     """The server says why this node may not take part."""
+    from fedmira.errors import WireError
     from fedmira.wire import unpack
 
-    _log.error(
-        "the server refused this node: %s", unpack(bytes_of(message.content)).header.get("reason")
-    )
+    try:
+        reason = unpack(bytes_of(message.content)).header.get("reason")
+    except (KeyError, WireError) as error:
+        reason = f"without a reason that can be read ({error})"
+    _log.error("the server refused this node: %s", plain(cut(str(reason), _LONGEST_REASON)))
     return Message(message.content, reply_to=message)
 
 
 def _settings(context: Context) -> dict[str, object]:
-    """The run's settings in the app's config."""
-    return {key: value for key, value in context.run_config.items() if key not in OF_THE_APP}
+    """The run's settings in the app's config, those that its server alone reads among them."""
+    own = {
+        key.removeprefix(_SERVER_ONLY): value
+        for key, value in context.run_config.items()
+        if key.startswith(_SERVER_ONLY)
+    }
+    return {**_shared_settings(context), **own}
+
+
+def _shared_settings(context: Context) -> dict[str, object]:
+    """The settings that a server sends to its nodes: all but those that it alone reads."""
+    return {
+        key: value
+        for key, value in context.run_config.items()
+        if key not in OF_THE_APP and not key.startswith(_SERVER_ONLY)
+    }
 
 
 def _output(context: Context) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from fedmira.config import (
     load_config,
     unflattened,
 )
+from fedmira.federation.policy import NodePolicy, is_own, read_policy
 from small import call_main, make_config
 
 
@@ -56,12 +58,11 @@ def test_the_app_holds_the_config_and_names_both_halves(
         False,
         False,
     )
-    flat = {
-        key if not isinstance(value, dict) else f"{key}.{name}": inner
-        for key, value in settings.items()
-        for name, inner in pairs(value)
-    }
-    assert unflattened(flat) == load_config(file, None, ["rounds.count=9"])
+    own = dotted(settings.pop("server-only"))
+    shared = dotted(settings)
+    assert not [key for key in shared if is_own(key)], "no node is sent what is its own"
+    assert {"data.source", "data.path", "model.base", "model.device"} <= set(own)
+    assert unflattened({**shared, **own}) == load_config(file, None, ["rounds.count=9"])
 
 
 def test_an_app_for_simulation_says_so_and_may_deal_rows_among_clients(tmp_path: Path) -> None:
@@ -74,8 +75,13 @@ def test_an_app_for_simulation_says_so_and_may_deal_rows_among_clients(tmp_path:
     assert document["project"]["dependencies"] == ["fedmira[flower-simulation]"]
 
 
-def pairs(value: object) -> list[tuple[str, object]]:
-    return list(value.items()) if isinstance(value, dict) else [("", value)]
+def dotted(settings: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested tables under dotted keys, as Flower reads them."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{above}{key}"
+        flat |= dotted(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
 
 
 @pytest.mark.parametrize(
@@ -125,3 +131,22 @@ def test_settings_that_need_all_rows_in_one_place_are_refused(tmp_path: Path) ->
         and "deals the rows of all clients" in ended.err
     )
     assert not (tmp_path / "app").exists()
+
+
+def test_the_policy_of_a_node_is_strict_and_says_how_its_rows_are_read(
+    clients_folder: Path, tmp_path: Path
+) -> None:
+    options = ["--set", "data.source=jsonl", "--set", f"data.path={clients_folder}"]
+    options += ["--set", 'data.columns={output="Antwort"}', "--set", "rounds.count=2000"]
+    ended = call_main("flower", "init", tmp_path / "rows", "--node", *options)
+    assert ended.code == 0, ended.err
+    path = tmp_path / "rows" / "policy.toml"
+    assert path.stat().st_mode & 0o777 == 0o600
+    policy, default = read_policy(path), NodePolicy()
+    assert (policy.data["source"], policy.data["path"]) == ("jsonl", str(clients_folder))
+    assert policy.data["columns"]["output"] == "Antwort"
+    assert policy.limits == default.limits.model_copy(update={"most_rounds": 2000})
+    assert policy.tells == default.tells
+    assert "limits.most_rounds is 2000" in ended.err
+    again = call_main("flower", "init", tmp_path / "rows", "--node")
+    assert again.code == 2 and "exists already and is never overwritten" in again.err

@@ -192,11 +192,13 @@ def test_steps_and_epochs_in_one_layer_are_an_error_that_names_both(tmp_path: Pa
 @pytest.mark.parametrize(
     ("choice", "setting", "reader"),
     [
-        ("graph.kind=random", "graph.nearest=5", "'similarity'"),
-        ("graph.kind=uniform", "graph.memory=0.2", "'similarity' or 'pfedgraph'"),
-        ("graph.kind=category", "graph.warmup_rounds=2", "'similarity' or 'pfedgraph'"),
-        ("graph.kind=pfedgraph", "graph.nearest=5", "'similarity'"),
+        ("graph.kind=random", "graph.nearest=5", "'similarity' or 'blocks'"),
+        ("graph.kind=uniform", "graph.memory=0.2", "'similarity', 'blocks' or 'pfedgraph'"),
+        ("graph.kind=category", "graph.warmup_rounds=2", "'similarity', 'blocks' or 'pfedgraph'"),
+        ("graph.kind=pfedgraph", "graph.nearest=5", "'similarity' or 'blocks'"),
         ("graph.kind=similarity", "graph.alpha=0.4", "'pfedgraph'"),
+        ("graph.kind=similarity", "graph.strength=0.4", "'blocks'"),
+        ("graph.kind=pfedgraph", "graph.blocks=3", "'blocks'"),
         ("local.optimizer=adam", "local.sophia_rho=2", "'sophia'"),
         ("local.optimizer=sophia", "local.zeroth_seeds=9", "'zeroth-order'"),
         ("adapter.kind=lora", "adapter.virtual_tokens=9", "'p-tuning', 'prompt' or 'prefix'"),
@@ -325,7 +327,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     assert set(problems("rounds.count=0", "nonsense", path=path)) == {
         "--set 'nonsense': must be key=value with a dotted key, such as rounds.count=5",
         'graph.kind = "randm": must be one of random, uniform, category, similarity, '
-        f"pfedgraph, file (did you mean 'random'?) ({path})",
+        f"blocks, pfedgraph, file (did you mean 'random'?) ({path})",
         f"local.learning_rate = -1: must be above 0 ({path})",
         "rounds.count = 0: must be 1 or more (--set)",
         "sed = 1: unknown key; did you mean seed? there are: "

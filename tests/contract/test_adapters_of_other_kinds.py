@@ -44,6 +44,7 @@ ENTRYWISE: dict[str, tuple[dict[str, Any], GraphSource]] = {
     "ditto": ({"name": "ditto"}, FIXED),
     "fedopt": ({"name": "fedopt"}, FIXED),
     "scaffold": ({"name": "scaffold"}, FIXED),
+    "fola": ({"name": "fola"}, FIXED),
     "fedkseed": ({"name": "fedkseed"}, FIXED),
     "mira": ({"name": "mira", "space": "factor"}, FIXED),
     "mira, learned graph": (
@@ -113,7 +114,9 @@ def replies(
             change = weighted_sum([encoder(77 + families[k]), change], [1.0, 0.2])
         trained = weighted_sum([algorithm.begin(payload, None).adapter, change], [1.0, 0.1])
         along = movement({k: 0.1, 10 + round_number: 0.2})
-        sent, _ = algorithm.finish(payload, None, Trained(trained, 20 + k, 5, 1e-3, along))
+        observed = {name: tensor.square() for name, tensor in change.items()}
+        told = Trained(trained, 20 + k, 5, 1e-3, along, squares=observed)
+        sent, _ = algorithm.finish(payload, None, told)
         result.append(Reply(client, round_number, 20 + k, sent))
     return result
 

@@ -6,6 +6,7 @@ Purity, order, absence, and a state that is the whole checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,14 +18,16 @@ from fedmira.adapters.directions import movement
 from fedmira.config import LocalSettings
 from fedmira.config.methods import METHODS, MethodSection
 from fedmira.graphs import (
+    BlocksGraph,
     CollaborationGraph,
     FixedGraph,
     GraphSource,
     LearnedGraph,
     random_graph,
 )
-from fedmira.messages import Payload, Reply
+from fedmira.messages import Failure, Payload, Reply, Request
 from fedmira.methods import (
+    CgcLora,
     Ditto,
     FedAlt,
     FedAvg,
@@ -39,12 +42,15 @@ from fedmira.methods import (
     FedRot,
     FlexLora,
     Flora,
+    Fola,
+    Gossip,
     HetLora,
     Local,
     LoraFair,
     Method,
     MethodContext,
     Mira,
+    MtLora,
     RoLora,
     Scaffold,
     ServerState,
@@ -59,6 +65,7 @@ from fedmira.model import (
     train_cohort,
 )
 from fedmira.model import start_adapter as drawn_start
+from fedmira.rounds.complete import complete
 from tiny import draw_rows
 
 CLIENTS = tuple(f"client-{k}" for k in range(6))
@@ -109,10 +116,21 @@ SETTINGS: dict[str, tuple[MethodSection, GraphSource]] = {
     ),
     "feddpa": (FedDpa(), FIXED),
     "feddpa, together": (FedDpa(halves="together", global_rank=3), FIXED),
+    "cgc-lora": (CgcLora(common_experts=2), FIXED),
+    "cgc-lora, one common expert": (CgcLora(common_experts=1, common_rank=3), FIXED),
+    "cgc-lora, none": (CgcLora(common_experts=0), FIXED),
+    "fola": (Fola(), FIXED),
+    "fola, neither prior nor damping": (Fola(prior=0, damping=0), FIXED),
+    "mtlora": (MtLora(), FIXED),
+    "mtlora, all shared": (MtLora(shared_rank=4), FIXED),
+    "mtlora, nothing shared": (MtLora(shared_rank=0), FIXED),
+    "mtlora, own parts aligned": (MtLora(own_coupling=1.0), LEARNED),
     "lora-fair": (LoraFair(), FIXED),
     "rolora": (RoLora(), FIXED),
     "fedfomo": (FedFomo(candidates=2), FIXED),
     "fedkseed": (FedKSeed(), FIXED),
+    "gossip": (Gossip(), FIXED),
+    "gossip, factor space": (Gossip(space="factor", size_scale=0), FIXED),
     "mira": (Mira(), LEARNED),
     "two-level": (TwoLevel(), LEARNED),
     "two-level, fixed graph": (TwoLevel(), FIXED),
@@ -147,6 +165,7 @@ SETTINGS: dict[str, tuple[MethodSection, GraphSource]] = {
         Mira(),
         LearnedGraph(nearest=2, warmup_rounds=0, space="subspace", sketch=32),
     ),
+    "mira, blocks": (Mira(), BlocksGraph(nearest=2, warmup_rounds=0, strength=0.2)),
     "mira, pfedgraph": (
         Mira(server_step=1, size_scale=0),
         CollaborationGraph(warmup_rounds=0),
@@ -238,7 +257,9 @@ def replies(
         along = movement(
             {CLIENTS.index(client): 0.1, 10 + round_number: 0.2}
         )  # what zeroth-order training says of its steps
-        sent, _ = algorithm.finish(payload, None, Trained(trained, rows, 5, 1e-3, along))
+        observed = {name: tensor.square() for name, tensor in change.items()}
+        told = Trained(trained, rows, 5, 1e-3, along, squares=observed)
+        sent, _ = algorithm.finish(payload, None, told)
         result.append(Reply(client, round_number, rows, sent))
     return result
 
@@ -347,6 +368,27 @@ def test_what_is_frozen_gets_no_step_in_local_training_and_everything_else_does(
         still = outcome.adapter[parameter] == begun.adapter[parameter]
         assert bool(still[part].all()), f"{parameter}: a frozen entry was trained"
         assert bool(part.all()) or not bool(still[~part].all()), f"{parameter}: nothing was trained"
+
+
+def test_replies_have_what_the_method_says_that_they_have_and_what_lacks_it_is_a_failure(
+    algorithm: Method,
+) -> None:
+    state = after_one_round(algorithm)
+    asked = [Request(name, 2, 0, algorithm.instruct(state, name)) for name in CLIENTS[:2]]
+    sent = replies(algorithm, state, CLIENTS[:2], 2)
+    assert complete(asked, sent, algorithm.returned) == sent
+    bare = Payload({"adapter": sent[0].payload.tensors["adapter"]})
+    found = complete(asked, [replace(sent[0], payload=bare), sent[1]], algorithm.returned)
+    if algorithm.returned:
+        assert isinstance(found[0], Failure) and repr(algorithm.returned[0]) in found[0].reason
+    else:
+        algorithm.combine(state, [replace(sent[0], payload=bare), sent[1]])
+    for part in algorithm.returned:
+        if part in sent[0].payload.tensors and part in asked[0].payload.tensors:
+            cut = {name: tensor[:1] for name, tensor in sent[0].payload.tensors[part].items()}
+            payload = replace(sent[0].payload, tensors={**sent[0].payload.tensors, part: cut})
+            (wrong,) = complete(asked[:1], [replace(sent[0], payload=payload)], (part,))
+            assert isinstance(wrong, Failure) and "expected float32" in wrong.reason
 
 
 def test_one_client_in_a_round_is_enough(algorithm: Method) -> None:

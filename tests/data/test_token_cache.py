@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import os
 import stat
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,6 +64,62 @@ def test_a_file_cut_short_is_made_anew(tmp_path: Path) -> None:
     calls: list[Sequence[str]] = []
     assert cache.ids(["abc"], lambda texts: counted(calls, texts)) == expected
     assert calls == [["abc"]]
+
+
+@given(st.data())
+def test_a_file_with_any_byte_changed_is_said_to_be_damaged_and_made_anew(
+    data: st.DataObject,
+) -> None:
+    with tempfile.TemporaryDirectory() as place, capturing() as said:
+        cache = TokenCache(tiny_tokenizer(), Path(place) / "tokens")
+        expected = cache.ids(["abc", "d"], lambda texts: counted([], texts))
+        (path,) = (Path(place) / "tokens").iterdir()
+        content = bytearray(path.read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(content)
+        calls: list[Sequence[str]] = []
+        assert cache.ids(["abc", "d"], lambda texts: counted(calls, texts)) == expected
+        assert calls == [["abc", "d"]] and path.name in said.getvalue()
+        cache.ids(["abc", "d"], lambda texts: counted(calls, texts))
+        assert len(calls) == 1, "what was made anew is kept"
+
+
+def test_the_whole_file_of_other_texts_does_not_pass_for_these(tmp_path: Path) -> None:
+    cache = TokenCache(tiny_tokenizer(), tmp_path / "tokens")
+    cache.ids(["abc"], lambda texts: counted([], texts))
+    (path,) = (tmp_path / "tokens").iterdir()
+    cache.ids(["other"], lambda texts: counted([], texts))
+    (other,) = set((tmp_path / "tokens").iterdir()) - {path}
+    path.write_bytes(other.read_bytes())
+    assert cache.ids(["abc"], lambda texts: counted([], texts)) == counted([], ["abc"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_folder_that_others_can_write_to_is_not_trusted(
+    inner: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FEDMIRA_CACHE", str(tmp_path))
+    folder = tmp_path / "tokens" if inner else tmp_path
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o777)
+    calls: list[Sequence[str]] = []
+    for _ in range(2):
+        TokenCache(tiny_tokenizer()).ids(["abc"], lambda texts: counted(calls, texts))
+    assert len(calls) == 2 and not list(tmp_path.rglob("*.tokens"))
+    assert "everybody can write there" in caplog.text and str(folder) in caplog.text
+
+
+@contextmanager
+def capturing() -> Iterator[io.StringIO]:
+    """What the package logs within the block."""
+    said = io.StringIO()
+    handler, log = logging.StreamHandler(said), logging.getLogger("fedmira")
+    log.addHandler(handler)
+    try:
+        yield said
+    finally:
+        log.removeHandler(handler)
 
 
 def test_old_files_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ What they share, what they freeze, and adapters that plain PEFT loads.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedlease": {},
     "fedalt": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6}},
     "feddpa": {},
+    "fola": {},
+    "cgc-lora": {"algorithm.common_experts": 2},
+    "mtlora": {},
+    "gossip": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6}},
     "lora-fair": {},
     "rolora": {},
     "two-level": {"graph.kind": "category", "adapter.ranks": {"apple-1": 6, "birch-2": 2}},
@@ -254,10 +259,53 @@ def test_feddpa_ends_with_one_global_half_and_a_personal_one_for_each(run: Run) 
     assert [len(half) for half in halves] == [1, len(CLIENTS)]
 
 
+def test_gossip_ends_as_mira_on_the_same_graph_and_says_what_went_along_an_edge(run: Run) -> None:
+    """Two categories of clients; in round 2 and 3 each is sent what its neighbours trained."""
+    settings = {"graph__kind": "category", "rounds__count": 3, "adapter__ranks": {}}
+    _, gossip = run("gossip", **settings)
+    _, mira = run("mira", **settings)
+    for client, adapter in gossip.adapters.items():
+        assert digest(adapter) == digest(mira.adapters[client])
+    told = json.loads((gossip.folder / "run.json").read_text())["method"]
+    edges = len(json.loads((gossip.folder / "graph.json").read_text())["edges"])
+    size = 4 * sum(tensor.numel() for tensor in next(iter(gossip.adapters.values())).values())
+    assert told == {
+        "edges": edges,
+        "messages_passed_on": 2 * 2 * edges,
+        "bytes_passed_on": 2 * 2 * edges * size,
+        "bytes_per_edge": 2 * 2 * size,
+    }
+    passed = sum(event["bytes_passed_on"] for event in events_of(gossip.folder, "round"))
+    assert passed == told["bytes_passed_on"]
+    assert "Passed on along an edge" in (gossip.folder / "report.html").read_text()
+    assert "method" not in json.loads((mira.folder / "run.json").read_text())
+    assert "Passed on along an edge" not in (mira.folder / "report.html").read_text()
+
+
+def test_mtlora_is_fedavg_where_all_is_shared_local_where_nothing_is_and_mira_where_own_parts_align(
+    run: Run,
+) -> None:
+    def ends_as(other: str, **settings: Any) -> bool:
+        found, expected = (
+            {client: digest(adapter) for client, adapter in result.adapters.items()}
+            for _, result in (run("mtlora", **settings), run(other))
+        )
+        return found == expected
+
+    assert ends_as("fedavg", algorithm__shared_rank=4)
+    assert ends_as("local", algorithm__shared_rank=0)
+    assert ends_as("mira", algorithm__shared_rank=0, algorithm__own_coupling=1.0)
+    assert not ends_as("local") and not ends_as("fedavg")
+
+
 @pytest.mark.parametrize(
     "keys",
     [
         {"algorithm.name": "feddpa"},
+        {"algorithm.name": "fola"},
+        {"algorithm.name": "cgc-lora", "algorithm.common_experts": 2},
+        {"algorithm.name": "gossip", "graph.kind": "category"},
+        {"algorithm.name": "mtlora", "algorithm.own_coupling": 0.5},
         {"algorithm.name": "rolora"},
         {"algorithm.name": "lora-fair"},
         {

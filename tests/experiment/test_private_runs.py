@@ -134,6 +134,8 @@ def test_an_update_is_clipped_and_the_mean_has_the_noise_that_is_promised() -> N
         (["data.validation_fraction=0.1", "data.train_fraction=0.5"], "set it to 0"),
         (["algorithm.name=local", "local.optimizer=sophia"], "set it to 'adamw', 'adam' or 'sgd'"),
         (["algorithm.name=fedkseed", "local.optimizer=zeroth-order"], "'zeroth-order'"),
+        (["local.advantage_temperature=1.0"], "depends on the others of its batch"),
+        (["evaluation.reference_share=0.5"], "their scores travel"),
         (["privacy.kind=client", "algorithm.name=mira"], "'fedavg', 'fedprox', 'fedopt'"),
         (["privacy.kind=client", "algorithm.name=fedavg", "server.combine=median"], "'mean'"),
     ],

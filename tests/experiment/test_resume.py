@@ -108,6 +108,34 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
         "rounds.participation": 0.6,
         "rounds.count": 4,
     },
+    "fola, some clients": {
+        "algorithm.name": "fola",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "cgc-lora, some clients": {
+        "algorithm.name": "cgc-lora",
+        "algorithm.common_experts": 2,
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "gossip, some clients": {
+        "algorithm.name": "gossip",
+        "graph.kind": "category",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "mtlora, some clients": {
+        "algorithm.name": "mtlora",
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
+    "mtlora, own parts aligned": {
+        "algorithm.name": "mtlora",
+        "algorithm.own_coupling": 1.0,
+        "rounds.participation": 0.6,
+        "rounds.count": 4,
+    },
     "rolora, some clients": {
         "algorithm.name": "rolora",
         "rounds.participation": 0.6,
@@ -265,7 +293,8 @@ def test_a_run_that_is_cut_off_after_every_round_ends_in_the_same_bytes(
             )
         assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == [
             "adapters",
-            f"round-{number:06d}",
+            *(f"round-{each:06d}" for each in (number - 1, number)),
+            "run.json",
         ]
     result = resume_experiment(built(base, base_folder, clients_folder, FEDERATIONS[name]), folder)
     assert_equal_runs(folder, straight[name].folder)
@@ -284,12 +313,11 @@ def test_a_run_that_is_cut_off_after_every_round_ends_in_the_same_bytes(
     assert (
         len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["resumed"]) == count + 1
     )
-    named = json.loads(
-        (folder / "checkpoint" / f"round-{count:06d}" / "values.json").read_text(encoding="utf-8")
-    )
-    keys = {key for table in named["tables"].values() for key in table.values()} | {
-        entry[0] for entry in named["memories"].values()
-    }
+    keys = set()
+    for place in (folder / "checkpoint").glob("round-*"):
+        named = json.loads((place / "values.json").read_text(encoding="utf-8"))
+        keys |= {key for table in named["tables"].values() for key in table.values()}
+        keys |= {entry[0] for entry in named["memories"].values()}
     assert {path.stem for path in (folder / "checkpoint" / "adapters").iterdir()} == keys, (
         "nothing stays that nobody needs"
     )
@@ -380,7 +408,7 @@ def test_another_config_another_base_and_other_rows_are_refused(
 def test_there_must_be_a_run_to_resume(
     base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunFolderError, match="no run folder"):
+    with pytest.raises(RunFolderError, match="there is no such folder"):
         resume_experiment(built(base, base_folder, clients_folder, {}), tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 

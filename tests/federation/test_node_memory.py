@@ -72,7 +72,11 @@ def test_memory_of_a_reply_that_was_not_used_is_dropped_for_the_one_before(tmp_p
     assert files(tmp_path) == ["round-000002.safetensors"]
     node.keep(5, memory(5))
     assert_is(node.recall(5), 5)
-    assert files(tmp_path) == ["round-000005.safetensors"]
+    assert files(tmp_path) == ["round-000002.safetensors", "round-000005.safetensors"]
+    node.keep(7, memory(7))
+    assert_is(node.recall(7), 7)
+    assert files(tmp_path) == ["round-000005.safetensors", "round-000007.safetensors"]
+    assert_is(node.recall(5), 5)  # the server went back to the checkpoint before its last
     assert node.recall(0) is None and files(tmp_path) == [], "no reply was ever accepted"
 
 
@@ -120,7 +124,10 @@ def test_more_than_a_million_rounds(tmp_path: Path) -> None:
     for number in (999_999, 1_000_000):
         node.keep(number, memory(number))
     assert_is(node.recall(1_000_000), 1_000_000)
-    assert files(tmp_path) == ["round-1000000.safetensors"]
+    assert files(tmp_path) == ["round-1000000.safetensors", "round-999999.safetensors"]
+    node.keep(1_000_001, memory(1_000_001))
+    assert_is(node.recall(1_000_001), 1_000_001)
+    assert files(tmp_path) == ["round-1000000.safetensors", "round-1000001.safetensors"]
 
 
 def test_the_same_round_again_replaces_its_memory(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from fedmira.config import flattened
+from fedmira.config import Config, flattened
 from fedmira.errors import ConfigError, FedmiraError
 from fedmira.federation.node import NodeSettings, read_node_settings
+from fedmira.federation.policy import is_own
 from fedmira.federation.resident import NodeError, answer_here, ask_resident
 from fedmira.wire import (
     IDENTITY,
@@ -33,11 +34,31 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     A process that is left behind is ended by its id.
     """
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     with tempfile.TemporaryDirectory(prefix="fm") as short:
         monkeypatch.setattr("tempfile.tempdir", short)
         yield Path(short) / f"fedmira-{os.getuid()}"
         for number in residents(Path(short)):
             os.kill(number, signal.SIGKILL)
+
+
+def sent_by(config: Config) -> dict[str, object]:
+    """The settings of an app, as its server sends them."""
+    return {key: value for key, value in flattened(config).items() if not is_own(key)}
+
+
+def node_in(folder: Path, base: Path, data: Path) -> dict[str, object]:
+    """The config of a node with a handful of rows."""
+    policy = folder / "policy.toml"
+    policy.write_text("[limits]\nleast_rows = 1\nleast_measured = 1\n", encoding="utf-8")
+    policy.chmod(0o600)
+    return {
+        "name": "apple-1",
+        "data-path": str(data),
+        "base": str(base),
+        "memory": str(folder / "memory"),
+        "policy": str(policy),
+    }
 
 
 def residents(folder: Path) -> list[int]:
@@ -62,8 +83,8 @@ def residents(folder: Path) -> list[int]:
 def test_it_answers_like_this_process_and_is_started_when_it_is_missing(
     place: Path, base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:
-    settings = flattened(make_config(base_folder, clients_folder))
-    node = {"name": "apple-1", "data-path": str(clients_folder), "memory": str(tmp_path / "memory")}
+    settings = sent_by(make_config(base_folder, clients_folder))
+    node = node_in(tmp_path, base_folder, clients_folder)
     question = pack(Encoded({}, {}))
     first = ask_resident(node, settings, IDENTITY, question)
     assert first == answer_here(node, settings, IDENTITY, question)
@@ -86,8 +107,8 @@ def test_it_answers_like_this_process_and_is_started_when_it_is_missing(
 def test_it_ends_when_it_works_longer_than_the_server_waits(
     place: Path, base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:
-    settings = flattened(make_config(base_folder, clients_folder))
-    node = {"name": "apple-1", "data-path": str(clients_folder), "memory": str(tmp_path / "memory")}
+    settings = sent_by(make_config(base_folder, clients_folder))
+    node = node_in(tmp_path, base_folder, clients_folder)
     with pytest.raises(
         NodeError, match="ended while it worked: no answer within federation.reply_s"
     ):
@@ -99,11 +120,13 @@ def test_it_ends_when_it_works_longer_than_the_server_waits(
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
-def test_any_name_finds_its_socket(place: Path, base_folder: Path, clients_folder: Path) -> None:
-    settings = flattened(make_config(base_folder, clients_folder))
+def test_any_name_finds_its_socket(
+    place: Path, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    settings = sent_by(make_config(base_folder, clients_folder))
     with pytest.raises(NodeError, match="none is called|cannot name a folder"):
         ask_resident(
-            {"name": "clinic/north" * 20, "data-path": str(clients_folder)},
+            {**node_in(tmp_path, base_folder, clients_folder), "name": "clinic/north" * 20},
             settings,
             IDENTITY,
             pack(Encoded({}, {})),
@@ -123,7 +146,14 @@ def test_a_node_config_is_checked_whole() -> None:
     ]
 
 
-def test_what_a_node_cannot_do_is_an_error(base_folder: Path, clients_folder: Path) -> None:
-    settings = flattened(make_config(base_folder, clients_folder))
+def test_what_a_node_cannot_do_is_an_error(
+    base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    settings = sent_by(make_config(base_folder, clients_folder))
     with pytest.raises(FedmiraError, match="none is called 'cedar'"):
-        answer_here({"name": "cedar"}, settings, IDENTITY, pack(Encoded({}, {})))
+        answer_here(
+            {**node_in(tmp_path, base_folder, clients_folder), "name": "cedar"},
+            settings,
+            IDENTITY,
+            pack(Encoded({}, {})),
+        )

@@ -45,7 +45,8 @@ def cohort(base: BaseModel, optimizer: str, dropout: float = 0.0) -> _Cohort:
     targets = find_targets(base.model, ())
     rows = draw_rows(12, 9, seed=5)
     tasks = [
-        LocalTask(start_adapter(targets, 2 + i, i), 1.0, rows[: 4 * (i + 1)], i) for i in range(3)
+        LocalTask(start_adapter(targets, 2 + i, i), 1.0, rows[: 4 * (i + 1)], i, squares=i != 1)
+        for i in range(3)
     ]
     stacked = StackedAdapters(targets, [task.start for task in tasks], [1.0] * 3, base.device)
     branch = LoraBranch(

@@ -18,6 +18,7 @@ from fedmira.report.charts import (
     nice_number,
     percent_text,
 )
+from fedmira.shown import html_text
 
 finite = st.floats(-1e9, 1e9).map(lambda value: round(value, 6))
 
@@ -111,9 +112,10 @@ def test_bars_point_up_for_harm_and_down_for_gain() -> None:
         )
     )
 )
-def test_any_name_comes_back_from_text_and_attribute(name: str) -> None:
+def test_any_name_comes_back_as_it_can_be_seen_from_text_and_attribute(name: str) -> None:
     drawing = ElementTree.fromstring(element("text", name, aria_label=name))
-    assert (drawing.text or "", drawing.attrib["aria-label"], len(drawing)) == (name, name, 0)
+    shown = html_text(name)
+    assert (drawing.text or "", drawing.attrib["aria-label"], len(drawing)) == (shown, shown, 0)
 
 
 def test_hostile_names_stay_text_in_charts() -> None:

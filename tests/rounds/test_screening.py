@@ -204,3 +204,42 @@ def test_a_run_says_whom_it_left_out_and_what_its_others_get_is_free_of_it(
 
 def _nothing(request: Request, reply: Reply) -> Any:
     return Failure(reply.client_id, reply.round, "train", "the power went out")
+
+
+def test_lengths_of_sums_of_squares_are_held_against_each_other_by_their_roots() -> None:
+    """Gradients 4 times as large have squares 16 times as large: still an honest client."""
+
+    def given(largest: float) -> list[Reply]:
+        observed = {"ant": 1.0, "bee": 1.2, "cat": 0.9, "dog": largest}
+        return [
+            Reply(
+                name,
+                3,
+                10,
+                Payload({"adapter": lora(i), "precision": {"A": torch.full((4,), size)}}),
+            )
+            for i, (name, size) in enumerate(observed.items())
+        ]
+
+    plain, squared = screen(), replace(screen(), squared_parts=("precision",))
+    assert [failure.client_id for failure in plain(requests(), given(16.0)).failures] == ["dog"]
+    assert not squared(requests(), given(16.0)).failures
+    (failure,) = squared(requests(), given(50.0)).failures
+    assert failure.client_id == "dog" and "'precision' is" in failure.reason
+
+
+def test_where_clients_begin_elsewhere_what_they_send_is_held_against_each_other() -> None:
+    """Three went nowhere from what they were sent, and one was mixed far away: as long as all."""
+    adapters = {name: lora(i) for i, name in enumerate(NAMES)}
+    asked = [
+        Request(name, 3, 0, Payload({"adapter": near}))
+        for name, near in {
+            **{name: lora(i, length=0.99) for i, name in enumerate(NAMES[:3])},
+            "dog": lora(9),
+        }.items()
+    ]
+    plain, mixed = screen(), replace(screen(), begins_elsewhere=True)
+    assert [failure.client_id for failure in plain(asked, replies(adapters)).failures] == ["dog"]
+    assert not mixed(asked, replies(adapters)).failures
+    wild = {**adapters, "cat": lora(2, length=20.0)}
+    assert [failure.client_id for failure in mixed(asked, replies(wild)).failures] == ["cat"]

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import fedmira
+from fedmira.adapters import content_hash
 from fedmira.errors import ConfigError, RunFolderError
+from fedmira.runs import accept_files
 from small import Ended, call_main, make_run, write_base
 
 
@@ -49,7 +51,12 @@ def test_the_base_answers_without_any_adapter(shared_run: Path, tmp_path: Path) 
 
     bare = shutil.copytree(shared_run, tmp_path / "bare")
     path = bare / "adapters" / "apple-1" / "adapter_model.safetensors"
-    save_file({name: tensor * 0 for name, tensor in load_file(path).items()}, path)
+    zeros = {name: tensor * 0 for name, tensor in load_file(path).items()}
+    save_file(zeros, path)
+    index = json.loads((bare / "adapters" / "index.json").read_text(encoding="utf-8"))
+    index["apple-1"]["sha256"] = content_hash(zeros)
+    (bare / "adapters" / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    accept_files(bare, ["all"])
     talk = fedmira.load(shared_run).chat("apple-1")
     for question in ("w4 w8", "w33"):
         assert talk.ask(question)["base"] == fedmira.load(bare).generate("apple-1", question)

@@ -21,6 +21,7 @@ from fedmira.fleet import (
     merge_fleet,
     read_fleet,
 )
+from fedmira.records import machine_errors
 from fedmira.studies.saved import clients_of, reload_adapters
 
 __all__ = ["align", "compress", "merge"]
@@ -35,6 +36,7 @@ JUDGED_COUPLING = 1.0
 """How far adapters go by default where their owners' rows have the last word."""
 
 
+@machine_errors()
 def merge(
     adapters: Places,
     *,
@@ -75,6 +77,7 @@ def merge(
     return made
 
 
+@machine_errors()
 def compress(
     adapters: Places,
     *,
@@ -115,6 +118,7 @@ def compress(
     return made
 
 
+@machine_errors()
 def align(
     adapters: Places,
     *,

@@ -12,6 +12,7 @@ from fedmira.data import rows_from_objects
 from fedmira.errors import ConfigError
 from fedmira.experiment import build_experiment, start_experiment
 from fedmira.observers import Observer, check_observers
+from fedmira.records import machine_errors
 from fedmira.runs import RunFolder
 from fedmira.studies import (
     Comparison,
@@ -30,6 +31,7 @@ from fedmira.studies.result import Result
 __all__ = ["check", "compare", "decide", "join", "load", "run", "tune"]
 
 
+@machine_errors()
 def run(
     config: Config | str | Path | Mapping[str, Any] | None = None,
     *,
@@ -87,6 +89,7 @@ def run(
     return Result(output, ready.base, ready.rows)
 
 
+@machine_errors()
 def check(
     config: Config | str | Path | Mapping[str, Any] | None = None,
     *,
@@ -119,6 +122,7 @@ def check(
         return make_plan(build_experiment(ready.config, ready.base, rows=ready.rows))
 
 
+@machine_errors()
 def compare(
     methods: Sequence[str | MethodSection] | Mapping[str, str | MethodSection],
     *,
@@ -185,6 +189,7 @@ def compare(
         )
 
 
+@machine_errors()
 def tune(
     config: Config | str | Path | Mapping[str, Any] | None = None,
     *,
@@ -276,6 +281,7 @@ def tune(
         )
 
 
+@machine_errors()
 def decide(
     target: Config | str | Path | Mapping[str, Any] | None = None,
     *,
@@ -351,6 +357,7 @@ def decide(
         )
 
 
+@machine_errors()
 def join(
     run: str | Path,
     *,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedmira.cli.options import Format, FormatOption, RunPath
-from fedmira.cli.screen import print_json, print_table, say
+from fedmira.cli.options import Format, FormatOption, ReferenceShare, RunPath
+from fedmira.cli.screen import print_json, print_table, say, tell_answer
 from fedmira.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def chat(
             "--max-new-tokens", min=1, help="Default: the run's setting.", show_default=False
         ),
     ] = None,
+    reference_share: ReferenceShare = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Ask base and adapters the same, and see their answers side by side.
@@ -65,7 +66,12 @@ def chat(
     saved = reload_adapters(run)
     others = [reload_adapters(path, saved.kind.base) for path in beside or []]
     conversation = Conversation(
-        saved, client, beside=others, instruction=instruction, max_new_tokens=max_new_tokens
+        saved,
+        client,
+        beside=others,
+        instruction=instruction,
+        max_new_tokens=max_new_tokens,
+        reference_share=reference_share,
     )
     if typed:
         _introduce(conversation)
@@ -159,7 +165,7 @@ def _show(turn: dict[str, Any], typed: bool) -> None:
     if typed:
         print_table(turn["client"], list(answers), [list(answers.values())])
         return
-    print(f"> {turn['question']}")
+    tell_answer(f"> {turn['question']}")
     for voice, text in answers.items():
-        print(f"{voice}: {text}")
-    print(flush=True)
+        tell_answer(f"{voice}: {text}")
+    tell_answer("")

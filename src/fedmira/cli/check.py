@@ -12,7 +12,7 @@ from fedmira.cli.options import (
     PresetName,
     settings_and_rows,
 )
-from fedmira.cli.screen import print_json, print_table
+from fedmira.cli.screen import print_json, print_table, tell
 
 __all__ = ["check"]
 
@@ -66,4 +66,4 @@ def check(
         [[row[name] for name in table] for row in summaries],
     )
     for line in plan.lines():
-        print(line)
+        tell(line)

@@ -23,12 +23,7 @@ from fedmira.cli.options import (
     settings,
     settings_and_rows,
 )
-from fedmira.cli.screen import (
-    print_json,
-    print_table,
-    progress,
-    say,
-)
+from fedmira.cli.screen import print_json, print_table, progress, say, tell
 from fedmira.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -157,26 +152,26 @@ def _print(comparison: Comparison) -> None:
         soon = {"method": "method", "rounds": "rounds", "seconds_to_target": "seconds"}
         there = [row | {"rounds": reached_text(row)} for row in rows]
         _print_columns(f"to a mean test loss of {document['target_loss']:g}", soon, there)
-        print(TARGET_RULE)
+        tell(TARGET_RULE)
     if document["baselines"]:
-        print(document["rule"])
+        tell(document["rule"])
         if max(row["seeds"] for row in rows) == 1:
-            print("With one seed noise is not measured: a difference may be chance.")
+            tell("With one seed noise is not measured: a difference may be chance.")
     if not document["equal"]:
-        print(
+        tell(
             "\nUNEQUAL: these methods were not run on equal terms, and their figures do "
             "not compare:"
         )
-        print("\n".join(f"  {problem}" for problem in document["problems"]))
+        tell("\n".join(f"  {problem}" for problem in document["problems"]))
     if comparison.figures.tuned:
         from fedmira.report.comparison_files import TUNED_RULE, settings_text
 
         for name in comparison.figures.methods:
-            print(f"{name}: {settings_text(comparison.figures.tuned.get(name))}")
-        print(TUNED_RULE)
+            tell(f"{name}: {settings_text(comparison.figures.tuned.get(name))}")
+        tell(TUNED_RULE)
     if comparison.figures.left_out:
-        print(comparison.figures.left_out)
-    print(f"report: {comparison.page}")
+        tell(comparison.figures.left_out)
+    tell(f"report: {comparison.page}")
 
 
 def _print_pairings(comparison: Comparison, document: Mapping[str, Any]) -> None:
@@ -220,7 +215,7 @@ def _print_sharing(comparison: Comparison) -> None:
         for texts in gain.texts()
     ]
     print_table("what sharing gains", columns, cells)
-    print(SHARING_RULE)
+    tell(SHARING_RULE)
 
 
 def _print_budgets(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -249,7 +244,7 @@ def _print_budgets(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
         for row in rows
     ]
     _print_columns("budget of a run, mean over seeds", budget, in_mib)
-    print("".join(f"{note}\n" for note in document["notes"]), end="")
+    tell("".join(f"{note}\n" for note in document["notes"]), end="")
     each = {
         "method": "method",
         "MiB_down_each": "MiB down",

@@ -16,7 +16,7 @@ from fedmira.cli.options import (
     fresh_folder,
     settings_and_rows,
 )
-from fedmira.cli.screen import print_json, print_table, progress, say
+from fedmira.cli.screen import print_json, print_table, progress, say, tell
 from fedmira.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -113,19 +113,19 @@ def _print(found: Decision) -> None:
     cells = [["" if row[key] is None else row[key] for key in columns] for row in rows]
     print_table("decisions", list(columns.values()), cells)
     document = found.decisions.document()
-    print(document["rule"])
+    tell(document["rule"])
     for note in document["notes"]:
-        print(note)
+        tell(note)
     measured = document["measured"]
     if measured and not found.decisions.taken:
-        print(f"Everybody keeps its own adapter: {measured['own_test_loss']:.3f} on test rows.")
+        tell(f"Everybody keeps its own adapter: {measured['own_test_loss']:.3f} on test rows.")
     elif measured:
-        print(
+        tell(
             f"On test rows: {measured['own_test_loss']:.3f} all alone, "
             f"{measured['chosen_test_loss']:.3f} as decided, difference "
             f"{measured['difference']:+.3f} (95 % interval {measured['low']:+.3f} to "
             f"{measured['high']:+.3f}); {measured['below']} of {measured['clients']} clients more "
             f"than 2 % below what they reach alone, {measured['above']} above."
         )
-    print(f"adapters: {found.folder / 'adapters'}")
-    print(f"report: {found.page}")
+    tell(f"adapters: {found.folder / 'adapters'}")
+    tell(f"report: {found.page}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedmira.cli.options import Format, FormatOption, RunPath
-from fedmira.cli.screen import print_json, say
+from fedmira.cli.screen import print_json, say, tell
 
 __all__ = ["export"]
 
@@ -50,4 +50,4 @@ def export(
         return
     for line in found.lines():
         say(line)
-    print(found.folder)
+    tell(found.folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedmira.cli.options import Format, FormatOption, Overrides
-from fedmira.cli.screen import print_json, print_table, say
+from fedmira.cli.screen import print_json, print_table, say, tell
 from fedmira.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,11 +81,11 @@ def merge(
         rows = [list(pair) for pair in zip(made.clients, made.weights, strict=True)]
         print_table(f"merged by {made.by}", ["adapter", "weight"], rows)
     for c, loss in made.tried.items():
-        print(f"strength {c:g}: mean validation loss {loss:.4f}{' *' * (c == made.strength)}")
+        tell(f"strength {c:g}: mean validation loss {loss:.4f}{' *' * (c == made.strength)}")
     share = made.tail / (made.norm**2 + made.tail**2) ** 0.5 if made.tail else 0.0
-    print(f"rank {made.rank}, strength {made.strength:g}; the cut left out {100 * share:.2g} %")
+    tell(f"rank {made.rank}, strength {made.strength:g}; the cut left out {100 * share:.2g} %")
     _assume(made.fleet)
-    print(f"written: {output}")
+    tell(f"written: {output}")
 
 
 def compress(
@@ -150,10 +150,10 @@ def compress(
     rows = [[row[column] for column in columns] for row in figures["adapters"]]
     print_table("compressed", [column.replace("_", " ") for column in columns], rows)
     common = f" ({figures['bytes_common']:,} of them for all)" if around else ""
-    print(f"{figures['bytes_before']:,} bytes before, {figures['bytes_after']:,} after{common}")
+    tell(f"{figures['bytes_before']:,} bytes before, {figures['bytes_after']:,} after{common}")
     if made.assumed:
         say(f"note: {made.assumed}")
-    print(f"written: {output}; no loss was measured")
+    tell(f"written: {output}; no loss was measured")
 
 
 def align(
@@ -210,10 +210,10 @@ def align(
         for row in figures["adapters"]
     ]
     print_table("aligned", [name.replace("_", " ") for name in (*columns, *judged)], table)
-    print(figures["bound"])
+    tell(figures["bound"])
     for text in figures["unknown"]:
-        print(f"not known: {text}")
-    print(f"written: {output}, with graph.json and report.html")
+        tell(f"not known: {text}")
+    tell(f"written: {output}, with graph.json and report.html")
 
 
 def _places(folders: list[str]) -> list[str] | dict[str, str]:

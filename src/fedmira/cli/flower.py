@@ -11,7 +11,7 @@ import tomli_w
 import typer
 
 from fedmira.cli.options import Overrides, PresetName, settings
-from fedmira.cli.screen import say
+from fedmira.cli.screen import say, tell
 from fedmira.config import Config, flattened
 from fedmira.errors import ConfigError
 
@@ -28,8 +28,9 @@ _ABOUT = """\
 # Nothing else belongs to it.
 # Start it with: flwr run . --stream
 # Change a setting for one run with: --run-config "rounds.count=8"
-# A list or a table is written as TOML within a text. Paths are those of the server; a node has its
-# own in its node config.
+# A list or a table is written as TOML within a text. What stands behind server-only is read by the
+# server alone: paths, the base, and how rows are read. A node has its own in its node config and
+# its policy, and refuses a server that sends it such keys.
 
 """
 
@@ -67,14 +68,25 @@ def init(
             "fedmira[flower-simulation].",
         ),
     ] = False,
+    node: Annotated[
+        bool,
+        typer.Option(
+            "--node",
+            help="Write a node's policy.toml in place of an app: what a server may choose there. "
+            "DIR is the folder that holds the node's rows, and may exist.",
+        ),
+    ] = False,
 ) -> None:
-    """Write a Flower app that makes this run.
+    """Write a Flower app that makes this run, or with --node the policy of a node.
 
     Then flower-superlink, flower-supernode and flwr run do the rest (docs/federation.md).
 
     Example: fedmira flower init federation --config run.toml
     """
     chosen = settings(config, preset, overrides)
+    if node:
+        _write_policy(folder, chosen, simulation or output is not None)
+        return
     from fedmira.data import check_apart
 
     if not simulation:
@@ -93,13 +105,36 @@ def init(
     (folder / "pyproject.toml").write_text(
         app_text(folder.resolve().name, chosen, run_folder, simulation), encoding="utf-8"
     )
-    typer.echo(folder / "pyproject.toml")
+    tell(folder / "pyproject.toml")
     programs, more = (
         ("a SuperLink for simulation", " --federation-config 'num-supernodes=CLIENTS'")
         if simulation
         else ("a SuperLink and the nodes", "")
     )
     say(f"start {programs} (docs/federation.md), then: flwr run {folder}{more} --stream")
+
+
+def _write_policy(folder: Path, config: Config, more: bool) -> None:
+    """Write policy.toml into a folder, for the node whose rows lie there.
+
+    Raises:
+        ConfigError: there is one already, or options are given that are an app's.
+    """
+    from fedmira.federation.policy_file import write_policy
+
+    if more:
+        raise ConfigError(
+            "--node: a policy has no run folder and is no simulation; leave --output and "
+            "--simulation away"
+        )
+    path, said = write_policy(folder, config)
+    tell(path)
+    for sentence in said:
+        say(sentence)
+    say(
+        f"read it, then start the node with its rows in a folder in {folder}, or with "
+        f'policy="{path}" in its --node-config (docs/security.md)'
+    )
 
 
 def app_text(name: str, config: Config, output: Path, simulation: bool = False) -> str:
@@ -131,7 +166,7 @@ def app_text(name: str, config: Config, output: Path, simulation: bool = False) 
                         "output": str(output),
                         "resume": False,
                         "simulation": simulation,
-                        **_nested(flattened(_absolute(config))),
+                        **_nested(_for_nodes(flattened(_absolute(config)), simulation)),
                     },
                 }
             }
@@ -159,12 +194,30 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(update=changes)
 
 
+def _for_nodes(flat: Mapping[str, object], simulation: bool) -> dict[str, object]:
+    """The settings with those that no node takes from a server under a name of their own.
+
+    Args:
+        flat: by dotted key.
+        simulation: stays as it is, because all is one party's.
+    """
+    from fedmira.federation.policy import SERVER_ONLY, is_own
+
+    return {
+        f"{SERVER_ONLY}{key}" if is_own(key) and not simulation else key: value
+        for key, value in flat.items()
+    }
+
+
 def _nested(flat: Mapping[str, object]) -> dict[str, object]:
     """Dotted keys as tables, which read better."""
     nested: dict[str, object] = {}
     for key, value in flat.items():
-        section, _, name = key.rpartition(".")
-        table = nested.setdefault(section, {}) if section else nested
-        assert isinstance(table, dict)
+        *sections, name = key.split(".")
+        table = nested
+        for section in sections:
+            inner = table.setdefault(section, {})
+            assert isinstance(inner, dict)
+            table = inner
         table[name] = value
     return nested

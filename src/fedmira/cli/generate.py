@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fedmira.cli.options import Format, FormatOption, RunPath
-from fedmira.cli.screen import print_json
+from fedmira.cli.options import Format, FormatOption, ReferenceShare, RunPath
+from fedmira.cli.screen import print_json, tell_answer
 
 __all__ = ["generate"]
 
@@ -36,6 +36,7 @@ def generate(
             "--max-new-tokens", min=1, help="Default: the run's setting.", show_default=False
         ),
     ] = None,
+    reference_share: ReferenceShare = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Answer a prompt with a client's adapter, in the prompt form the run was trained with.
@@ -45,8 +46,15 @@ def generate(
     from fedmira.studies import answer
     from fedmira.studies.saved import reload_adapters
 
-    text = answer(reload_adapters(run), client, prompt, instruction, max_new_tokens)
+    text = answer(
+        reload_adapters(run),
+        client,
+        prompt,
+        instruction,
+        max_new_tokens,
+        reference_share=reference_share,
+    )
     if format is Format.json:
         print_json({"client": client, "prompt": prompt, "answer": text})
         return
-    print(text)
+    tell_answer(text)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedmira.cli.options import Format, FormatOption, Overrides, RunPath
-from fedmira.cli.screen import print_json, print_table, say
+from fedmira.cli.screen import print_json, print_table, say, tell
 
 __all__ = ["join"]
 
@@ -75,10 +75,10 @@ def join(
         print_table("on rows that neither chose nor trained", ways, lines)
     made_of = ", ".join(f"{name} {share:.2g}" for name, share in figures["start_weights"].items())
     kept = "" if figures["steps"] else ", kept as it is"
-    print(f"starts from: {figures['start']}{f' ({made_of})' if made_of else ''}{kept}")
+    tell(f"starts from: {figures['start']}{f' ({made_of})' if made_of else ''}{kept}")
     if figures["held_out"]:
         told = ", ".join(f"{name} {loss:.4f}" for name, loss in figures["held_out"].items())
-        print(f"on {figures['rows']['held_out']} rows that were set aside: {told}")
+        tell(f"on {figures['rows']['held_out']} rows that were set aside: {told}")
     for note in figures["notes"]:
         say(f"note: {note}")
-    print(f"written: {made.folder}, with join.json and join.html")
+    tell(f"written: {made.folder}, with join.json and join.html")

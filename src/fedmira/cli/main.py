@@ -10,6 +10,7 @@ import typer
 
 from fedmira import __version__
 from fedmira.cli import (
+    audit,
     chat,
     check,
     compare,
@@ -21,15 +22,18 @@ from fedmira.cli import (
     forget,
     generate,
     join,
+    offsite,
     presets,
     report,
     route,
     run,
     serve_config,
     tune,
+    verify,
 )
-from fedmira.cli.screen import logged
+from fedmira.cli.screen import logged, tell
 from fedmira.errors import FedmiraError, InputError
+from fedmira.records import told
 
 __all__ = ["app", "main"]
 
@@ -62,7 +66,11 @@ for _verb in (
     fleets.align,
     join.join,
     forget.forget,
+    offsite.emulate,
+    offsite.plug,
     report.report,
+    verify.verify,
+    audit.audit,
     presets.presets,
 ):
     app.command()(_verb)
@@ -72,7 +80,7 @@ app.add_typer(flower.app)
 def _told_version(asked: bool) -> None:
     """Print the version and end, where it is asked for."""
     if asked:
-        print(f"fedmira {__version__}")
+        tell(f"fedmira {__version__}")
         raise typer.Exit
 
 
@@ -98,17 +106,17 @@ def main() -> None:
             app()
     except InputError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            tell(f"error: {problem}", error=True)
         sys.exit(error.exit_code)
     except FedmiraError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}", error=True)
         sys.exit(error.exit_code)
     except OSError as error:  # a full disk, a folder without permission
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {told(error)}", error=True)
         sys.exit(FedmiraError.exit_code)
     except SystemExit as ending:
         if ending.code == _INTERRUPTED:  # typer ends an interrupt from the keyboard without a word
-            print(f"interrupted{_way_on(sys.argv[1:])}", file=sys.stderr)
+            tell(f"interrupted{_way_on(sys.argv[1:])}", error=True)
         raise
 
 

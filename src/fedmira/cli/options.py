@@ -24,6 +24,7 @@ __all__ = [
     "OutputFolder",
     "Overrides",
     "PresetName",
+    "ReferenceShare",
     "RunPath",
     "fresh_folder",
     "names_of",
@@ -81,6 +82,15 @@ Observers = Annotated[
         metavar="TRACKER[=WHERE]",
         help="Follow the run with tensorboard, trackio, wandb or mlflow; WHERE is a folder, a "
         "project, or an address. May be repeated.",
+        show_default=False,
+    ),
+]
+ReferenceShare = Annotated[
+    float | None,
+    typer.Option(
+        "--reference-share",
+        help="Share of each token's probability that comes from the client's training rows, 0 or "
+        "more and below 1. Default: the run's setting.",
         show_default=False,
     ),
 ]

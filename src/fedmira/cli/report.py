@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedmira.cli.options import Format, FormatOption, RunPath
-from fedmira.cli.screen import print_json
+from fedmira.cli.screen import print_json, tell
 
 __all__ = ["report"]
 
@@ -19,4 +19,4 @@ def report(run: RunPath, format: FormatOption = Format.text) -> None:
     if format is Format.json:
         print_json({"report": str(page)})
         return
-    print(f"report: {page}")
+    tell(f"report: {page}")

@@ -22,12 +22,7 @@ from fedmira.cli.options import (
     settings,
     settings_and_rows,
 )
-from fedmira.cli.screen import (
-    print_json,
-    print_table,
-    progress,
-    say,
-)
+from fedmira.cli.screen import print_json, print_table, progress, say, tell
 from fedmira.config import load_config, refuse_federation
 from fedmira.errors import ConfigError
 
@@ -94,7 +89,7 @@ def run(
         )
         return
     print_summary(chosen.algorithm.name, result.summary)
-    print(f"report: {result.report}")
+    tell(f"report: {result.report}")
 
 
 def print_summary(title: str, summary: Any) -> None:
@@ -137,14 +132,16 @@ def _told_finished(folder: Path, format: Format) -> bool:
     """
     from fedmira.runs import RunFolder
 
-    run, table, page = (
-        RunFolder(folder).read_json("run.json"),
-        folder / "metrics" / "clients.csv",
-        folder / "report.html",
-    )
+    run: Any = RunFolder(folder).run_json()
+    table, page = folder / "metrics" / "clients.csv", folder / "report.html"
     if run.get("status") != "finished" or not all(
         path.is_file() for path in (table, page, folder / "adapters" / "index.json")
     ):
+        return False
+    if damaged := RunFolder(folder).damaged_results():
+        for problem in damaged:
+            say(f"warning: {problem}")
+        say("results are written again from the checkpoint")
         return False
     say(
         f"{folder}: already finished, {run['rounds_done']} of {run['rounds_done']} rounds; "
@@ -166,7 +163,7 @@ def _told_finished(folder: Path, format: Format) -> bool:
         )
         return True
     print_summary(load_config(folder / "config.toml").algorithm.name, run["summary"])
-    print(f"report: {page}")
+    tell(f"report: {page}")
     return True
 
 

@@ -14,18 +14,41 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmira.observers import Progress
+from fedmira.shown import plain
 
-__all__ = ["logged", "print_json", "print_table", "progress", "say"]
+__all__ = ["logged", "print_json", "print_table", "progress", "say", "tell", "tell_answer"]
 
 _NAME_WIDTH = 16
 _PIPE_WIDTH = 400  # a pipe has no width to keep to
-_out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_PIPE = None if sys.stdout.isatty() else _PIPE_WIDTH
+# Texts are shown as they are: a name in brackets is no style.
+_out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=_PIPE)
+_err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
     """A line on stderr, so that stdout stays for results."""
-    _err.print(text, markup=False)
+    _err.print(plain(text, lines=True))
+
+
+def tell(text: object, *, end: str = "\n", error: bool = False) -> None:
+    """A line of a result on stdout, as it may be shown on a terminal.
+
+    Args:
+        text: or what becomes one.
+        end: what follows it.
+        error: on stderr instead.
+    """
+    print(plain(str(text), lines=True), end=end, file=sys.stderr if error else sys.stdout)
+
+
+def tell_answer(text: str) -> None:
+    """What a model answered: as it is to a program, and as it may be shown to a terminal.
+
+    Args:
+        text: of the model.
+    """
+    print(plain(text, lines=True) if sys.stdout.isatty() else text, flush=True)
 
 
 class _Said(logging.Handler):
@@ -70,13 +93,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
     Names and headings fold where it is narrow.
     """
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=plain(title), title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
         numeric = any(isinstance(row[i], (int, float)) for row in rows)
         longest = max((len(_cell(row[i])) for row in rows), default=0)
         justify: Literal["left", "right"] = "right" if numeric else "left"
         table.add_column(
-            column,
+            plain(column),
             justify=justify,
             overflow="fold",
             min_width=longest if numeric else min(longest, _NAME_WIDTH),
@@ -101,5 +124,5 @@ def _finite(value: object) -> object:
 
 def _cell(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, float):
-        return str(value)
+        return plain(str(value), lines=True)
     return f"{value:.3f}"

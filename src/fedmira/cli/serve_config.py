@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedmira.cli.options import Format, FormatOption, RunPath
-from fedmira.cli.screen import print_json, say
+from fedmira.cli.screen import print_json, say, tell
 
 __all__ = ["serve_config"]
 
@@ -49,4 +49,4 @@ def serve_config(
     for note in found.notes:
         say(note)
     say(f"{len(found.files)} files; {found.folder / 'README.md'} says how to use them")
-    print(found.folder)
+    tell(found.folder)

@@ -24,7 +24,7 @@ from fedmira.cli.options import (
     settings,
     settings_and_rows,
 )
-from fedmira.cli.screen import print_json, print_table, progress, say
+from fedmira.cli.screen import print_json, print_table, progress, say, tell
 from fedmira.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -164,14 +164,14 @@ def _print(tuning: Tuning) -> None:
     )
     for trial in document["trials"]:
         if trial["problem"]:
-            print(f"trial {trial['number']} failed: {trial['problem']}")
+            tell(f"trial {trial['number']} failed: {trial['problem']}")
     others = len(rows) - 1
     if document["close"]:
-        print(
+        tell(
             f"{len(document['close'])} of {others} other trials are not told apart from the best: "
             f"{', '.join(map(str, document['close']))}"
         )
     for note in [*document["edges"], *document["notes"]]:
-        print(note)
-    print(f"best settings: {tuning.folder / 'best.toml'}")
-    print(f"page: {tuning.page}")
+        tell(note)
+    tell(f"best settings: {tuning.folder / 'best.toml'}")
+    tell(f"page: {tuning.page}")

@@ -4,6 +4,7 @@ from fedmira.clients.base import Candidates, Clients, SplitName
 from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.local import LocalClients
 from fedmira.clients.over_wire import OverWire
+from fedmira.clients.references import References, references_of
 
 __all__ = [
     "Candidates",
@@ -12,5 +13,7 @@ __all__ = [
     "CohortSettings",
     "LocalClients",
     "OverWire",
+    "References",
     "SplitName",
+    "references_of",
 ]

@@ -6,7 +6,7 @@ Begin, choose a start, local training on one resident base, finish.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedmira.adapters import Adapter, same_shapes
 from fedmira.config import LocalSettings
@@ -109,8 +109,10 @@ class Cohort:
         ]
         outcomes = self.kind.train(tasks, self.settings.local, self.settings.token_budget)
         return [
-            self._finish(request, outcome, memories.get(request.client_id), measured)
-            for request, outcome, measured in zip(requests, outcomes, choices, strict=True)
+            self._finish(request, outcome, memories.get(request.client_id), measured, start)
+            for request, outcome, measured, start in zip(
+                requests, outcomes, choices, starts, strict=True
+            )
         ]
 
     def _chosen(
@@ -143,7 +145,7 @@ class Cohort:
             for share, choice in zip(shares, choices, strict=True)
         ]
         return [
-            Start(adapter, start.hook, settle=start.settle)
+            replace(start, adapter=adapter, alternatives={}, blend=None)
             for adapter, start in zip(adapters, starts, strict=True)
         ], measured
 
@@ -164,7 +166,11 @@ class Cohort:
             seed=request.seed,
             hook=start.hook,
             settle=start.settle,
+            squares=start.squares,
             moments=moments,
+            advantages=(
+                [row.advantage or 0.0 for row in rows] if local.advantage_temperature else None
+            ),
             rates=rate_shares(
                 local, request.round, self.settings.rounds, count_steps(len(rows), local)
             ),
@@ -172,7 +178,12 @@ class Cohort:
         )
 
     def _finish(
-        self, request: Request, outcome: LocalOutcome, memory: Payload | None, measured: _Measured
+        self,
+        request: Request,
+        outcome: LocalOutcome,
+        memory: Payload | None,
+        measured: _Measured,
+        start: Start,
     ) -> tuple[Reply | Failure, Payload | None]:
         client, round_number = request.client_id, request.round
         if outcome.failure:
@@ -185,6 +196,8 @@ class Cohort:
             learning_rate=self.settings.local.learning_rate,
             movement=outcome.movement,
             losses=measured.losses,
+            squares=outcome.squares,
+            learned=start.learned() if start.learned else {},
         )
         payload, kept = self.algorithm.finished(request.payload, memory, trained)
         if client in self.settings.privacy:  # figures of the rows themselves stay here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,6 +10,7 @@ from functools import cached_property
 from fedmira.adapters import Adapter
 from fedmira.clients.base import Candidates, SplitName
 from fedmira.clients.cohort import Cohort, CohortSettings
+from fedmira.clients.references import References
 from fedmira.data import ClientData, ClientSummary, summary_of
 from fedmira.messages import ClientId, Failure, Payload, Reply, Request
 from fedmira.methods import Method
@@ -33,6 +35,7 @@ class LocalClients:
         settings: how they train, the scale of each client's adapter, and the most tokens in one
             pass.
         at_once: clients whose adapters and moments are in memory together.
+        references: where losses and answers are to lean on the clients' training rows.
     """
 
     method: Method | None
@@ -40,6 +43,7 @@ class LocalClients:
     data: Mapping[ClientId, ClientData]
     settings: CohortSettings
     at_once: int = 64
+    references: References | None = None
     _memories: Mapping[ClientId, Payload] = field(default_factory=dict)
 
     @cached_property
@@ -89,6 +93,14 @@ class LocalClients:
         for names in self._in_turns(asked):
             rows = [getattr(self.data[name], split) for name in names]
             scales = [self.settings.scales[name] for name in names]
+            if self.references is not None:
+                for name, scale, of_client in zip(names, scales, rows, strict=True):
+                    found = self.references.losses(
+                        self.data[name], adapters[name], scale, of_client
+                    )
+                    tokens = sum(len(row.response) for row in of_client)
+                    result[name] = TokenLoss(math.fsum(found), tokens)
+                continue
             # No name holds the adapters, so that they are gone before the next ones are read.
             sums = self.kind.losses(
                 [adapters[name] for name in names], scales, rows, self.settings.token_budget
@@ -146,6 +158,18 @@ class LocalClients:
             max_new_tokens: longest answer in tokens.
         """
         result: dict[ClientId, list[str]] = {}
+        if self.references is not None:
+            return {
+                name: self.references.answers(
+                    self.data[name],
+                    adapter,
+                    self.settings.scales[name],
+                    [row.prompt for row in self.data[name].test],
+                    max_new_tokens=max_new_tokens,
+                    budget=self.settings.token_budget,
+                )
+                for name, adapter in adapters.items()
+            }
         for names in self._in_turns(list(adapters)):
             prompts = [
                 (i, row.prompt) for i, name in enumerate(names) for row in self.data[name].test

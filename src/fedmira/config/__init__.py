@@ -1,6 +1,6 @@
 """What to run: the settings, their layers, and what is wrong with them in words."""
 
-from fedmira.config.cache import cache_folder
+from fedmira.config.cache import cache_folder, distrusted
 from fedmira.config.flat import FlatValue, flattened, unflattened
 from fedmira.config.load import (
     dump_config,
@@ -66,6 +66,7 @@ __all__ = [
     "RoundsSettings",
     "ServerSettings",
     "cache_folder",
+    "distrusted",
     "dump_config",
     "flattened",
     "load_config",

@@ -61,10 +61,14 @@ METHODS: Mapping[str, str] = {
     "fedlease": "fedmira.methods.fedlease:FedLease",
     "fedalt": "fedmira.methods.fedalt:FedAlt",
     "feddpa": "fedmira.methods.feddpa:FedDpa",
+    "cgc-lora": "fedmira.methods.cgc_lora:CgcLora",
+    "fola": "fedmira.methods.fola:Fola",
+    "mtlora": "fedmira.methods.mtlora:MtLora",
     "lora-fair": "fedmira.methods.lora_fair:LoraFair",
     "rolora": "fedmira.methods.rolora:RoLora",
     "fedfomo": "fedmira.methods.fedfomo:FedFomo",
     "fedkseed": "fedmira.methods.fedkseed:FedKSeed",
+    "gossip": "fedmira.methods.gossip:Gossip",
     "mira": "fedmira.methods.mira:Mira",
     "two-level": "fedmira.methods.two_level:TwoLevel",
 }
@@ -89,6 +93,7 @@ class Need(Enum):
     VALIDATION = "clients have validation rows"
     MOVEMENTS = "clients train along random directions"
     PLAIN_STEPS = "a local step is one rate times the gradient"
+    GRADIENTS = "local steps follow the gradients of batches"
 
 
 class MethodSection(Section):
@@ -104,6 +109,11 @@ class MethodSection(Section):
             that less travels than is handed over.
         uses_graph: whether its server half looks at the graph of clients; where it does not, a key
             of [graph] is an error.
+        traffic_differs: by what the messages of clients of one rank differ in size; "" where they
+            do not.
+        begins_elsewhere: whether clients begin to train from what they make of the adapter that
+            they are sent and of others, so that a reply is not one local training away from it.
+        squared_parts: parts of a reply that are sums of squares, whose lengths differ as squares.
         averages: whether `combine` averages whole adapters by `mean_of`, so that [server] may put
             another average in its place. It holds for the class that says so and for those that
             take its `combine` over.
@@ -122,6 +132,9 @@ class MethodSection(Section):
     always_needs: ClassVar[Mapping[Need, str]] = {}
     partly_sent: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = True
+    traffic_differs: ClassVar[str] = ""
+    begins_elsewhere: ClassVar[bool] = False
+    squared_parts: ClassVar[tuple[str, ...]] = ()
     averages: ClassVar[bool] = False
     sends_mean_alone: ClassVar[bool] = False
     moves_towards: ClassVar[bool] = False
@@ -198,6 +211,7 @@ _USUAL_REASONS = {
     ),
     Need.VALIDATION: "algorithm.name = {name!r}",
     Need.MOVEMENTS: "algorithm.name = {name!r}",
+    Need.GRADIENTS: "algorithm.name = {name!r}, which adds up squared gradients",
     Need.PLAIN_STEPS: "algorithm.name = {name!r}, which reads the mean gradient off the way it led",
 }
 

@@ -109,6 +109,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _references_are_of_layers(self) -> Config:
+        if self.evaluation.reference_share and not self.adapter.low_rank:
+            raise ValueError(
+                f"evaluation.reference_share = {self.evaluation.reference_share:g} goes with "
+                f"adapter.kind = 'lora' only, and kind is {self.adapter.kind!r}; set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _choices_need_validation(self) -> Config:
         setting = self.algorithm.reason(Need.VALIDATION)
         if setting and self.data.validation_fraction == 0:
@@ -213,6 +222,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _gradients_are_there_to_be_squared(self) -> Config:
+        problem = self.algorithm.reason(Need.GRADIENTS)
+        if problem and self.local.optimizer == "zeroth-order":
+            raise ValueError(
+                f"local.optimizer = 'zeroth-order' does not go with {problem}: it has slopes along "
+                "random directions in their place; set another local.optimizer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _plain_steps_show_their_gradients(self) -> Config:
         problem, local = self.algorithm.reason(Need.PLAIN_STEPS), self.local
         wanted = {
@@ -248,6 +267,18 @@ def privacy_problem(config: Config) -> str:
             f"{told} does not go with data.validation_fraction = "
             f"{config.data.validation_fraction:g}: losses of validation rows travel and choose, "
             "and no part of epsilon is set aside for them; set it to 0"
+        )
+    if config.evaluation.reference_share > 0:
+        return (
+            f"{told} does not go with evaluation.reference_share = "
+            f"{config.evaluation.reference_share:g}: answers would lean on training rows, and "
+            "their scores travel; set it to 0"
+        )
+    if kind == "row" and config.local.advantage_temperature > 0:
+        return (
+            f"{told} does not go with local.advantage_temperature = "
+            f"{config.local.advantage_temperature:g}: a row's weight depends on the others of its "
+            "batch; set it to 0"
         )
     if kind == "row" and config.local.optimizer in ("sophia", "zeroth-order"):
         return (

@@ -20,6 +20,7 @@ SOURCES: Mapping[str, str] = {
     "dolly": "fedmira.data.sources.dolly:read",
     "jsonl": "fedmira.data.sources.jsonl:read",
     "hub": "fedmira.data.sources.hub:read",
+    "trajectories": "fedmira.data.sources.trajectories:read",
 }
 """data.source -> where its reader is. A new source is a file and a line here."""
 

@@ -1,5 +1,6 @@
 """From rows in files to clients with token ids."""
 
+from fedmira.data.advantages import about_advantages
 from fedmira.data.answers import answer_text, turn_ends
 from fedmira.data.chat_forms import asked, chat_template_of, messages_to_send, wrong_prompt
 from fedmira.data.encoded import ClientData, EncodedExample, without_middle
@@ -51,6 +52,7 @@ __all__ = [
     "Reader",
     "Reading",
     "Tokenizer",
+    "about_advantages",
     "answer_text",
     "check_apart",
     "check_clock",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedmira.data.examples import Example
@@ -35,10 +35,12 @@ class EncodedExample:
         prompt: with the leading special tokens that the tokenizer itself adds; never empty.
         response: ends with the end-of-sequence token, or as the chat template ends a turn, unless
             it was cut; never empty.
+        advantage: as the row has it; it plays no part in what rows are copies of each other.
     """
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
+    advantage: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

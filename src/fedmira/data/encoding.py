@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 
+from fedmira.data.advantages import unlike_copies
 from fedmira.data.answers import answer_text
 from fedmira.data.encoded import ClientData, EncodedExample, EncodedTurn, without_middle
 from fedmira.data.examples import Example, turns_of
@@ -33,6 +34,7 @@ _UNMARKED = (
     "answers stand outside of what the chat template marks as written by the assistant "
     "({% generation %}); all that stands behind the prompt is learned"
 )
+_UNLIKE = "rows are copies of a row of another advantage, and only the first of them counts"
 _JOINED = (
     "answers begin with what joins the end of the prompt, so that training and `generate` part "
     "them at another token"
@@ -161,6 +163,9 @@ class Encoder:
         (train, validation, test), duplicates, overlaps = _apart(parts, client.test is not None)
         turns = [*train, *validation, *test]
         notes = Counter(note for turn in turns for note in turn.notes)
+        given = (*client.examples, *(client.validation or ()))
+        notes[_UNLIKE] += unlike_copies((row, row.advantage) for row in given)
+        notes[_UNLIKE] += unlike_copies((turn.row, turn.row.advantage) for turn in parts[0])
         return ClientData(
             client_id=client.client_id,
             task=client.task,
@@ -177,7 +182,7 @@ class Encoder:
             system=_shared([_system(row) for row in split.train]),
             tools=_shared([row.tools for row in split.train]),
             conversation=all(row.messages for row in split.train),
-            notes=tuple(notes.items()),
+            notes=tuple((+notes).items()),
         )
 
     def _batch(
@@ -193,7 +198,7 @@ class Encoder:
                 continue
             length = len(prompt) + len(response)
             self.longest_row = max(self.longest_row, length)
-            row = self._fitted(prompt, response)
+            row = self._fitted(prompt, response, turn.advantage)
             reference, said = self._reference(turn, response)
             found.append(
                 EncodedTurn(
@@ -322,12 +327,14 @@ class Encoder:
         )
         return [list(row) for row in encoded["input_ids"]]
 
-    def _fitted(self, prompt: tuple[int, ...], response: tuple[int, ...]) -> EncodedExample:
+    def _fitted(
+        self, prompt: tuple[int, ...], response: tuple[int, ...], advantage: float | None
+    ) -> EncodedExample:
         most = self._max_length
-        if len(prompt) + len(response) <= most:
-            return EncodedExample(prompt, response)
-        response = response[: max(most // 2, most - len(prompt))]
-        return EncodedExample(without_middle(prompt, most - len(response)), response)
+        if len(prompt) + len(response) > most:
+            response = response[: max(most // 2, most - len(prompt))]
+            prompt = without_middle(prompt, most - len(response))
+        return EncodedExample(prompt, response, advantage)
 
     def _reading(self, prompt: tuple[int, ...], row: EncodedExample) -> Hashable:
         """The prompt, or where it was cut, what is left of it beside the longest response."""

@@ -24,6 +24,8 @@ class Example:
         tools: the functions that the assistant may call, as the text of a JSON list; "" for none.
         untrained: positions of assistant messages that are not to be learned; the response stands
             at position len(messages).
+        advantage: how much better than usual the response is; None where the source does not say.
+            Rows that differ in nothing else are copies.
     """
 
     instruction: str
@@ -34,6 +36,7 @@ class Example:
     extras: tuple[str, ...] = ()
     tools: str = ""
     untrained: tuple[int, ...] = ()
+    advantage: float | None = field(default=None, compare=False)
 
     @property
     def prompt(self) -> Hashable:

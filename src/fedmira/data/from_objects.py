@@ -10,6 +10,7 @@ from typing import Any
 
 from fedmira.config import DataSettings
 from fedmira.config.sources import OBJECT
+from fedmira.data.advantages import ADVANTAGE
 from fedmira.data.examples import Example, RawTask, Reading
 from fedmira.data.problems import Problems
 from fedmira.data.rows import Row, RowReader, text_of
@@ -111,7 +112,12 @@ def _rows(where: str, given: Any, problems: Problems) -> Iterator[Row]:
         if not isinstance(row, Mapping):
             problems.add(f"{where} row {number}: is of type {type(row).__name__}; must be a dict")
             return
-        yield {str(key): value for key, cell in row.items() if not _missing(value := _plain(cell))}
+        yield {
+            str(key): value
+            for key, cell in row.items()
+            # A critic that failed says NaN: that is no cell that nobody filled.
+            if not _missing(value := _plain(cell)) or (key == ADVANTAGE and value is not None)
+        }
 
 
 def _plain(value: Any) -> Any:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedmira.config import DataSettings
+from fedmira.data.advantages import ADVANTAGE, advantage_of
 from fedmira.data.conversations import (
     Message,
     conversation,
@@ -36,7 +38,7 @@ _ANSWERS = ("output", "response", "answer", "completion")
 _SYSTEMS = ("system", "system_prompt", "system_message")
 _AROUND = (*_SYSTEMS, "history", "tools", "functions")
 
-KEYS = frozenset((*_CHATS, *_ASKS, *_MATERIALS, *_ANSWERS, *_AROUND, "category"))
+KEYS = frozenset((*_CHATS, *_ASKS, *_MATERIALS, *_ANSWERS, *_AROUND, "category", ADVANTAGE))
 """Keys that a row of any shape is read by."""
 
 _LIKELY = frozenset(
@@ -103,6 +105,8 @@ class RowReader:
             named, where, self._problems, seen=seen, instruction=self._settings.instruction
         )
         if example is not None:
+            advantage = advantage_of(named, where, self._problems, seen)
+            example = replace(example, advantage=advantage)
             self._account(named, where, example, seen)
         if len(self._problems) > before:
             self._bad += 1

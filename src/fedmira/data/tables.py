@@ -14,6 +14,7 @@ import pyarrow.parquet
 
 from fedmira.data.delimited import rows_of_text
 from fedmira.data.files import read_json_lines
+from fedmira.data.guarded import lethal
 from fedmira.data.problems import Problems
 from fedmira.data.texts import Row
 
@@ -101,6 +102,9 @@ def _parquet(data: bytes, path: Path, problems: Problems) -> Iterator[tuple[str,
     if len(data) < 12 or data[:4] != b"PAR1" or data[-4:] != b"PAR1":
         problems.add(f"{path}: is no parquet file; it must begin and end with PAR1")
         return
+    if reason := lethal("parquet", path.name, data):
+        problems.add(f"{path}: cannot be read as parquet ({reason}); the file is damaged")
+        return
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(data))
         number = 0
@@ -108,8 +112,9 @@ def _parquet(data: bytes, path: Path, problems: Problems) -> Iterator[tuple[str,
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", row
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-        problems.add(f"{path}: cannot be read as parquet ({str(error).splitlines()[0][:200]})")
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        problems.add(f"{path}: cannot be read as parquet ({reason[:200]})")
 
 
 def _json(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from fedmira.atomic import replace_file
-from fedmira.config import cache_folder
+from fedmira.config import cache_folder, distrusted
 from fedmira.data.tokenizer import Tokenizer
 
 __all__ = ["TokenCache"]
@@ -23,13 +24,16 @@ _LEAST_CHARACTERS = 2**14
 
 Thousands of small clients would leave thousands of files.
 """
-_FORM = 1
-_SUFFIX = ".safetensors"
+_FORM = 2
+_SUFFIX = ".tokens"
+_SEAL_BYTES = hashlib.sha256().digest_size
+_log = logging.getLogger("fedmira")
 
 
 class TokenCache:
     """Keeps token ids of lists of texts in files.
 
+    Each begins with the SHA-256 of its name and content: what does not fit is said, and made anew.
     The least recently written go when there are more than 512 MiB.
 
     Args:
@@ -41,6 +45,13 @@ class TokenCache:
     def __init__(self, tokenizer: Tokenizer, folder: Path | None = None) -> None:
         parent = cache_folder() if folder is None else folder.parent
         self._folder = folder or (parent and parent / "tokens")
+        if (
+            self._folder is not None
+            and self._folder.is_dir()
+            and (reason := distrusted(self._folder))
+        ):
+            _log.warning("%s: the token cache is not used: %s", self._folder, reason)
+            self._folder = None
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._fingerprint: str | None = None
         if backend is not None:
@@ -68,16 +79,28 @@ class TokenCache:
         ):
             return tokenise(texts)
         path = self._folder / f"{self._key(texts)}{_SUFFIX}"
-        try:
-            found = load_file(path)
-            return [
-                part.tolist() for part in np.split(found["ids"], np.cumsum(found["lengths"])[:-1])
-            ]
-        except (OSError, SafetensorError, KeyError):
-            pass  # not there, or cut short by a crash: made anew
+        found = self._kept(path)
+        if found is not None:
+            return found
         rows = tokenise(texts)
         self._write(path, rows)
         return rows
+
+    def _kept(self, path: Path) -> list[list[int]] | None:
+        """What a file holds; None where it is not there, or holds something else than it did."""
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        if content[:_SEAL_BYTES] != _seal(path, content[_SEAL_BYTES:]):
+            _log.warning(
+                "%s: the file of the token cache is damaged, or an older version wrote it; its "
+                "rows are tokenised again",
+                path,
+            )
+            return None
+        found = load(content[_SEAL_BYTES:])
+        return [part.tolist() for part in np.split(found["ids"], np.cumsum(found["lengths"])[:-1])]
 
     def _key(self, texts: Sequence[str]) -> str:
         hasher = hashlib.sha256(str(self._fingerprint).encode())
@@ -92,8 +115,12 @@ class TokenCache:
         ids = np.array([token for row in rows for token in row], dtype=np.int32)
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
+            if distrusted(path.parent):
+                return
             content = save({"ids": ids, "lengths": lengths})
-            replace_file(path, content, lasting=False, shared=True, mode=0o600)
+            replace_file(
+                path, _seal(path, content) + content, lasting=False, shared=True, mode=0o600
+            )
             if (
                 not self._has_room
             ):  # once in a run: listing the folder takes long when it holds much
@@ -105,7 +132,7 @@ class TokenCache:
     def _make_room(self, folder: Path) -> None:
         files = sorted(
             (file.stat().st_mtime, file.stat().st_size, file)
-            for file in folder.glob(f"*{_SUFFIX}*")
+            for file in folder.iterdir()  # those of older versions, too
         )
         total = sum(size for _, size, _ in files)
         for _, size, file in files:
@@ -113,3 +140,13 @@ class TokenCache:
                 return
             file.unlink(missing_ok=True)
             total -= size
+
+
+def _seal(path: Path, content: bytes) -> bytes:
+    """SHA-256 over what a file is called and what it holds: another file's content does not pass.
+
+    Args:
+        path: of the file.
+        content: what stands behind the seal.
+    """
+    return hashlib.sha256(path.name.encode() + content).digest()

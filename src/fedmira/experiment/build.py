@@ -8,7 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedmira.adapters import Adapter
-from fedmira.clients import Clients, CohortSettings, LocalClients, OverWire
+from fedmira.clients import (
+    Clients,
+    CohortSettings,
+    LocalClients,
+    OverWire,
+    references_of,
+)
 from fedmira.config import Config
 from fedmira.config.methods import written_form
 from fedmira.data import (
@@ -16,6 +22,7 @@ from fedmira.data import (
     Dataset,
     ObjectRows,
     ReadRows,
+    about_advantages,
     load_clients,
     read_rows,
     told_left_out,
@@ -150,7 +157,7 @@ def build_experiment(
     """
     places = config
     if resumed is not None:  # perhaps from another folder than the one it was started in
-        places = where_they_lay(config, RunFolder(resumed).read_json("run.json"))
+        places = where_they_lay(config, RunFolder(resumed).run_json())
     if dataset is None and not isinstance(rows, ReadRows):
         rows = read_rows(places.data, config.seed, rows)
     tokenizer = base.tokenizer if base else load_tokenizer(places.model)
@@ -178,10 +185,14 @@ def build_experiment(
         config.rounds.count,
         row_privacy(config, kind.base, rows_of),
     )
-    clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once)
+    references = references_of(kind, config.evaluation)
+    clients: Clients = LocalClients(scheme.algorithm, kind, data, settings, at_once, references)
     if config.engine.wire != "float32":
         clients = OverWire(clients, config.engine.wire, at_once)
-    notes = _about_answers(config, kind.base, dataset)
+    notes = [
+        *_about_answers(config, kind.base, dataset),
+        *about_advantages(dataset.clients, config.local.advantage_temperature),
+    ]
     for note in notes:
         _log.warning("%s", note)
     return Experiment(
@@ -242,7 +253,7 @@ def _length(response: Sequence[int], ends: set[int]) -> int:
 
 def _token_budget(config: Config, kind: AdapterKind, resumed: Path | None) -> int:
     """As set, else that of the run that is continued, else what is fastest."""
-    recorded = RunFolder(resumed).read_json("run.json").get("token_budget") if resumed else None
+    recorded = RunFolder(resumed).run_json().get("token_budget") if resumed else None
     return (
         recorded
         if isinstance(recorded, int) and config.engine.token_budget == "auto"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fedmira.clients import LocalClients, OverWire
 from fedmira.data import ClientData
@@ -43,6 +43,8 @@ def check_export(
     )
     if not able:
         return {"checked": [], "reason": "no client's test rows are on this machine"}, None
+    if experiment.config.evaluation.reference_share:
+        reported = _alone(experiment, result, able)
     losses: dict[str, float] = {}
     for client in able if experiment.verify_adapters else able[:1]:
         try:
@@ -57,6 +59,22 @@ def check_export(
         except FedmiraError as error:
             return {"checked": losses, "error": str(error)}, str(error)
     return {"checked": losses}, None
+
+
+def _alone(
+    experiment: Experiment, result: Result, able: Sequence[ClientId]
+) -> dict[ClientId, float]:
+    """Losses of the adapters alone, as plain PEFT has nothing to refer to."""
+    data = _rows(experiment)
+    kind = experiment.kind
+    found = {}
+    for client in able if experiment.verify_adapters else able[:1]:
+        rows, scale = data[client].test, kind.scale(experiment.ranks[client])
+        adapter = result.adapters[client]
+        assert experiment.token_budget is not None, "rows that are here have a budget"
+        (total,) = kind.losses([adapter], [scale], [rows], experiment.token_budget)
+        found[client] = total / sum(len(row.response) for row in rows)
+    return found
 
 
 def _rows(experiment: Experiment) -> Mapping[ClientId, ClientData]:

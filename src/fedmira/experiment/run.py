@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import uuid
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from fedmira.config import dump_config, flattened
 from fedmira.errors import (
     AlignmentError,
     FedmiraError,
+    MachineError,
     RunError,
     RunFolderError,
 )
@@ -23,6 +23,7 @@ from fedmira.methods import ServerState
 from fedmira.model import count_steps
 from fedmira.observers import EndEvent, Observer, RunFacts, StartEvent
 from fedmira.privacy import ClientNoise
+from fedmira.records import machine_errors, told
 from fedmira.rounds import Screen, run_rounds
 from fedmira.runs import (
     Checkpoint,
@@ -64,7 +65,7 @@ def run_experiment(
         RunError: the run failed; what was computed is in the folder.
     """
     folder = RunFolder.create(output, dump_config(experiment.config))
-    with folder.locked():
+    with machine_errors(), folder.locked():
         return _run(experiment, folder, observers, until)
 
 
@@ -87,12 +88,14 @@ def resume_experiment(
         RunError: the run failed.
     """
     folder = RunFolder.reopen(output)
+    with machine_errors():
+        folder.make_parts()
     if (output / "config.toml").read_text(encoding="utf-8") != dump_config(experiment.config):
         raise RunFolderError(
             f"{output}: this run was made with other settings; --resume continues it as it "
             "was: leave the config and --set away"
         )
-    with folder.locked():
+    with machine_errors(), folder.locked():
         return _run(experiment, folder, observers, until)
 
 
@@ -138,7 +141,7 @@ def _run(
     until: int | None = None,
 ) -> Result:
     """Go on from the folder's checkpoint, or from the start in one that has none."""
-    checkpoints, before = CheckpointFolder(folder.checkpoint), folder.read_json("run.json")
+    checkpoints, before = CheckpointFolder(folder.checkpoint), folder.run_json()
     identity = str(before.get("id") or uuid.uuid4().hex)
     recorder = Recorder(
         config=experiment.config,
@@ -148,11 +151,12 @@ def _run(
         checkpoints=checkpoints,
         facts=RunFacts(identity, folder.path.name, flattened(experiment.config)),
         observers=observers,
-        spent_seconds=float(before.get("wall_seconds", 0.0)),  # type: ignore[arg-type]
+        spent_seconds=float(before.get("wall_seconds", 0.0)),
         until=until,
     )
-    checkpoint, provenance = checkpoints.load(), Provenance(recorder, experiment.ground, before)
+    provenance = Provenance(recorder, experiment.ground, before)
     provenance.check_same_ground()
+    checkpoint = checkpoints.load(folder.lost_lines)
     part = _Part(experiment, recorder, provenance)
     try:
         checkpoints.tidy(checkpoint)
@@ -178,6 +182,7 @@ class _Part:
     def __init__(self, experiment: Experiment, recorder: Recorder, provenance: Provenance) -> None:
         self._experiment, self._recorder, self._provenance = experiment, recorder, provenance
         self._clients = list(experiment.ranks)
+        self._totals: dict[str, float] = {}
 
     def train(self, checkpoint: Checkpoint | None) -> ServerState:
         """Run the rounds after a checkpoint, or all of them; the last state.
@@ -246,6 +251,7 @@ class _Part:
         """Write adapters and tables of the last state."""
         generate = self._experiment.config.evaluation.rouge
         ground, ranks = self._experiment.ground, self._experiment.ranks
+        self._totals = dict(self._experiment.algorithm.totals(state))
         result = write_results(self._recorder, ground, ranks, state, generate=generate)
         return replace(result, status="finished" if self.stopped is None else "stopped")
 
@@ -265,6 +271,7 @@ class _Part:
             clients=len(self._clients),
             summary=result.summary,
             export=export,
+            **({"method": self._totals} if self._totals else {}),
         )
         self._tell_end(status, reason, result)
         if wrong:
@@ -344,6 +351,8 @@ def _screen(experiment: Experiment) -> Screen | ClientNoise:
         rows,
         {client: count_steps(count, config.local) for client, count in rows.items()},
         {client: experiment.kind.scale(rank) for client, rank in ranks.items() if rank},
+        begins_elsewhere=experiment.algorithm.begins_elsewhere,
+        squared_parts=experiment.algorithm.squared_parts,
     )
 
 
@@ -352,17 +361,10 @@ def _told(error: BaseException) -> str:
     return str(error) if isinstance(error, FedmiraError) else f"{type(error).__name__}: {error}"
 
 
-def _unwritten(error: OSError, folder: Path) -> RunError:
+def _unwritten(error: OSError, folder: Path) -> MachineError:
     """A system's error on a file in one line: where, why, and how to go on."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "make room"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "allow this user to write there"
-    else:
-        remedy = "mend that"
-    return RunError(
-        f"{error.filename or folder}: {error.strerror or error}; what the last checkpoint holds "
-        f"is kept: {remedy} and continue with --resume"
+    return MachineError(
+        f"{told(error, folder)}, and continue with --resume; what the last checkpoint holds is kept"
     )
 
 

@@ -6,19 +6,23 @@ Answers the server's messages.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
-from fedmira.clients import CohortSettings, LocalClients, SplitName
+from fedmira.clients import CohortSettings, LocalClients, SplitName, references_of
 from fedmira.config import Config, cache_folder
-from fedmira.data import ClientData, load_own
+from fedmira.data import ClientData, about_advantages, load_own
 from fedmira.errors import ConfigError, WireError
 from fedmira.experiment import client_ranks, prepare_kind, row_privacy, token_budget
 from fedmira.experiment.scheme import method_of
+from fedmira.federation.codes import Refused
 from fedmira.federation.ends import serve
+from fedmira.federation.policy import POLICY_FILE, NodePolicy
 from fedmira.messages import (
     ClientId,
     Failure,
@@ -26,7 +30,7 @@ from fedmira.messages import (
     Reply,
     Request,
 )
-from fedmira.model import AdapterKind, check_ids, tokenizer_hash
+from fedmira.model import AdapterKind, check_ids, count_steps, tokenizer_hash
 from fedmira.wire import (
     CHOICE,
     IDENTITY,
@@ -39,7 +43,16 @@ from fedmira.wire import (
     decode,
 )
 
-__all__ = ["Node", "NodeSettings", "memory_beside", "own_node", "read_node_settings"]
+__all__ = [
+    "Node",
+    "NodeSettings",
+    "memory_beside",
+    "memory_folder",
+    "own_node",
+    "read_node_settings",
+]
+
+_log = logging.getLogger("fedmira")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +61,12 @@ class NodeSettings:
 
     Attributes:
         name: the client's.
-        data_path: replaces data.path, "" keeps it.
-        base: replaces model.base, "" keeps it; it must be the same base, which its hash tells.
-        device: replaces model.device, "" keeps it.
+        data_path: of its rows, "" for what the policy says, or the demo.
+        base: where the base lies, "" for the bundled one; it must be the server's, which its hash
+            tells.
+        device: to train on, "" for the best there is.
         memory: the folder of the client's private memory, "" for one in fedmira's cache folder.
+        policy: the policy file, "" for policy.toml in the folder that holds `data_path`.
     """
 
     name: ClientId
@@ -59,6 +74,37 @@ class NodeSettings:
     base: str = ""
     device: str = ""
     memory: str = ""
+    policy: str = ""
+
+    @property
+    def policy_path(self) -> Path | None:
+        """The node's policy; None where it has none."""
+        if self.policy:
+            return Path(self.policy)
+        beside = Path(self.data_path).absolute().parent / POLICY_FILE if self.data_path else None
+        return beside if beside is not None and beside.exists() else None
+
+    @property
+    def file_name(self) -> str:
+        """The name as that of a file, whatever it is."""
+        return quote(self.name, safe="")[:150]
+
+    def own_settings(self, data: Mapping[str, object]) -> dict[str, object]:
+        """What the node's config says of base, device and rows, by dotted key of the settings.
+
+        Args:
+            data: the node's own keys of [data] in its policy. Rows in a folder are read as jsonl
+                where it names no source.
+        """
+        own: dict[str, object] = {
+            "model.base": self.base or "bundled",
+            "model.device": self.device or "auto",
+        }
+        if self.data_path:
+            own["data.path"] = self.data_path
+        if "source" not in data and (self.data_path or "path" in data):
+            own["data.source"] = "jsonl"
+        return own
 
 
 def read_node_settings(values: Mapping[str, object]) -> NodeSettings:
@@ -67,9 +113,10 @@ def read_node_settings(values: Mapping[str, object]) -> NodeSettings:
     Raises:
         ConfigError: a key is unknown, the name is missing, or a value is no text; all of these
             together.
+        Refused: the node is one of a simulation.
     """
     if "partition-id" in values and not values.get("name"):
-        raise ConfigError(
+        raise Refused(
             "this is a node of a Flower simulation, and the run is none; start it with "
             "--run-config 'simulation=true'"
         )
@@ -79,6 +126,7 @@ def read_node_settings(values: Mapping[str, object]) -> NodeSettings:
         "base": "base",
         "device": "device",
         "memory": "memory",
+        "policy": "policy",
     }
     unknown = sorted(set(values) - set(keys) - {"resident"})
     problems = [
@@ -110,6 +158,10 @@ class Node:
         rank: of its adapter.
         budget: most tokens in one forward pass.
         memory: the folder of the client's private memory.
+
+    Attributes:
+        name: of the client.
+        rounds: of the run.
     """
 
     def __init__(
@@ -122,11 +174,18 @@ class Node:
         memory: Path,
     ) -> None:
         self.name = data.client_id
+        self.rounds = config.rounds.count
         self._memory = memory
         scales = {self.name: kind.scale(rank)}
         hidden = row_privacy(config, kind.base, {self.name: len(data.train)})
         settings = CohortSettings(config.local, scales, budget, config.rounds.count, hidden)
-        self._clients = LocalClients(method_of(config), kind, {self.name: data}, settings)
+        self._clients = LocalClients(
+            method_of(config),
+            kind,
+            {self.name: data},
+            settings,
+            references=references_of(kind, config.evaluation),
+        )
         self._answers: Mapping[str, Callable[[Encoded], Encoded]] = {
             IDENTITY: self._identity,
             TRAIN: self._train,
@@ -199,32 +258,47 @@ class Node:
         return Encoded({}, dict(scores[self.name]))
 
 
-def own_node(config: Config, settings: NodeSettings) -> Node:
+def own_node(config: Config, settings: NodeSettings, policy: NodePolicy) -> Node:
     """The client of one operator, with the rows and the base of this machine.
 
     Args:
-        config: the run's, the same on all machines.
+        config: the run's as the policy admitted it, with this node's own settings.
         settings: of this node.
+        policy: of this node.
 
     Raises:
         InputError: the base or the rows cannot be loaded, or the config does not fit them.
+        Refused: what the run comes to here is beyond a limit of the policy.
     """
-    here, name = _on_this_machine(config, settings), settings.name
+    here, name = _of_one(config, settings.name), settings.name
     kind = prepare_kind(here)
-    data = load_own(here.data, config.seed, kind.base.tokenizer, name)
+    policy.check_base(kind.base.sha256)
+    data = _as_told(load_own(here.data, config.seed, kind.base.tokenizer, name), policy)
     check_ids(kind.base, {name: data.rows})
+    for note in about_advantages([data], config.local.advantage_temperature, required=False):
+        _log.warning("%s", note)
     rank = client_ranks(here.adapter, [name], kind.targets, config.seed)[name]
-    memory = (
-        Path(settings.memory) if settings.memory else (cache_folder() or Path(".fedmira")) / "nodes"
-    )
+    rows = len(data.train)
+    policy.check_size(rows, rank, count_steps(rows, config.local) if rows else 0)
     return Node(
         config=config,
         kind=kind,
         data=data,
         rank=rank,
         budget=token_budget(here, kind),
-        memory=memory,
+        memory=memory_folder(settings),
     )
+
+
+def memory_folder(settings: NodeSettings) -> Path:
+    """The folder in which a node remembers, and keeps its records.
+
+    Args:
+        settings: of the node.
+    """
+    if settings.memory:
+        return Path(settings.memory)
+    return (cache_folder() or Path(".fedmira")) / "nodes"
 
 
 def memory_beside(output: Path) -> Path:
@@ -235,23 +309,37 @@ def memory_beside(output: Path) -> Path:
     return output.with_name(f"{output.name}-memory")
 
 
-def _on_this_machine(config: Config, settings: NodeSettings) -> Config:
-    """The run's config with this machine's paths and device.
-
-    What concerns other clients only is left out.
-    """
-    given = {"path": settings.data_path} if settings.data_path else {}
-    places = {
-        key: value for key, value in (("base", settings.base), ("device", settings.device)) if value
-    }
+def _of_one(config: Config, name: ClientId) -> Config:
+    """The run's config without what concerns other clients only."""
     adapter = config.adapter
     own: dict[str, Any] = {
-        key: {name: value for name, value in of.items() if name == settings.name}
+        key: {client: value for client, value in of.items() if client == name}
         for key, of in (("ranks", adapter.ranks), ("rank_types", adapter.rank_types))
     }
-    changes = {
-        "data": config.data.model_copy(update=given),
-        "model": config.model.model_copy(update=places),
-        "adapter": adapter.model_copy(update=own),
-    }
-    return config.model_copy(update=changes)
+    return config.model_copy(update={"adapter": adapter.model_copy(update=own)})
+
+
+def _as_told(data: ClientData, policy: NodePolicy) -> ClientData:
+    """The rows under what the operator calls them, without parts on which too little is measured.
+
+    Task and category as the source has them are words of files and rows, so they stay here.
+    """
+    least = policy.limits.least_measured
+    few = [part for part in ("test", "validation") if 0 < len(getattr(data, part)) < least]
+    for part in few:
+        _log.warning(
+            "%s: %d %s rows are too few to tell what is measured on them "
+            "(limits.least_measured = %d); this node says that it has none",
+            data.client_id,
+            len(getattr(data, part)),
+            part,
+            least,
+        )
+    return replace(
+        data,
+        task=policy.tells.task,
+        category=policy.tells.category,
+        validation=() if "validation" in few else data.validation,
+        test=() if "test" in few else data.test,
+        references=() if "test" in few else data.references,
+    )

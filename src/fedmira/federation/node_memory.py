@@ -11,19 +11,21 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fedmira.adapters import Adapter, content_hash
 from fedmira.atomic import PARTIAL, replace_file
 from fedmira.errors import RunFolderError
 from fedmira.messages import ClientId, Payload, flattened, in_parts
+from fedmira.records import machine_errors
 
 __all__ = ["NodeMemory"]
 
 _OF_A_ROUND = re.compile(r"round-(\d{6}|[1-9]\d{6,})\.safetensors")
 _ABOUT, _SEAL = "memory", "sha256"
+_LENGTH_BYTES = 8
 
 
 class NodeMemory:
@@ -48,8 +50,9 @@ class NodeMemory:
     def recall(self, accepted_round: int) -> Payload | None:
         """The memory as of the round whose reply the server last accepted from this client.
 
-        All other rounds are removed: what is newer belongs to replies that the server never used,
-        and nobody asks for what is older again. Files of other names are neither read nor touched.
+        The one before it stays, since a server whose last checkpoint is damaged goes back a round.
+        All others are removed: what is newer belongs to replies that the server never used, and
+        nobody asks for what is older again. Files of other names are neither read nor touched.
 
         Args:
             accepted_round: 0 where the server has accepted none.
@@ -59,12 +62,17 @@ class NodeMemory:
 
         Raises:
             RunFolderError: the file is damaged or belongs to another run or client.
+            MachineError: the folder cannot be read or tidied.
         """
         accepted = self._path(accepted_round)
-        for path in list(self.folder.glob("round-*")):
-            if path != accepted and _OF_A_ROUND.fullmatch(path.name.removesuffix(PARTIAL)):
-                path.unlink()
-        return self._read(accepted) if accepted.exists() else None
+        with machine_errors():
+            kept = {accepted_round, max(self._rounds(below=accepted_round), default=0)}
+            for path in list(self.folder.glob("round-*")):
+                found = _OF_A_ROUND.fullmatch(path.name.removesuffix(PARTIAL))
+                if found and (path.suffix == PARTIAL or int(found[1]) not in kept):
+                    path.unlink()
+            present = accepted.exists()
+        return self._read(accepted) if present else None
 
     def keep(self, round_number: int, memory: Payload) -> None:
         """Store the memory after a round, before its reply leaves.
@@ -104,6 +112,11 @@ class NodeMemory:
                 "room or choose another folder"
             ) from error
 
+    def _rounds(self, below: int) -> list[int]:
+        """Rounds before this one of which a memory is kept."""
+        found = (_OF_A_ROUND.fullmatch(path.name) for path in self.folder.glob("round-*"))
+        return [number for match in found if match and (number := int(match[1])) < below]
+
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:06d}.safetensors"
 
@@ -113,18 +126,26 @@ class NodeMemory:
         Raises:
             RunFolderError: the file is damaged or belongs to another run or client.
         """
+        with machine_errors():
+            content = path.read_bytes()
         try:
-            with safe_open(path, framework="pt") as file:
-                written = file.metadata() or {}
-                flat: dict[str, Tensor] = {key: file.get_tensor(key).clone() for key in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise _damaged(path, str(error)) from error
+            flat: dict[str, Tensor] = load(content)
+            written = _metadata(content)
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _damaged(path, f"{type(error).__name__}: {error}") from error
         if written.get(_SEAL) != _seal(written.get(_ABOUT, ""), flat):
             raise _damaged(path, "its content does not have the SHA-256 that was written with it")
         about = json.loads(written[_ABOUT])
         if {key: about[key] for key in self._place} != self._place:
             raise _damaged(path, f"it belongs to run {about['run']!r}, client {about['client']!r}")
         return Payload(in_parts(flat, about["parts"]), about["scalars"])
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """What stands in the header of a safetensors file beside its tensors."""
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    found = json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length]).get("__metadata__")
+    return dict(found or {})
 
 
 def _seal(about: str, flat: Adapter) -> str:

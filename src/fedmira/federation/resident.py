@@ -17,7 +17,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -27,20 +26,17 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from fedmira.errors import FedmiraError, RunError
+from fedmira.federation.codes import NodeError, code_text
+from fedmira.federation.sockets import check_peer, own_folder
 
 if TYPE_CHECKING:
-    from fedmira.federation.node import Node
+    from fedmira.federation.guard import GuardedNode
 
 __all__ = ["NodeError", "answer_here", "ask_resident"]
 
 _IDLE_SECONDS = 3600.0
 _START_SECONDS = 600.0
 _DONE, _REFUSED = b"done", b"refused"
-
-
-class NodeError(RunError):
-    """The node answers with an error; the message is its own text."""
 
 
 def answer_here(
@@ -55,11 +51,11 @@ def answer_here(
         content: the message.
 
     Raises:
-        FedmiraError: it cannot be done.
+        NodeError: it cannot be done.
     """
-    from fedmira.wire import pack, unpack
+    from fedmira.federation.guard import GuardedNode
 
-    return pack(_make_node(node, settings).answer(kind, unpack(content)))
+    return GuardedNode().answer(node, settings, kind, content)
 
 
 def ask_resident(
@@ -80,34 +76,27 @@ def ask_resident(
     place = _place(os.getppid(), str(node.get("name", "")))
     try:
         with _connected(place) as line:
+            check_peer(line)
             line.send_bytes(order)
             line.send_bytes(content)
             ending, answer = line.recv_bytes(), line.recv_bytes()
     except (EOFError, ConnectionError) as error:
-        raise NodeError(
+        raise _failed(
             f"the node's resident process ended while it worked: {_last_words(place)}"
         ) from error
     except OSError as error:
-        raise NodeError(
-            f"{place}: the node's resident process cannot be reached ({error}); set TMPDIR "
-            "to a short path of a local disk"
+        raise _failed(
+            f"{place}: the node's resident process cannot be reached ({error}); set "
+            "XDG_RUNTIME_DIR or TMPDIR to a short path of a local disk"
         ) from error
     if ending == _REFUSED:
-        raise NodeError(answer.decode())
+        raise NodeError(*json.loads(answer))
     return answer
 
 
 def _place(guardian: int, name: str) -> Path:
     """The socket of a SuperNode's resident process, in a folder of this user's alone."""
-    folder = Path(tempfile.gettempdir()) / f"fedmira-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    about = folder.stat()
-    if about.st_uid != os.getuid() or about.st_mode & 0o077:
-        raise NodeError(
-            f"{folder}: must belong to this user and be closed to all others (chmod 700); "
-            "it holds the node's socket"
-        )
-    return folder / f"{guardian}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.socket"
+    return own_folder() / f"{guardian}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.socket"
 
 
 def _connected(place: Path) -> Connection:
@@ -140,7 +129,12 @@ def _connected(place: Path) -> Connection:
                 return Client(str(place), "AF_UNIX")
             except (FileNotFoundError, ConnectionRefusedError):
                 time.sleep(0.05)
-        raise NodeError(f"the node's resident process did not start: {_last_words(place)}")
+        raise _failed(f"the node's resident process did not start: {_last_words(place)}")
+
+
+def _failed(text: str) -> NodeError:
+    """The process itself failed; its words are for this node's log alone."""
+    return NodeError(text, code_text("node"))
 
 
 def _last_words(place: Path) -> str:
@@ -154,13 +148,6 @@ def _last_words(place: Path) -> str:
     return f"{lines[-1] if lines else 'it wrote nothing'} ({log})"
 
 
-def _make_node(node: Mapping[str, object], settings: Mapping[str, object]) -> Node:
-    from fedmira.config import unflattened
-    from fedmira.federation.node import own_node, read_node_settings
-
-    return own_node(unflattened(settings), read_node_settings(node))
-
-
 class _Host:
     """The resident process: one node at a time, built anew when other settings come."""
 
@@ -169,36 +156,35 @@ class _Host:
         self._guardian = guardian
         self._idle_since = time.monotonic()
         self._deadline = math.inf
-        self._built: tuple[str, Node] | None = None
+        self._node: GuardedNode | None = None
 
     def run(self) -> None:
-        """Answer one message after another.
-
-        An error that is not fedmira's own ends the process and stands in its log.
-        """
+        """Answer one message after another."""
         listener = Listener(str(self._place), "AF_UNIX")
         threading.Thread(target=self._watch, daemon=True).start()
         while True:
             with listener.accept() as line:
+                try:
+                    check_peer(line)
+                except NodeError as error:
+                    sys.stderr.write(f"{error}\n")
+                    continue
                 order, content = json.loads(line.recv_bytes()), line.recv_bytes()
                 self._idle_since = math.inf
                 self._deadline = time.monotonic() + _patience(order)
                 try:
                     ending, answer = _DONE, self._answer(order, content)
-                except FedmiraError as error:
-                    ending, answer = _REFUSED, str(error).encode()
+                except NodeError as error:
+                    ending, answer = _REFUSED, json.dumps([str(error), error.told]).encode()
                 line.send_bytes(ending)
                 line.send_bytes(answer)
                 self._deadline, self._idle_since = math.inf, time.monotonic()
 
     def _answer(self, order: Mapping[str, Any], content: bytes) -> bytes:
-        from fedmira.wire import pack, unpack
+        from fedmira.federation.guard import GuardedNode
 
-        about = json.dumps([order["node"], order["settings"]], sort_keys=True)
-        if self._built is None or self._built[0] != about:
-            self._built = None  # the former node's base must not stay beside the next one's
-            self._built = about, _make_node(order["node"], order["settings"])
-        return pack(self._built[1].answer(order["kind"], unpack(content)))
+        self._node = self._node or GuardedNode()
+        return self._node.answer(order["node"], order["settings"], order["kind"], content)
 
     def _watch(self) -> None:
         """End the process when nothing needs it any more.
@@ -218,8 +204,9 @@ class _Host:
 
 
 def _patience(order: Mapping[str, Any]) -> float:
-    """How long the server waits for an answer, in seconds."""
-    return float(order["settings"].get("federation.reply_s", math.inf))
+    """How long the server waits for an answer, in seconds; it may have sent anything."""
+    said = order["settings"].get("federation.reply_s")
+    return float(said) if isinstance(said, int | float) and said > 0 else math.inf
 
 
 def _is_alive(process: int) -> bool:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedmira.config import Config
 from fedmira.data import (
     ClientSummary,
+    about_advantages,
     check_apart,
     check_clock,
     load_clients,
@@ -31,6 +32,7 @@ from fedmira.experiment import (
     privacy_plan,
     start_experiment,
 )
+from fedmira.federation.audit import AuditLog, audit_beside
 from fedmira.federation.ends import ServerEnd
 from fedmira.federation.node import memory_beside
 from fedmira.messages import ClientId
@@ -116,7 +118,7 @@ def build_federation(
     check_apart(config.data)
     kind = prepare_kind(config)
     names = tuple(before.parties) if before else settings.clients
-    nodes = _nodes(config, grid, kind, names)
+    nodes = _nodes(config, grid, kind, names, AuditLog(audit_beside(output)))
     if before:
         nodes.close(before.parties)
     wanted = len(names) or settings.nodes
@@ -161,6 +163,8 @@ def build_simulation(
     kind = prepare_kind(config, load_base(config.model, tokenizer))
     clients = {client.client_id: client for client in dataset.clients}
     check_ids(kind.base, {name: client.rows for name, client in clients.items()})
+    for note in about_advantages(dataset.clients, config.local.advantage_temperature):
+        _log.warning("%s", note)
     memory_beside(output).mkdir(parents=True, exist_ok=True)
     nodes = _nodes(config, grid, kind, tuple(clients))
     parties = nodes.gather((), len(clients), config.federation.wait_s, until_refused=True)
@@ -185,8 +189,17 @@ def build_simulation(
     )
 
 
-def _nodes(config: Config, grid: Grid, kind: AdapterKind, names: tuple[ClientId, ...]) -> Nodes:
-    """The nodes of the grid; those with the server's base and tokenizer may take part."""
+def _nodes(
+    config: Config,
+    grid: Grid,
+    kind: AdapterKind,
+    names: tuple[ClientId, ...],
+    audit: AuditLog | None = None,
+) -> Nodes:
+    """The nodes of the grid; those with the server's base and tokenizer may take part.
+
+    A simulation keeps no record of messages: all of them are one party's.
+    """
     from fedmira.federation.flower.nodes import Nodes
 
     return Nodes(
@@ -195,6 +208,7 @@ def _nodes(config: Config, grid: Grid, kind: AdapterKind, names: tuple[ClientId,
         tokenizer_hash(kind.base.tokenizer),
         names,
         config.federation.reply_s,
+        audit,
     )
 
 
@@ -252,7 +266,7 @@ def _read_members(folder: RunFolder) -> Members:
         RunFolderError: the folder does not say.
     """
     try:
-        about: Any = folder.read_json("run.json")["federation"]
+        about: Any = folder.run_json()["federation"]
         parties = [read_summary(values) for values in about["parties"]]
         run_id = str(about["run_id"])
     except (KeyError, TypeError, ValueError) as error:

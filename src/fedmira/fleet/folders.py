@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from fedmira.adapters import padded
 from fedmira.data import id_problem
 from fedmira.errors import ConfigError, RunError, RunFolderError
 from fedmira.model import LoraFolder, read_lora_folder
+from fedmira.records import RecordedFolder
 from fedmira.runs import RunFolder
 
 __all__ = ["Fleet", "read_fleet", "rows_of_run"]
@@ -85,6 +87,7 @@ def read_fleet(places: Sequence[str | Path] | Mapping[str, str | Path], base: st
     problems: list[str] = []
     for path, name in found:
         try:
+            _check_files(path)
             members.append(read_lora_folder(path, name))
         except RunFolderError as error:
             problems += error.problems
@@ -103,9 +106,12 @@ def _of_run(path: Path, base: str) -> Fleet:
             f"{path}: the run has saved no adapters yet; finish it with: fedmira run "
             f"--resume --output {path}"
         )
-    if told := RunFolder(path).not_ended():
+    if told := RunFolder.reopen(path).not_ended():
         _log.warning("%s", told)
-    members = [read_lora_folder(path / "adapters" / client, client) for client in index]
+    members = []
+    for client in index:
+        _check_files(path / "adapters" / client)
+        members.append(read_lora_folder(path / "adapters" / client, client))
     return Fleet(tuple(members), path, rows_of_run(path), _check_base(members, base))
 
 
@@ -118,8 +124,9 @@ def rows_of_run(path: Path) -> dict[str, int]:
     table = path / "metrics" / "clients.csv"
     if not table.is_file():
         return {}
-    with table.open(encoding="utf-8", newline="") as file:
-        counts = {line["client"]: line["train_rows"] for line in csv.DictReader(file)}
+    content = RunFolder(path).recorded.read("metrics/clients.csv").decode()
+    lines = csv.DictReader(io.StringIO(content, newline=""))
+    counts = {line["client"]: line["train_rows"] for line in lines}
     return {client: int(count) for client, count in counts.items() if count.isdigit()}
 
 
@@ -146,13 +153,25 @@ def _index(folder: Path) -> dict[str, Any]:
         RunFolderError: it is damaged.
     """
     path = folder / "index.json"
+    recorded = RecordedFolder(folder.parent)
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(recorded.read(f"{folder.name}/index.json").decode())
     except ValueError as error:
         raise RunFolderError(f"{path}: not valid JSON ({error}); take it from a copy") from error
     return found if isinstance(found, dict) else {}
+
+
+def _check_files(path: Path) -> None:
+    """Compare the files of an adapter with their record, where they lie in a run.
+
+    Raises:
+        RunFolderError: one is damaged or gone.
+    """
+    place = path.resolve()
+    if place.parent.name == "adapters":
+        RunFolder(place.parent.parent).check_adapter(place.name)
 
 
 def _check_names(members: Sequence[LoraFolder]) -> None:

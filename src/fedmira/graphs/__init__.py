@@ -1,5 +1,6 @@
 """Who is related: fixed and learned graphs, their bounds, and graph.json."""
 
+from fedmira.graphs.blocks import Blocks, in_blocks
 from fedmira.graphs.bounds import GraphBounds, graph_bounds
 from fedmira.graphs.builders import (
     MOST_EDGES,
@@ -15,6 +16,7 @@ from fedmira.graphs.graph import Graph
 from fedmira.graphs.products import ExactProducts, InnerProducts, SketchedProducts
 from fedmira.graphs.similarity import Likeness, likeness
 from fedmira.graphs.sources import (
+    BlocksGraph,
     CollaborationGraph,
     FixedGraph,
     GraphSource,
@@ -23,6 +25,8 @@ from fedmira.graphs.sources import (
 )
 
 __all__ = [
+    "Blocks",
+    "BlocksGraph",
     "CollaborationGraph",
     "ExactProducts",
     "FixedGraph",
@@ -42,6 +46,7 @@ __all__ = [
     "graph_of",
     "graph_source",
     "graph_text",
+    "in_blocks",
     "likeness",
     "project_on_simplex",
     "random_graph",

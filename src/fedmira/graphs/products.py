@@ -5,6 +5,8 @@ All of them, or estimates from sketches.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,12 +24,16 @@ CHUNK = 128
 class InnerProducts(Protocol):
     """What the graph side asks of the inner products <x_k, x_l>."""
 
-    def likeness(self, trained: Tensor, nearest: int) -> Likeness:
+    def likeness(
+        self, trained: Tensor, nearest: int, arrange: Callable[[Tensor], Tensor] | None = None
+    ) -> Likeness:
         """The similarity graph of one round among the clients that have trained, bool [K].
 
         Args:
             trained: which clients have trained, bool [K].
             nearest: how many neighbours each client keeps.
+            arrange: what is made of all weights, float64 [K, K], before neighbours are chosen, for
+                few clients; None leaves them.
         """
         ...
 
@@ -63,9 +69,11 @@ class ExactProducts:
     gram: Tensor
     error: float = 0.0
 
-    def likeness(self, trained: Tensor, nearest: int) -> Likeness:
+    def likeness(
+        self, trained: Tensor, nearest: int, arrange: Callable[[Tensor], Tensor] | None = None
+    ) -> Likeness:
         """The similarity graph, from exact cosines."""
-        return likeness(self.gram, trained, nearest, self.error)
+        return likeness(self.gram, trained, nearest, self.error, arrange)
 
     def cosines(self, trained: Tensor) -> Tensor:
         """Exact, to float64 rounding."""
@@ -93,14 +101,22 @@ class SketchedProducts:
 
     sketches: Tensor
 
-    def likeness(self, trained: Tensor, nearest: int) -> Likeness:
-        """From cosines between sketches."""
-        return sketched_likeness(self.sketches, trained, nearest)
+    def likeness(
+        self, trained: Tensor, nearest: int, arrange: Callable[[Tensor], Tensor] | None = None
+    ) -> Likeness:
+        """From cosines between sketches; all at once where weights are arranged."""
+        if arrange is None:
+            return sketched_likeness(self.sketches, trained, nearest)
+        return self._products().likeness(trained, nearest, arrange)
 
     def cosines(self, trained: Tensor) -> Tensor:
         """Estimates from the sketches."""
+        return self._products().cosines(trained)
+
+    def _products(self) -> ExactProducts:
+        """The estimates of all pairs, and what a cosine among them is off by."""
         sketches = self.sketches.to(torch.float64)
-        return ExactProducts(sketches @ sketches.T).cosines(trained)
+        return ExactProducts(sketches @ sketches.T, 1 / math.sqrt(self.sketches.shape[1]))
 
     def trace(self, laplacian: Any) -> float:
         """An unbiased estimate: the sum over the entries of <column, L column>.

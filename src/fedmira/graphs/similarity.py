@@ -24,6 +24,7 @@ before the mean is made, so that a large one does not bend it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -150,7 +151,13 @@ def nearest_neighbours(weights: Tensor, nearest: int) -> Tensor:
     return torch.maximum(kept, kept.T)
 
 
-def likeness(gram: Tensor, trained: Tensor, nearest: int, error: float = 0.0) -> Likeness:
+def likeness(
+    gram: Tensor,
+    trained: Tensor,
+    nearest: int,
+    error: float = 0.0,
+    arrange: Callable[[Tensor], Tensor] | None = None,
+) -> Likeness:
     """The graph of one round from the Gram matrix of the updates.
 
     Args:
@@ -160,6 +167,8 @@ def likeness(gram: Tensor, trained: Tensor, nearest: int, error: float = 0.0) ->
         nearest: neighbours each client chooses; it may be chosen by more.
         error: of the cosines themselves, root mean square, where they are estimates; the noise is
             no smaller.
+        arrange: what is made of all weights, float64 [K, K], before neighbours are chosen; None
+            leaves them.
     """
     raw, taking_part = cosines_of(gram, trained)
     count = len(taking_part)
@@ -168,6 +177,8 @@ def likeness(gram: Tensor, trained: Tensor, nearest: int, error: float = 0.0) ->
     pairs = raw[tuple(torch.triu_indices(count, count, offset=1))]
     noise = _noise(float(pairs.clamp_max(0).square().sum()), int((pairs < 0).sum()), error)
     worth = _worth(centred_cosines(gram, trained), noise)
+    if arrange is not None:
+        worth = arrange(worth)
     edges = _scaled(list_of_matrix(nearest_neighbours(worth, nearest)), len(gram))
     return Likeness(edges, noise, float(pairs.max()), float(pairs.mean()))
 

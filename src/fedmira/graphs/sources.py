@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmira.config import GraphSettings
 from fedmira.errors import ConfigError
+from fedmira.graphs.blocks import Blocks, check_blocks, in_blocks
 from fedmira.graphs.builders import (
     all_pairs,
     category_graph,
@@ -28,9 +29,10 @@ from fedmira.graphs.edges import NO_EDGES, list_of_matrix
 from fedmira.graphs.files import file_graph
 from fedmira.graphs.graph import Graph
 from fedmira.graphs.products import InnerProducts
-from fedmira.graphs.similarity import SMALLEST_SHARE, remember
+from fedmira.graphs.similarity import SMALLEST_SHARE, Likeness, remember
 
 __all__ = [
+    "BlocksGraph",
     "CollaborationGraph",
     "FixedGraph",
     "GraphSource",
@@ -243,12 +245,7 @@ class LearnedGraph:
             trained: which clients have trained, bool [K].
         """
         found = products.likeness(trained, self.nearest)
-        figures = {
-            "cosine_noise": found.noise,
-            "cosine_largest": found.largest,
-            "cosine_mean": found.mean,
-        }
-        return Learned(found.edges, figures)
+        return Learned(found.edges, _figures(found))
 
     def graph(self, memory: Tensor, clients: Sequence[str]) -> Graph:
         """The remembered graph, shuffled for the control."""
@@ -258,6 +255,45 @@ class LearnedGraph:
     def acts(self, round_number: int) -> bool:
         """From the first round after the warm-up."""
         return round_number > self.warmup_rounds
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksGraph(LearnedGraph):
+    """The similarity graph, whose weights between blocks are lowered before neighbours are chosen.
+
+    Attributes:
+        blocks: c, how many are aimed at (`graphs.blocks`); 0 takes the largest gap between
+            eigenvalues, in each round anew.
+        strength: beta, the price on weights between blocks; with 0 it is the similarity graph.
+    """
+
+    blocks: int = 0
+    strength: float = 1.0
+
+    @property
+    def kind(self) -> str:
+        """The name of this kind of graph in graph.json."""
+        return "blocks"
+
+    def of_round(self, products: InnerProducts, trained: Tensor) -> Learned:
+        """The graph of this round alone; the log has c and both sums of eigenvalues."""
+        made: list[Blocks] = []
+
+        def arrange(weights: Tensor) -> Tensor:
+            made.append(in_blocks(weights, self.blocks, self.strength))
+            return made[-1].weights
+
+        found = products.likeness(trained, self.nearest, arrange)
+        figures = {
+            name: value
+            for blocks in made
+            for name, value in (
+                ("blocks", float(blocks.count)),
+                ("eigenvalues_before", blocks.before),
+                ("eigenvalues_after", blocks.after),
+            )
+        }
+        return Learned(found.edges, {**_figures(found), **figures})
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +343,15 @@ class CollaborationGraph(LearnedGraph):
         return Learned(list_of_matrix(weights.fill_diagonal_(0)))
 
 
+def _figures(found: Likeness) -> dict[str, float]:
+    """Of the cosines, for the log."""
+    return {
+        "cosine_noise": found.noise,
+        "cosine_largest": found.largest,
+        "cosine_mean": found.mean,
+    }
+
+
 _FIXED: Mapping[str, Callable[[GraphSettings, Sequence[str], Mapping[str, str], int], Graph]] = {
     "random": lambda settings, clients, categories, seed: random_graph(clients, seed),
     "uniform": lambda settings, clients, categories, seed: uniform_graph(clients),
@@ -335,6 +380,15 @@ def _similarity(
     return LearnedGraph(nearest=settings.nearest, **common)
 
 
+def _blocks(
+    settings: GraphSettings, clients: Sequence[str], rows: Mapping[str, int], **common: Any
+) -> LearnedGraph:
+    check_blocks(settings.blocks, len(clients))
+    return BlocksGraph(
+        nearest=settings.nearest, blocks=settings.blocks, strength=settings.strength, **common
+    )
+
+
 def _collaboration(
     settings: GraphSettings, clients: Sequence[str], rows: Mapping[str, int], **common: Any
 ) -> LearnedGraph:
@@ -348,6 +402,7 @@ def _collaboration(
 
 _LEARNED: Mapping[str, Callable[..., LearnedGraph]] = {
     "similarity": _similarity,
+    "blocks": _blocks,
     "pfedgraph": _collaboration,
 }
 _SPACES: Mapping[str, str] = {"cosine": "travelled", "principal-angles": "subspace"}

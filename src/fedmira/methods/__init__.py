@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Start,
         Trained,
     )
+    from fedmira.methods.cgc_lora import CgcLora
     from fedmira.methods.context import MethodContext
     from fedmira.methods.ditto import Ditto
     from fedmira.methods.fedalt import FedAlt
@@ -37,10 +38,13 @@ if TYPE_CHECKING:
     from fedmira.methods.fedrot import FedRot
     from fedmira.methods.flexlora import FlexLora
     from fedmira.methods.flora import Flora
+    from fedmira.methods.fola import Fola
+    from fedmira.methods.gossip import Gossip
     from fedmira.methods.hetlora import HetLora
     from fedmira.methods.local import Local
     from fedmira.methods.lora_fair import LoraFair
     from fedmira.methods.mira import Mira
+    from fedmira.methods.mtlora import MtLora
     from fedmira.methods.parts.mixing import Mixing, mixing_matrix
     from fedmira.methods.rolora import RoLora
     from fedmira.methods.scaffold import Scaffold
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Blend": "fedmira.methods.base",
+    "CgcLora": "fedmira.methods.cgc_lora",
     "Combined": "fedmira.methods.base",
     "Diagnostics": "fedmira.methods.base",
     "Ditto": "fedmira.methods.ditto",
@@ -66,6 +71,8 @@ _HOMES = {
     "FedRot": "fedmira.methods.fedrot",
     "FlexLora": "fedmira.methods.flexlora",
     "Flora": "fedmira.methods.flora",
+    "Fola": "fedmira.methods.fola",
+    "Gossip": "fedmira.methods.gossip",
     "GradientHook": "fedmira.methods.base",
     "HetLora": "fedmira.methods.hetlora",
     "Local": "fedmira.methods.local",
@@ -74,6 +81,7 @@ _HOMES = {
     "MethodContext": "fedmira.methods.context",
     "Mira": "fedmira.methods.mira",
     "Mixing": "fedmira.methods.parts.mixing",
+    "MtLora": "fedmira.methods.mtlora",
     "Need": "fedmira.config.methods",
     "RoLora": "fedmira.methods.rolora",
     "Scaffold": "fedmira.methods.scaffold",
@@ -89,6 +97,7 @@ _HOMES = {
 
 __all__ = [
     "Blend",
+    "CgcLora",
     "Combined",
     "Diagnostics",
     "Ditto",
@@ -105,6 +114,8 @@ __all__ = [
     "FedRot",
     "FlexLora",
     "Flora",
+    "Fola",
+    "Gossip",
     "GradientHook",
     "HetLora",
     "Local",
@@ -113,6 +124,7 @@ __all__ = [
     "MethodContext",
     "Mira",
     "Mixing",
+    "MtLora",
     "Need",
     "RoLora",
     "Scaffold",

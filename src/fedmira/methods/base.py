@@ -121,6 +121,9 @@ class Start:
             not beside alternatives.
         settle: puts parameters in their places after each step, for a part that follows from
             others; None leaves all as the step left them.
+        squares: whether training adds up the squares of its gradients, for `Trained.squares`.
+        learned: asked behind the last step, what the hooks have learned beside the adapter, for
+            `Trained.learned`; None where they learn nothing.
     """
 
     adapter: Adapter
@@ -128,6 +131,8 @@ class Start:
     alternatives: Mapping[float, Adapter] = field(default_factory=dict)
     blend: Blend | None = None
     settle: Settle | None = None
+    squares: bool = False
+    learned: Callable[[], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +147,9 @@ class Trained:
         movement: of zeroth-order training, the whole way from the start as seeds and coefficients
             (`fedmira.adapters.directions`).
         losses: what was measured for `Start.blend`; empty where nothing was.
+        squares: where `Start.squares` asks for it, the sum over all batches of |b| / n times the
+            squared gradient of a batch's mean loss, n the client's rows; before hooks and clipping.
+        learned: what `Start.learned` told; empty where there is none.
     """
 
     adapter: Adapter
@@ -150,6 +158,8 @@ class Trained:
     learning_rate: float
     movement: Adapter | None = None
     losses: tuple[float, ...] = ()
+    squares: Adapter | None = None
+    learned: Mapping[str, float] = field(default_factory=dict)
 
 
 class Method(MethodSection, ABC):
@@ -206,6 +216,14 @@ class Method(MethodSection, ABC):
         bound.check()
         return bound
 
+    @property
+    def returned(self) -> tuple[str, ...]:
+        """Parts and numbers that every reply must have beside its adapter; by default none.
+
+        A reply without one, or with one in another form than that of the request, is a failure.
+        """
+        return ()
+
     def check(self) -> None:
         """Refuses a federation that the settings cannot work on; by default it refuses none.
 
@@ -257,6 +275,14 @@ class Method(MethodSection, ABC):
             state: of the server; it is not changed.
             client: its id.
         """
+
+    def totals(self, state: ServerState) -> Mapping[str, float]:
+        """Figures of a whole run, for `method` of run.json; by default there are none.
+
+        Args:
+            state: of the server at the end; it is not changed.
+        """
+        return {}
 
     def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
         """What a client may have in place of what the server made of its adapter.

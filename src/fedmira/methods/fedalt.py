@@ -135,6 +135,11 @@ class FedAlt(Method):
         return {**self.always_needs, **(factors if self.rest_space == "factor" else {})}
 
     @property
+    def returned(self) -> tuple[str, ...]:
+        """The own share, where it is learned."""
+        return (OWN_SHARE,) if self.learned_share else ()
+
+    @property
     def split(self) -> RankSplit:
         """Where adapters are divided."""
         return RankSplit(self.trained_rank)

@@ -93,6 +93,7 @@ class FedFomo(Method):
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"candidates": (2, 5, 10)}
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
+    begins_elsewhere: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {
         Need.ONE_RANK: "",
         Need.FACTORS: "",

@@ -61,6 +61,11 @@ class FedKSeed(Method):
         """All coefficients so far."""
         return PartlySent({"adapter": state.adapters[_SHARED]}, sent={"movement": state.numbers})
 
+    @property
+    def returned(self) -> tuple[str, ...]:
+        """Seeds and numbers."""
+        return ("movement",)
+
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Add the clients' coefficients, weighted by training rows, and make the adapter anew."""
         ordered, weights = by_rows(replies)

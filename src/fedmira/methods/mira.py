@@ -13,7 +13,7 @@ different ranks, and a safeguard: each client may decline its pull.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -27,12 +27,10 @@ from fedmira.adapters import (
     distance,
     dot_products,
     gram,
-    mix,
     modules,
     product_norm,
     replaced,
     subtract,
-    weighted_sum,
 )
 from fedmira.config.methods import Need
 from fedmira.config.section import Fraction, setting
@@ -44,6 +42,7 @@ from fedmira.methods.parts.declining import MayDecline
 from fedmira.methods.parts.kept_products import KeptProducts, Take, Taken
 from fedmira.methods.parts.learning import Learning
 from fedmira.methods.parts.mixing import Mixing, comparable_weights, mixing_matrix
+from fedmira.methods.parts.spaces import MIX
 
 __all__ = ["Mira"]
 
@@ -53,30 +52,6 @@ START = "*start"
 
 What everybody started from. The star cannot be part of a client id.
 """
-
-
-def _mix_products(
-    taken: Taken, weights: list[float], rank: int, scale: float, own: Adapter
-) -> tuple[Adapter, float]:
-    """sum_l P_kl s_l B_l A_l at the receiver's rank and scale.
-
-    With it comes the norm that the rank could not hold.
-    """
-    mixed = mix(taken[0], weights, taken[1], rank, scale, own)
-    return mixed.adapter, mixed.tail
-
-
-def _mix_factors(
-    taken: Taken, weights: list[float], rank: int, scale: float, own: Adapter
-) -> tuple[Adapter, float]:
-    """sum_l P_kl A_l and sum_l P_kl B_l, which keeps the rank."""
-    return weighted_sum(taken[0], weights), 0.0
-
-
-_MIX: Mapping[str, Callable[[Taken, list[float], int, float, Adapter], tuple[Adapter, float]]] = {
-    "product": _mix_products,
-    "factor": _mix_factors,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +241,7 @@ class Mira(MayDecline):
         """Half of the way, in the space that is mixed."""
         rank = next(iter(modules(own).values()))[0].shape[0] if self.space == "product" else 0
         # Both have the client's own scale, so that it does not matter here.
-        return _MIX[self.space](([own, aligned], [1.0, 1.0]), [0.5, 0.5], rank, 1.0, own)[0]
+        return MIX[self.space](([own, aligned], [1.0, 1.0]), [0.5, 0.5], rank, 1.0, own)[0]
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:
         """Write the replies in, learn the graph, and move the round's clients to their neighbours.
@@ -387,7 +362,7 @@ class Mira(MayDecline):
         weights, pull = self._comparable(weights, taken, own, float(mixing.pulls[k]), stored)
         if pull == 0:
             return _Move(before, before, 0.0, False, pull)
-        after, tail = _MIX[space](
+        after, tail = MIX[space](
             taken, weights, self.context.ranks[client], self.context.scale(client), before
         )
 

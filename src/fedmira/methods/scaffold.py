@@ -49,6 +49,11 @@ class Scaffold(FedAvg):
     title: ClassVar[str] = "SCAFFOLD"
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.PLAIN_STEPS: ""}
 
+    @property
+    def returned(self) -> tuple[str, ...]:
+        """d_k."""
+        return (CONTROL,)
+
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The start that all clients have in common, and c = 0."""
         shared = next(iter(starts.values()))

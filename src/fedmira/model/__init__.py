@@ -1,6 +1,16 @@
 """The only room that knows transformers and peft."""
 
 from fedmira.model.base.borrowed import borrowed, with_padding
+from fedmira.model.base.emulator import (
+    EMULATOR,
+    Emulator,
+    in_the_middle,
+    kept_layers,
+    outer_targets,
+    plugged,
+    read_emulator,
+    write_emulator,
+)
 from fedmira.model.base.hashing import tokenizer_hash
 from fedmira.model.base.ids import check_ids, check_prompt_ids
 from fedmira.model.base.loading import load_tokenizer
@@ -10,6 +20,7 @@ from fedmira.model.base.rows import Row
 from fedmira.model.base.targets import find_targets
 from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.generation.generate import end_tokens, generate, generate_tokens
+from fedmira.model.generation.reference import ReferenceStore
 from fedmira.model.kinds.folding import FoldProof, adapter_logits, held_against, write_folded
 from fedmira.model.kinds.lora import LoraKind
 from fedmira.model.kinds.lora_folders import (
@@ -18,7 +29,7 @@ from fedmira.model.kinds.lora_folders import (
     write_alike,
     write_lora_folder,
 )
-from fedmira.model.kinds.peft_files import read_adapter, write_adapter
+from fedmira.model.kinds.peft_files import read_adapter, read_trained, write_adapter
 from fedmira.model.kinds.prompts import PromptKind
 from fedmira.model.kinds.proof import prove_export
 from fedmira.model.kinds.registry import AdapterKind, adapter_kind
@@ -31,9 +42,18 @@ from fedmira.model.training.batches import count_steps
 from fedmira.model.training.measure import Choice, Contender, choose_adapters, summed_losses
 from fedmira.model.training.private import RowPrivacy
 from fedmira.model.training.rates import rate_shares
-from fedmira.model.training.steps import LocalOutcome, LocalTask, train_cohort
+from fedmira.model.training.steps import train_cohort
+from fedmira.model.training.tasks import LocalOutcome, LocalTask
 
 __all__ = [
+    "EMULATOR",
+    "Emulator",
+    "in_the_middle",
+    "kept_layers",
+    "outer_targets",
+    "plugged",
+    "read_emulator",
+    "write_emulator",
     "write_folded",
     "held_against",
     "adapter_logits",
@@ -51,6 +71,7 @@ __all__ = [
     "LoraKind",
     "PromptKind",
     "RowPrivacy",
+    "ReferenceStore",
     "Row",
     "StackedAdapters",
     "TargetModule",
@@ -71,6 +92,7 @@ __all__ = [
     "prove_export",
     "rate_shares",
     "read_adapter",
+    "read_trained",
     "read_lora_folder",
     "response_losses",
     "start_adapter",

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from fedmira.observers.base import EndEvent, EvaluationEvent, Observer, RoundEvent, StartEvent
+from fedmira.shown import plain
 
 __all__ = ["Progress"]
 
@@ -44,12 +45,12 @@ class Progress(Observer):
 
     def on_start(self, event: StartEvent) -> None:
         """Show the empty bar, where there can be one."""
-        self._name, self._rounds = self._label or event.run.name, event.rounds
+        self._name, self._rounds = plain(self._label or event.run.name), event.rounds
         self._begun, self._done, self._shown = time.monotonic(), 0, {}
         if not (self._console.is_terminal or self._console.is_jupyter):
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -101,7 +102,7 @@ class Progress(Observer):
         )
 
     def _say(self, text: str) -> None:
-        self._console.print(f"{self._name}: {text}", markup=False)
+        self._console.print(plain(f"{self._name}: {text}"), markup=False, emoji=False)
 
 
 def _shown(figures: Mapping[str, float | None]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from fedmira.report.graph_picture import MOST_DRAWN_CLIENTS, Node, graph_picture
 from fedmira.report.page import render
 from fedmira.report.records import TaskGraph
 from fedmira.report.tables import Cell, Column, loss_text, number_cell, number_text, text_cell
+from fedmira.shown import markdown_text, plain
 
 __all__ = ["write_alignment"]
 
@@ -131,8 +132,8 @@ def _pairs(figures: Mapping[str, Any]) -> list[list[Cell]]:
 
 
 def _markdown(figures: Mapping[str, Any]) -> str:
-    unknown = "\n".join(f"- {text}" for text in figures["unknown"])
-    notes = "\n".join(f"- {text}" for text in figures["notes"])
+    unknown = "\n".join(f"- {markdown_text(text)}" for text in figures["unknown"])
+    notes = "\n".join(f"- {plain(text)}" for text in figures["notes"])
     parts = [
         f"# Alignment of {len(figures['adapters'])} adapters",
         _summary(figures),
@@ -151,7 +152,5 @@ def _markdown(figures: Mapping[str, Any]) -> str:
 
 
 def _table(columns: Sequence[str], lines: Sequence[Sequence[Cell]]) -> str:
-    rows = [
-        "| " + " | ".join(cell.text.replace("|", "\\|") for cell in line) + " |" for line in lines
-    ]
+    rows = ["| " + " | ".join(markdown_text(cell.text) for cell in line) + " |" for line in lines]
     return "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *rows])

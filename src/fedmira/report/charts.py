@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from fedmira.shown import html_text
+
 __all__ = [
     "Series",
     "axis_ticks",
@@ -65,11 +67,17 @@ def element(name: str, *content: Markup | str, **attributes: str | float) -> Mar
     pairs = Markup("").join(
         Markup(' {}="{}"').format(
             key.rstrip("_").replace("_", "-"),
-            f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value,
+            f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else _seen(str(value)),
         )
         for key, value in attributes.items()
     )
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), pairs, Markup("").join(content))
+    inside = Markup("").join(map(_seen, content))
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), pairs, inside)
+
+
+def _seen(text: Markup | str) -> Markup | str:
+    """A text without what cannot be seen; markup as it is."""
+    return text if isinstance(text, Markup) else html_text(text)
 
 
 def nice_number(value: float) -> str:

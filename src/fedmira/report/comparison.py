@@ -14,9 +14,9 @@ from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
-from fedmira.atomic import replace_file
 from fedmira.errors import RunFolderError
 from fedmira.metrics import RULE, TEXT_METRICS, Standing
+from fedmira.records import RecordedFolder
 from fedmira.report.charts import (
     Series,
     legend,
@@ -120,7 +120,7 @@ def write_comparison(
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(figures, folder)
     page = render("comparison.html.j2", _content(figures, folder))
-    replace_file(folder / "comparison.html", page, lasting=False)
+    RecordedFolder(folder).write("comparison.html", page, lasting=False)
     return figures
 
 

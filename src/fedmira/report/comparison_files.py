@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmira.atomic import replace_file
+from fedmira.records import RecordedFolder
 from fedmira.report.charts import percent_text
 from fedmira.report.comparison_figures import Figures, budget_text
 from fedmira.report.findings import CHANGE_LIMIT, MIB
@@ -23,6 +21,7 @@ from fedmira.report.tables import (
     setting_text,
 )
 from fedmira.report.targets import TARGET_RULE, reached_text
+from fedmira.shown import csv_text, markdown_text, plain
 
 __all__ = ["COUNTS", "TUNED_RULE", "interval_text", "markdown", "settings_text", "write_tables"]
 
@@ -73,8 +72,9 @@ def write_tables(figures: Figures, folder: Path) -> None:
         "comparison-clients.csv": _csv(figures.client_rows),
         "comparison.md": markdown(figures),
     }
+    recorded = RecordedFolder(folder)
     for name, text in texts.items():
-        replace_file(folder / name, text, lasting=False)
+        recorded.write(name, text, lasting=False)
 
 
 def markdown(figures: Figures) -> str:
@@ -87,10 +87,14 @@ def markdown(figures: Figures) -> str:
         )
         parts.append(
             "\n".join(
-                f"- {problem}" for problems in figures.problems.values() for problem in problems
+                f"- {markdown_text(problem)}"
+                for problems in figures.problems.values()
+                for problem in problems
             )
         )
-    parts += [f"**{run} failed:** {error}" for run, error in figures.failures.items()]
+    parts += [
+        f"**{run} failed:** {markdown_text(str(error))}" for run, error in figures.failures.items()
+    ]
     parts += [figures.left_out] if figures.left_out else []
     parts += [
         f"## Test loss {figures.read_out}",
@@ -121,7 +125,7 @@ def markdown(figures: Figures) -> str:
         "parameters of one client's adapter, and those "
         "of them that local training moves."
     )
-    parts += ["\n".join(f"- {note}" for note in figures.notes)] if figures.notes else []
+    parts += ["\n".join(f"- {plain(note)}" for note in figures.notes)] if figures.notes else []
     parts += [*_target(figures), *_tuned(figures)]
     parts += ["## Clients", _table(_client_columns(figures), figures.client_rows[:MOST_ROWS])]
     if len(figures.client_rows) > MOST_ROWS:
@@ -270,13 +274,9 @@ def _table(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> str:
         *([text_of(row) for text_of in columns.values()] for row in rows),
     ]
     return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        "| " + " | ".join(markdown_text(cell) for cell in line) + " |" for line in lines
     )
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(list(rows[0]) if rows else [], rows)

@@ -5,8 +5,6 @@ The figures behind it are written beside it as decision.json and decision.csv.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -18,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from fedmira.atomic import replace_file
 from fedmira.metrics import RULE, Judgement, Standing
+from fedmira.records import RecordedFolder
 from fedmira.report.charts import percent_text
 from fedmira.report.findings import CHANGE_LIMIT
 from fedmira.report.page import render
 from fedmira.report.paired import LEVEL, bootstrap_interval
 from fedmira.report.tables import MISSING, loss_text
+from fedmira.shown import csv_text
 
 __all__ = ["ClientDecision", "Decisions", "write_decision"]
 
@@ -156,16 +155,13 @@ def write_decision(decisions: Decisions, folder: Path) -> Path:
         folder: where to.
     """
     rows = [one.row() for one in decisions.clients]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     document = json.dumps(decisions.document(), indent=1, allow_nan=False) + "\n"
-    replace_file(folder / "decision.json", document, lasting=False)
-    replace_file(folder / "decision.csv", table.getvalue(), lasting=False)
-    page = folder / "decision.html"
-    replace_file(page, render("decision.html.j2", _content(decisions)), lasting=False)
-    return page
+    recorded = RecordedFolder(folder)
+    recorded.write("decision.json", document, lasting=False)
+    recorded.write("decision.csv", csv_text(list(rows[0]), rows), lasting=False)
+    page = render("decision.html.j2", _content(decisions))
+    recorded.write("decision.html", page, lasting=False)
+    return folder / "decision.html"
 
 
 def _content(decisions: Decisions) -> dict[str, Any]:

@@ -51,6 +51,10 @@ ALGORITHM_TITLES = {
     "fedlease": "FedLEASE, no router",
     "fedalt": "FedALT",
     "feddpa": "FedDPA",
+    "cgc-lora": "CGC-LoRA",
+    "fola": "FOLA",
+    "gossip": "MIRA without a server",
+    "mtlora": "MTLoRA",
     "lora-fair": "LoRA-FAIR",
     "rolora": "RoLoRA",
     "fedfomo": "FedFomo",
@@ -143,12 +147,15 @@ class Traffic:
         down_mib: server to clients.
         up_mib_each: of one client in one round, None where no client answered.
         down_mib_each: the same, server to client.
+        edge_mib: what was passed on along an edge of the graph, both ways, on average; None where
+            nothing goes from client to client.
     """
 
     up_mib: float
     down_mib: float
     up_mib_each: float | None
     down_mib_each: float | None
+    edge_mib: float | None = None
 
 
 def algorithm_title(name: str) -> str:
@@ -283,5 +290,13 @@ def traffic(run: Run) -> Traffic | None:
     if not up and not down:
         return None
     exchanges = sum(row.clients or 0 for row in run.rounds)
-    each = (up / MIB / exchanges, down / MIB / exchanges) if exchanges else (None, None)
-    return Traffic(up / MIB, down / MIB, *each)
+    totals = run.provenance.get("method", {})
+    along = totals.get("bytes_per_edge") if isinstance(totals, Mapping) else None
+    edge = along / MIB if isinstance(along, int | float) else None
+    return Traffic(
+        up_mib=up / MIB,
+        down_mib=down / MIB,
+        up_mib_each=up / MIB / exchanges if exchanges else None,
+        down_mib_each=down / MIB / exchanges if exchanges else None,
+        edge_mib=edge,
+    )

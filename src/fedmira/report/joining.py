@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmira.atomic import replace_file
+from fedmira.records import RecordedFolder
 from fedmira.report.page import render
 from fedmira.report.tables import Cell, Column, loss_text, number_cell, number_text, text_cell
 
@@ -21,10 +21,11 @@ def write_joining(folder: Path, figures: Mapping[str, Any]) -> None:
         folder: which is there.
         figures: of the newcomer, as JSON has them.
     """
+    recorded = RecordedFolder(folder)
     text = json.dumps(figures, indent=1, allow_nan=False)
-    replace_file(folder / "join.json", text + "\n", lasting=False)
+    recorded.write("join.json", text + "\n", lasting=False)
     page = render("joining.html.j2", _content(figures))
-    replace_file(folder / "join.html", page, lasting=False)
+    recorded.write("join.html", page, lasting=False)
 
 
 def _content(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from fedmira.atomic import replace_file
 from fedmira.metrics import LOSS_METRICS
+from fedmira.records import RecordedFolder
 from fedmira.report.charts import (
     Series,
     change_bars,
@@ -55,6 +56,7 @@ from fedmira.report.tables import (
     setting_text,
     worst_clients,
 )
+from fedmira.shown import html_text
 
 __all__ = ["environment", "render", "run_title", "write_report"]
 
@@ -93,7 +95,11 @@ def write_report(
     """
     run = read_run(run_folder)
     path = run.folder / "report.html"
-    replace_file(path, render("report.html.j2", _content(run, defaults)), lasting=False)
+    page = render("report.html.j2", _content(run, defaults))
+    if run.status == "running":  # perhaps in another process, whose record it is
+        replace_file(path, page, lasting=False)
+    else:
+        RecordedFolder(run.folder).write(path.name, page, lasting=False)
     return path
 
 
@@ -105,6 +111,7 @@ def environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_seen,
     )
     templates.filters |= {
         "loss": loss_text,
@@ -113,6 +120,11 @@ def environment() -> Environment:
         "short": setting_text,
     }
     return templates
+
+
+def _seen(value: Any) -> Any:
+    """A value as a template prints it: what cannot be seen in a text is written out."""
+    return html_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from fedmira.errors import RunFolderError
 from fedmira.metrics import TEXT_METRICS
+from fedmira.records import RecordedFolder, lost_lines
 from fedmira.report.records import (
     Client,
     Event,
@@ -47,6 +48,11 @@ class _Reading:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def recorded(self) -> RecordedFolder:
+        """The folder's files, compared with their hashes."""
+        return RecordedFolder(self.folder)
+
     def problem(self, where: str, message: str) -> None:
         """Records damage at a file and line of the folder."""
         self.problems.append(f"{self.folder / where}: {message}")
@@ -71,6 +77,7 @@ def read_run(run_folder: Path) -> Run:
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: no such run folder; give the folder that holds run.json")
     reading = _Reading(folder)
+    reading.problems += [f"{problem}; put it back from a copy" for problem in lost_lines(folder)]
     settings_text = _text(reading, "config.toml", needed=True)
     settings = _parsed(reading, "config.toml", settings_text, tomllib.loads)
     provenance = _json_object(reading, "run.json", needed=True)
@@ -110,15 +117,17 @@ def read_run(run_folder: Path) -> Run:
 
 
 def _text(reading: _Reading, name: str, needed: bool) -> str:
-    path = reading.folder / name
-    if not path.is_file():
+    try:
+        if reading.recorded.exists(name):
+            return reading.recorded.read(name).decode("utf-8")
         if needed:
             reading.problem(
                 name, "missing; is this a run folder, and did the run get as far as writing it?"
             )
         return ""
-    try:
-        return path.read_text(encoding="utf-8")
+    except RunFolderError as error:
+        reading.problems += error.problems
+        return ""
     except UnicodeDecodeError as error:
         reading.problem(
             name, f"not UTF-8 text at byte {error.start}; restore the file or run again"

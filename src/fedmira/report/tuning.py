@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -11,13 +9,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fedmira.atomic import replace_file
+from fedmira.records import RecordedFolder
 from fedmira.report.comparison_figures import pools_of
 from fedmira.report.findings import algorithm_title
 from fedmira.report.page import render
 from fedmira.report.paired import LEVEL, Losses, Pairing, pair
 from fedmira.report.read import read_run
 from fedmira.report.tables import MISSING, setting_text
+from fedmira.shown import csv_text
 
 __all__ = ["write_tuning"]
 
@@ -47,11 +46,12 @@ def write_tuning(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """
     rows = _rows(document, folder)
     close = [row["trial"] for row in rows if row["standing"] == "close"]
+    recorded = RecordedFolder(folder)
     full = {**document, "rows": rows, "close": close, "level": LEVEL}
-    replace_file(folder / "tune.json", json.dumps(full, indent=1, allow_nan=False) + "\n")
-    replace_file(folder / "trials.csv", _csv(rows), lasting=False)
+    recorded.write("tune.json", json.dumps(full, indent=1, allow_nan=False) + "\n")
+    recorded.write("trials.csv", _csv(rows), lasting=False)
     page = render("tune.html.j2", _content(full, folder))
-    replace_file(folder / "tune.html", page, lasting=False)
+    recorded.write("tune.html", page, lasting=False)
     return full
 
 
@@ -160,8 +160,4 @@ def _space_text(value: Any) -> str:
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(list(rows[0]), rows)

@@ -16,6 +16,7 @@ from fedmira.messages import (
     Request,
 )
 from fedmira.methods import Combined, Method, ServerState
+from fedmira.rounds.complete import complete
 from fedmira.rounds.sampling import sample_clients
 from fedmira.rounds.screening import Screened
 from fedmira.seeds import seed_for
@@ -99,7 +100,7 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
             for client in chosen
         ]
         begun = time.perf_counter()
-        answers = workers.train(requests)
+        answers = complete(requests, workers.train(requests), algorithm.returned)
         trained = time.perf_counter()
         replies, failures = _told_apart(answers)
         screened = screen(requests, replies) if screen else Screened(replies)

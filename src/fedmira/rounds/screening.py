@@ -50,12 +50,17 @@ class Screen:
         rows: training rows that each client said to have before round 1.
         steps: local steps that each client takes in a round, by these rows: updates grow with them.
         scales: of clients with LoRA adapters, alpha / rank of each; empty for other kinds.
+        begins_elsewhere: whether clients begin with another adapter than they are sent; what is
+            held against each other is then what they send and not how far it is from that.
+        squared_parts: parts that are sums of squares; the root of their length is taken.
     """
 
     settings: ServerSettings
     rows: Mapping[ClientId, int]
     steps: Mapping[ClientId, int]
     scales: Mapping[ClientId, float]
+    begins_elsewhere: bool = False
+    squared_parts: tuple[str, ...] = ()
 
     def __call__(self, requests: Sequence[Request], replies: Sequence[Reply]) -> Screened:
         """Sort out a round's replies.
@@ -99,7 +104,7 @@ class Screen:
         lengths: dict[str, dict[ClientId, float]] = {}
         for reply in replies:
             for what, length in self._lengths(sent[reply.client_id], reply).items():
-                steps = self.steps.get(reply.client_id, 1)
+                steps = 1 if self.begins_elsewhere else self.steps.get(reply.client_id, 1)
                 lengths.setdefault(what, {})[reply.client_id] = length / steps
         found: dict[ClientId, str] = {}
         for what, of in lengths.items():
@@ -121,14 +126,17 @@ class Screen:
         for part, tensors in reply.payload.tensors.items():
             if not all(tensor.is_floating_point() for tensor in tensors.values()):
                 continue
-            before = request.payload.tensors.get(part, {})
+            before = {} if self.begins_elsewhere else request.payload.tensors.get(part, {})
             way = subtract(tensors, before) if same_shapes(tensors, before) else tensors
-            found[f"its {part!r}"] = norm(way)
+            length = norm(way)
+            found[f"its {part!r}"] = math.sqrt(length) if part in self.squared_parts else length
         scale = self.scales.get(reply.client_id)
         pair = _before_and_after(request, reply)
         if scale is not None and pair is not None:
             products = gram(pair, [scale, scale])
             moved = products[0, 0] + products[1, 1] - 2 * products[0, 1]
+            if self.begins_elsewhere:
+                moved = products[1, 1]
             found["its update B A"] = math.sqrt(max(0.0, float(moved)))
         return found
 

@@ -7,6 +7,7 @@ from fedmira.runs.pages import write_page
 from fedmira.runs.provenance import Ground, Provenance, hash_of_rows
 from fedmira.runs.recorder import Recorder
 from fedmira.runs.results import Result, trained_parameters, write_results
+from fedmira.runs.verify import Verification, accept_files, verify_folder
 
 __all__ = [
     "AdapterCards",
@@ -17,8 +18,11 @@ __all__ = [
     "Recorder",
     "Result",
     "RunFolder",
+    "Verification",
+    "accept_files",
     "hash_of_rows",
     "trained_parameters",
+    "verify_folder",
     "write_page",
     "write_results",
 ]

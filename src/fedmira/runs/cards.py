@@ -15,6 +15,7 @@ from fedmira.data import PROMPTS, Example, make_encoder
 from fedmira.messages import ClientId
 from fedmira.metrics import metrics
 from fedmira.model import BaseModel, end_tokens
+from fedmira.shown import json_text, markdown_text
 
 __all__ = ["AdapterCards"]
 
@@ -107,7 +108,7 @@ class AdapterCards:
         """
         parts = [
             self._head(),
-            f"# Adapter of {client}",
+            f"# Adapter of {markdown_text(client)}",
             f"{made} An adapter can give away some "
             "of the rows that it learned from; pass it on with "
             "the care that the rows need.",
@@ -284,9 +285,8 @@ class AdapterCards:
 
 def _template(config: Config, base: BaseModel, material: str) -> str:
     """The prompt form as a Python string, with its fields in braces."""
-    return json.dumps(
-        PROMPTS[config.data.prompt](Example("{instruction}", material, ""), base.tokenizer),
-        ensure_ascii=False,
+    return json_text(
+        PROMPTS[config.data.prompt](Example("{instruction}", material, ""), base.tokenizer)
     )
 
 
@@ -306,12 +306,12 @@ def _about_shared(shared: Mapping[str, Any]) -> str:
 
 def _python(value: object) -> str:
     """Texts and lists of them as Python writes them, with every space and line end."""
-    return json.dumps(value, ensure_ascii=False)
+    return json_text(value)
 
 
 def _folder_name(base: BaseModel) -> str:
     """The last part of the path, which tells nothing of the machine."""
-    return re.split(r"[/\\]", base.location.rstrip("/\\"))[-1]
+    return markdown_text(re.split(r"[/\\]", base.location.rstrip("/\\"))[-1])
 
 
 def _dtype(base: BaseModel) -> str:

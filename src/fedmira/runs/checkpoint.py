@@ -1,13 +1,17 @@
-"""Checkpoints: everything that resume needs.
+"""Checkpoints: everything that resume needs, of the last two rounds.
 
-A round writes the adapters that it changed and one atomic step makes them count.
+A round writes the adapters that it changed and one atomic step makes them count. What is read back
+is compared with its hash, and where the newest is damaged, a run goes on from the one before it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,10 @@ from safetensors.torch import load, save
 
 from fedmira.adapters import Adapter
 from fedmira.atomic import PARTIAL, replace_folder
-from fedmira.errors import RunFolderError
+from fedmira.errors import MachineError, RunFolderError
 from fedmira.messages import ClientId, Payload
 from fedmira.methods import ServerState
+from fedmira.records import RECORD, Hashes, RecordedFolder, machine_errors
 from fedmira.storage import AdapterStore, AdapterTable, MemoryTable, NumberStore, StoredMemory
 
 __all__ = ["Checkpoint", "CheckpointFolder"]
@@ -32,6 +37,14 @@ _ADAPTERS, _NUMBERS, _VALUES, _GRAPH = (
 )
 _FORMER_TENSORS = "tensors.safetensors"
 _FORMAT = 2
+_KEPT = 2
+"""Rounds that stay: where the newest is damaged, the other is as good, and a round older."""
+
+_ROUND = re.compile(r"round-(\d{6}|[1-9]\d{6,})")
+_WAY_OUT = (
+    "put the files back from a copy, or start the run again in a new folder, from its config.toml"
+)
+_log = logging.getLogger("fedmira")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +59,7 @@ class Checkpoint:
         best: each client's adapter at its best validation loss.
         values: plain JSON values of the recorder, such as file sizes and best losses.
         graph_json: the content of graph.json; empty where no graph has acted.
+        beginnings: name of each growing file of the run folder -> its bytes, and their SHA-256.
     """
 
     round: int
@@ -55,6 +69,7 @@ class Checkpoint:
     best: Mapping[ClientId, Adapter] = field(default_factory=dict)
     values: Mapping[str, object] = field(default_factory=dict)
     graph_json: str = ""
+    beginnings: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
 
 class CheckpointFolder:
@@ -63,7 +78,8 @@ class CheckpointFolder:
     `adapters/` holds every adapter that a checkpoint or the running round names, in files named by
     content; round-N/values.json says which adapter belongs to whom, and round-N/numbers.safetensors
     holds the numbers of the state; of large ones, only the rows that changed are written, beside
-    the adapters. Only the newest round stays.
+    the adapters. round-N/hashes.sha256 says what all of that must be, and how the growing files of
+    the run folder began. The last two rounds stay.
 
     Args:
         path: made by the first `save`.
@@ -73,9 +89,10 @@ class CheckpointFolder:
         self.path = path
         self.store = AdapterStore(path / _ADAPTERS)
         self._numbers = NumberStore(self.store)
+        self._live: dict[int, set[str]] = {}  # round that stays -> the keys that it names
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write round-N, remove older rounds and then the adapters that nobody names any more.
+        """Write round-N, remove older rounds but one, then adapters that nobody names any more.
 
         A crash at any moment leaves a whole checkpoint behind: adapters reach the disk before the
         round that names them is renamed into place, and are removed after the round that named
@@ -99,51 +116,118 @@ class CheckpointFolder:
         files = {_VALUES: json.dumps(document).encode(), _NUMBERS: save(numbers)}
         if checkpoint.graph_json:
             files[_GRAPH] = checkpoint.graph_json.encode()
-        self._replace_round(checkpoint.round, files)
-        self.store.sweep(live)
+        hashes = {name: (hashlib.sha256(data).hexdigest(),) for name, data in files.items()}
+        files[RECORD] = Hashes(hashes, checkpoint.beginnings).text().encode()
+        replace_folder(self._place(checkpoint.round), files)
+        self._live[checkpoint.round] = live
+        self._keep_last(checkpoint.round)
 
-    def load(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None where there is none.
+    def load(
+        self, lost: Callable[[Mapping[str, tuple[int, str]]], Sequence[str]] | None = None
+    ) -> Checkpoint | None:
+        """The newest checkpoint of which every byte is as it was written; None where none is there.
 
-        Adapters and memories are read when they are asked for.
+        Where a newer one is damaged, a warning says so. Adapters and memories are compared with
+        their hashes here, and read when they are asked for.
+
+        Args:
+            lost: what growing files of the run folder no longer hold of these beginnings.
 
         Raises:
-            RunFolderError: the newest checkpoint is damaged, lacks an adapter, or was written by
-                another version.
+            RunFolderError: no checkpoint is whole, or another version wrote them.
+            MachineError: one cannot be read.
         """
-        rounds = sorted(path for path in self.path.glob("round-*") if path.suffix != PARTIAL)
-        if not rounds:
-            return None
-        newest = rounds[-1]
+        problems: list[str] = []
+        for number in sorted(self.rounds(), reverse=True):
+            place = self._place(number)
+            try:
+                with machine_errors():
+                    found = self._whole(place, self._numbers, lost)
+            except RunFolderError as error:
+                problems += error.problems
+                continue
+            for problem in problems:
+                _log.warning("%s", problem)
+            if problems:
+                _log.warning("going on from the checkpoint before it, %s, which is whole", place)
+            return found
+        if problems:
+            raise RunFolderError(problems)
+        return None
+
+    def rounds(self) -> dict[int, Path]:
+        """Number -> folder of each round that is kept, whole or damaged."""
+        found = {path: _ROUND.fullmatch(path.name) for path in self.path.glob("round-*")}
+        return {int(match[1]): path for path, match in found.items() if match}
+
+    def keys_of(self, number: int) -> set[str]:
+        """The names of all files in adapters/ that a round needs, without their ending.
+
+        Args:
+            number: of the round.
+
+        Raises:
+            RunFolderError: its own files are damaged.
+        """
+        return set(_named(self._read(self._place(number))))
+
+    def problems_of(self, number: int) -> list[str]:
+        """What is damaged in a round, in its own files and those in adapters/ that it needs.
+
+        Args:
+            number: of the round.
+        """
         try:
-            document = self._read(newest)
-            numbers = load((newest / _NUMBERS).read_bytes())
-            graph_json = (
-                (newest / _GRAPH).read_text(encoding="utf-8") if (newest / _GRAPH).exists() else ""
+            self._whole(self._place(number), NumberStore(self.store))
+        except RunFolderError as error:
+            return list(error.problems)
+        return []
+
+    def _whole(
+        self,
+        place: Path,
+        numbers: NumberStore,
+        lost: Callable[[Mapping[str, tuple[int, str]]], Sequence[str]] | None = None,
+    ) -> Checkpoint:
+        """A checkpoint, compared with its hashes.
+
+        Raises:
+            RunFolderError: it is damaged, lacks something, or was written by another version.
+        """
+        recorded = RecordedFolder(place, _WAY_OUT)
+        known = recorded.hashes()
+        if known is not None and lost is not None and (told := lost(known.beginnings)):
+            raise RunFolderError([f"{problem}; put it back from a copy" for problem in told])
+        document = self._read(place)
+        try:
+            small = load(recorded.read(_NUMBERS))
+            graph_json = recorded.read(_GRAPH).decode() if recorded.exists(_GRAPH) else ""
+            keys = set(_named(document))
+            if bad := [problem for key in sorted(keys) if (problem := self.store.problem(key))]:
+                raise _damaged(place, "; ".join(bad[:3]))
+            entries = {
+                client: StoredMemory(key, tuple(parts), scalars)
+                for client, (key, parts, scalars) in document["memories"].items()
+            }
+            state, uploaded, best = (
+                AdapterTable(self.store, document["tables"][name])
+                for name in ("state", "uploaded", "best")
             )
-        except (OSError, SafetensorError, ValueError) as error:
-            raise _damaged(newest, str(error)) from error
-        tables = {name: AdapterTable(self.store, keys) for name, keys in document["tables"].items()}
-        entries = {
-            client: StoredMemory(key, tuple(parts), scalars)
-            for client, (key, parts, scalars) in document["memories"].items()
-        }
-        memories = MemoryTable(self.store, entries)
-        for key in _keys(tables, memories, document["large_numbers"]):
-            if key not in self.store:
-                raise _damaged(newest, f"{self.store.folder.name}/{key}.safetensors is missing")
-        state = ServerState(
-            tables["state"], {**numbers, **self._numbers.get(document["large_numbers"])}
-        )
-        return Checkpoint(
-            round=document["round"],
-            state=state,
-            memories=memories,
-            uploaded=tables["uploaded"],
-            best=tables["best"],
-            values=document["values"],
-            graph_json=graph_json,
-        )
+            large = numbers.get(document["large_numbers"])
+            found = Checkpoint(
+                round=document["round"],
+                state=ServerState(state, {**small, **large}),
+                memories=MemoryTable(self.store, entries),
+                uploaded=uploaded,
+                best=best,
+                values=document["values"],
+                graph_json=graph_json,
+                beginnings=known.beginnings if known else {},
+            )
+        except (LookupError, TypeError, ValueError, SafetensorError) as error:
+            raise _damaged(place, f"{type(error).__name__}: {error}") from error
+        self._live[found.round] = keys
+        return found
 
     def tidy(self, checkpoint: Checkpoint | None) -> None:
         """Remove what belongs to no checkpoint, before a run goes on from it.
@@ -154,15 +238,16 @@ class CheckpointFolder:
         Args:
             checkpoint: what `load` gave.
         """
-        live = (
-            set(_keys(*self._stored(checkpoint), self._numbers.put(checkpoint.state.numbers)[1]))
-            if checkpoint
-            else set()
-        )
-        self.store.sweep(live)
-        self.store.remove_halves()
         for half in self.path.glob(f"round-*{PARTIAL}"):
             shutil.rmtree(half)
+        last = checkpoint.round if checkpoint else -1
+        for number, place in self.rounds().items():
+            # What is damaged is made anew, by the rounds that follow.
+            if number > last or (number < last and self.problems_of(number)):
+                _remove(place)
+                self._live.pop(number, None)
+        self._keep_last(last)
+        self.store.remove_halves()
 
     def _stored(self, checkpoint: Checkpoint) -> tuple[dict[str, AdapterTable], MemoryTable]:
         """The checkpoint's adapters and memories, all in the store."""
@@ -174,26 +259,56 @@ class CheckpointFolder:
         tables = {name: AdapterTable.of(self.store, table) for name, table in adapters.items()}
         return tables, MemoryTable.of(self.store, checkpoint.memories)
 
-    def _replace_round(self, number: int, files: Mapping[str, bytes]) -> None:
-        """Put round-N with these files in place of all older rounds."""
-        final = self.path / f"round-{number:06d}"
-        replace_folder(final, files)
-        for old in self.path.glob("round-*"):
-            if old != final:
-                shutil.rmtree(old)
+    def _place(self, number: int) -> Path:
+        return self.path / f"round-{number:06d}"
 
-    def _read(self, newest: Path) -> Any:
+    def _keep_last(self, newest: int) -> None:
+        """Remove rounds beyond those that stay, and then what no round names any more."""
+        for number, place in sorted(self.rounds().items())[:-_KEPT]:
+            if number != newest:
+                _remove(place)
+                self._live.pop(number, None)
+        kept = self.rounds()
+        for number in set(kept) - set(self._live):
+            self._live[number] = self.keys_of(number)
+        self.store.sweep({key for number in kept for key in self._live[number]})
+
+    def _read(self, place: Path) -> Any:
         """values.json of a round.
 
         Raises:
-            RunFolderError: another version wrote it.
+            RunFolderError: it is damaged, or another version wrote it.
         """
-        if (newest / _FORMER_TENSORS).exists():
-            raise _of_another_version(newest)
-        document = json.loads((newest / _VALUES).read_text(encoding="utf-8"))
+        if (place / _FORMER_TENSORS).exists():
+            raise _of_another_version(place)
+        try:
+            document = json.loads(RecordedFolder(place, _WAY_OUT).read(_VALUES).decode())
+        except (ValueError, RecursionError) as error:
+            raise _damaged(place, str(error)) from error
+        except MachineError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise _damaged(place, str(error)) from error
+            raise
         if not isinstance(document, dict) or document.get("format") != _FORMAT:
-            raise _of_another_version(newest)
+            raise _of_another_version(place)
         return document
+
+
+def _remove(place: Path) -> None:
+    """Remove a round; one that is removed by half is no round any more."""
+    aside = place.with_name(place.name + PARTIAL)
+    place.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _named(document: Any) -> Iterator[str]:
+    """Every key that values.json names."""
+    for keys in document["tables"].values():
+        yield from keys.values()
+    for key, _, _ in document["memories"].values():
+        yield key
+    for place in document["large_numbers"].values():
+        yield from place["patches"]
 
 
 def _keys(
@@ -208,11 +323,8 @@ def _keys(
         yield from place["patches"]
 
 
-def _damaged(newest: Path, reason: str) -> RunFolderError:
-    return RunFolderError(
-        f"{newest}: the checkpoint is damaged ({reason}); remove it to start the run again "
-        "in a new folder"
-    )
+def _damaged(place: Path, reason: str) -> RunFolderError:
+    return RunFolderError(f"{place}: the checkpoint is damaged ({reason}); {_WAY_OUT}")
 
 
 def _of_another_version(newest: Path) -> RunFolderError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -26,6 +27,8 @@ from fedmira.rounds import SCREENED
 from fedmira.runs.folder import RunFolder
 from fedmira.runs.pages import write_page
 from fedmira.runs.recorder import Recorder
+
+_log = logging.getLogger("fedmira")
 
 __all__ = ["Ground", "Provenance", "hash_of_rows"]
 
@@ -96,23 +99,41 @@ class Provenance:
     def check_same_ground(self) -> None:
         """Refuse to continue on another base or on other rows than the run began with.
 
+        Where versions or the machine differ, a warning says so: bits may differ, too.
+
         Raises:
             RunFolderError: a hash differs.
         """
-        hashes = {
-            "base model": ("base", self._ground.base.sha256),
-            "data": ("data", self._ground.data_sha256),
-        }
+        present = self._standing()
+        for what, names in (("base model", "base"), ("data", "data")):
+            if names in self._before and "sha256" not in self._before[names]:
+                raise RunFolderError(
+                    f"{self._recorder.folder.path}: run.json does not say which {what} the run "
+                    "began with; put it back from a copy, or start a new run"
+                )
         changed = [
             what
-            for what, (key, present) in hashes.items()
-            if self._before.get(key, {}).get("sha256", present) != present
+            for what, key in (("base model", "base"), ("data", "data"))
+            if self._before.get(key, present[key])["sha256"] != present[key]["sha256"]
         ]
         if changed:
             raise RunFolderError(
                 f"{self._recorder.folder.path}: the {' and the '.join(changed)} changed "
                 "since this run began; put back what it began "
                 "with, or start a new run"
+            )
+        differing = [
+            f"{name} was {then!r} and is {now[name]!r}"
+            for block, now in present.items()
+            for name, then in self._before.get(block, {}).items()
+            if name in now and then != now[name]
+        ]
+        if differing:
+            _log.warning(
+                "%s: what follows may differ in its last bits from an uninterrupted run, since "
+                "not all is as it was when the run began: %s",
+                self._recorder.folder.path,
+                ", ".join(differing),
             )
 
     def write(self, status: str, **more: object) -> None:
@@ -122,18 +143,13 @@ class Provenance:
             status: "running", "finished", "stopped", "interrupted" or "failed".
             more: further keys of run.json, which win over the others.
         """
-        folder, base, packed = self._recorder.folder, self._ground.base, self._ground.kind.packed
+        folder, base = self._recorder.folder, self._ground.base
+        standing = self._standing()
         document = {
             "status": status,
             "id": self._recorder.facts.id,
             "error": None,
-            "versions": {
-                "python": platform.python_version(),
-                **{
-                    name: metadata.version(name)
-                    for name in ("fedmira", "torch", "transformers", "peft")
-                },
-            },
+            "versions": standing["versions"],
             "seed": self._recorder.config.seed,
             "base": {
                 "name": base.name,
@@ -142,15 +158,10 @@ class Provenance:
                     if base.name not in (base.location, "bundled")
                     else {}
                 ),
-                "sha256": base.sha256,
-                "parameters": base.num_parameters,
-                "dtype": str(base.dtype).removeprefix("torch."),
-                "packed": packed,
-                "kernels": packed and base.kernels,
-                "shortened_last_layer": packed and base.last_layer is not None,
+                **standing["base"],
             },
             "data": {
-                "sha256": self._ground.data_sha256,
+                **standing["data"],
                 **self._place_of_rows(),
                 "clients": list(self._recorder.clients.parties),
             },
@@ -159,12 +170,7 @@ class Provenance:
             **self._promised(),
             "token_budget": self._ground.token_budget,
             **({"federation": dict(self._ground.federation)} if self._ground.federation else {}),
-            "machine": {
-                "cpu": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(),
-                "platform": f"{platform.system()} {platform.machine()}",
-                "device": str(base.device),
-            },
+            "machine": standing["machine"],
             "started": self._before.get("started", self._started),
             "resumed": [*self._before.get("resumed", []), self._started] if self._before else [],
             "wall_seconds": round(self._recorder.wall_seconds, 2),
@@ -176,8 +182,39 @@ class Provenance:
         if status != "running" and (screened := _left_out(folder)):
             document["screened"] = screened
         folder.write_json("run.json", document)
-        if status != "running":
+        if status == "running":
+            folder.write_json("checkpoint/run.json", document)
+        else:
             write_page(folder.path)
+            folder.seal()
+
+    def _standing(self) -> dict[str, dict[str, Any]]:
+        """What the bits of a run depend on beside its settings, as run.json has it."""
+        base, packed = self._ground.base, self._ground.kind.packed
+        return {
+            "versions": {
+                "python": platform.python_version(),
+                **{
+                    name: metadata.version(name)
+                    for name in ("fedmira", "torch", "transformers", "peft")
+                },
+            },
+            "base": {
+                "sha256": base.sha256,
+                "parameters": base.num_parameters,
+                "dtype": str(base.dtype).removeprefix("torch."),
+                "packed": packed,
+                "kernels": packed and base.kernels,
+                "shortened_last_layer": packed and base.last_layer is not None,
+            },
+            "data": {"sha256": self._ground.data_sha256},
+            "machine": {
+                "cpu": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
+                "platform": f"{platform.system()} {platform.machine()}",
+                "device": str(base.device),
+            },
+        }
 
     def _promised(self) -> dict[str, object]:
         """What is promised of rows or clients, and what of it is spent; empty without privacy."""
@@ -209,7 +246,7 @@ def _left_out(folder: RunFolder) -> dict[ClientId, int]:
 
 
 def hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:
-    """SHA-256 over ids and tokens of all clients' rows."""
+    """SHA-256 over ids, tokens and, where there are any, advantages of all clients' rows."""
     hasher = hashlib.sha256()
     for name, client in clients.items():
         for part, rows in (
@@ -222,4 +259,6 @@ def hash_of_rows(clients: Mapping[ClientId, ClientData]) -> str:
             )
             for row in rows:
                 hasher.update(array("q", (*row.prompt, *row.response)).tobytes())
+            if any(row.advantage is not None for row in rows):
+                hasher.update(repr([row.advantage for row in rows]).encode())
     return hasher.hexdigest()

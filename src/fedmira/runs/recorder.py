@@ -149,6 +149,7 @@ class Recorder:
         if self.graph_json:
             self.folder.write_text("graph.json", self.graph_json)
         self.folder.cut_back(values["sizes"])
+        self._number = checkpoint.round
         self.watchers.restore(values.get("observers", []))
 
     def return_to(self, checkpoint: Checkpoint) -> None:
@@ -403,6 +404,7 @@ class Recorder:
                 best=self.best_adapters,
                 values=values,
                 graph_json=self.graph_json,
+                beginnings=self.folder.beginnings(),
             )
         )
         self.round_done = number

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fedmira.adapters import Adapter, LazyAdapters, content_hash
+from fedmira.atomic import replace_file
 from fedmira.clients import LocalClients, OverWire
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId
@@ -118,8 +119,8 @@ def write_results(
             **({"prompt": ground.prompts[client]} if client in ground.prompts else {}),
             "metrics": finite_figures(row),
         }
-        (folder.adapters / client / "README.md").write_text(
-            cards.text(client, entry, row), encoding="utf-8"
+        replace_file(
+            folder.adapters / client / "README.md", cards.text(client, entry, row), lasting=False
         )
         index[client] = entry
     folder.write_json("adapters/index.json", index)

@@ -16,7 +16,8 @@ from safetensors.torch import load, save
 from fedmira.adapters import Adapter, HashedAdapter, content_hash
 from fedmira.adapters.arithmetic import DIGEST_DIGITS
 from fedmira.atomic import PARTIAL, replace_file, sync
-from fedmira.errors import RunFolderError
+from fedmira.errors import MachineError, RunFolderError
+from fedmira.records import told
 
 __all__ = ["CACHE_BYTES", "AdapterStore", "AdapterTable"]
 
@@ -83,6 +84,7 @@ class AdapterStore:
 
         Raises:
             RunFolderError: its file is missing or damaged.
+            MachineError: the system does not let it be read.
         """
         known = self._cached.get(key)
         if known is not None:
@@ -93,13 +95,35 @@ class AdapterStore:
             # From bytes and not from a mapped file: nothing stays open, and the file may be removed
             # meanwhile.
             tensors = load(path.read_bytes())
-        except (OSError, SafetensorError) as error:
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError) as error:
             raise RunFolderError(
                 f"{path}: the adapter cannot be read ({error}); restore the file or start a new run"
             ) from error
+        except OSError as error:
+            raise MachineError(told(error, path)) from error
+        if content_hash(tensors) != key:
+            raise RunFolderError(
+                f"{path}: the file is damaged: its content has another SHA-256 than the one it is "
+                "named by; restore the file, or resume from the checkpoint before"
+            )
         adapter = HashedAdapter({name: tensors[name] for name in sorted(tensors)}, key)
         self._remember(adapter)
         return adapter
+
+    def problem(self, key: str) -> str:
+        """Why the file of a key cannot be read back as it was stored; "" where it can.
+
+        Args:
+            key: what `put` gave.
+        """
+        if key not in self._stored:
+            return f"{self.folder.name}/{key}{_SUFFIX} is missing"
+        self._forget(key)  # the file is what counts
+        try:
+            self.get(key)
+        except RunFolderError as error:
+            return str(error)
+        return ""
 
     def flush(self, keys: Iterable[str]) -> None:
         """Have the disk hold the adapters with these keys.

@@ -3,7 +3,8 @@
 from fedmira.studies.comparison import Comparison, compare_algorithms, plan_methods
 from fedmira.studies.decision import Decision, decide
 from fedmira.studies.plan import Plan, make_plan
-from fedmira.studies.saved import SavedAdapters, answer
+from fedmira.studies.referring import answer
+from fedmira.studies.saved import SavedAdapters
 from fedmira.studies.tuning.search import Search, Tuning, tune_methods, tune_settings
 
 __all__ = [

@@ -25,6 +25,7 @@ from fedmira.config.methods import method_names
 from fedmira.data import ObjectRows, ReadRows
 from fedmira.errors import (
     ConfigError,
+    MachineError,
     RunError,
 )
 from fedmira.experiment import (
@@ -278,6 +279,8 @@ def _run(
         )
         try:
             start_experiment(experiment, run.folder, observers, resume=run.is_begun)
+        except MachineError:  # nor would the others be written
+            raise
         except RunError as error:  # the other methods are still worth comparing
             failures[run.folder.name] = error
     return failures

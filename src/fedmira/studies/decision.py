@@ -424,6 +424,7 @@ def _write_adapters(
         candidate, path = chosen[one.client], folder / one.client
         saved = candidate.saved
         source = saved.path / "adapters" / one.client
+        RunFolder(saved.path).check_adapter(one.client)
         if candidate.adapters is saved.adapters:
             shutil.copytree(source, path)
             continue

@@ -47,11 +47,12 @@ class PlannedRun:
         if not self.is_begun:
             RunFolder.refuse_taken(self.folder)
             return False
-        if (self.folder / "config.toml").read_text(encoding="utf-8") != dump_config(self.config):
+        folder = RunFolder.reopen(self.folder)
+        if folder.recorded.read("config.toml").decode() != dump_config(self.config):
             raise RunFolderError(
                 f"{self.folder}: this run was made with other settings; choose another --output"
             )
-        return RunFolder(self.folder).read_json("run.json").get("status") == "finished"
+        return folder.run_json().get("status") == "finished"
 
 
 def with_one_clock(config: Config, output: Path, base: BaseModel | None, runs: str = "*") -> Config:

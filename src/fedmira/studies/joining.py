@@ -5,14 +5,20 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedmira.adapters import Adapter, content_hash, mix
 from fedmira.atomic import replace_file
 from fedmira.config import Config, load_config, with_overrides, with_settings
-from fedmira.data import Newcomer, ObjectRows, id_problem, load_newcomer
+from fedmira.data import (
+    Newcomer,
+    ObjectRows,
+    about_advantages,
+    id_problem,
+    load_newcomer,
+)
 from fedmira.errors import ConfigError, RunFolderError
 from fedmira.experiment import client_ranks, where_they_lay
 from fedmira.fleet import (
@@ -257,6 +263,8 @@ def _rows(
     tokenizer = base.tokenizer if base else load_tokenizer(config.model)
     rows = data if isinstance(data, ObjectRows) else None
     newcomer = load_newcomer(read, config.seed, tokenizer, client, rows)
+    weighed = about_advantages([newcomer.data], config.local.advantage_temperature, required=False)
+    newcomer = replace(newcomer, notes=(*newcomer.notes, *weighed))
     check_enough(newcomer)
     return newcomer
 

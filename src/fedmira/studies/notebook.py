@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from fedmira.shown import html_text
+
 __all__ = ["html_table"]
 
 
@@ -15,7 +17,7 @@ def html_table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
         columns: the names in the head, in order.
         rows: the cells of each row, one per column.
     """
-    heads = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    heads = "".join(f"<th>{html.escape(html_text(column))}</th>" for column in columns)
     lines = (
         "<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows
     )
@@ -25,4 +27,4 @@ def html_table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return "" if value != value else f"{value:.3f}"
-    return "" if value is None else html.escape(str(value))
+    return "" if value is None else html.escape(html_text(str(value)))

@@ -281,6 +281,8 @@ def _traffic(experiment: Experiment) -> _Traffic:
         for rank, client in largest.items()
     ):
         return _Traffic(first, {}, "it depends on the directions that training draws")
+    if config.algorithm.traffic_differs:
+        return _Traffic(first, {}, f"it depends on {config.algorithm.traffic_differs}")
     if config.rounds.count == 1:
         return _Traffic(first, {}, "")
     if not config.algorithm.partly_sent:

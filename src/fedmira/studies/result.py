@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from fedmira.graphs import Graph, graph_of
 from fedmira.messages import ClientId
 from fedmira.metrics import metrics
 from fedmira.model import BaseModel
+from fedmira.records import RecordedFolder, lost_lines
 from fedmira.report import Picture, picture_of_graph, picture_of_rounds
 from fedmira.runs import RunFolder
 from fedmira.studies.notebook import html_table
-from fedmira.studies.saved import SavedAdapters, answer, clients_of, reload_adapters
+from fedmira.studies.referring import answer
+from fedmira.studies.saved import SavedAdapters, clients_of, reload_adapters
 from fedmira.studies.serving.exported import Exported, export_adapter
 from fedmira.studies.serving.routing import Router
 from fedmira.studies.serving.served import Served, write_served
@@ -128,8 +131,7 @@ class Result:
         """events.jsonl, a row a line; keys that a line does not have are NaN."""
         import pandas
 
-        path = self.folder / "events.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = self._content("events.jsonl").decode().splitlines()
         return pandas.DataFrame([json.loads(line) for line in lines])
 
     @cached_property
@@ -138,7 +140,7 @@ class Result:
         path = self.folder / "graph.json"
         if not path.exists():
             return None
-        text = path.read_text(encoding="utf-8")
+        text = self._content("graph.json").decode()
         return RunGraph(graph_of(text, str(path)), self.folder)
 
     @property
@@ -165,6 +167,7 @@ class Result:
         *,
         instruction: str | None = None,
         max_new_tokens: int | None = None,
+        reference_share: float | None = None,
     ) -> str:
         """What a client's adapter answers.
 
@@ -179,11 +182,22 @@ class Result:
             text: the input.
             instruction: in place of the one that all rows of the client share.
             max_new_tokens: longest answer in tokens; by default evaluation.max_new_tokens.
+            reference_share: of each token's probability that comes from the client's training
+                rows; by default evaluation.reference_share.
 
         Raises:
-            ConfigError: there is no such client, or its instruction is not known here.
+            ConfigError: there is no such client, its instruction is not known here, or the share
+                cannot be used.
         """
-        return answer(self._saved, client, text, instruction, max_new_tokens, self._rows)
+        return answer(
+            self._saved,
+            client,
+            text,
+            instruction,
+            max_new_tokens,
+            self._rows,
+            reference_share,
+        )
 
     def export(
         self,
@@ -234,6 +248,7 @@ class Result:
         beside: Sequence[Result] = (),
         instruction: str | None = None,
         max_new_tokens: int | None = None,
+        reference_share: float | None = None,
     ) -> Conversation:
         """A conversation with base and adapter: `.ask(text)` has the answer of each by its name.
 
@@ -247,9 +262,11 @@ class Result:
             beside: other runs on the same base, whose adapters for the client answer too.
             instruction: in place of the one that all rows of the client share.
             max_new_tokens: longest answer in tokens; by default evaluation.max_new_tokens.
+            reference_share: as for `generate`; the base has none.
 
         Raises:
-            InputError: a run has no such client, or stands on another base.
+            InputError: a run has no such client, stands on another base, or the share cannot be
+                used.
         """
         base = self._saved.kind.base
         return Conversation(
@@ -259,6 +276,7 @@ class Result:
             instruction=instruction,
             max_new_tokens=max_new_tokens,
             rows=self._rows,
+            reference_share=reference_share,
         )
 
     def route(
@@ -380,22 +398,29 @@ class Result:
                 "fedmira.run(output=..., resume=True)"
             )
         # Names are text even where they look like numbers, or like missing cells.
-        texts = dict.fromkeys(_TEXT_COLUMNS, str)
+        texts, content = dict.fromkeys(_TEXT_COLUMNS, str), self._content(f"metrics/{name}.csv")
         table = pandas.read_csv(
-            path,
+            io.BytesIO(content),
             dtype=texts,
             keep_default_na=False,
-            na_values={column: [""] for column in _columns(path) if column != "client"},
+            na_values={column: [""] for column in _columns(content) if column != "client"},
         )
         for column in table.columns:
             if column not in _TEXT_COLUMNS and table[column].isna().all():
                 table[column] = table[column].astype(float)
         return table
 
+    def _content(self, name: str) -> bytes:
+        """A file's bytes, compared with its hash; none where it is not there."""
+        recorded = RecordedFolder(self.folder)
+        if name == "events.jsonl" and (lost := lost_lines(self.folder)):
+            raise RunFolderError(lost)
+        return recorded.read(name) if recorded.exists(name) else b""
+
     def _is_measured(self, name: str) -> bool:
         return name in self.clients and bool(self.clients[name].notna().any())
 
 
-def _columns(path: Path) -> list[str]:
+def _columns(content: bytes) -> list[str]:
     """The columns of a table."""
-    return path.read_text(encoding="utf-8").partition("\n")[0].split(",")
+    return content.decode().partition("\n")[0].split(",")

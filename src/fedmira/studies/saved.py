@@ -11,17 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedmira.adapters import Adapter, LazyAdapters
-from fedmira.clients import CohortSettings, LocalClients
+from fedmira.adapters import Adapter, LazyAdapters, content_hash
+from fedmira.clients import CohortSettings, LocalClients, references_of
 from fedmira.config import Config, load_config
-from fedmira.data import ObjectRows, asked, load_clients, make_encoder
+from fedmira.data import ObjectRows, load_clients
 from fedmira.errors import ConfigError, DataError, RunFolderError
 from fedmira.experiment import prepare_kind, token_budget, where_they_lay
 from fedmira.messages import ClientId
 from fedmira.model import (
     AdapterKind,
     BaseModel,
-    check_prompt_ids,
     most_side_by_side,
     usual_token_budget,
 )
@@ -29,10 +28,10 @@ from fedmira.runs import RunFolder, hash_of_rows
 
 __all__ = [
     "SavedAdapters",
-    "answer",
     "clients_of",
     "quick_budget",
     "refuse_unknown",
+    "refuse_other",
     "reload_adapters",
     "shared_prompt",
 ]
@@ -98,7 +97,14 @@ def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
                 f"has {kind.base.sha256[:12]}); give the base it was trained on"
             )
     rows = run.get("data", {})
-    adapters = LazyAdapters(index, lambda client: kind.read(folder.adapters / client))
+
+    def read(client: ClientId) -> Adapter:
+        folder.check_adapter(client)
+        adapter = kind.read(folder.adapters / client)
+        refuse_other(folder, client, index[client], adapter)
+        return adapter
+
+    adapters = LazyAdapters(index, read)
     return SavedAdapters(
         path=path,
         config=config,
@@ -113,6 +119,27 @@ def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
         data_sha256=rows.get("sha256", ""),
         rows_elsewhere="federation" in run,
     )
+
+
+def refuse_other(folder: RunFolder, client: ClientId, entry: object, adapter: Adapter) -> None:
+    """Refuses an adapter that is not the one of which index.json has the hash.
+
+    Args:
+        folder: of the run.
+        client: whose adapter it is.
+        entry: the client's in index.json.
+        adapter: as it was read.
+
+    Raises:
+        RunFolderError: its content is another, or index.json does not say which it was.
+    """
+    about = entry if isinstance(entry, dict) else {}
+    if about.get("sha256") != content_hash(adapter):
+        raise RunFolderError(
+            f"{folder.adapters / client}: the adapter is damaged: its content has another SHA-256 "
+            "than adapters/index.json says; save it again from the checkpoint with: fedmira run "
+            f"--resume --output {folder.path}, or put the file back from a copy"
+        )
 
 
 def clients_of(
@@ -159,41 +186,9 @@ def clients_of(
     widest = max(saved.ranks, key=lambda client: saved.ranks[client])
     largest = sum(tensor.numel() for tensor in saved.adapters[widest].values())
     at_once = most_side_by_side(largest, kind.base.device)
-    return LocalClients(None, kind, data, CohortSettings(config.local, scales, budget), at_once)
-
-
-def answer(
-    saved: SavedAdapters,
-    client: ClientId,
-    text: str,
-    instruction: str | None = None,
-    max_new_tokens: int | None = None,
-    rows: ObjectRows | None = None,
-) -> str:
-    """What a client's adapter says to an input.
-
-    The client's own instruction is used unless another is given.
-
-    Args:
-        saved: what the run has saved.
-        client: its id.
-        text: the input.
-        instruction: in place of the client's own.
-        max_new_tokens: longest answer in tokens; None takes evaluation.max_new_tokens.
-        rows: of a run whose rows were objects.
-
-    Raises:
-        ConfigError: there is no such client, or no instruction is given and its rows are not on
-            this machine.
-    """
-    kind, config = saved.kind, saved.config
-    shared = shared_prompt(saved, client, instruction, rows)
-    prompt = make_encoder(config.data, kind.base.tokenizer).prompt(asked(shared, text))
-    check_prompt_ids(kind.base, prompt)
-    limit = max_new_tokens or config.evaluation.max_new_tokens
-    scales = [kind.scale(saved.ranks[client])]
-    budget = quick_budget(saved)
-    return kind.generate([saved.adapters[client]], scales, [(0, prompt)], limit, budget)[0]
+    settings = CohortSettings(config.local, scales, budget)
+    references = references_of(kind, config.evaluation)
+    return LocalClients(None, kind, data, settings, at_once, references)
 
 
 def shared_prompt(

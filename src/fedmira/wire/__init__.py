@@ -14,7 +14,7 @@ from fedmira.wire.envelopes import (
     encode_answer,
     encode_request,
 )
-from fedmira.wire.headers import number, text, whole_number
+from fedmira.wire.headers import LONGEST_TEXT, number, text, whole_number
 from fedmira.wire.kinds import CHOICE, IDENTITY, LOSSES, REFUSAL, SCORES, TRAIN
 from fedmira.wire.replies import WITHHELD, address_problem, checked_reply
 
@@ -24,6 +24,7 @@ __all__ = [
     "Encoded",
     "Header",
     "IDENTITY",
+    "LONGEST_TEXT",
     "LOSSES",
     "Line",
     "REFUSAL",

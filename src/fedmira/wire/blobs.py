@@ -46,6 +46,8 @@ def unpack(content: bytes) -> Encoded:
         length = int.from_bytes(content[:_LENGTH_BYTES], "little")
         about = json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])
         header = json.loads(about["__metadata__"][_HEADER])
+        # Half a character, which JSON can escape, could be written into no file and on no screen.
+        json.dumps(header, ensure_ascii=False).encode()
         arrays = {
             name: np.frombuffer(
                 form["data"], dtype=np.dtype(_TYPES[form["dtype"]]).newbyteorder("<")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fedmira.errors import WireError
 from fedmira.messages import Failure, Reply, Request
+from fedmira.shown import cut, plain
 from fedmira.wire.codec import (
     Encoded,
     Header,
@@ -13,7 +14,7 @@ from fedmira.wire.codec import (
     decode,
     encode,
 )
-from fedmira.wire.headers import number, text, whole_number
+from fedmira.wire.headers import LONGEST_TEXT, number, text, whole_number
 from fedmira.wire.replies import address_problem, checked_reply
 
 __all__ = [
@@ -37,6 +38,7 @@ WIRE_STAGE = "wire"
 
 _KIND, _CLIENT, _ROUND, _SEED = "kind", "client", "round", "seed"
 _ROWS, _METRIC, _STAGE, _REASON = "num_examples", "metric:", "stage", "reason"
+_LONGEST_STAGE = 20
 _REQUEST, _REPLY, _FAILURE = "request", "reply", "failure"
 
 
@@ -134,11 +136,14 @@ def decode_answer(request: Request, encoded: Encoded, line: Line) -> tuple[Reply
     header, client, number_ = encoded.header, request.client_id, request.round
     problem = address_problem(request, header.get(_CLIENT), header.get(_ROUND))
     if problem:
-        return Failure(client, number_, "reply", problem), line
+        told = plain(cut(problem, LONGEST_TEXT))
+        return Failure(client, number_, "reply", told), line
     try:
         kind = text(header, _KIND)
         if kind == _FAILURE:
-            return Failure(client, number_, text(header, _STAGE), text(header, _REASON)), line
+            stage, reason = text(header, _STAGE), text(header, _REASON)
+            told = plain(cut(reason, LONGEST_TEXT))
+            return Failure(client, number_, plain(cut(stage, _LONGEST_STAGE)), told), line
         if kind != _REPLY:
             raise WireError(f"the message is a {kind!r}; expected a {_REPLY!r} or a {_FAILURE!r}")
         payload, after = decode(encoded, line)
@@ -151,5 +156,6 @@ def decode_answer(request: Request, encoded: Encoded, line: Line) -> tuple[Reply
             request, Reply(client, number_, whole_number(header, _ROWS), payload, metrics)
         )
     except WireError as error:
-        return Failure(client, number_, "reply", str(error)), line
+        told = plain(cut(str(error), LONGEST_TEXT))
+        return Failure(client, number_, "reply", told), line
     return reply, replace(after, round=number_) if isinstance(reply, Reply) else line

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 
 from fedmira.errors import WireError
 
-__all__ = ["number", "text", "whole_number"]
+__all__ = ["LONGEST_TEXT", "number", "text", "whole_number"]
+
+LONGEST_TEXT = 500
+"""Characters of a text of the other end that are kept and shown."""
 
 
 def text(header: Mapping[str, object], name: str) -> str:

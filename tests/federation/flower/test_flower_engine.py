@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed; pip install 'fedmira[flower]'")
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ from flwr.app import Error, Message, RecordDict
 from fedmira.config import Config
 from fedmira.errors import ConfigError, RoundError
 from fedmira.experiment import build_experiment, run_experiment
+from fedmira.federation.codes import code_text
 from fedmira.federation.flower.records import bytes_of, record_of
 from fedmira.federation.server import run_federation
 from fedmira.runs import Result
@@ -33,7 +35,16 @@ from fedmira.wire import (
     unpack,
 )
 from loopback import LoopbackGrid, Meddler
-from small import CLIENTS, adapter_bytes, events_of, make_config, over_wire, table_of, with_clients
+from small import (
+    CLIENTS,
+    adapter_bytes,
+    events_of,
+    make_config,
+    over_wire,
+    table_of,
+    with_clients,
+    write_clients,
+)
 
 LOST_CODES = (3, 4, 5, 8)
 """Flower's: message, reply or node unavailable, and a node's program that stopped responding."""
@@ -76,6 +87,10 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {},
         {"algorithm.name": "ditto"},
         {"algorithm.name": "feddpa"},
+        {"algorithm.name": "fola"},
+        {"algorithm.name": "mtlora"},
+        {"algorithm.name": "cgc-lora", "algorithm.common_experts": 2},
+        {"algorithm.name": "gossip", "graph.kind": "category"},
         {"algorithm.name": "rolora"},
         {
             "algorithm.name": "fedalt",
@@ -86,7 +101,19 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {"algorithm.safeguard": True},
         {"algorithm.space": "factor", "local.optimizer_state": "kept", "engine.wire": "int8"},
     ],
-    ids=["mira", "ditto", "feddpa", "rolora", "fedalt", "safeguard", "kept moments in int8"],
+    ids=[
+        "mira",
+        "ditto",
+        "feddpa",
+        "fola",
+        "mtlora",
+        "cgc-lora",
+        "gossip",
+        "rolora",
+        "fedalt",
+        "safeguard",
+        "kept moments in int8",
+    ],
 )
 def test_a_federation_ends_with_the_adapters_of_the_run_in_one_process(
     settings: dict[str, Any], base_folder: Path, clients_folder: Path, tmp_path: Path
@@ -116,6 +143,48 @@ def test_a_federation_ends_with_the_adapters_of_the_run_in_one_process(
         [float(loss) for loss in losses[1]], rel=1e-4
     )
     assert (tmp_path / "apart" / "report.html").is_file()
+
+
+def test_nodes_weigh_their_own_rows_by_advantage(base_folder: Path, tmp_path: Path) -> None:
+    data = write_clients(tmp_path / "rows")
+    for file in data.glob("*/train.jsonl"):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        told = [{**row, "advantage": number % 3 - 1} for number, row in enumerate(rows)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in told), encoding="utf-8")
+    adapters = {}
+    for temperature in (0.5, 0.0):
+        settings = settings_of(**{"local.advantage_temperature": temperature})
+        config = make_config(base_folder, data, settings)
+        output = tmp_path / f"apart-{temperature}"
+        run_apart(config, LoopbackGrid(config, nodes_of(data, output / "memory")), output)
+        experiment = build_experiment(config)
+        together = tmp_path / f"together-{temperature}"
+        run_experiment(with_clients(experiment, over_wire(experiment, 1)), together)
+        adapters[temperature] = [
+            {
+                name: content
+                for name, content in adapter_bytes(run).items()
+                if name.endswith(".safetensors")
+            }
+            for run in (output, together)
+        ]
+    assert adapters[0.5][0] == adapters[0.5][1]
+    assert adapters[0.5][0] != adapters[0.0][0]
+
+
+def test_nodes_lean_on_their_own_rows_as_clients_of_one_process_do(
+    base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    settings = settings_of(**{"evaluation.reference_share": 0.4, "algorithm.name": "local"})
+    config = make_config(base_folder, clients_folder, settings)
+    grid = LoopbackGrid(config, nodes_of(clients_folder, tmp_path / "memory"))
+    run_apart(config, grid, tmp_path / "apart")
+    run_experiment(build_experiment(config), tmp_path / "together")
+    losses = [
+        [float(row["after_align_loss"]) for row in table_of(tmp_path / run, "clients")]
+        for run in ("apart", "together")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_each_node_receives_its_own_adapter_only(
@@ -218,7 +287,7 @@ def test_a_bad_reply_is_a_failure_with_its_reason_and_the_client_goes_on_from_it
     assert sorted(trained) == [1, 3] and trained[3]["loaded_hash"] == trained[1]["sent_hash"]
 
 
-def test_a_node_that_fails_says_so_in_its_own_words(
+def test_a_node_that_fails_sends_a_code_and_keeps_the_words_in_its_log(
     base_folder: Path, clients_folder: Path, tmp_path: Path
 ) -> None:
     grid: LoopbackGrid
@@ -234,10 +303,11 @@ def test_a_node_that_fails_says_so_in_its_own_words(
     assert {(f["client"], f["stage"]) for f in events_of(tmp_path / "run", "failure")} == {
         ("apple-3", "memory")
     }
-    assert all(
-        "private memory cannot be read" in failure["reason"]
-        for failure in events_of(tmp_path / "run", "failure")
-    )
+    assert {failure["reason"] for failure in events_of(tmp_path / "run", "failure")} == {
+        code_text("memory")
+    }
+    log = (tmp_path / "memory" / "apple-3.log").read_text(encoding="utf-8")
+    assert "private memory cannot be read" in log
 
 
 def test_a_node_that_is_away_is_left_out_and_taken_up_again_under_another_id(
@@ -383,7 +453,7 @@ def test_too_few_replies_end_the_run_and_it_resumes_when_the_nodes_are_back(
             {"name": "stranger"},
             {"federation.clients": list(CLIENTS)},
             {},
-            "none is called 'stranger'",
+            "code data (1 problem)",
         ),
         (
             {"name": "birch-2"},
@@ -393,8 +463,8 @@ def test_too_few_replies_end_the_run_and_it_resumes_when_the_nodes_are_back(
         ),
         ({"base": "OTHER"}, {}, {}, "another base model"),
         ({"base": "TOKENS"}, {}, {}, "another tokenizer"),
-        ({"data-path": "/nowhere"}, {}, {}, "'/nowhere' does not exist"),
-        ({"nmae": "x"}, {}, {}, "'nmae' is unknown"),
+        ({"data-path": "/nowhere"}, {}, {}, "code data (1 problem)"),
+        ({"nmae": "x"}, {}, {}, "code config (1 problem)"),
         ({}, {}, {104: "cedar"}, "registered as 'cedar' but calls itself 'birch-2'"),
     ],
 )
@@ -418,10 +488,13 @@ def test_a_node_that_does_not_fit_is_refused_on_both_sides(
         run_apart(config, grid, tmp_path / "run")
     assert reason in str(caught.value) and not (tmp_path / "run").exists()
     server, node = "refused a node: ", "the server refused this node: "
-    said = [record.getMessage() for record in caplog.records if reason in record.getMessage()]
-    assert any(text.startswith(node) or text.startswith("query.identity: ") for text in said)
+    said = [record.getMessage() for record in caplog.records]
+    words = {"/nowhere": "'/nowhere' does not exist", "stranger": "none is called 'stranger'"}
+    told = [words.get(value, "is unknown") for value in change.values()]
+    of_node = told[0] if "code " in reason else reason
+    assert any(text.startswith((node, "query.identity: ")) and of_node in text for text in said)
     assert any(
-        text.startswith(server) or text.startswith("a node cannot take part: ") for text in said
+        text.startswith((server, "a node cannot take part: ")) and reason in text for text in said
     )
 
 

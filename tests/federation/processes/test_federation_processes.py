@@ -17,7 +17,15 @@ from typing import Any
 from fedmira.config import Config, dump_config
 from fedmira.experiment import build_experiment, run_experiment
 from flower_processes import Federation, wait_until
-from small import adapter_bytes, events_of, local_of, make_config, table_of, with_clients
+from small import (
+    adapter_bytes,
+    events_of,
+    lenient_node,
+    local_of,
+    make_config,
+    table_of,
+    with_clients,
+)
 
 TASKS = 4
 SETTINGS = {
@@ -68,15 +76,16 @@ def write_app(federation: Federation, config: Config, folder: Path) -> None:
 
 
 def start_nodes(
-    federation: Federation, names: list[str], data: Mapping[str, Path], memory: Path
+    federation: Federation, config: Config, data: Mapping[str, Path], memory: Path
 ) -> None:
-    for name in names:
+    for name, folder in data.items():
         federation.register(name)
-        federation.start_node(name, node_config(name, data[name], memory))
+        federation.start_node(name, node_config(config, name, folder, memory))
 
 
-def node_config(name: str, data: Path, memory: Path) -> dict[str, str]:
-    return {"name": name, "data-path": str(data), "memory": str(memory)}
+def node_config(config: Config, name: str, data: Path, memory: Path) -> dict[str, str]:
+    about = {"name": name, "data-path": str(data), "memory": str(memory)}
+    return {**about, **lenient_node(config, memory.parent)}
 
 
 def rounds_of(run: Path, kind: str = "round") -> list[int]:
@@ -100,7 +109,7 @@ def test_real_tasks_on_four_machines_end_with_the_adapters_of_the_run_in_one_pro
     write_app(federation, config, tmp_path / "app")
     federation.start_superlink()
     start_nodes(
-        federation, tasks, {name: tmp_path / "apart" / name for name in tasks}, tmp_path / "memory"
+        federation, config, {name: tmp_path / "apart" / name for name in tasks}, tmp_path / "memory"
     )
     run = federation.start_run(tmp_path / "app")
     wait_until(lambda: run.poll() is not None, "the run", 900)
@@ -199,10 +208,15 @@ def test_a_federation_survives_its_machines(
         encoding="utf-8",
     )
     federation.start_superlink()
-    start_nodes(federation, names, dict.fromkeys(names, clients_folder), tmp_path / "memory")
-    federation.start_node("plain", node_config("birch-2", clients_folder, tmp_path), "--insecure")
+    start_nodes(federation, config, dict.fromkeys(names, clients_folder), tmp_path / "memory")
     federation.start_node(
-        "keyless", node_config("birch-2", clients_folder, tmp_path), "--root-certificates", "ca.pem"
+        "plain", node_config(config, "birch-2", clients_folder, tmp_path), "--insecure"
+    )
+    federation.start_node(
+        "keyless",
+        node_config(config, "birch-2", clients_folder, tmp_path),
+        "--root-certificates",
+        "ca.pem",
     )
 
     federation.start_run(tmp_path / "app")
@@ -210,7 +224,9 @@ def test_a_federation_survives_its_machines(
     assert "birch-1" in federation.log("run")
     federation.kill("birch-1")  # round 3 has begun
     wait_until(lambda: 4 in rounds_of(run), "round 4", 600)
-    federation.start_node("birch-1", node_config("birch-1", clients_folder, tmp_path / "memory"))
+    federation.start_node(
+        "birch-1", node_config(config, "birch-1", clients_folder, tmp_path / "memory")
+    )
     wait_until(lambda: 5 in rounds_of(run), "round 5", 600)
     federation.kill("superlink")
     federation.kill("run")

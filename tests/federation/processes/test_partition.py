@@ -22,7 +22,7 @@ import numpy as np
 
 from fedmira.config import dump_config
 from flower_processes import Federation, wait_until
-from small import adapters_of, events_of, make_config
+from small import adapters_of, events_of, lenient_node, make_config
 
 NAMES = ["apple-1", "apple-2", "birch-1"]
 CUT_OFF = "birch-1"
@@ -168,10 +168,8 @@ def test_a_partition_that_heals_leaves_the_run_consistent(
     }
     waits = {"federation.clients": NAMES, "federation.wait_s": 300, "federation.reply_s": 400}
     text, run = tmp_path / "app.toml", tmp_path / "run"
-    text.write_text(
-        dump_config(make_config(base_folder, clients_folder, {**settings, **waits})),
-        encoding="utf-8",
-    )
+    config = make_config(base_folder, clients_folder, {**settings, **waits})
+    text.write_text(dump_config(config), encoding="utf-8")
     federation.call(
         "fedmira", "flower", "init", tmp_path / "app", "--config", text, "--output", run
     )
@@ -179,6 +177,7 @@ def test_a_partition_that_heals_leaves_the_run_consistent(
     for name in NAMES:
         federation.register(name)
         about = {"name": name, "data-path": str(clients_folder), "memory": str(tmp_path / "memory")}
+        about |= lenient_node(config, tmp_path)
         federation.start_node(name, about, namespace=network.namespaces[name])
 
     process = federation.start_run(tmp_path / "app")

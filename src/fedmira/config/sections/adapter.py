@@ -26,8 +26,8 @@ class AdapterSettings(Section):
             "What a client trains: LoRA factors, or what the frozen base reads in front of "
             'every row ([methods.md](methods.md), "Other adapters"). The other kinds go with '
             "methods that work entry by entry: `local`, `fedavg`, `fedit-finetune`, `fedprox`, "
-            '`ditto`, `fedkseed`, and `mira` with `space = "factor"`; and without '
-            "`engine.recompute` and `engine.compile`."
+            "`fedopt`, `scaffold`, `fola`, `ditto`, `fedkseed`, and `mira` with `space = "
+            '"factor"`; and without `engine.recompute` and `engine.compile`.'
         ),
     )
     rank: Positive = setting(

@@ -22,6 +22,7 @@ class ColumnSettings(Section):
     system: str = setting("", help="The column of the system's text.")
     messages: str = setting("", help="The column of the messages.")
     category: str = setting("", help="The column of the category.")
+    advantage: str = setting("", help="The column of the advantage, a number.")
 
 
 class DataSettings(Section):
@@ -126,6 +127,14 @@ class DataSettings(Section):
             "this order."
         ),
         read_by={"source": ("natural-instructions",)},
+    )
+    emit: Literal["planner", "executor", "both"] = setting(
+        "both",
+        help=(
+            "trajectories: what a file of them makes: a client that learns the next sub-goal, one "
+            "that learns the next action, or both, as two clients of one category."
+        ),
+        read_by={"source": ("trajectories",)},
     )
     min_rows: Positive = setting(
         4,
@@ -239,7 +248,7 @@ class DataSettings(Section):
         if self.source == "demo" and self.path:
             raise ValueError(
                 f"path is {self.path!r}, but source 'demo' reads no files; set source to "
-                "'jsonl', 'natural-instructions', 'dolly' or 'hub'"
+                "'jsonl', 'natural-instructions', 'dolly', 'hub' or 'trajectories'"
             )
         return self
 

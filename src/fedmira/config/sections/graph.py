@@ -14,13 +14,16 @@ __all__ = ["GraphSettings"]
 class GraphSettings(Section):
     """[graph]: who is related."""
 
-    kind: Literal["random", "uniform", "category", "similarity", "pfedgraph", "file"] = setting(
-        "similarity",
-        help=(
-            "The authors' random recipe; weight 1 between all; weight 1 within a category; "
-            "learned from the updates; learned, with likeness balanced against data shares as "
-            "in pFedGraph; a `graph.json`."
-        ),
+    kind: Literal["random", "uniform", "category", "similarity", "blocks", "pfedgraph", "file"] = (
+        setting(
+            "similarity",
+            help=(
+                "The authors' random recipe; weight 1 between all; weight 1 within a category; "
+                "learned from the updates; learned, and led to fall apart into blocks as in TFCL; "
+                "learned, with likeness balanced against data shares as in pFedGraph; a "
+                "`graph.json`."
+            ),
+        )
     )
     path: str = setting(
         "",
@@ -32,19 +35,33 @@ class GraphSettings(Section):
             "Learned graphs only: compare updates by the cosine of their products, or only the "
             'column spaces of their modules ([methods.md](methods.md), "Graphs").'
         ),
-        read_by={"kind": ("similarity", "pfedgraph")},
+        read_by={"kind": ("similarity", "blocks", "pfedgraph")},
     )
     nearest: Positive = setting(
         3,
-        help='Kind `"similarity"`: neighbours that each client chooses.',
-        read_by={"kind": ("similarity",)},
+        help='Kinds `"similarity"` and `"blocks"`: neighbours that each client chooses.',
+        read_by={"kind": ("similarity", "blocks")},
+    )
+    blocks: Count = setting(
+        0,
+        help=(
+            'Kind `"blocks"`: how many blocks are aimed at, at most half as many as clients. 0 '
+            "takes the largest gap between the eigenvalues, up to the root of the clients' number."
+        ),
+        read_by={"kind": ("blocks",)},
+    )
+    strength: float = setting(
+        1.0,
+        ge=0,
+        help=('Kind `"blocks"`: the price on weights between blocks. 0 is kind `"similarity"`.'),
+        read_by={"kind": ("blocks",)},
     )
     memory: float = setting(
         0.5,
         ge=0,
         lt=1,
         help="Learned graphs: share of the old graph in the new one.",
-        read_by={"kind": ("similarity", "pfedgraph")},
+        read_by={"kind": ("similarity", "blocks", "pfedgraph")},
     )
     warmup_rounds: Count = setting(
         1,
@@ -52,7 +69,7 @@ class GraphSettings(Section):
             "Learned graphs: rounds in which it is learned and does not act; fewer than "
             "`rounds.count`. A fixed graph acts from round 1."
         ),
-        read_by={"kind": ("similarity", "pfedgraph")},
+        read_by={"kind": ("similarity", "blocks", "pfedgraph")},
     )
     alpha: float = setting(
         0.8,
@@ -90,7 +107,11 @@ class GraphSettings(Section):
 
     @model_validator(mode="after")
     def _fixed_graphs_compare_nothing(self) -> GraphSettings:
-        if self.measure != "cosine" and self.kind not in ("similarity", "pfedgraph"):
+        if self.measure != "cosine" and self.kind not in (
+            "similarity",
+            "blocks",
+            "pfedgraph",
+        ):
             raise ValueError(
                 f"measure = {self.measure!r} is for learned graphs, but kind is "
                 f"{self.kind!r}; set kind = 'similarity' or leave it out"

@@ -53,6 +53,16 @@ class LocalSettings(Section):
         8,
         help="Rows a step; never more than the client has.",
     )
+    advantage_temperature: float = setting(
+        0.0,
+        ge=0,
+        help=(
+            "Beta of advantage-weighted training: in each batch a row weighs "
+            "min(exp(advantage / beta), 20), by its key `advantage`. Rows without one have "
+            "advantage 0; 0 weighs all rows alike. Evaluation is never weighted "
+            "([methods.md](methods.md))."
+        ),
+    )
     learning_rate: float = setting(
         3e-3,
         gt=0,
@@ -160,6 +170,16 @@ class LocalSettings(Section):
             raise ValueError(
                 f"epochs = {self.epochs} and steps_per_row = {self.steps_per_row:g} both say how "
                 "many steps a round has; set one of them to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_need_rows_to_weigh(self) -> LocalSettings:
+        if self.advantage_temperature and self.batch_size == 1:
+            raise ValueError(
+                f"advantage_temperature = {self.advantage_temperature:g} weighs the rows of a "
+                "batch against each other, and batch_size = 1 leaves nothing to weigh; raise "
+                "batch_size, or set advantage_temperature to 0"
             )
         return self
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from fedmira.config.section import Count, Positive, Section, setting
 
 __all__ = ["EngineSettings", "EvaluationSettings", "FederationSettings", "RoundsSettings"]
+
+Temperature = Annotated[float, Field(gt=0)] | Literal["auto"]
 
 
 class RoundsSettings(Section):
@@ -63,6 +67,31 @@ class EvaluationSettings(Section):
             "Which adapter a client ends with: that of the last round, or that of the evaluated "
             'round with the lowest loss on its own validation rows. `"best"` needs '
             "`data.validation_fraction` above 0."
+        ),
+    )
+    reference_share: float = setting(
+        0.0,
+        ge=0,
+        lt=1,
+        help=(
+            "Reference Trustable Decoding: this share of each token's probability comes from the "
+            "states behind the client's own training rows, in losses and in generated answers "
+            "([methods.md](methods.md)). 0: the adapter alone. Of `adapter.kind` lora."
+        ),
+    )
+    reference_neighbours: Positive = setting(
+        32,
+        help="How many of the nearest stored states count.",
+    )
+    reference_heads: Positive = setting(
+        1,
+        help="Parts into which a state is cut, each with neighbours of its own.",
+    )
+    reference_temperature: Temperature = setting(
+        "auto",
+        help=(
+            'How fast a neighbour\'s weight falls with its squared distance. `"auto"`: the median '
+            "squared distance of a stored state to its farthest neighbour that counts."
         ),
     )
 
@@ -125,7 +154,8 @@ class EngineSettings(Section):
             "hands payloads over as they are, and the others write and read every message, so "
             "that losses and bytes are those of machines apart. Not for methods that send a "
             "part of their adapters (`fedit-finetune`, `ditto`, `share-factor`, `fedkseed`, "
-            "`fedex`, `flora`, `fedalt`, `feddpa`, `rolora`, `fedfomo`), nor for mira's safeguard."
+            "`fedex`, `flora`, `fedalt`, `feddpa`, `mtlora`, `cgc-lora`, `gossip`, `rolora`, "
+            "`fedfomo`), nor for mira's safeguard."
         ),
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedmira.config import DataSettings
 from fedmira.data.examples import Reading
+from fedmira.data.guarded import lethal
 from fedmira.data.problems import Problems
 from fedmira.data.rows import Row, RowReader
 from fedmira.data.sources.grouping import group_key, tables_by_key
@@ -112,6 +113,11 @@ def _chosen(splits: list[str], settings: DataSettings, notes: list[str]) -> dict
 
 def _load(settings: DataSettings, saved: bool) -> Mapping[str, Any]:
     """Split -> its table, of a data set of the hub or one that `save_to_disk` wrote."""
+    if reason := lethal("saved" if saved else "hub", settings.path):
+        raise DataError(
+            f"{settings.path}: the data set cannot be read ({reason}); its files are damaged: save "
+            "or download it again"
+        )
     # Importing datasets takes seconds and every other source does without it.
     import datasets
 

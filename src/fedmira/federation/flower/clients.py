@@ -5,6 +5,7 @@ The nodes are asked over Flower's grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -16,8 +17,10 @@ from fedmira.federation.ends import ServerEnd
 from fedmira.federation.flower.nodes import Nodes, Problem
 from fedmira.messages import ClientId, Failure, Payload, Reply, Request
 from fedmira.metrics import TEXT_METRICS, TokenLoss
+from fedmira.shown import cut, plain
 from fedmira.wire import (
     CHOICE,
+    LONGEST_TEXT,
     LOSSES,
     SCORES,
     TRAIN,
@@ -34,6 +37,8 @@ __all__ = ["FlowerClients"]
 Result = TypeVar("Result")
 _NODES_AT_ONCE = 64
 _ADAPTER = "adapter"
+_MOST_LOSS, _MOST_TOKENS = 1e6, 10**13
+"""Nats a token, and tokens that are measured."""
 
 
 class FlowerClients:
@@ -116,7 +121,14 @@ class FlowerClients:
         messages = self._messages(
             asked, lambda client: {_ADAPTER: adapters[client]}, {"split": split}
         )
-        return self._ask(LOSSES, messages, lambda client, header: _read_loss(header))
+        most = (
+            {client: getattr(self._parties[client], f"{split}_response_tokens") for client in asked}
+            if split in ("test", "train")
+            else {}
+        )
+        return self._ask(
+            LOSSES, messages, lambda client, header: _read_loss(header, most.get(client))
+        )
 
     def choose(self, clients: Sequence[ClientId], candidates: Candidates) -> dict[ClientId, float]:
         """The key of the candidate with the lowest loss on each client's validation rows.
@@ -181,22 +193,36 @@ class FlowerClients:
                         raise WireError(answer.reason)
                     found[client] = read(client, answer.header)
                 except WireError as error:
-                    self._unmeasured.append(Failure(client, 0, "evaluate", str(error)))
+                    told = plain(cut(str(error), LONGEST_TEXT))
+                    self._unmeasured.append(Failure(client, 0, "evaluate", told))
         return found
 
 
-def _read_loss(header: Header) -> TokenLoss:
+def _read_loss(header: Header, most: int | None) -> TokenLoss:
     """A loss that a node measured.
 
+    Args:
+        header: of its answer.
+        most: response tokens that the client said it has in this part; None where it said nothing.
+
     Raises:
-        WireError: it is none.
+        WireError: it is none, or one that cannot be.
     """
-    tokens = whole_number(header, "tokens")
+    tokens, total = whole_number(header, "tokens"), number(header, "total")
     if tokens == 0:
         raise WireError(
             "the node measured no response tokens, though it said that it has such rows"
         )
-    return TokenLoss(number(header, "total"), tokens)
+    if tokens > (_MOST_TOKENS if most is None else most):
+        raise WireError(
+            f"the node measured {str(tokens)[:40]} response tokens; at the start it said that it "
+            f"has {_MOST_TOKENS if most is None else most}"
+        )
+    if math.isfinite(total) and abs(total) > _MOST_LOSS * tokens:
+        raise WireError(
+            f"the node measured {total / tokens:g} nats a token; must be at most {_MOST_LOSS:g}"
+        )
+    return TokenLoss(total, tokens)
 
 
 def _read_scores(header: Header) -> dict[str, float]:
@@ -210,7 +236,11 @@ def _read_scores(header: Header) -> dict[str, float]:
             f"the node sent no {' and no '.join(absent)}; it sent {', '.join(sorted(header))}. "
             "Its fedmira may be of another version: install the server's version there"
         )
-    return {name: number(header, name) for name in TEXT_METRICS}
+    scores = {name: number(header, name) for name in TEXT_METRICS}
+    for name, value in scores.items():
+        if not 0 <= value <= 1:
+            raise WireError(f"the node's {name} is {value:g}; must be from 0 to 1")
+    return scores
 
 
 def _read_choice(header: Header, keys: Sequence[float]) -> float:

@@ -9,17 +9,20 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedmira.data import ClientSummary, id_problem, read_summary
 from fedmira.errors import WireError
+from fedmira.federation.audit import AuditLog
 from fedmira.federation.flower.records import bytes_of, record_of
 from fedmira.messages import ClientId
+from fedmira.shown import cut, plain
 from fedmira.wire import (
     IDENTITY,
+    LONGEST_TEXT,
     REFUSAL,
     Encoded,
     pack,
@@ -50,6 +53,10 @@ _LOST = frozenset({_UNAVAILABLE, 4, 5, 8})
 
 Message, reply or node unavailable, and a node's program that stopped responding.
 """
+_TIMES_AS_LARGE, _ROOM = 8, 16 * 2**20
+"""A reply may have so many times the bytes of its request, and so many more."""
+_MOST_ROWS, _MOST_TOKENS, _LONGEST_NAME = 10**9, 10**13, 200
+"""What a client can say of itself: rows of each part, tokens, characters of task and category."""
 _log = logging.getLogger("fedmira")
 
 
@@ -102,6 +109,8 @@ class Identity:
                 f"its answer is no identity ({error}); install the server's version of "
                 "fedmira on the node"
             ) from error
+        if problem := _said_problem(party):
+            raise WireError(f"its answer is no identity ({problem})")
         return cls(party, text(message.header, "base"), text(message.header, "tokenizer"))
 
 
@@ -118,20 +127,23 @@ class Nodes:
         base_sha256, tokenizer_sha256: what all nodes must have.
         allowed: names that may take part; empty allows all, until `close` is called.
         reply_s: how long messages wait for their answers.
+        audit: the server's record of what travels; None keeps none.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - who may take part, and how long they may take
         self,
         grid: Grid,
         base_sha256: str,
         tokenizer_sha256: str,
         allowed: Sequence[ClientId],
         reply_s: float,
+        audit: AuditLog | None = None,
     ) -> None:
         self._grid = grid
         self._ground = {"base model": base_sha256, "tokenizer": tokenizer_sha256}
         self._allowed = tuple(allowed)
         self._reply_s = reply_s
+        self._audit = audit
         self._known: dict[int, Identity] = {}
         self._barred: dict[int, _Bar] = {}
         self._greeted: dict[str, int] = {}
@@ -210,9 +222,10 @@ class Nodes:
         }
         waiting: dict[str, ClientId] = {}
         asked = [client for client in messages if client in node_of]
+        packed = {client: pack(messages[client]) for client in asked}
         sent = [
             Message(
-                record_of(pack(messages[client])),
+                record_of(packed[client]),
                 node_of[client],
                 kind,
                 ttl=self._reply_s,
@@ -223,10 +236,13 @@ class Nodes:
         for client, message_id in zip(asked, self._push(sent), strict=True):
             if message_id:
                 waiting[message_id] = client
+                if self._audit:
+                    self._audit.add("out", kind, client, packed[client])
             else:
                 answers[client] = Problem(
                     "send", "the message could not be handed to the SuperLink; it may be too large"
                 )
+        most = {client: _ROOM + _TIMES_AS_LARGE * len(of) for client, of in packed.items()}
         late = Problem("reply", f"no reply within {self._reply_s:g} s (federation.reply_s)")
         end = time.monotonic() + self._reply_s
         while waiting:
@@ -237,7 +253,9 @@ class Nodes:
             )
             for reply in self._pull(waiting):
                 client = waiting.pop(reply.metadata.reply_to_message_id)
-                answers[client] = late if _expired(reply) else _opened(reply)
+                answers[client] = (
+                    late if _expired(reply) else self._opened(reply, kind, client, most[client])
+                )
             if over:
                 break
             time.sleep(_PAUSE_SECONDS if waiting else 0)
@@ -285,7 +303,9 @@ class Nodes:
                     now,
                 )
                 continue
-            self._welcome(node, _opened(reply))
+            self._welcome(
+                node, self._opened(reply, IDENTITY, self._online[node] or str(node), _ROOM)
+            )
 
     def _welcome(self, node: int, answer: Encoded | Problem) -> None:
         """Take a node in, or refuse it and say so on both sides."""
@@ -381,6 +401,38 @@ class Nodes:
             )
         return ""
 
+    def _opened(self, reply: Message, kind: str, peer: str, most: int) -> Encoded | Problem:
+        """The message in a reply, or what is wrong.
+
+        The node's code, Flower's words, or that it cannot be read.
+
+        Args:
+            reply: as it came.
+            kind: of what it answers.
+            peer: the client, or the node before it has said who it is.
+            most: bytes that it may have.
+        """
+        if reply.has_error():
+            reason = reply.error.reason or f"Flower's error {reply.error.code}"
+            told = plain(cut(reason, LONGEST_TEXT))
+            if self._audit:
+                self._audit.add_error("in", kind, plain(peer), told)
+            return Problem("node", told)
+        try:
+            content = bytes_of(reply.content)
+        except KeyError:
+            return Problem("reply", "the reply holds no message of fedmira's")
+        if self._audit:
+            self._audit.add("in", kind, plain(peer), content)
+        if len(content) > most:
+            return Problem(
+                "reply", f"the reply has {len(content)} bytes; at most {most} are looked at"
+            )
+        try:
+            return unpack(content)
+        except WireError as error:
+            return Problem("reply", plain(cut(str(error), LONGEST_TEXT)))
+
     def _notice(self, kind: str, header: Mapping[str, str], node: int) -> Message:
         lifetime = min(_GREETING_SECONDS, self._reply_s)
         return Message(
@@ -412,24 +464,28 @@ class Nodes:
         )
 
 
+def _said_problem(party: ClientSummary) -> str:
+    """What no client can say of itself; "" where it may be so.
+
+    Names come from elsewhere and stand on pages and terminals.
+    """
+    for name, value in asdict(party).items():
+        if isinstance(value, str):
+            if len(value) > _LONGEST_NAME or plain(value) != value:
+                shown = plain(cut(value, 80))
+                return (
+                    f"{name} is {shown!r}; must be at most {_LONGEST_NAME} characters that can be "
+                    "seen"
+                )
+        elif value > (_MOST_ROWS if name.endswith("_rows") else _MOST_TOKENS):
+            most = _MOST_ROWS if name.endswith("_rows") else _MOST_TOKENS
+            return f"{name} is {str(value)[:40]}; must be at most {most}"
+    return ""
+
+
 def _expired(reply: Message) -> bool:
     """Whether the message's time was over before its answer came.
 
     Its lifetime is how long the server waits.
     """
     return bool(reply.has_error() and reply.error.code == _UNAVAILABLE)
-
-
-def _opened(reply: Message) -> Encoded | Problem:
-    """The message in a reply, or what is wrong.
-
-    The node's own words, Flower's, or that it cannot be read.
-    """
-    if reply.has_error():
-        return Problem("node", reply.error.reason or f"Flower's error {reply.error.code}")
-    try:
-        return unpack(bytes_of(reply.content))
-    except WireError as error:
-        return Problem("reply", str(error))
-    except KeyError:
-        return Problem("reply", "the reply holds no message of fedmira's")

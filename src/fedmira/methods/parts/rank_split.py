@@ -27,13 +27,15 @@ class RankSplit:
 
     Attributes:
         trained_rank: directions of the trained part; 0 takes half of an adapter's rank.
+        zero_is_half: false where 0 is none at all.
     """
 
     trained_rank: int
+    zero_is_half: bool = True
 
     def of(self, rank: int) -> int:
         """Directions of the trained part of an adapter of this rank."""
-        return self.trained_rank or rank // 2
+        return self.trained_rank or (rank // 2 if self.zero_is_half else 0)
 
     def trained(self, adapter: Adapter) -> Adapter:
         """The trained part, as views."""

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from logging import CRITICAL
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251 - what damaged .bin files raise; nothing is unpickled here
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -41,7 +41,7 @@ from fedmira.model.base.files import (
 )
 from fedmira.model.base.types import BaseModel, num_embeddings
 
-__all__ = ["OBJECT", "freeze", "load_tokenizer", "read_again", "read_base"]
+__all__ = ["OBJECT", "freeze", "load_tokenizer", "read_again", "read_base", "read_folder"]
 
 OBJECT = "object"
 """model.base of a run whose base was given as an object."""
@@ -156,12 +156,28 @@ def _read_model(location: str, name: str, options: Mapping[str, Any]) -> PreTrai
     return cast(PreTrainedModel, model)
 
 
-def read_again(base: BaseModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def read_folder(folder: Path) -> PreTrainedModel:
+    """A model that was just written, on the CPU and in the number type in which it is stored.
+
+    Args:
+        folder: a Hugging Face folder.
+
+    Raises:
+        ModelError: it is not what its files say.
+    """
+    model = _read_model(str(folder), str(folder), {"dtype": "auto"})
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def read_again(
+    base: BaseModel, dtype: torch.dtype | Literal["auto"] | None = None
+) -> PreTrainedModel:
     """The same base once more, where and in the number type in which the first one computes.
 
     Args:
         base: what `load_base` gave.
-        dtype: in place of that number type.
+        dtype: in place of that number type; "auto" for that in which it is stored.
 
     Raises:
         ModelError: it is no longer there.

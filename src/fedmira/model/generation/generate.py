@@ -28,6 +28,7 @@ from fedmira.model.lora.branch import LoraBranch
 
 __all__ = [
     "answered",
+    "choose_decoding",
     "end_tokens",
     "fit_prompts",
     "generate",
@@ -98,7 +99,7 @@ def generate_tokens(
     if not asked:
         return []
     with torch.no_grad():
-        if base.packed and decoding_agrees(base, branch):
+        if choose_decoding(base, branch):
             waves = plan_waves(
                 asked,
                 _cache_shape(base),
@@ -112,6 +113,20 @@ def generate_tokens(
                 for pair in _padded(base, branch, chosen)
             ]
     return answered(base, found)
+
+
+def choose_decoding(base: BaseModel, branch: LoraBranch) -> bool:
+    """Whether answers are continued from the cache of waves, which a trial decides at first use.
+
+    Args:
+        base: the frozen base.
+        branch: entered by the caller.
+    """
+    with torch.no_grad():
+        waves = base.packed and decoding_agrees(base, branch)
+        if not waves:
+            padding_agrees(base, branch, _padded)
+    return waves
 
 
 def answered(base: BaseModel, found: Sequence[tuple[Prompt, Sequence[int]]]) -> list[list[int]]:

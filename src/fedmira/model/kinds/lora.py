@@ -13,11 +13,17 @@ from fedmira.adapters import (
     scale,
     truncate_rank,
 )
-from fedmira.config import LocalSettings
+from fedmira.config import EvaluationSettings, LocalSettings
 from fedmira.model.base.memory import PassLimits, within_memory
 from fedmira.model.base.rows import Row
 from fedmira.model.base.types import BaseModel, TargetModule
-from fedmira.model.generation.generate import generate, most_cache_bytes
+from fedmira.model.generation.generate import choose_decoding, generate, most_cache_bytes
+from fedmira.model.generation.reference import (
+    ReferenceStore,
+    build_store,
+    reference_losses,
+    referred,
+)
 from fedmira.model.kinds.peft_files import lora_config, read_adapter, write_adapter
 from fedmira.model.lora.branch import LoraBranch
 from fedmira.model.lora.stack import StackedAdapters, start_adapter
@@ -30,7 +36,8 @@ from fedmira.model.training.measure import (
     row_losses_with,
     summed_losses,
 )
-from fedmira.model.training.steps import LocalOutcome, LocalTask, train_cohort
+from fedmira.model.training.steps import train_cohort
+from fedmira.model.training.tasks import LocalOutcome, LocalTask
 
 __all__ = ["LoraKind"]
 
@@ -139,6 +146,92 @@ class LoraKind:
 
             found, _ = within_memory(answers, budget, self.limits.generate)
         return found
+
+    def reference(
+        self, adapter: Adapter, scale: float, rows: Sequence[Row], settings: EvaluationSettings
+    ) -> ReferenceStore:
+        """The states behind a client's training rows under its adapter.
+
+        Args:
+            adapter: the client's.
+            scale: s of the adapter.
+            rows: training rows of the client, and none else.
+            settings: neighbours, heads and temperature.
+
+        Raises:
+            ModelError: there is no row, or the base cannot be referred to.
+        """
+        with self._alone(adapter, scale) as branch:
+            return build_store(
+                self.base,
+                branch,
+                adapter,
+                rows,
+                neighbours=settings.reference_neighbours,
+                heads=settings.reference_heads,
+                temperature=settings.reference_temperature,
+            )
+
+    def referred_losses(
+        self,
+        adapter: Adapter,
+        scale: float,
+        rows: Sequence[Row],
+        store: ReferenceStore,
+        share: float,
+    ) -> list[float]:
+        """The summed response loss of each row where a share of each probability is referred.
+
+        Args:
+            adapter: the client's.
+            scale: s of the adapter.
+            rows: to measure on.
+            store: made with this adapter.
+            share: of the reference, from 0 up to 1.
+
+        Raises:
+            RunError: the store was made with another adapter.
+        """
+        store.check(adapter)
+        with self._alone(adapter, scale) as branch:
+            return reference_losses(self.base, branch, rows, store, share)
+
+    def referred_answers(
+        self,
+        adapter: Adapter,
+        scale: float,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        budget: int,
+        store: ReferenceStore,
+        share: float,
+    ) -> list[str]:
+        """Greedy answers of one client where a share of each probability is referred.
+
+        Args:
+            adapter: the client's.
+            scale: s of the adapter.
+            prompts: token ids of each.
+            max_new_tokens: longest answer in tokens.
+            budget: most tokens in one pass.
+            store: made with this adapter.
+            share: of the reference, from 0 up to 1.
+
+        Raises:
+            RunError: the store was made with another adapter.
+        """
+        store.check(adapter)
+        asked = [(0, prompt) for prompt in prompts]
+        with self._alone(adapter, scale) as branch:
+            choose_decoding(self.base, branch)  # a trial is of the model's own scores
+            with referred(self.base, store, share):
+                return generate(self.base, branch, asked, max_new_tokens, budget)
+
+    def _alone(self, adapter: Adapter, scale: float) -> LoraBranch:
+        stacked = StackedAdapters(
+            self.targets, [adapter], [scale], self.base.device, trainable=False
+        )
+        return LoraBranch(self.base.model, stacked)
 
     def token_budget(self) -> int:
         """The budget that a short trial on this machine finds."""

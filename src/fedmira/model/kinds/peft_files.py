@@ -9,19 +9,21 @@ from typing import Any
 
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fedmira.adapters import Adapter
 from fedmira.atomic import replace_file
-from fedmira.errors import RunFolderError
+from fedmira.errors import MachineError, RunFolderError
 from fedmira.model.base.types import BaseModel, TargetModule
+from fedmira.records import told
 
 __all__ = [
     "ADAPTER_WEIGHTS",
     "ENCODER_WEIGHTS",
     "lora_config",
     "read_adapter",
+    "read_trained",
     "write_adapter",
     "write_encoder",
 ]
@@ -100,7 +102,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Safetensors' own writer raises an error of its own kind, without the file.
     """
     contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
-    path.write_bytes(save(contiguous, metadata={"format": "pt"}))
+    replace_file(path, save(contiguous, metadata={"format": "pt"}))
 
 
 def _sort_targets(path: Path) -> None:
@@ -122,16 +124,33 @@ def read_adapter(folder: Path, weights: str = ADAPTER_WEIGHTS) -> Adapter:
 
     Raises:
         RunFolderError: there is no such file, or it is damaged.
+        MachineError: the system does not let it be read.
     """
     path = folder / weights
     try:
-        adapter: Adapter = load_file(path)
+        adapter: Adapter = load(path.read_bytes())
     except FileNotFoundError as error:
         raise RunFolderError(
             f"{path}: there is no adapter; the run may not have finished its first checkpoint"
         ) from error
-    except SafetensorError as error:
+    except OSError as error:
+        raise MachineError(told(error, path)) from error
+    except (SafetensorError, KeyError, ValueError) as error:
         raise RunFolderError(
             f"{path}: the file is damaged ({error}); run again or take it from a copy"
         ) from error
     return adapter
+
+
+def read_trained(folder: Path) -> Adapter:
+    """The tensors that were trained, of an adapter of any kind.
+
+    Args:
+        folder: where the files are.
+
+    Raises:
+        RunFolderError: there is no such file, or it is damaged.
+    """
+    return read_adapter(
+        folder, ENCODER_WEIGHTS if (folder / ENCODER_WEIGHTS).is_file() else ADAPTER_WEIGHTS
+    )

@@ -36,7 +36,8 @@ from fedmira.model.training.measure import (
     measure_with,
     row_losses_with,
 )
-from fedmira.model.training.steps import LocalOutcome, LocalTask, train_with
+from fedmira.model.training.steps import train_with
+from fedmira.model.training.tasks import LocalOutcome, LocalTask
 
 __all__ = ["PromptKind"]
 

@@ -25,7 +25,7 @@ from fedmira.model.kinds.prompts import PromptKind
 from fedmira.model.kinds.proof import check_wrapped
 from fedmira.model.packed.probe import targets_in_use
 from fedmira.model.training.measure import Choice, Contender
-from fedmira.model.training.steps import LocalOutcome, LocalTask
+from fedmira.model.training.tasks import LocalOutcome, LocalTask
 
 __all__ = ["AdapterKind", "adapter_kind"]
 

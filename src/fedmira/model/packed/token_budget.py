@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,14 +207,28 @@ def _read(path: Path) -> dict[str, tuple[int, float]]:
     """What is known; what cannot be read is found out again."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {key: (int(budget), float(size)) for key, (budget, size) in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        known = {key: (int(budget), float(size)) for key, (budget, size) in found["known"].items()}
+        sound = found["sha256"] == _seal(known)
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        _log.warning(
+            "%s is damaged, or an older version wrote it; token budgets are tried out again", path
+        )
+    return known if sound else {}
+
+
+def _seal(known: Mapping[str, tuple[int, float]]) -> str:
+    """SHA-256 over what is known."""
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def _keep(path: Path, known: dict[str, tuple[int, float]]) -> None:
     try:
-        replace_file(path, json.dumps(known, indent=1), lasting=False, shared=True)
+        document = {"known": known, "sha256": _seal(known)}
+        replace_file(path, json.dumps(document, indent=1), lasting=False, shared=True)
     except OSError as error:
         _log.warning(
             "%s cannot be written (%s); the token budget will be tried out again", path, error

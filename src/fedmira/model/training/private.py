@@ -91,6 +91,14 @@ class PrivateSteps:
 
         return [drawn(client, count) for client, count in enumerate(rows)]
 
+    def sizes(self, clients: Sequence[int]) -> dict[int, int]:
+        """Rows of a step on average; how many there were tells who took part.
+
+        Args:
+            clients: those that make a step.
+        """
+        return {client: self._clients[client].batch for client in clients}
+
     def clipped(
         self,
         batches: Mapping[int, Sequence[Row]],

@@ -6,8 +6,7 @@ Every client of the round takes its steps on one resident base model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -28,6 +27,7 @@ from fedmira.model.lora.branches import (
 )
 from fedmira.model.lora.stack import StackedAdapters
 from fedmira.model.packed.passes import response_losses
+from fedmira.model.training.advantages import RowFactors, step_weights
 from fedmira.model.training.curvature import TargetDraws, response_tokens, without_dropout
 from fedmira.model.training.optimizers import (
     CohortOptimizer,
@@ -35,73 +35,12 @@ from fedmira.model.training.optimizers import (
     add_curvature,
     clip_rows,
 )
-from fedmira.model.training.private import PrivateSteps, RowPrivacy, batches_of
+from fedmira.model.training.private import PrivateSteps, batches_of
+from fedmira.model.training.squares import SquaredGradients
+from fedmira.model.training.tasks import LocalOutcome, LocalTask
 from fedmira.model.training.zeroth_order import RandomSlopes
 
-__all__ = ["LocalOutcome", "LocalTask", "train_cohort", "train_with"]
-
-Hook = Callable[[Adapter, Adapter], Adapter]
-Settle = Callable[[Adapter], Adapter]
-
-
-@dataclass(frozen=True, slots=True)
-class LocalTask:
-    """What one client trains on in one round.
-
-    Attributes:
-        start: its adapter.
-        scale: alpha / rank; 1 for adapters without a rank.
-        rows: its training rows.
-        seed: of its batches, dropout and drawn targets in this round.
-        hook: turns (gradient, parameters) into the gradient to step with, or None.
-        moments: (first, second, steps) kept from its last round, named as the adapter is, or None
-            to start fresh.
-        rates: share of the learning rate of each of its steps; None where all are 1.
-        settle: turns the parameters that a step left into those of them that are to be others, by
-            name, or None.
-        privacy: how each row is hidden; None hides none. All tasks of a cohort have it, or none.
-    """
-
-    start: Adapter
-    scale: float
-    rows: Sequence[Row]
-    seed: int
-    hook: Hook | None = None
-    moments: tuple[Adapter, Adapter, int] | None = None
-    rates: tuple[float, ...] | None = None
-    settle: Settle | None = None
-    privacy: RowPrivacy | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LocalOutcome:
-    """What came of it: an adapter with its figures, or the reason why there is none.
-
-    Attributes:
-        failure: "" or why the result must not be used; the adapter is then the start.
-        loss: nats per response token over all steps.
-        response_tokens, tokens: tokens that carried loss, and token positions computed.
-        clip_share: of optimizer "sophia", the share of entries whose step was clipped, over all
-            steps; None with the others.
-        movement: of optimizer "zeroth-order", all its steps as seeds and coefficients; None with
-            the others.
-        adapter: the trained tensors.
-        num_steps: steps that were taken.
-        first_loss, last_loss: that of the first and of the last step.
-        moments: first and second moment and the steps behind them; None where none are kept.
-    """
-
-    adapter: Adapter
-    failure: str
-    num_steps: int
-    loss: float
-    first_loss: float
-    last_loss: float
-    response_tokens: int
-    tokens: int
-    moments: tuple[Adapter, Adapter, int] | None = None
-    clip_share: float | None = None
-    movement: Adapter | None = None
+__all__ = ["train_cohort", "train_with"]
 
 
 def train_cohort(
@@ -191,14 +130,8 @@ class _Cohort:
         budget: int,
         limit: PassLimit,
     ) -> None:
-        self.branch, self.passes, self.tasks, self.settings, self.budget, self.limit = (
-            branch,
-            passes,
-            tasks,
-            settings,
-            budget,
-            limit,
-        )
+        self.branch, self.passes, self.tasks = branch, passes, tasks
+        self.settings, self.budget, self.limit = settings, budget, limit
         self.stacked = branch.adapters
         self.device = self.stacked.values.device
         self.optimizer = CohortOptimizer(
@@ -224,7 +157,11 @@ class _Cohort:
         self.counts: list[dict[int, int]] = []
         self.tokens = [0] * len(tasks)
         self.clipped = torch.zeros(len(tasks), dtype=torch.long, device=self.device)
+        self.squares = SquaredGradients(
+            self.stacked, [len(task.rows) if task.squares else None for task in tasks]
+        )
         self.target_draws = TargetDraws([task.seed for task in tasks])
+        self.weights: dict[int, list[float]] = {}
         self.steps_before = [task.moments[2] if task.moments else 0 for task in tasks]
         self.slopes: RandomSlopes | None = None
         if settings.optimizer == "zeroth-order":
@@ -240,15 +177,21 @@ class _Cohort:
         # Asking a device who has failed would wait for it: there, failed clients run on beside the
         # others without moving.
         going = self.alive.tolist() if self.device.type == "cpu" else [True] * len(self.tasks)
-        batches = {
-            client: [self.tasks[client].rows[index] for index in chosen]
+        drawn = {
+            client: chosen
             for client in range(len(self.tasks))
             if going[client]
             for chosen in [next(self.batches[client], None)]
             if chosen or (self.private and chosen is not None)  # a private batch may be empty
         }
-        if not batches:
+        if not drawn:
             return False
+        batches = {
+            client: [self.tasks[client].rows[index] for index in chosen]
+            for client, chosen in drawn.items()
+        }
+        temperature = self.settings.advantage_temperature
+        self.weights = step_weights([task.advantages for task in self.tasks], drawn, temperature)
         good = (
             self._refresh_curvature(batches) if self.settings.optimizer == "sophia" else self.alive
         )
@@ -266,6 +209,7 @@ class _Cohort:
         if self.private:
             self.private.add_noise(list(batches))
         self._stop_the_failed(good & torch.isfinite(sums))
+        self.squares.add(self._sizes(batches))  # while gradients are still those of the loss alone
         for client in batches:
             self._apply_hook(client)
         shares = clip_rows(self.stacked.gradients, self.settings.max_grad_norm)
@@ -286,6 +230,12 @@ class _Cohort:
         for client in batches:
             self._settle(client)
         return True
+
+    def _sizes(self, batches: Mapping[int, list[Row]]) -> dict[int, int]:
+        """How many rows each batch has; of private ones how many it has on average."""
+        if self.private:
+            return self.private.sizes(list(batches))
+        return {client: len(rows) for client, rows in batches.items()}
 
     def _rates(self, clients: Sequence[int]) -> Tensor | None:
         """Each client's share of the learning rate in this step, [n]; None where all are 1."""
@@ -355,6 +305,7 @@ class _Cohort:
             kept,
             self._clip_share(client, len(losses)) if self.settings.optimizer == "sophia" else None,
             self.slopes.movement(client) if self.slopes is not None and not failure else None,
+            self.squares.of(client) if not failure else None,
         )
 
     def _clip_share(self, client: int, num_steps: int) -> float:
@@ -388,18 +339,23 @@ class _Cohort:
             [1 / counts.get(client, 1) for client in range(len(self.tasks))], self.device
         )
         sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device)
+        # What is drawn from the model tells the curvature of all rows alike.
+        factors = RowFactors(batches, self.weights if draws is None else {}, self.device)
         self.stacked.gradients.zero_()
         for losses in self._passes(batches, budget, draws):
-            (losses.values * weights[losses.clients]).sum().backward()  # type: ignore[no-untyped-call]
-            sums.index_add_(0, losses.clients, losses.values.detach().double())
+            of = factors.of(losses)
+            shares = of.float() * weights[losses.clients]
+            (losses.values * shares).sum().backward()  # type: ignore[no-untyped-call]
+            sums.index_add_(0, losses.clients, losses.values.detach().double() * of)
         return sums
 
     def _losses(self, batches: Mapping[int, list[Row]], budget: int) -> Tensor:
         """Sums of losses alone."""
         sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device)
+        factors = RowFactors(batches, self.weights, self.device)
         with torch.no_grad():
             for losses in self._passes(batches, budget):
-                sums.index_add_(0, losses.clients, losses.values.double())
+                sums.index_add_(0, losses.clients, losses.values.double() * factors.of(losses))
         return sums
 
     def _passes(

@@ -228,7 +228,9 @@ def _rounded(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 
 
 def _folder_of(saved: SavedAdapters, client: ClientId) -> Path:
-    return RunFolder(saved.path).adapters / client
+    folder = RunFolder(saved.path)
+    folder.check_adapter(client)
+    return folder.adapters / client
 
 
 def _write_template(saved: SavedAdapters, folder: Path, template: str, merged: bool) -> None:

@@ -156,7 +156,9 @@ class _Writer:
 
     def _client(self, client: ClientId) -> ServedClient:
         """A client's adapter and chat template."""
-        source = RunFolder(self._saved.path).adapters / client
+        folder = RunFolder(self._saved.path)
+        folder.check_adapter(client)
+        source = folder.adapters / client
         place = self._folder / "adapters" / client
         place.mkdir(parents=True)
         shutil.copy(source / "adapter_model.safetensors", place)

@@ -10,6 +10,7 @@ from fedmira.data import ObjectRows, asked, make_encoder
 from fedmira.errors import ConfigError
 from fedmira.messages import ClientId
 from fedmira.model import LoraKind, check_prompt_ids
+from fedmira.studies.referring import Referring, referring_of
 from fedmira.studies.saved import (
     SavedAdapters,
     quick_budget,
@@ -47,9 +48,13 @@ class Conversation:
         instruction: in place of the client's own.
         max_new_tokens: longest answer in tokens; None takes evaluation.max_new_tokens.
         rows: of a run whose rows were objects.
+        reference_share: of each token's probability that comes from the client's training rows;
+            None takes each run's evaluation.reference_share. The base has none.
 
     Raises:
-        ConfigError: there is no such client, or its instruction is not known here.
+        ConfigError: there is no such client, its instruction is not known here, or the share cannot
+            be used.
+        RunFolderError: a share is asked for, and the rows here are not those of the run.
     """
 
     def __init__(
@@ -61,8 +66,10 @@ class Conversation:
         instruction: str | None = None,
         max_new_tokens: int | None = None,
         rows: ObjectRows | None = None,
+        reference_share: float | None = None,
     ) -> None:
         self._runs = (*beside, saved)
+        self._referring = [referring_of(run, reference_share, rows) for run in self._runs]
         self._instruction, self._rows = instruction, rows
         self._limit = max_new_tokens or saved.config.evaluation.max_new_tokens
         self._names = _names(self._runs)
@@ -116,10 +123,12 @@ class Conversation:
         if not text.strip():
             raise ConfigError("there is no question; type one")
         found: dict[str, str] = {}
-        for run in self._runs:
+        for run, referring in zip(self._runs, self._referring, strict=True):
             voices = [voice for voice in self._voices if voice.saved is run]
             found |= zip(
-                (voice.name for voice in voices), self._answers(run, voices, text), strict=True
+                (voice.name for voice in voices),
+                self._answers(run, referring, voices, text),
+                strict=True,
             )
         if self.remembers:
             for voice in self._voices:
@@ -127,12 +136,33 @@ class Conversation:
                 voice.said = (*voice.said, *turns)
         return {voice.name: found[voice.name] for voice in self._voices}
 
-    def _answers(self, run: SavedAdapters, voices: Sequence[_Voice], text: str) -> list[str]:
+    def _answers(
+        self,
+        run: SavedAdapters,
+        referring: Referring | None,
+        voices: Sequence[_Voice],
+        text: str,
+    ) -> list[str]:
         """Answers of one run's voices, side by side."""
         encoder = make_encoder(run.config.data, run.kind.base.tokenizer)
         prompts = [encoder.prompt(asked(self._shared, text, voice.said)) for voice in voices]
         for prompt in prompts:
             check_prompt_ids(run.kind.base, prompt)
+        told: dict[int, str] = {}
+        if referring is not None:
+            told = {
+                place: referring.answers(self.client, [prompts[place]], self._limit)[0]
+                for place, voice in enumerate(voices)
+                if voice.name != BASE
+            }
+        plain = [place for place in range(len(voices)) if place not in told]
+        answers = self._plain(run, [voices[i] for i in plain], [prompts[i] for i in plain])
+        told |= zip(plain, answers, strict=True)
+        return [told[place] for place in range(len(voices))]
+
+    def _plain(
+        self, run: SavedAdapters, voices: Sequence[_Voice], prompts: Sequence[Sequence[int]]
+    ) -> list[str]:
         return run.kind.generate(
             [voice.adapter for voice in voices],
             [voice.scale for voice in voices],

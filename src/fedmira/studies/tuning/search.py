@@ -14,7 +14,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedmira.atomic import replace_file
+from fedmira.atomic import PARTIAL
 from fedmira.config import (
     Config,
     dump_config,
@@ -27,7 +27,9 @@ from fedmira.data import ObjectRows, ReadRows
 from fedmira.errors import ConfigError, RunError, RunFolderError
 from fedmira.model import BaseModel
 from fedmira.observers import Observer
+from fedmira.records import RECORD, RecordedFolder
 from fedmira.report import write_tuning
+from fedmira.shown import html_text
 from fedmira.studies.ground import with_one_clock
 from fedmira.studies.notebook import html_table
 from fedmira.studies.tuning.halving import check_stages, stage_rounds, stage_sizes
@@ -147,7 +149,7 @@ class Tuning:
     def _repr_html_(self) -> str:
         """For notebooks: all trials, what is to be said of the best, and the path of the page."""
         columns = list(self.rows[0])
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.document["notes"])
+        notes = "".join(f"<p>{html.escape(html_text(note))}</p>" for note in self.document["notes"])
         return (
             html_table(columns, [[row[column] for column in columns] for row in self.rows])
             + notes
@@ -353,7 +355,7 @@ class _Searching:
     def _found(self, best: Trial) -> Tuning:
         """Write best.toml and the page."""
         chosen = with_settings(self._config, best.values)
-        replace_file(self._output / "best.toml", self._best_text(best, chosen))
+        RecordedFolder(self._output).write("best.toml", self._best_text(best, chosen))
         document = write_tuning(self._document(best), self._output)
         return Tuning(self._output, chosen, document)
 
@@ -408,8 +410,8 @@ class _Searching:
 
     def _write_table(self) -> None:
         """What is known so far, for whoever looks while it goes on."""
-        replace_file(
-            self._output / "tune.json", json.dumps(self._document(None), indent=1), lasting=False
+        RecordedFolder(self._output).write(
+            "tune.json", json.dumps(self._document(None), indent=1), lasting=False
         )
 
     def _plan(self) -> dict[str, Any]:
@@ -429,7 +431,7 @@ class _Searching:
 
     def _keep_plan(self) -> None:
         self._output.mkdir(parents=True, exist_ok=True)
-        replace_file(self._output / _PLAN, json.dumps(self._plan(), indent=1) + "\n")
+        RecordedFolder(self._output).write(_PLAN, json.dumps(self._plan(), indent=1) + "\n")
 
     def _best_text(self, best: Trial, chosen: Config) -> str:
         """best.toml, which opens with where it comes from."""
@@ -457,13 +459,16 @@ def _check_plan(output: Path, plan: Mapping[str, Any]) -> None:
     """
     path = output / _PLAN
     if not path.is_file():
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        begun = {RECORD, RECORD + PARTIAL, _PLAN + PARTIAL}
+        if output.exists() and (
+            not output.is_dir() or any(child.name not in begun for child in output.iterdir())
+        ):
             raise RunFolderError(
                 f"{output}: this folder exists and holds no search; choose another --output"
             )
         return
     try:
-        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        before: dict[str, Any] = json.loads(RecordedFolder(output).read(_PLAN).decode())
     except ValueError as error:
         raise RunFolderError(
             f"{path}: not valid JSON ({error}); restore it, or choose another --output"

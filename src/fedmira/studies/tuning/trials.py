@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from fedmira.config import Config, with_settings
 from fedmira.data import ObjectRows, ReadRows
-from fedmira.errors import ConfigError, RunError
+from fedmira.errors import ConfigError, MachineError, RunError
 from fedmira.experiment import build_experiment, held_after, start_experiment
 from fedmira.model import BaseModel
 from fedmira.observers import Observer
@@ -201,9 +201,9 @@ class Trials:
             start_experiment(
                 experiment, run.folder, self._observers, resume=run.is_begun, until=rounds
             )
+        except MachineError:  # no settings would help
+            raise
         except RunError as error:  # other settings are still worth trying
-            if isinstance(error.__cause__, OSError):
-                raise
             return f"seed {run.config.seed}: {error}"
         return ""
 
@@ -249,7 +249,7 @@ class _TrialRun(PlannedRun):
             return True
         if not self.is_begun:
             return False
-        document = RunFolder(self.folder).read_json("run.json")
+        document = RunFolder(self.folder).run_json()
         done = document.get("rounds_done", 0)
         if document.get("status") != "stopped" or not isinstance(done, int):
             return False

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedmira.config import Config, flattened, load_config, with_algorithm, with_settings
 from fedmira.errors import ConfigError, RunFolderError
+from fedmira.records import RecordedFolder
 
 __all__ = ["Tuned", "read_tuned"]
 
@@ -139,7 +140,7 @@ def _read(folder: Path, name: str) -> Tuned:
             "the method with --variant, which is not tuned"
         )
     try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = json.loads(RecordedFolder(place).read("tune.json").decode())
     except ValueError as error:
         raise RunFolderError(f"{path}: not valid JSON ({error}); tune again") from error
     if not document.get("complete"):
@@ -149,4 +150,5 @@ def _read(folder: Path, name: str) -> Tuned:
             f"{path}: tuned is {document.get('algorithm')!r}, and {name!r} is compared; tune "
             f"{name} with fedmira tune --algorithms {name}"
         )
+    RecordedFolder(place).check("best.toml")
     return Tuned(place, load_config(place / "best.toml"), document)

@@ -1,0 +1,19 @@
+"""What files should hold: hashes written with them, and one reader that compares."""
+
+from fedmira.records.folder import RecordedFolder, changed, sha256_of
+from fedmira.records.growing import GrowingFile, lost_lines
+from fedmira.records.hashes import RECORD, Hashes, parse_hashes
+from fedmira.records.machine import machine_errors, told
+
+__all__ = [
+    "RECORD",
+    "GrowingFile",
+    "Hashes",
+    "RecordedFolder",
+    "changed",
+    "lost_lines",
+    "machine_errors",
+    "parse_hashes",
+    "sha256_of",
+    "told",
+]
