@@ -12,6 +12,7 @@ import pytest
 from fedmira.errors import RunFolderError
 from fedmira.experiment import build_experiment, run_experiment
 from fedmira.model import BaseModel
+from fedmira.runs import RunFolder
 from fedmira.studies.forgetting import check_certificate, forget_client
 from small import CLIENTS, adapter_bytes, call_main, make_config, write_clients
 
@@ -93,12 +94,16 @@ def test_a_certificate_is_held_against_retraining_and_against_its_files(
     assert "trained again: birch-1\n" in said
     assert "cost: 2 rounds of single clients, of 8 that retraining takes" in said
     assert "the certificate holds" in call_main("forget", new, "--check", "--retrain-from", run).out
+    assert call_main("verify", new).code == 0
     weights = new / "adapters" / "birch-1" / "adapter_model.safetensors"
     shutil.copy(run / "adapters" / "birch-1" / "adapter_model.safetensors", weights)
     assert check_certificate(new) == ["the adapter of birch-1 is not the one that was certified"]
     written = json.loads((new / "forgotten.json").read_text(encoding="utf-8"))
     written["kept"] = []
     (new / "forgotten.json").write_text(json.dumps(written), encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"forgotten\.json: the file is damaged"):
+        check_certificate(new)
+    call_main("verify", new, "--accept", "forgotten.json")  # who can change one can change both
     assert "forgotten.json was changed: its own hash is another one" in check_certificate(new)
 
 
@@ -109,11 +114,11 @@ def test_what_cannot_be_forgotten_is_refused_before_anything_is_trained(
     with pytest.raises(RunFolderError, match="no client 'nobody'"):
         forget_client(run, "nobody", tmp_path / "new")
     told = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    (run / "run.json").write_text(json.dumps({**told, "status": "failed"}), encoding="utf-8")
+    RunFolder(run).write_json("run.json", {**told, "status": "failed"})
     with pytest.raises(RunFolderError, match="this run is failed"):
         forget_client(run, "birch-2", tmp_path / "new")
     told["data"]["sha256"] = "0"
-    (run / "run.json").write_text(json.dumps(told), encoding="utf-8")
+    RunFolder(run).write_json("run.json", told)
     with pytest.raises(RunFolderError, match="the rows are not those"):
         forget_client(run, "birch-2", tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -116,6 +116,7 @@ def forget_client(run: Path, client: ClientId, output: Path) -> Forgotten:
     certificate = {**content, "sha256": _hash_of(content)}
     made.write_json(CERTIFICATE, certificate)
     write_page(result.folder)
+    made.seal()
     return Forgotten(output, certificate)
 
 
