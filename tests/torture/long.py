@@ -31,12 +31,14 @@ from torture.trials import (  # noqa: E402
     flip_trial,
     kill_trial,
     memory_trial,
+    named_trial,
 )
 
 _COUNTS = {
     "kills": 500,
     "faults": 150,
     "flips": 400,
+    "named": 1000,
     "memories": 100,
     "caches": 60,
     "messages": 12000,
@@ -44,6 +46,9 @@ _COUNTS = {
     "rows": 3000,
     "bases": 300,
 }
+
+_TOLD = 5
+"""The figures are written after so many trials."""
 
 
 def main() -> int:
@@ -58,7 +63,7 @@ def main() -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as place:
         os.environ["FEDMIRA_CACHE"] = f"{place}/cache"
-        found = {}
+        found: dict[str, dict[str, object]] = {}
         for name, trial in _trials(Path(place), arguments.seed).items():
             tally, draw, begun = (
                 Tally(),
@@ -66,21 +71,20 @@ def main() -> int:
                 time.monotonic(),
             )
             wanted = getattr(arguments, name)
-            for number in range(wanted):
-                if time.monotonic() > deadline:
-                    break
-                trial(number, draw, tally)
-            done = number + 1 if wanted and tally else 0
-            found[name] = {
-                "wanted": wanted,
-                "done": done,
-                "seconds": round(time.monotonic() - begun, 1),
-                "came": dict(tally),
-                "wrong": tally.bad,
-            }
-            sys.stderr.write(f"{name} {json.dumps(found[name])}\n")
-            text = json.dumps({"seed": arguments.seed, "trials": found}, indent=1)
-            arguments.output.write_text(text + "\n", encoding="utf-8")
+            done = 0
+            while done < wanted and time.monotonic() < deadline:
+                trial(done, draw, tally)
+                done += 1
+                if done % _TOLD == 0 or done == wanted:
+                    found[name] = {
+                        "wanted": wanted,
+                        "done": done,
+                        "seconds": round(time.monotonic() - begun, 1),
+                        "came": dict(tally),
+                        "wrong": tally.bad,
+                    }
+                    text = json.dumps({"seed": arguments.seed, "trials": found}, indent=1)
+                    arguments.output.write_text(text + "\n", encoding="utf-8")
     return int(any(each["wrong"] for each in found.values()))
 
 
@@ -103,6 +107,9 @@ def _trials(place: Path, seed: int) -> dict[str, Callable[[int, random.Random, T
     return {
         "kills": lambda n, d, t: kill_trial(arena, methods[n % len(methods)], d, t),
         "flips": flip,
+        "named": lambda n, d, t: named_trial(
+            arena.whole(methods[::5][n % len(methods[::5])])[0], d, t
+        ),
         "faults": lambda n, d, t: fault_trial(arena, methods[n % len(methods)], d, t),
         "memories": lambda n, d, t: memory_trial(place / "memory", d, t),
         "caches": lambda n, d, t: cache_trial(place / "cache-of-tokens", d, t),

@@ -21,7 +21,17 @@ from small import adapter_bytes, events_of, make_config, table_of
 from tiny import tiny_tokenizer
 from torture.faults import ERRORS, Ended, apart, call, counting, failing_at, killing_at
 
-__all__ = ["Arena", "METHODS", "Tally", "kill_trial", "fault_trial", "flip_trial"]
+__all__ = [
+    "METHODS",
+    "Arena",
+    "Tally",
+    "cache_trial",
+    "fault_trial",
+    "flip_trial",
+    "kill_trial",
+    "memory_trial",
+    "named_trial",
+]
 
 SETTINGS: dict[str, Any] = {
     "rounds.count": 2,
@@ -230,6 +240,19 @@ def flip_trial(arena: Arena, method: str, cut: Path, draw: random.Random, tally:
     else:
         tally.note("equal bytes in the end")
     shutil.rmtree(folder)
+
+
+def named_trial(folder: Path, draw: random.Random, tally: Tally) -> None:
+    """Damage a file of a finished run, and let `verify` find it; then put it back."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    path = draw.choice(files)
+    content = path.read_bytes()
+    path.write_bytes(damaged(content, draw))
+    if any(path.name in problem for problem in verify_folder(folder).damaged):
+        tally.note("named by verify")
+    else:
+        tally.note("not named by verify", str(path.relative_to(folder)))
+    path.write_bytes(content)
 
 
 def memory_trial(place: Path, draw: random.Random, tally: Tally) -> None:

@@ -147,7 +147,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _privacy_can_hold(self) -> Config:
-        problem = privacy_problem(self)
+        problem = _privacy_problem(self)
         if problem:
             raise ValueError(problem)
         return self
@@ -256,7 +256,7 @@ def _those_with(trait: str) -> str:
     return ", ".join(repr(name) for name in METHODS if getattr(method_class(name), trait))
 
 
-def privacy_problem(config: Config) -> str:
+def _privacy_problem(config: Config) -> str:
     """Why the promise of [privacy] could not be kept; "" where it can."""
     kind, name = config.privacy.kind, config.algorithm.name
     if kind == "none":

@@ -107,12 +107,8 @@ def write_results(
             "category": row["category"],
             "rank": rank,
             "rounds_trained": row["rounds_trained"],
-        }
-        entry |= {
             "parameters": sum(tensor.numel() for tensor in adapter.values()),
             "trained_parameters": trained[rank],
-        }
-        entry |= {
             "sha256": content_hash(adapter),
             "base_sha256": ground.base.sha256,
             **({"privacy": promised[client]} if client in promised else {}),

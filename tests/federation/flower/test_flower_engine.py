@@ -90,7 +90,7 @@ def changed(message: Message, reply: Message, change: Any) -> Message:
         {"algorithm.name": "fola"},
         {"algorithm.name": "mtlora"},
         {"algorithm.name": "cgc-lora", "algorithm.common_experts": 2},
-        {"algorithm.name": "gossip", "graph.kind": "category"},
+        {"algorithm.name": "gossip", "graph.kind": "uniform"},
         {"algorithm.name": "rolora"},
         {
             "algorithm.name": "fedalt",
@@ -156,7 +156,8 @@ def test_nodes_weigh_their_own_rows_by_advantage(base_folder: Path, tmp_path: Pa
         settings = settings_of(**{"local.advantage_temperature": temperature})
         config = make_config(base_folder, data, settings)
         output = tmp_path / f"apart-{temperature}"
-        run_apart(config, LoopbackGrid(config, nodes_of(data, output / "memory")), output)
+        memory = tmp_path / f"memory-{temperature}"
+        run_apart(config, LoopbackGrid(config, nodes_of(data, memory)), output)
         experiment = build_experiment(config)
         together = tmp_path / f"together-{temperature}"
         run_experiment(with_clients(experiment, over_wire(experiment, 1)), together)
