@@ -25,7 +25,7 @@ _BELOW_RUNS = _BELOW_CLIENTS | {
     "rounds",
     "seeds",
 }
-_BELOW_EXPERIMENT = _BELOW_RUNS | {"runs"}
+_BELOW_EXPERIMENT = _BELOW_RUNS | {"privacy", "runs"}
 
 ALLOWED: Mapping[str, set[str]] = {
     "errors": set(),
@@ -47,7 +47,8 @@ ALLOWED: Mapping[str, set[str]] = {
     "report": {"atomic", "errors", "metrics", "records", "shown"},
     "clients": _BELOW_CLIENTS - {"graphs"},
     "rounds": {"adapters", "clients", "config", "errors", "messages", "methods", "seeds"},
-    "runs": _BELOW_RUNS - {"wire"},
+    "privacy": {"adapters", "config", "errors", "messages", "rounds", "seeds", "wire"},
+    "runs": _BELOW_RUNS - {"wire"} | {"privacy"},
     "experiment": _BELOW_EXPERIMENT,
     "fleet": _BELOW_EXPERIMENT | {"experiment"},
     "studies": _BELOW_EXPERIMENT | {"experiment", "fleet"},
@@ -99,6 +100,7 @@ LOOSE_MODULES = 6
 # Library -> the only places that may import it.
 HOMES = {
     "datasets": ("data/",),
+    "dp_accounting": ("privacy/",),
     "flwr": ("federation/flower/", "flower_app.py"),
     "jinja2": ("report/", "data/rendering.py"),  # there: the error that a chat template raises
     "networkx": ("report/",),

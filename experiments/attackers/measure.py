@@ -34,8 +34,8 @@ from fedmira.model import load_base
 
 SETTINGS = [
     "data.clients=6",
-    "rounds.count=6",
-    "local.steps=5",
+    "rounds.count=4",
+    "local.steps=4",
     "local.batch_size=4",
     "evaluation.every=0",
     "evaluation.rouge=false",

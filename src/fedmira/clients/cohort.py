@@ -6,7 +6,7 @@ Begin, choose a start, local training on one resident base, finish.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fedmira.adapters import Adapter, same_shapes
 from fedmira.config import LocalSettings
@@ -24,10 +24,11 @@ from fedmira.model import (
     Contender,
     LocalOutcome,
     LocalTask,
+    RowPrivacy,
     count_steps,
     rate_shares,
 )
-from fedmira.wire import checked_reply
+from fedmira.wire import WITHHELD, checked_reply
 
 __all__ = ["Cohort", "CohortSettings"]
 
@@ -43,20 +44,26 @@ class CohortSettings:
         scales: client id -> s = alpha / r of its adapter.
         token_budget: most token positions in one forward pass.
         rounds: of the run, over which the learning rate goes.
+        privacy: client id -> how it hides its rows; empty where rows are not hidden.
     """
 
     local: LocalSettings
     scales: Mapping[ClientId, float]
     token_budget: int
     rounds: int = 1
+    privacy: Mapping[ClientId, RowPrivacy] = field(default_factory=dict)
 
     def of(self, clients: Sequence[ClientId]) -> CohortSettings:
         """The same for a few of the clients.
 
         Args:
-            clients: those whose scales are needed.
+            clients: those whose settings are needed.
         """
-        return replace(self, scales={client: self.scales[client] for client in clients})
+        return replace(
+            self,
+            scales={client: self.scales[client] for client in clients},
+            privacy={name: self.privacy[name] for name in clients if name in self.privacy},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +186,7 @@ class Cohort:
             rates=rate_shares(
                 local, request.round, self.settings.rounds, count_steps(len(rows), local)
             ),
+            privacy=self.settings.privacy.get(client),
         )
 
     def _finish(
@@ -204,6 +212,10 @@ class Cohort:
             learned=start.learned() if start.learned else {},
         )
         payload, kept = self.algorithm.finished(request.payload, memory, trained)
+        if client in self.settings.privacy:  # figures of the rows themselves stay here
+            metrics = {"steps": float(outcome.num_steps), WITHHELD: 1.0}
+            reply = checked_reply(request, Reply(client, round_number, rows, payload, metrics))
+            return reply, _with_moments(kept, outcome) if isinstance(reply, Reply) else memory
         metrics = {
             "loss": outcome.loss,
             "first_loss": outcome.first_loss,

@@ -51,7 +51,7 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     and issubclass(field.annotation, BaseModel)
 }
 """The sections whose class is known without a method."""
-_ONLY_WHERE_SET = ("server",)
+_ONLY_WHERE_SET = ("privacy", "server")
 """Sections that are written only where a setting differs from its default.
 
 Runs from before they were there are resumed by the text of their config.toml, which must be the
@@ -231,6 +231,8 @@ def dump_config(config: Config) -> str:
     for name in _ONLY_WHERE_SET:
         if settings[name] == _SECTIONS[name]().model_dump(mode="json", exclude_none=True):
             del settings[name]
+    if not settings["engine"]["apart"]:
+        del settings["engine"]["apart"]  # as with these sections
     if "server_step" in settings["algorithm"]:
         settings["algorithm"].pop(
             "coupling", None

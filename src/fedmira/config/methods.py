@@ -117,6 +117,8 @@ class MethodSection(Section):
         averages: whether `combine` averages whole adapters by `mean_of`, so that [server] may put
             another average in its place. It holds for the class that says so and for those that
             take its `combine` over.
+        sends_mean_alone: whether all that clients get of each other is the mean of whole adapters,
+            so that noise on that mean hides each client. It holds as `averages` does.
         moves_towards: whether it moves clients' adapters towards those of others, by
             `mixing_matrix`.
         searched: its main settings, which `fedmira tune` searches beside the learning rate where
@@ -134,6 +136,7 @@ class MethodSection(Section):
     begins_elsewhere: ClassVar[bool] = False
     squared_parts: ClassVar[tuple[str, ...]] = ()
     averages: ClassVar[bool] = False
+    sends_mean_alone: ClassVar[bool] = False
     moves_towards: ClassVar[bool] = False
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     controls: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -164,8 +167,9 @@ class MethodSection(Section):
             ).lower()
         if "title" not in vars(cls):
             cls.title = cls.__name__
-        if "combine" in vars(cls) and "averages" not in vars(cls):
-            cls.averages = False
+        if "combine" in vars(cls):
+            cls.averages = bool(vars(cls).get("averages", False))
+            cls.sends_mean_alone = bool(vars(cls).get("sends_mean_alone", False))
 
     @property
     def needs(self) -> Mapping[Need, str]:

@@ -20,6 +20,7 @@ from fedmira.config.sections.data import DataSettings
 from fedmira.config.sections.graph import GraphSettings
 from fedmira.config.sections.local import LocalSettings
 from fedmira.config.sections.model import ModelSettings
+from fedmira.config.sections.privacy import PrivacySettings
 from fedmira.config.sections.run import (
     EngineSettings,
     EvaluationSettings,
@@ -38,6 +39,7 @@ __all__ = [
     "GraphSettings",
     "LocalSettings",
     "ModelSettings",
+    "PrivacySettings",
     "RankDistribution",
     "ResourceType",
     "RoundsSettings",
@@ -70,6 +72,7 @@ class Config(Section):
     local: LocalSettings = LocalSettings()
     rounds: RoundsSettings = RoundsSettings()
     server: ServerSettings = ServerSettings()
+    privacy: PrivacySettings = PrivacySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: EngineSettings = EngineSettings()
     federation: FederationSettings = FederationSettings()
@@ -140,6 +143,13 @@ class Config(Section):
                 f"towards others, which algorithm.name = {name!r} does not do; set it to 1, or "
                 f"algorithm.name to one of {_those_with('moves_towards')}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_can_hold(self) -> Config:
+        problem = _privacy_problem(self)
+        if problem:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -244,3 +254,46 @@ class Config(Section):
 def _those_with(trait: str) -> str:
     """The names of our methods that have a trait."""
     return ", ".join(repr(name) for name in METHODS if getattr(method_class(name), trait))
+
+
+def _privacy_problem(config: Config) -> str:
+    """Why the promise of [privacy] could not be kept; "" where it can."""
+    kind, name = config.privacy.kind, config.algorithm.name
+    if kind == "none":
+        return ""
+    told = f"privacy.kind = {kind!r}"
+    if config.data.validation_fraction > 0:
+        return (
+            f"{told} does not go with data.validation_fraction = "
+            f"{config.data.validation_fraction:g}: losses of validation rows travel and choose, "
+            "and no part of epsilon is set aside for them; set it to 0"
+        )
+    if config.evaluation.reference_share > 0:
+        return (
+            f"{told} does not go with evaluation.reference_share = "
+            f"{config.evaluation.reference_share:g}: answers would lean on training rows, and "
+            "their scores travel; set it to 0"
+        )
+    if kind == "row" and config.local.advantage_temperature > 0:
+        return (
+            f"{told} does not go with local.advantage_temperature = "
+            f"{config.local.advantage_temperature:g}: a row's weight depends on the others of its "
+            "batch; set it to 0"
+        )
+    if kind == "row" and config.local.optimizer in ("sophia", "zeroth-order"):
+        return (
+            f"{told} does not go with local.optimizer = {config.local.optimizer!r}, which asks the "
+            "rows for more than the gradients that are clipped; set it to 'adamw', 'adam' or 'sgd'"
+        )
+    if kind == "client" and not config.algorithm.sends_mean_alone:
+        return (
+            f"{told} does not go with algorithm.name = {name!r}: noise hides a client in a mean "
+            "of all, and is too much for its update alone; set privacy.kind = 'row', or "
+            f"algorithm.name to one of {_those_with('sends_mean_alone')}"
+        )
+    if kind == "client" and config.server.combine != "mean":
+        return (
+            f"{told} does not go with server.combine = {config.server.combine!r}: what one client "
+            "changes is bounded of a mean; set server.combine = 'mean'"
+        )
+    return ""

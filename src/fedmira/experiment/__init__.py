@@ -3,6 +3,7 @@
 from fedmira.experiment.build import Experiment, build_experiment
 from fedmira.experiment.clock import with_clock
 from fedmira.experiment.places import where_they_lay
+from fedmira.experiment.privacy import privacy_plan, row_privacy
 from fedmira.experiment.ranks import client_ranks
 from fedmira.experiment.run import (
     held_after,
@@ -20,7 +21,9 @@ __all__ = [
     "held_after",
     "make_scheme",
     "prepare_kind",
+    "privacy_plan",
     "resume_experiment",
+    "row_privacy",
     "run_experiment",
     "start_experiment",
     "token_budget",

@@ -34,6 +34,7 @@ from fedmira.data import (
 )
 from fedmira.experiment.clock import with_clock
 from fedmira.experiment.places import where_they_lay
+from fedmira.experiment.privacy import privacy_plan, row_privacy
 from fedmira.experiment.processors import choose_crew
 from fedmira.experiment.scheme import Scheme, make_scheme, prepare_kind, token_budget
 from fedmira.graphs import GraphSource
@@ -49,6 +50,7 @@ from fedmira.model import (
     load_tokenizer,
     most_side_by_side,
 )
+from fedmira.privacy import PrivacyPlan
 from fedmira.runs import Ground, RunFolder, hash_of_rows
 
 _log = logging.getLogger("fedmira")
@@ -73,7 +75,7 @@ class Experiment:
         skipped: what was left out of the data, one "name: reason" each.
         crew: the processes and threads that train and measure; None where other machines do.
         verify_adapters: whether every saved adapter is loaded with plain PEFT, and not one alone.
-        prompts, notes: as in `Ground`.
+        prompts, notes, privacy: as in `Ground`.
     """
 
     config: Config
@@ -92,6 +94,7 @@ class Experiment:
     crew: Crew | None = None
     prompts: Mapping[ClientId, Mapping[str, object]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    privacy: PrivacyPlan | None = None
 
     def __post_init__(self) -> None:
         """Refuses a method that its papers or its clients do not know.
@@ -132,6 +135,7 @@ class Experiment:
             prompts=self.prompts,
             notes=self.notes,
             crew=self.crew,
+            privacy=self.privacy,
         )
 
     @contextmanager
@@ -190,6 +194,7 @@ def build_experiment(
     with threads_of(crew.threads):
         budget = _token_budget(config, kind, before)
     clients = _at_work(config, kind, scheme, dataset, budget, crew)
+    rows_of = {client: party.train_rows for client, party in parties.items()}
     notes = [
         *_about_answers(config, kind.base, dataset),
         *about_advantages(dataset.clients, config.local.advantage_temperature),
@@ -209,7 +214,11 @@ def build_experiment(
         token_budget=budget,
         crew=crew,
         skipped=dataset.skipped,
-        prompts={client.client_id: client.shared_prompt for client in dataset.clients},
+        # What a client's prompts share is text of its rows, which nothing else here tells.
+        prompts={client.client_id: client.shared_prompt for client in dataset.clients}
+        if config.privacy.kind == "none"
+        else {},
+        privacy=privacy_plan(config, rows_of),
         notes=(*told_left_out(dataset.skipped), *dataset.notes, *notes),
     )
 
@@ -221,11 +230,13 @@ def _at_work(  # noqa: PLR0913 - all that clients work with meets here
     largest = max(
         sum(tensor.numel() for tensor in start.values()) for start in scheme.starts.values()
     )
-    at_once = most_side_by_side(largest, kind.base.device)
+    at_once = 1 if config.engine.apart else most_side_by_side(largest, kind.base.device)
     if kind.base.device.type == "cpu":
         at_once = share_size(dataset.clients, config.local.batch_size, budget, at_once)
     scales = {client: kind.scale(rank) for client, rank in scheme.ranks.items()}
-    settings = CohortSettings(config.local, scales, budget, config.rounds.count)
+    rows = {party.client_id: party.train_rows for party in dataset.summaries()}
+    hidden = row_privacy(config, kind.base, rows)
+    settings = CohortSettings(config.local, scales, budget, config.rounds.count, hidden)
     clients = LocalClients(
         scheme.algorithm,
         kind,

@@ -18,9 +18,11 @@ from fedmira.errors import (
 )
 from fedmira.experiment.build import Experiment
 from fedmira.experiment.export import check_export
+from fedmira.experiment.privacy import client_noise
 from fedmira.methods import ServerState
 from fedmira.model import count_steps
 from fedmira.observers import EndEvent, Observer, RunFacts, StartEvent
+from fedmira.privacy import ClientNoise
 from fedmira.records import machine_errors, told
 from fedmira.rounds import Screen, run_rounds
 from fedmira.runs import (
@@ -221,7 +223,7 @@ class _Part:
         still = self.stopped is None and experiment.algorithm.aligns and not recorder.ever_moved
         if still and experiment.graph.learned:
             recorder.note_nobody_related()
-        elif still:
+        elif still and not recorder.watchers.resting():  # whoever trains may have nobody else
             raise AlignmentError(
                 f"{config.algorithm.name}: alignment is on, yet in {config.rounds.count} "
                 "rounds no client was pulled: the graph "
@@ -337,8 +339,11 @@ class _Part:
         )
 
 
-def _screen(experiment: Experiment) -> Screen:
-    """What the server holds replies against."""
+def _screen(experiment: Experiment) -> Screen | ClientNoise:
+    """What the server holds replies against, or the noise that hides them from each other."""
+    plan = experiment.privacy
+    if plan is not None and plan.kind == "client":
+        return client_noise(experiment.config, plan)
     config, ranks = experiment.config, experiment.ranks
     rows = {client: party.train_rows for client, party in experiment.parties.items()}
     return Screen(

@@ -18,7 +18,7 @@ from fedmira.clients import CohortSettings, LocalClients, SplitName, references_
 from fedmira.config import Config, cache_folder
 from fedmira.data import ClientData, about_advantages, load_own
 from fedmira.errors import ConfigError, WireError
-from fedmira.experiment import client_ranks, prepare_kind, token_budget
+from fedmira.experiment import client_ranks, prepare_kind, row_privacy, token_budget
 from fedmira.experiment.scheme import method_of
 from fedmira.federation.codes import Refused
 from fedmira.federation.ends import serve
@@ -177,7 +177,8 @@ class Node:
         self.rounds = config.rounds.count
         self._memory = memory
         scales = {self.name: kind.scale(rank)}
-        settings = CohortSettings(config.local, scales, budget, config.rounds.count)
+        hidden = row_privacy(config, kind.base, {self.name: len(data.train)})
+        settings = CohortSettings(config.local, scales, budget, config.rounds.count, hidden)
         self._clients = LocalClients(
             method_of(config),
             kind,
@@ -232,9 +233,13 @@ class Node:
 
     def _losses(self, message: Encoded) -> Encoded:
         payload, _ = decode(message, Line())
-        losses = self._clients.losses(
-            {self.name: payload.tensors["adapter"]}, cast(SplitName, message.header["split"])
-        )
+        split = cast(SplitName, message.header["split"])
+        if self._clients.settings.privacy and split != "test":
+            raise WireError(
+                f"losses of {split} rows are asked for, which privacy.kind = 'row' does not cover; "
+                "of a private client only those of test rows are told"
+            )
+        losses = self._clients.losses({self.name: payload.tensors["adapter"]}, split)
         return Encoded({}, {"total": losses[self.name].total, "tokens": losses[self.name].tokens})
 
     def _choice(self, message: Encoded) -> Encoded:

@@ -29,6 +29,7 @@ from fedmira.experiment import (
     Experiment,
     make_scheme,
     prepare_kind,
+    privacy_plan,
     start_experiment,
 )
 from fedmira.federation.audit import AuditLog, audit_beside
@@ -245,6 +246,9 @@ def _experiment(
         token_budget=None,
         skipped=skipped,
         federation=members.as_json(),
+        privacy=privacy_plan(
+            config, {client: party.train_rows for client, party in parties.items()}
+        ),
     )
 
 

@@ -29,6 +29,7 @@ class FedAvg(Method):
     title: ClassVar[str] = "FedAvg"
     uses_graph: ClassVar[bool] = False
     averages: ClassVar[bool] = True
+    sends_mean_alone: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: ""}
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:

@@ -48,6 +48,7 @@ class FedOpt(FedAvg):
 
     name: ClassVar[str] = "fedopt"
     averages: ClassVar[bool] = True
+    sends_mean_alone: ClassVar[bool] = True
     title: ClassVar[str] = "FedOpt"
     server_optimizer: Literal["momentum", "adam", "yogi", "adagrad"] = setting(
         "adam",

@@ -40,6 +40,7 @@ from fedmira.model.packed.passes import response_losses
 from fedmira.model.packed.token_budget import choose_token_budget, usual_token_budget
 from fedmira.model.training.batches import count_steps
 from fedmira.model.training.measure import Choice, Contender, choose_adapters, summed_losses
+from fedmira.model.training.private import RowPrivacy
 from fedmira.model.training.rates import rate_shares
 from fedmira.model.training.steps import train_cohort
 from fedmira.model.training.tasks import LocalOutcome, LocalTask
@@ -69,6 +70,7 @@ __all__ = [
     "LoraFolder",
     "LoraKind",
     "PromptKind",
+    "RowPrivacy",
     "ReferenceStore",
     "Row",
     "StackedAdapters",

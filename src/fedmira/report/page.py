@@ -431,6 +431,18 @@ def _left_out(screened: object) -> str | None:
     return ", ".join(f"{client} in {times} rounds" for client, times in screened.items())
 
 
+def _promise(privacy: object) -> str | None:
+    """What the run promises of single rows or clients, and what it does not."""
+    if not isinstance(privacy, dict):
+        return None
+    spent = privacy.get("epsilon")
+    return (
+        f"epsilon {f'{spent:.4g}' if isinstance(spent, int | float) else 'without bound'} "
+        f"at delta {privacy.get('delta')} of each {privacy.get('kind')}; promise: "
+        f"{privacy.get('promise')}; not covered: {privacy.get('not_covered')}"
+    )
+
+
 def _provenance(run: Run) -> list[tuple[str, str]]:
     """What was run, on what and from what, as (name, value); absent parts are left out."""
     facts: dict[str, Any] = {
@@ -442,6 +454,7 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
         "clients": run.provenance.get("clients"),
     }
     facts |= {"left out by the server": _left_out(run.provenance.get("screened"))}
+    facts |= {"privacy": _promise(run.provenance.get("privacy"))}
     facts |= {"wall time": _duration(run.provenance.get("wall_seconds"))}
     for section, prefix in (("base", "base model "), ("machine", "machine "), ("versions", "")):
         values = run.provenance.get(section)

@@ -79,6 +79,7 @@ class AdapterCards:
             f"Made by fedmira with `{self._config.algorithm.name}`: {self._chosen()}. "
             f"Trained on {row['train_rows']} rows, measured on "
             f"{row['test_rows']} test rows of this client."
+            f"{_about_privacy(entry.get('privacy'))}"
         )
         about = [
             "## Figures",
@@ -319,3 +320,17 @@ def _dtype(base: BaseModel) -> str:
 
 def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _about_privacy(promised: Mapping[str, Any] | None) -> str:
+    """What an adapter promises of the rows behind it; "" where it promises nothing."""
+    if promised is None:
+        return ""
+    spent, each = promised["epsilon"], {"row": "training row", "client": "client"}[promised["kind"]]
+    if spent is None or not promised["secret"]:
+        reason = "it had no noise" if spent is None else "whoever knows the seed knows the noise"
+        return f" It was trained as if for privacy, and promises none: {reason}."
+    return (
+        f" Each {each} behind it is hidden by differential privacy with epsilon {spent:.3g} and "
+        f"delta {promised['delta']:g}; run.json says what is covered and what is not."
+    )

@@ -45,12 +45,7 @@ def train_events(outcome: RoundOutcome, sent_hashes: Mapping[ClientId, str]) -> 
             "event": "train",
             "round": outcome.round,
             "client": reply.client_id,
-            "loss": reply.metrics["loss"],
-            "first_loss": reply.metrics["first_loss"],
-            "last_loss": reply.metrics["last_loss"],
-            "steps": int(reply.metrics["steps"]),
-            "response_tokens": int(reply.metrics["response_tokens"]),
-            "tokens": int(reply.metrics["tokens"]),
+            **_figures(reply),
             **{name: reply.metrics[name] for name in _OF_SOME_METHODS if name in reply.metrics},
             "rows": reply.num_examples,
             "bytes_down": _down(received[reply.client_id], reply).num_bytes,
@@ -62,6 +57,21 @@ def train_events(outcome: RoundOutcome, sent_hashes: Mapping[ClientId, str]) -> 
         }
         for reply in outcome.replies
     ]
+
+
+def _figures(reply: Reply) -> EventLine:
+    """What a client tells of its training; of a private one its steps."""
+    losses: EventLine = {
+        name: reply.metrics[name]
+        for name in ("loss", "first_loss", "last_loss")
+        if name in reply.metrics
+    }
+    counts = {
+        name: int(reply.metrics[name])
+        for name in ("steps", "response_tokens", "tokens")
+        if name in reply.metrics
+    }
+    return {**losses, **counts}
 
 
 def align_events(outcome: RoundOutcome, saved_hash: Callable[[ClientId], str]) -> list[EventLine]:
@@ -146,17 +156,20 @@ def round_row(
         evaluate_seconds: what the evaluation took.
     """
     replies, diagnostics = outcome.replies, outcome.combined.diagnostics
-    losses = [reply.metrics["loss"] for reply in replies]
-    counts = [reply.metrics["response_tokens"] for reply in replies]
+    told = [reply.metrics for reply in replies if "loss" in reply.metrics]
+    losses = [metrics["loss"] for metrics in told]
+    counts = [metrics["response_tokens"] for metrics in told]
     total = sum(test, TokenLoss())
     pulls = [figures["pull"] for figures in diagnostics.clients.values() if "pull" in figures]
     kept = [reply.metrics["pull_kept"] for reply in replies if "pull_kept" in reply.metrics]
     return {
         "round": outcome.round,
         "clients": len(replies),
-        "train_loss": sum(losses) / len(losses),
+        "train_loss": sum(losses) / len(losses) if told else "",
         "train_loss_weighted": sum(loss * count for loss, count in zip(losses, counts, strict=True))
-        / sum(counts),
+        / sum(counts)
+        if told
+        else "",
         "test_loss": sum(loss.per_token for loss in test) / len(test) if test else "",
         "test_loss_weighted": total.per_token if test else "",
         "disagreement_before": diagnostics.round.get("disagreement_before", ""),
@@ -165,7 +178,7 @@ def round_row(
         "pull_kept": sum(kept) / len(kept) if kept else "",
         "train_seconds": round(outcome.train_seconds, 4),
         "evaluate_seconds": round(evaluate_seconds, 4),
-        "tokens_per_second": round(sum(counts) / outcome.train_seconds, 1),
+        "tokens_per_second": round(sum(counts) / outcome.train_seconds, 1) if told else "",
         **_bytes_of(outcome),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -24,6 +25,7 @@ from fedmira.data import ClientData
 from fedmira.errors import RunFolderError
 from fedmira.messages import ClientId
 from fedmira.model import AdapterKind, BaseModel
+from fedmira.privacy import PrivacyPlan
 from fedmira.rounds import SCREENED
 from fedmira.runs.folder import RunFolder
 from fedmira.runs.pages import write_page
@@ -47,6 +49,7 @@ class Ground:
         prompts: what the prompts of a client's training rows share, where its rows are here.
         notes: what the user should know of rows and answers, a sentence each.
         crew: the processes and threads that train and measure; None where other machines do.
+        privacy: what is promised of single rows or clients; None where nothing is.
     """
 
     kind: AdapterKind
@@ -56,6 +59,26 @@ class Ground:
     prompts: Mapping[ClientId, Mapping[str, object]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     crew: Crew | None = None
+    privacy: PrivacyPlan | None = None
+
+    def promised(self, asked: Mapping[ClientId, int]) -> dict[ClientId, dict[str, object]]:
+        """What each client's adapter promises, as index.json says it; empty without privacy.
+
+        Args:
+            asked: rounds in which each client was asked to train.
+        """
+        plan = self.privacy
+        if plan is None:
+            return {}
+        return {
+            client: {
+                "kind": plan.kind,
+                "epsilon": spent if math.isfinite(spent) else None,
+                "delta": plan.delta,
+                "secret": plan.secret,
+            }
+            for client, spent in plan.spent(asked).items()
+        }
 
     @property
     def base(self) -> BaseModel:
@@ -156,6 +179,7 @@ class Provenance:
             },
             **({"notes": list(self._ground.notes)} if self._ground.notes else {}),
             **({"clock": clock} if (clock := self._recorder.config.data.clock) else {}),
+            **self._promised(),
             "token_budget": self._ground.token_budget,
             **self._processors(),
             **({"federation": dict(self._ground.federation)} if self._ground.federation else {}),
@@ -204,6 +228,16 @@ class Provenance:
                 "device": str(base.device),
             },
         }
+
+    def _promised(self) -> dict[str, object]:
+        """What is promised of rows or clients, and what of it is spent; empty without privacy."""
+        plan = self._ground.privacy
+        if plan is None:
+            return {}
+        # A round that was cut short may have been asked for twice, and then was answered twice.
+        again = len(self._before.get("resumed", [])) + bool(self._before)
+        asked = {name: count + again for name, count in self._recorder.rounds_asked.items()}
+        return {"privacy": plan.as_json(asked)}
 
     def _place_of_rows(self) -> dict[str, str]:
         """The absolute path of the rows, empty where they are no file or folder here."""

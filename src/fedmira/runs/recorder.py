@@ -85,6 +85,7 @@ class Recorder:
         best_adapters, best: each client's adapter at its lowest validation loss, and the figures of
             that round.
         rounds_trained: rounds in which each client's reply was used.
+        rounds_asked: rounds in which each client was asked to train; kept of private runs alone.
         ever_moved: whether alignment has moved any adapter so far.
         warned: whether the run has been told that alignment moves nothing.
         graph: the graph that acted last.
@@ -108,6 +109,7 @@ class Recorder:
     best_adapters: AdapterTable = field(init=False)
     best: dict[ClientId, Best] = field(default_factory=dict)
     rounds_trained: dict[ClientId, int] = field(default_factory=dict)
+    rounds_asked: dict[ClientId, int] = field(default_factory=dict)
     ever_moved: bool = False
     warned: bool = False
     graph: Graph | None = None
@@ -161,6 +163,7 @@ class Recorder:
         )
         self.best = {client: Best(*entry) for client, entry in values["best"].items()}
         self.rounds_trained = dict(values["rounds_trained"])
+        self.rounds_asked = dict(values.get("rounds_asked", {}))
         self.ever_moved, self.warned = values["ever_moved"], values["warned"]
         self.latest = {client: TokenLoss(*loss) for client, loss in values["latest"].items()}
         self.base_losses = {
@@ -185,6 +188,10 @@ class Recorder:
         self.uploaded = self.uploaded.replaced(sent)
         for client in sent:
             self.rounds_trained[client] = self.rounds_trained.get(client, 0) + 1
+        if self.config.privacy.kind != "none":
+            for request in outcome.requests:
+                client = request.client_id
+                self.rounds_asked[client] = self.rounds_asked.get(client, 0) + 1
         events = [
             *train_events(outcome, {client: self.uploaded.digest_of(client) for client in sent}),
             *align_events(
@@ -384,6 +391,8 @@ class Recorder:
             "wall_seconds": self.wall_seconds,
             "sizes": self.folder.sizes(),
         }
+        if self.rounds_asked:
+            values["rounds_asked"] = self.rounds_asked
         if states := self.watchers.states():
             values["observers"] = states
         self.checkpoints.save(

@@ -97,6 +97,7 @@ def write_results(
     summary = summary_of(rows)
     trained = _trained_by_rank(recorder, ranks, state)
     cards = AdapterCards(config, ground.base)
+    promised = ground.promised(recorder.rounds_asked)
     index: dict[str, object] = {}
     for client, row in zip(ranks, rows, strict=True):
         rank, adapter = ranks[client], chosen[client]
@@ -106,14 +107,11 @@ def write_results(
             "category": row["category"],
             "rank": rank,
             "rounds_trained": row["rounds_trained"],
-        }
-        entry |= {
             "parameters": sum(tensor.numel() for tensor in adapter.values()),
             "trained_parameters": trained[rank],
-        }
-        entry |= {
             "sha256": content_hash(adapter),
             "base_sha256": ground.base.sha256,
+            **({"privacy": promised[client]} if client in promised else {}),
             **({"prompt": ground.prompts[client]} if client in ground.prompts else {}),
             "metrics": finite_figures(row),
         }

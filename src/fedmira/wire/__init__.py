@@ -16,7 +16,7 @@ from fedmira.wire.envelopes import (
 )
 from fedmira.wire.headers import LONGEST_TEXT, number, text, whole_number
 from fedmira.wire.kinds import CHOICE, IDENTITY, LOSSES, REFUSAL, SCORES, TRAIN
-from fedmira.wire.replies import address_problem, checked_reply
+from fedmira.wire.replies import WITHHELD, address_problem, checked_reply
 
 __all__ = [
     "ACCEPTED_ROUND",
@@ -32,6 +32,7 @@ __all__ = [
     "SCORES",
     "TRAIN",
     "WIRE_STAGE",
+    "WITHHELD",
     "address_problem",
     "checked_reply",
     "decode",

@@ -8,10 +8,13 @@ from fedmira.adapters import Adapter, all_finite
 from fedmira.messages import Failure, Reply, Request
 from fedmira.shown import cut, plain
 
-__all__ = ["FIGURES", "address_problem", "checked_reply"]
+__all__ = ["FIGURES", "WITHHELD", "address_problem", "checked_reply"]
 
 FIGURES = ("loss", "first_loss", "last_loss", "steps", "response_tokens", "tokens")
 """What every reply reports of its training, as metrics."""
+
+WITHHELD = "withheld"
+"""The metric by which a private client says that it tells no figures of its rows but its steps."""
 
 _ADAPTER = "adapter"
 _NAMED = 3
@@ -30,8 +33,8 @@ def checked_reply(request: Request, reply: Reply) -> Reply | Failure:
     The failure names what is wrong, its value and what was expected.
 
     It must be of the request's client and round, tell of at least one row, have all of `FIGURES`
-    within what training can give, and hold finite tensors and numbers only; its adapter must have
-    the names, shapes and number types of the one that was sent.
+    (of a private client its steps alone) within what training can give, and hold finite tensors and
+    numbers only; its adapter must have the names, shapes and number types of the one that was sent.
 
     Args:
         request: as it was sent.
@@ -89,11 +92,12 @@ def _figures_problem(reply: Reply) -> str:
     names = (*reply.metrics, *reply.payload.scalars, *reply.payload.tensors)
     if unfit := next((name for name in names if _is_unfit(name)), None):
         return f"the reply names a figure {plain(cut(unfit, 80))!r}; names are short and plain"
-    for name in FIGURES:
+    withheld = WITHHELD in reply.metrics
+    for name in ("steps",) if withheld else FIGURES:
         value = reply.metrics.get(name)
         if value is None or not math.isfinite(value):
             return f"the reply's {name} is {value}; must be a finite number"
-    if reply.metrics["response_tokens"] < 1:
+    if not withheld and reply.metrics["response_tokens"] < 1:
         return "the reply counts no response tokens; must be at least 1"
     return _size_problem(reply)
 

@@ -155,6 +155,14 @@ class EngineSettings(Section):
             "differ by rounding."
         ),
     )
+    apart: bool = setting(
+        False,
+        help=(
+            "Clients take turns, in passes of their own, so that no bit of what one learns depends "
+            "on who else trains: `fedmira forget` then trains only those again whom a leaver "
+            "reached. Slower where passes hold several clients."
+        ),
+    )
     wire: Literal["float32", "float16", "int8"] = setting(
         "float32",
         help=(

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fedmira.adapters import Adapter
-from fedmira.model.base.rows import Row
 from fedmira.model.base.transfer import on_device
 from fedmira.model.lora.branches import Stack
 
@@ -26,17 +25,17 @@ class SquaredGradients:
         self._stacked, self._rows = stacked, rows
         self._sums = torch.zeros_like(stacked.values) if any(rows) else None
 
-    def add(self, batches: Mapping[int, Sequence[Row]]) -> None:
+    def add(self, sizes: Mapping[int, int]) -> None:
         """Count the gradients as they stand; those of clients that have failed are zero.
 
         Args:
-            batches: client -> the rows of its batch.
+            sizes: client -> how many rows its batch has.
         """
-        asked = [client for client in batches if self._rows[client]]
+        asked = [client for client in sizes if self._rows[client]]
         if self._sums is None or not asked:
             return
         device = self._sums.device
-        shares = [len(batches[client]) / (self._rows[client] or 1) for client in asked]
+        shares = [sizes[client] / (self._rows[client] or 1) for client in asked]
         places, weights = on_device(asked, device), on_device(shares, device)
         squares = self._stacked.gradients[places].square() * weights[:, None]
         self._sums.index_add_(0, places, squares)

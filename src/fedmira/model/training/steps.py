@@ -28,7 +28,6 @@ from fedmira.model.lora.branches import (
 from fedmira.model.lora.stack import StackedAdapters
 from fedmira.model.packed.passes import response_losses
 from fedmira.model.training.advantages import RowFactors, step_weights
-from fedmira.model.training.batches import batch_indices
 from fedmira.model.training.curvature import TargetDraws, response_tokens, without_dropout
 from fedmira.model.training.optimizers import (
     CohortOptimizer,
@@ -36,6 +35,7 @@ from fedmira.model.training.optimizers import (
     add_curvature,
     clip_rows,
 )
+from fedmira.model.training.private import PrivateSteps, batches_of
 from fedmira.model.training.squares import SquaredGradients
 from fedmira.model.training.tasks import LocalOutcome, LocalTask
 from fedmira.model.training.zeroth_order import RandomSlopes
@@ -147,7 +147,10 @@ class _Cohort:
             if settings.lora_plus_ratio != 1 and isinstance(self.stacked, StackedAdapters)
             else None
         )
-        self.batches = [batch_indices(len(task.rows), settings, task.seed) for task in tasks]
+        seeds = [task.seed for task in tasks]
+        self.private = PrivateSteps.of(self.stacked, [task.privacy for task in tasks], seeds)
+        rows = [len(task.rows) for task in tasks]
+        self.batches = batches_of(self.private, rows, settings, seeds)
         self.alive = torch.ones(len(tasks), dtype=torch.bool, device=self.device)
         self.failed_in_step = torch.zeros(len(tasks), dtype=torch.long, device=self.device)
         self.sums: list[Tensor] = []
@@ -179,7 +182,7 @@ class _Cohort:
             for client in range(len(self.tasks))
             if going[client]
             for chosen in [next(self.batches[client], None)]
-            if chosen
+            if chosen or (self.private and chosen is not None)  # a private batch may be empty
         }
         if not drawn:
             return False
@@ -203,8 +206,10 @@ class _Cohort:
 
         sums, _ = within_memory(backward, self.budget, self.limit)
         self.sums.append(sums)
+        if self.private:
+            self.private.add_noise(list(batches))
         self._stop_the_failed(good & torch.isfinite(sums))
-        self.squares.add(batches)  # while gradients are still those of the loss alone
+        self.squares.add(self._sizes(batches))  # while gradients are still those of the loss alone
         for client in batches:
             self._apply_hook(client)
         shares = clip_rows(self.stacked.gradients, self.settings.max_grad_norm)
@@ -225,6 +230,12 @@ class _Cohort:
         for client in batches:
             self._settle(client)
         return True
+
+    def _sizes(self, batches: Mapping[int, list[Row]]) -> dict[int, int]:
+        """How many rows each batch has; of private ones how many it has on average."""
+        if self.private:
+            return self.private.sizes(list(batches))
+        return {client: len(rows) for client, rows in batches.items()}
 
     def _rates(self, clients: Sequence[int]) -> Tensor | None:
         """Each client's share of the learning rate in this step, [n]; None where all are 1."""
@@ -286,9 +297,9 @@ class _Cohort:
             dict(self.tasks[client].start) if failure else adapter,
             failure,
             len(losses) - bool(failed_in_step),
-            sum(loss for loss, _ in losses) / tokens,
-            losses[0][0] / losses[0][1],
-            losses[-1][0] / losses[-1][1],
+            sum(loss for loss, _ in losses) / (tokens or 1),
+            losses[0][0] / (losses[0][1] or 1),
+            losses[-1][0] / (losses[-1][1] or 1),
             tokens,
             self.tokens[client],
             kept,
@@ -307,7 +318,9 @@ class _Cohort:
 
         A method may put something else in the gradient's place.
         """
-        if self.slopes is None:
+        if self.private:
+            sums = self.private.clipped(batches, lambda part: self._gradients(part, budget))
+        elif self.slopes is None:
             sums = self._gradients(batches, budget)
         else:
             sums = self.slopes.measure(lambda: self._losses(batches, budget), batches)

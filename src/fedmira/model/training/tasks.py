@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedmira.adapters import Adapter
 from fedmira.model.base.rows import Row
+from fedmira.model.training.private import RowPrivacy
 
 __all__ = ["Hook", "LocalOutcome", "LocalTask", "Settle"]
 
@@ -31,6 +32,7 @@ class LocalTask:
             name, or None.
         advantages: of each row, finite; None where all rows weigh alike.
         squares: whether squares of gradients are added up.
+        privacy: how each row is hidden; None hides none. All tasks of a cohort have it, or none.
     """
 
     start: Adapter
@@ -43,6 +45,7 @@ class LocalTask:
     settle: Settle | None = None
     advantages: Sequence[float] | None = None
     squares: bool = False
+    privacy: RowPrivacy | None = None
 
 
 @dataclass(frozen=True, slots=True)
