@@ -126,12 +126,12 @@ def test_settings_that_were_set_together_with_a_foreign_algorithm_are_an_error(
 ) -> None:
     path = write(tmp_path, '[algorithm]\nname = "fedavg"\ncoupling = 0.5\n')
     assert problems(path=path) == (
-        "algorithm.coupling = 0.5: unknown key; it belongs to mira and two-level; algorithm fedavg "
-        f"knows: name ({path})",
+        "algorithm.coupling = 0.5: unknown key; it belongs to gossip and mira and two-level; "
+        f"algorithm fedavg knows: name ({path})",
     )
     [problem] = problems("algorithm.name=fedavg", "algorithm.coupling=0.5")
     assert problem.startswith(
-        "algorithm.coupling = 0.5: unknown key; it belongs to mira and two-level"
+        "algorithm.coupling = 0.5: unknown key; it belongs to gossip and mira and two-level"
     )
 
 
@@ -250,7 +250,7 @@ def test_another_choice_lets_go_of_what_only_the_one_below_reads(tmp_path: Path)
     )
 
 
-GRAPH_READERS = ["fedalt", "mira", "two-level"]
+GRAPH_READERS = ["fedalt", "mtlora", "gossip", "mira", "two-level"]
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in GRAPH_READERS])
@@ -260,7 +260,7 @@ def test_a_graph_is_an_error_under_a_method_that_uses_none(name: str) -> None:
     validation = ["data.validation_fraction=0.1"] if name == "fedfomo" else []
     assert problems(f"algorithm.name={name}", "graph.kind=random", *optimizer, *validation) == (
         f"graph.kind = \"random\": algorithm.name = '{name}' does not read it; leave it out, or "
-        "set algorithm.name to 'fedalt', 'mira' or 'two-level' (--set)",
+        "set algorithm.name to 'fedalt', 'mtlora', 'gossip', 'mira' or 'two-level' (--set)",
     )
 
 
