@@ -183,8 +183,8 @@ def test_a_program_without_a_guard_is_told_before_it_starts_itself_again(
     program.write_text(
         "import fedmira\n"
         f"fedmira.run(method='local', clients={str(clients)!r}, base={str(base)!r},\n"
-        "    settings={'data.source': 'jsonl', 'data.prompt': 'plain', 'data.max_length': 64, 'engine.workers': 2,\n"
-        "              'engine.token_budget': 64, 'rounds.count': 1},\n"
+        "    settings={'data.source': 'jsonl', 'data.prompt': 'plain', 'data.max_length': 64,\n"
+        "              'engine.workers': 2, 'engine.token_budget': 64, 'rounds.count': 1},\n"
         f"    output={str(tmp_path / 'run')!r})\n",
         encoding="utf-8",
     )

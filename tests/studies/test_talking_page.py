@@ -1,85 +1,113 @@
-"""`fedmira chat --page`: the page is asked as a browser asks it, over its own server."""
+"""`fedmira chat --page`: the page is asked as a browser asks it, over its own server.
+
+gradio leaves sockets and event loops open behind it, so it runs in processes of its own.
+"""
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import fedmira
-from fedmira.errors import ConfigError
-from fedmira.studies.serving.talking_page import serve_page, talking_page
 from small import PROGRAM, call_main, environment
 
 with_gradio = pytest.mark.skipif(
     find_spec("gradio") is None, reason="needs gradio, which is optional and not installed"
 )
 
+BROWSER = """
+import json, sys
+from gradio_client import Client
+first, second = Client(sys.argv[1], verbose=False), Client(sys.argv[1], verbose=False)
+found = {"asked": first.predict("w4 w8", api_name="/ask")}
+found["switched"] = second.predict("birch-2", api_name="/client")
+found["other"] = second.predict("w70", api_name="/ask")
+found["again"] = first.predict("w4 w8", api_name="/ask")
+try:
+    first.predict("  ", api_name="/ask")
+except Exception as error:
+    found["empty"] = str(error)
+found["forgotten"] = first.predict(api_name="/forget")
+print(json.dumps(found))
+"""
+"""Two tabs that talk to different clients."""
+
+
+def free_port() -> int:
+    """A port at which nothing listens."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def served(*arguments: object) -> Iterator[str]:
+    """The address of a page that is served meanwhile; it ends as by Ctrl-C, without a traceback."""
+    port = free_port()
+    command = [PROGRAM, "chat", *map(str, arguments), "--page", "--port", str(port)]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        while f"http://127.0.0.1:{port}" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        yield f"http://127.0.0.1:{port}"
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in said + process.stderr.read()
+
 
 @with_gradio
-@pytest.mark.filterwarnings("ignore")  # gradio's own, of the libraries it stands on
 def test_a_browser_gets_the_answers_of_generate_and_each_tab_its_own_talk(
     shared_run: Path, lone_run: Path
 ) -> None:
-    from gradio_client import Client
-
     shared, alone = fedmira.load(shared_run), fedmira.load(lone_run)
-    page = talking_page(shared.chat("apple-1", beside=[lone_run]))
-    _, address, public = page.launch(
-        server_name="127.0.0.1", share=False, quiet=True, prevent_thread_lock=True
-    )
-    try:
-        assert not public and address.startswith("http://127.0.0.1:")
-        first, second = Client(address, verbose=False), Client(address, verbose=False)
-        answers = first.predict("w4 w8", api_name="/ask")
-        assert answers[1:] == (
-            f"> w4 w8\n{alone.generate('apple-1', 'w4 w8')}",
-            f"> w4 w8\n{shared.generate('apple-1', 'w4 w8')}",
+    with served(shared_run, "--client", "apple-1", "--beside", lone_run) as address:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", BROWSER, address],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
         )
-        assert second.predict("birch-2", api_name="/client") == ("", "", "")
-        assert second.predict("w70", api_name="/ask")[2] == (
-            f"> w70\n{shared.generate('birch-2', 'w70')}"
-        )
-        assert first.predict("w4 w8", api_name="/ask") == answers, "the other tab changed nothing"
-        with pytest.raises(Exception, match="there is no question"):
-            first.predict("  ", api_name="/ask")
-        assert first.predict(api_name="/forget") == ("", "", "")
-    finally:
-        page.close(verbose=False)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["asked"][1:] == [
+        f"> w4 w8\n{alone.generate('apple-1', 'w4 w8')}",
+        f"> w4 w8\n{shared.generate('apple-1', 'w4 w8')}",
+    ]
+    assert found["switched"] == ["", "", ""]
+    assert found["other"][2] == f"> w70\n{shared.generate('birch-2', 'w70')}"
+    assert found["again"] == found["asked"], "the other tab changed nothing"
+    assert "there is no question" in found["empty"]
+    assert found["forgotten"] == ["", "", ""]
 
 
 @with_gradio
 def test_a_port_that_is_taken_is_named(shared_run: Path) -> None:
+    command = [PROGRAM, "chat", str(shared_run), "--client", "apple-1", "--page"]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--port {port}: nothing can listen"):
-            serve_page(fedmira.load(shared_run).chat("apple-1"), port, print)
-
-
-@with_gradio
-def test_the_command_tells_its_address_and_ends_with_ctrl_c(shared_run: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [PROGRAM, "chat", str(shared_run), "--client", "apple-1", "--page"]
-    with subprocess.Popen(
-        [*command, "--port", str(port)], env=environment(), stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        said = ""
-        while f"127.0.0.1:{port}" not in said:
-            line = process.stderr.readline()
-            assert line, said
-            said += line
-        process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
-    assert "Traceback" not in said + rest
+        done = subprocess.run(
+            [*command, "--port", str(port)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert done.returncode == 2 and f"--port {port}: nothing can listen" in done.stderr
 
 
 @pytest.mark.skipif(find_spec("gradio") is not None, reason="gradio is installed")
