@@ -125,8 +125,9 @@ class EngineSettings(Section):
         help=(
             "Processes that train and measure a run's clients at the same time, each with the base "
             "in shared memory. Clients are dealt out in shares that depend on the run alone, so "
-            'that results are the same bits with any number of workers. `"auto"`: as many as '
-            "there are free cores, as memory holds and as there are shares in a round; 1 for runs "
+            "that results are the same bits with any number of workers whose `engine.threads` are "
+            'the same. `"auto"`: as many as there are free cores, as memory holds and as there are '
+            "shares in a round; 1 for runs "
             "of less than about a minute, on a GPU, and in a Python program whose main file would "
             "start the run again. run.json says how many there were."
         ),
