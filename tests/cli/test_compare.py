@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fedmira.config import dump_config
+from fedmira.runs import accept_files
 from small import make_config, write_clients
 
 SMALL = (
@@ -86,6 +87,9 @@ def test_unequal_runs_are_said_loudly(
     events.write_text(
         events.read_text(encoding="utf-8").replace('"steps": 1,', '"steps": 2,'), encoding="utf-8"
     )
+    refused = fedmira(*arguments)
+    assert refused.code == 2 and f"--accept {events.name}" in refused.err
+    accept_files(events.parent, [events.name])
     ended = fedmira(*arguments)
     assert ended.code == 0 and "UNEQUAL: these methods were not run on equal terms" in ended.out
     assert "mira, seed 0: other local steps: 6, and 3 under local" in ended.out

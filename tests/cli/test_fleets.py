@@ -16,6 +16,7 @@ import fedmira
 from fedmira.adapters import modules
 from fedmira.errors import ConfigError
 from fedmira.model import read_lora_folder
+from fedmira.runs import accept_files
 from small import CLIENTS, adapters_of
 
 Call = Callable[..., Any]
@@ -202,5 +203,6 @@ def test_a_run_that_has_not_ended_is_told(
     run = json.loads((begun / "run.json").read_text(encoding="utf-8"))
     changed = run | {"status": "interrupted", "rounds_done": 2}
     (begun / "run.json").write_text(json.dumps(changed), encoding="utf-8")
+    accept_files(begun, ["run.json"])
     fedmira.merge(begun, output=tmp_path / "m")
     assert "has not ended (status: interrupted after round 2)" in caplog.text

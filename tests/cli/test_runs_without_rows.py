@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fedmira.config import dump_config, load_config
+from fedmira.runs import accept_files
 from small import command
 
 
@@ -30,6 +31,7 @@ def moved_rows(command_run: Any, tmp_path: Path) -> Callable[[Path], Path]:
             ),
             encoding="utf-8",
         )
+        accept_files(folder, ["config.toml"])
         return folder
 
     return copied
@@ -47,6 +49,7 @@ def forget_prompts(folder: Path) -> None:
     for entry in entries.values():
         del entry["prompt"]
     index.write_text(json.dumps(entries), encoding="utf-8")
+    accept_files(folder, ["adapters/index.json"])
 
 
 def test_generate_needs_no_rows_where_the_instruction_is_given(

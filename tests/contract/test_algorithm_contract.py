@@ -117,7 +117,7 @@ SETTINGS: dict[str, tuple[MethodSection, GraphSource]] = {
     "feddpa": (FedDpa(), FIXED),
     "feddpa, together": (FedDpa(halves="together", global_rank=3), FIXED),
     "cgc-lora": (CgcLora(common_experts=2), FIXED),
-    "cgc-lora, one common expert": (CgcLora(common_experts=1, common_rank=3), FIXED),
+    "cgc-lora, one common expert": (CgcLora(common_experts=1, experts_rank=3), FIXED),
     "cgc-lora, none": (CgcLora(common_experts=0), FIXED),
     "fola": (Fola(), FIXED),
     "fola, neither prior nor damping": (Fola(prior=0, damping=0), FIXED),

@@ -171,9 +171,8 @@ def test_the_figures_are_on_disk_beside_the_page(compared: Comparison) -> None:
     document = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     assert document == compared.figures.document() and document["algorithms"] == compared.rows
     names = {path.name for path in folder.iterdir() if path.is_file()}
-    assert names == {
-        f"comparison{end}" for end in (".html", ".json", ".csv", "-runs.csv", "-clients.csv", ".md")
-    }
+    ends = (".html", ".json", ".csv", "-runs.csv", "-clients.csv", ".md")
+    assert names == {"hashes.sha256", *(f"comparison{end}" for end in ends)}
 
 
 def test_a_second_call_repeats_no_run(compared: Comparison, config: Config) -> None:

@@ -18,6 +18,7 @@ from fedmira.adapters import Adapter, modules
 from fedmira.errors import ConfigError, DataError, RunFolderError
 from fedmira.metrics import Standing, judge
 from fedmira.model import BaseModel
+from fedmira.runs import accept_files
 from fedmira.studies import Decision, compare_algorithms, decide
 from fedmira.studies.saved import clients_of, reload_adapters
 from small import adapter_bytes, call_main, make_config, write_clients
@@ -202,6 +203,7 @@ def test_a_run_that_has_not_ended_is_not_held_against_one_that_has(
     begun = shutil.copytree(compared / "shared-seed3", tmp_path / "begun")
     run = json.loads((begun / "run.json").read_text(encoding="utf-8"))
     (begun / "run.json").write_text(json.dumps(run | {"status": "interrupted"}), encoding="utf-8")
+    accept_files(begun, ["run.json"])
     with pytest.raises(RunFolderError, match=f"not finished.*--resume --output {begun}"):
         decide(begun, base=base)
     half = tmp_path / "half"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import fedmira.runs.folder
+import fedmira.records.folder
 from fedmira.cli import main
 from fedmira.config import dump_config
 from fedmira.errors import RunError
@@ -69,7 +69,7 @@ WRITERS: tuple[tuple[Any, str, int], ...] = (
     (CheckpointFolder, "save", 1),
     (CheckpointFolder, "save", 3),
     (RunFolder, "write_table", 1),
-    (fedmira.runs.folder, "replace_file", 4),
+    (fedmira.records.folder, "replace_file", 8),
 )
 
 
@@ -80,7 +80,8 @@ def test_a_full_disk_is_one_line_and_the_run_continues_to_the_same_bytes(
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, writer, failing_from(call, getattr(owner, writer), full("a-file")))
-        with pytest.raises(RunError, match=r"^a-file: No space left .* is kept: make room and"):
+        told = r"^a-file: No space left .*; make room, and continue with --resume; .* is kept"
+        with pytest.raises(RunError, match=told):
             run_experiment(experiment, folder)
     provenance = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     written = writer != "replace_file"  # run.json itself goes through it
@@ -126,7 +127,7 @@ def test_the_command_line_tells_a_closed_folder_in_one_line_with_exit_code_3(
         main()
     assert ended.value.code == 3
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "allow this user to write there" in errors[0]
+    assert len(errors) == 1 and "allow this user to read and write there" in errors[0]
 
 
 @pytest.mark.parametrize(

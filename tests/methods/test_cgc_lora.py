@@ -128,7 +128,7 @@ def test_of_the_own_expert_and_its_gate_nothing_travels() -> None:
 
 
 def test_all_experts_together_have_the_rank_of_the_adapter_whatever_it_is() -> None:
-    for rank, settings in ((7, {"common_experts": 3}), (16, {}), (5, {"common_rank": 4})):
+    for rank, settings in ((7, {"common_experts": 3}), (16, {}), (5, {"experts_rank": 4})):
         federation = context([rank] * 2)
         algorithm = CgcLora(**settings).for_federation(federation)
         whole = algorithm.adapter_for(started(algorithm, federation), "client-0")
@@ -155,7 +155,7 @@ def test_gates_that_another_machine_made_up_are_put_in_order() -> None:
     ("rank", "settings", "told"),
     [
         (4, {}, "of rank 4, 2 directions are for 3 common experts and 2"),
-        (8, {"common_rank": 8}, "8 directions are for 3 common experts and 0"),
+        (8, {"experts_rank": 8}, "8 directions are for 3 common experts and 0"),
         (8, {"common_experts": 5}, "4 directions are for 5 common experts"),
     ],
 )
@@ -167,6 +167,6 @@ def test_ranks_without_room_for_every_expert_are_refused(
 
 
 def test_settings_that_are_not_read_are_refused() -> None:
-    for key, value in (("common_rank", 4), ("gate_rate", 0.1)):
+    for key, value in (("experts_rank", 4), ("gate_rate", 0.1)):
         with pytest.raises(ConfigError, match=f"{key} = {value:g} is not read"):
             CgcLora(common_experts=0, **{key: value})

@@ -197,7 +197,7 @@ def test_an_observer_that_raises_is_reported_once_and_left_out(
         (
             OSError(28, "No space left on device"),
             "failed",
-            "No space left on device; what the last",
+            "No space left on device; make room, and continue with --resume; what the last",
         ),
     ],
 )

@@ -59,7 +59,7 @@ class CgcLora(Method):
     common_experts: Count = setting(
         3, help="experts that all clients share, beside the one of each client. 0 is `local`"
     )
-    common_rank: Count = setting(
+    experts_rank: Count = setting(
         0,
         help=(
             "directions that the common experts have together, of those of `adapter.rank`; the "
@@ -77,7 +77,7 @@ class CgcLora(Method):
 
     @model_validator(mode="after")
     def _settings_are_read(self) -> CgcLora:
-        for key in () if self.common_experts else ("common_rank", "gate_rate"):
+        for key in () if self.common_experts else ("experts_rank", "gate_rate"):
             if getattr(self, key) != CgcLora.model_fields[key].default:
                 raise ValueError(
                     f"{key} = {getattr(self, key):g} is not read where common_experts = 0; leave "
@@ -93,7 +93,7 @@ class CgcLora(Method):
     @property
     def split(self) -> RankSplit:
         """Where adapters are divided: the common experts are first."""
-        return RankSplit(self.common_rank, zero_is_half=self.common_experts > 0)
+        return RankSplit(self.experts_rank, zero_is_half=self.common_experts > 0)
 
     def check(self) -> None:
         """Every expert needs a direction.
@@ -110,7 +110,7 @@ class CgcLora(Method):
                 f"{self.name}: of rank {rank}, {common} directions are for "
                 f"{self.common_experts} common experts and {max(0, rank - common)} for the own "
                 f"one; each needs at least 1 (set adapter.rank to {2 * self.common_experts} or "
-                "more, or lower algorithm.common_experts or algorithm.common_rank)"
+                "more, or lower algorithm.common_experts or algorithm.experts_rank)"
             )
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:

@@ -19,8 +19,14 @@ def lost_lines(folder: Path) -> list[str]:
     """What the growing files of a run no longer hold of what its newest checkpoint says of them.
 
     Args:
-        folder: of a run; one that has ended has these files in its own record, too.
+        folder: of a run; one that has ended has these files in its own record, too, which is then
+            what counts, as somebody may have accepted there what he changed.
     """
+    try:
+        own = RecordedFolder(folder).hashes()
+    except RunFolderError:
+        own = None  # a damaged record is told by whoever reads a file that it lists
+    recorded = own.files if own else {}
     rounds = (place.parent for place in (folder / "checkpoint").glob(f"round-*/{RECORD}"))
     numbers = {place.name.removeprefix("round-"): place for place in rounds}
     for number in sorted(filter(str.isdecimal, numbers), key=int, reverse=True):
@@ -31,7 +37,7 @@ def lost_lines(folder: Path) -> list[str]:
         return [
             problem
             for name, (size, sha256) in (found.beginnings.items() if found else ())
-            if (problem := GrowingFile(folder / name).problem(size, sha256))
+            if name not in recorded and (problem := GrowingFile(folder / name).problem(size, sha256))
         ]
     return []
 
