@@ -129,6 +129,7 @@ def test_workers_end_with_a_killed_run(ground: tuple[Path, Path], tmp_path: Path
         "data.source": "jsonl",
         "data.path": str(clients),
         "data.prompt": "plain",
+        "data.max_length": 64,
         "algorithm.name": "local",
         "local.steps": 5,
         "rounds.count": 5000,
@@ -138,7 +139,12 @@ def test_workers_end_with_a_killed_run(ground: tuple[Path, Path], tmp_path: Path
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     command = [PROGRAM, "run", *pairs, "--output", str(tmp_path / "r")]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE) as process:
-        workers = wait_for(lambda: [c for c in descendants(process.pid) if "spawn" in line_of(c)])
+
+        def begun() -> list[psutil.Process]:
+            assert process.poll() is None, "the run ended by itself"
+            return [each for each in descendants(process.pid) if "spawn" in line_of(each)]
+
+        workers = wait_for(begun)
         process.send_signal(signal.SIGKILL)
         assert len(workers) >= 2
         wait_for(lambda: not any(worker.is_running() and alive(worker) for worker in workers))

@@ -24,7 +24,7 @@ from fedmira.experiment import (
 )
 from fedmira.model import BaseModel, load_base
 from fedmira.observers import EvaluationEvent, Observer, RoundEvent
-from fedmira.runs import Result
+from fedmira.runs import Result, accept_files
 from small import adapter_bytes, events_of, make_config, table_of, write_base, write_clients
 
 FEDERATIONS: dict[str, dict[str, Any]] = {
@@ -403,6 +403,25 @@ def test_another_config_another_base_and_other_rows_are_refused(
     assert {
         path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
     } == before, "a refusal changes nothing"
+
+
+def test_a_run_whose_config_lacks_newer_keys_is_resumed(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    settings = {"rounds.count": 2, "algorithm.name": "local"}
+    whole = run_experiment(built(base, base_folder, clients_folder, settings), tmp_path / "whole")
+    folder = tmp_path / "run"
+    with pytest.raises(PowerCut):
+        run_experiment(built(base, base_folder, clients_folder, settings), folder, cut_at(1))
+    config = folder / "config.toml"
+    lines = config.read_text(encoding="utf-8").splitlines(keepends=True)
+    newer = ("workers = ", "threads = ", "advantage_temperature = ")
+    kept = [line for line in lines if not line.startswith(newer)]
+    assert len(kept) == len(lines) - 3
+    config.write_text("".join(kept), encoding="utf-8")
+    accept_files(folder, ["config.toml"])
+    again = resume_experiment(built(base, base_folder, clients_folder, settings), folder)
+    assert_equal_runs(again.folder, whole.folder)
 
 
 def test_there_must_be_a_run_to_resume(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedmira.config import dump_config, flattened
+from fedmira.config import dump_config, flattened, load_config
 from fedmira.errors import (
     AlignmentError,
     FedmiraError,
@@ -90,7 +90,7 @@ def resume_experiment(
     folder = RunFolder.reopen(output)
     with machine_errors():
         folder.make_parts()
-    if (output / "config.toml").read_text(encoding="utf-8") != dump_config(experiment.config):
+    if not _made_with(experiment, output / "config.toml"):
         raise RunFolderError(
             f"{output}: this run was made with other settings; --resume continues it as it "
             "was: leave the config and --set away"
@@ -174,6 +174,15 @@ def _run(
     except KeyboardInterrupt as error:
         part.save_what_there_is(error)
         raise
+
+
+def _made_with(experiment: Experiment, path: Path) -> bool:
+    """Whether a config.toml has the experiment's settings.
+
+    One of an older version lacks newer keys, which have their defaults.
+    """
+    wanted = dump_config(experiment.config)
+    return path.read_text(encoding="utf-8") == wanted or dump_config(load_config(path)) == wanted
 
 
 class _Part:

@@ -37,7 +37,8 @@ def lost_lines(folder: Path) -> list[str]:
         return [
             problem
             for name, (size, sha256) in (found.beginnings.items() if found else ())
-            if name not in recorded and (problem := GrowingFile(folder / name).problem(size, sha256))
+            if name not in recorded
+            and (problem := GrowingFile(folder / name).problem(size, sha256))
         ]
     return []
 
