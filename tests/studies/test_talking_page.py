@@ -119,3 +119,9 @@ def test_without_gradio_the_way_to_it_is_named(shared_run: Path) -> None:
 def test_a_port_without_a_page_is_refused(shared_run: Path) -> None:
     ended = call_main("chat", str(shared_run), "--client", "apple-1", "--port", "7000")
     assert ended.code == 2 and "--port belongs to --page" in ended.err
+
+
+def test_a_page_prints_no_json(shared_run: Path) -> None:
+    given = ("--client", "apple-1", "--page", "--format", "json")
+    ended = call_main("chat", str(shared_run), *given)
+    assert ended.code == 2 and "leave it or --page away" in ended.err

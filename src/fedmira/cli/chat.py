@@ -74,6 +74,8 @@ def chat(
     """
     if port is not None and not page:
         raise ConfigError("--port belongs to --page; give that too, or leave it away")
+    if page and format is not Format.text:
+        raise ConfigError("--format json prints what is typed here; leave it or --page away")
     if page:
         from fedmira.studies.serving.talking_page import check_gradio, serve_page
 

@@ -2,13 +2,14 @@
 
 from fedmira.clients.base import Candidates, Clients, SplitName
 from fedmira.clients.cohort import Cohort, CohortSettings
-from fedmira.clients.crews import Crew, InTurn, Share, share_size, threads_of
+from fedmira.clients.crews import LEAST_SHARE, Crew, InTurn, Share, share_size, threads_of
 from fedmira.clients.local import LocalClients
 from fedmira.clients.over_wire import OverWire
 from fedmira.clients.references import References, references_of
 from fedmira.clients.workers import Workers, unsafe_main
 
 __all__ = [
+    "LEAST_SHARE",
     "Candidates",
     "Clients",
     "Cohort",

@@ -18,9 +18,9 @@ from fedmira.data import ClientData
 from fedmira.messages import ClientId
 from fedmira.model import AdapterKind
 
-__all__ = ["Crew", "InTurn", "Share", "share_size", "threads_of"]
+__all__ = ["LEAST_SHARE", "Crew", "InTurn", "Share", "share_size", "threads_of"]
 
-_LEAST_SHARE = 4
+LEAST_SHARE = 4
 """Clients of the smallest share.
 
 Below it the passes of a small base no longer fill the token budget, and every share costs its own
@@ -47,7 +47,7 @@ class Share(Generic[Result]):
 
 
 class Crew(Protocol):
-    """Who does shares."""
+    """Whoever does the shares of a run, in one process or in several, to the same bits."""
 
     @property
     def count(self) -> int:
@@ -88,7 +88,7 @@ class InTurn:
 
     @property
     def count(self) -> int:
-        """One: this process."""
+        """Always 1: the process at hand."""
         return 1
 
     def do(self, kind: AdapterKind, shares: Sequence[Share[Result]]) -> Iterator[Result]:
@@ -100,7 +100,7 @@ class InTurn:
             del result
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Does nothing, as no process was started."""
 
 
 @contextmanager
@@ -134,4 +134,4 @@ def share_size(clients: Iterable[ClientData], batch_size: int, budget: int, most
     """
     lengths = [len(row.prompt) + len(row.response) for client in clients for row in client.train]
     in_a_step = batch_size * sum(lengths) / len(lengths) if lengths else budget
-    return min(most, max(_LEAST_SHARE, math.ceil(budget / max(in_a_step, 1))))
+    return min(most, max(LEAST_SHARE, math.ceil(budget / max(in_a_step, 1))))

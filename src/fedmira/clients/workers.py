@@ -296,7 +296,7 @@ class _Unpickler(pickle.Unpickler):
         self._kind = kind
 
     def persistent_load(self, name: str) -> AdapterKind:
-        """The worker's own."""
+        """The kind that this worker was given when it began, whatever it is called."""
         return self._kind
 
 

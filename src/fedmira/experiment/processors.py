@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from fedmira.clients import Crew, InTurn, Workers, unsafe_main
+from fedmira.clients import LEAST_SHARE, Crew, InTurn, Workers, unsafe_main
 from fedmira.config import Config
 from fedmira.data import ClientData
 from fedmira.errors import ConfigError
@@ -19,6 +20,8 @@ from fedmira.model import AdapterKind, count_steps, free_bytes
 from fedmira.rounds import cohort_size
 
 __all__ = ["choose_crew", "free_cores"]
+
+_log = logging.getLogger("fedmira")
 
 _SHORT_SECONDS = 60.0
 """Runs that take less on one core are not worth the seconds in which workers begin."""
@@ -30,8 +33,6 @@ _WORKER_BYTES = 1.5 * 2**30
 """What a worker takes: its libraries, and a pass of a small base."""
 
 _LOOK_SECONDS = 0.2
-_LEAST_CLIENTS = 8
-"""Clients of a round, below which there are not two shares."""
 
 
 def choose_crew(
@@ -58,21 +59,15 @@ def choose_crew(
     if threads == "auto" and threads_before is not None:
         threads = threads_before
     if wanted == "auto":
-        seconds, cohort = _seconds_on_one_core(config, kind, list(clients))
-        held = int(free_bytes(kind.base.device) // _WORKER_BYTES) if seconds > 0 else 1
-        worth = seconds > _SHORT_SECONDS and cohort >= _LEAST_CLIENTS
-        known = threads in ("auto", 1)  # a run that goes on with several threads stays one process
-        workers = 1
-        if worth and known and _why_not(kind, method, unasked=True) is None:
-            workers = max(1, min(free_cores(), held, math.ceil(cohort / 4)))
+        # A run that goes on with several threads stays one process.
+        alone = threads not in ("auto", 1) or unsafe_main(unasked=True) is not None
+        workers = 1 if alone else _as_many_as_pay(config, kind, method, list(clients))
     else:
         workers = wanted
-        if workers > 1 and (why := _why_not(kind, method, unasked=False)) is not None:
+        if workers > 1 and (why := unsafe_main() or _problem(kind, method)) is not None:
             raise ConfigError(f"engine.workers is {workers}: {why}")
-    if threads != "auto":
-        each = threads
-    else:
-        each = 1 if workers > 1 else min(torch.get_num_threads(), free_cores())
+    most = 1 if workers > 1 else torch.get_num_threads()
+    each = threads if threads != "auto" else most if most == 1 else min(most, free_cores())
     return InTurn(each) if workers == 1 else Workers(workers, each)
 
 
@@ -101,26 +96,34 @@ def _quota(path: Path) -> int:
     return max(1, int(said[0]) // int(said[1]))
 
 
-def _why_not(kind: AdapterKind, method: Method, *, unasked: bool) -> str | None:
-    """Why there cannot be several workers, or None.
+def _as_many_as_pay(
+    config: Config, kind: AdapterKind, method: Method, clients: list[ClientData]
+) -> int:
+    """Workers for a run whose settings leave that open; why there is one is said where it costs."""
+    shares = math.ceil(cohort_size(len(clients), config.rounds) / LEAST_SHARE)
+    if shares == 1 or _seconds_on_one_core(config, kind, clients) <= _SHORT_SECONDS:
+        return 1
+    held = free_bytes(kind.base.device) // _WORKER_BYTES
+    workers = max(1, int(min(free_cores(), held, shares)))
+    if workers > 1 and (why := _problem(kind, method)) is not None:
+        if kind.base.device.type == "cpu":
+            _log.warning("engine.workers: one process trains, as %s", why)
+        return 1
+    return workers
 
-    Args:
-        kind: the adapters, on their base.
-        method: whose client half they would run.
-        unasked: whether nobody asked for them, so that no doubt may be left.
-    """
+
+def _problem(kind: AdapterKind, method: Method) -> str | None:
+    """Why base and method cannot be in several processes, or None."""
     if kind.base.device.type != "cpu":
         return "on a GPU one process trains all clients side by side; set it to 1"
-    return unsafe_main(unasked=unasked) or Workers.problem(kind, method)
+    return Workers.problem(kind, method)
 
 
-def _seconds_on_one_core(
-    config: Config, kind: AdapterKind, clients: list[ClientData]
-) -> tuple[float, int]:
-    """About how long a run trains on one core, and the clients of a round."""
+def _seconds_on_one_core(config: Config, kind: AdapterKind, clients: list[ClientData]) -> float:
+    """About how long a run trains on one core."""
     cohort = cohort_size(len(clients), config.rounds)
     rows = [row for client in clients for row in client.train]
     length = sum(len(row.prompt) + len(row.response) for row in rows) / max(1, len(rows))
     steps = sum(count_steps(len(client.train), config.local) for client in clients) / len(clients)
     tokens = config.rounds.count * cohort * steps * config.local.batch_size * length
-    return 3 * kind.base.num_parameters * tokens / _PRODUCTS_A_SECOND, cohort
+    return 3 * kind.base.num_parameters * tokens / _PRODUCTS_A_SECOND

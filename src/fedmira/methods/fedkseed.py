@@ -63,7 +63,7 @@ class FedKSeed(Method):
 
     @property
     def returned(self) -> tuple[str, ...]:
-        """Seeds and numbers."""
+        """The seeds of a client's steps, with the coefficient of each."""
         return ("movement",)
 
     def combine(self, state: ServerState, replies: Sequence[Reply]) -> Combined:

@@ -73,7 +73,7 @@ class Fola(FedAvg):
 
     @property
     def returned(self) -> tuple[str, ...]:
-        """W_k."""
+        """The precision W_k that a client saw in its rows."""
         return (PRECISION,)
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:

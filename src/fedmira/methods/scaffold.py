@@ -51,7 +51,7 @@ class Scaffold(FedAvg):
 
     @property
     def returned(self) -> tuple[str, ...]:
-        """d_k."""
+        """d_k, by which a client's control changed."""
         return (CONTROL,)
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:

@@ -49,7 +49,7 @@ class Hashes:
         return Hashes(files, self.beginnings)
 
     def text(self) -> str:
-        """The file's content."""
+        """The record as it is written: files by name, then beginnings, then the seal over both."""
         lines = [f"{sha}  {name}\n" for name in sorted(self.files) for sha in self.files[name]]
         lines += [
             f"# first {size} bytes of {name}: {sha}\n"

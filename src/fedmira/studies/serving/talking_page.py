@@ -105,12 +105,8 @@ def talking_page(conversation: Conversation) -> Any:
         def close(request: Any) -> None:
             tabs.close(request.session_hash)
 
-        for called in (
-            ask,
-            switch,
-            reset,
-            close,
-        ):  # gradio gives the request by the type of an argument
+        # By the type of an argument gradio knows that it is to be given the request.
+        for called in (ask, switch, reset, close):
             called.__annotations__["request"] = gradio.Request
         one = {"concurrency_limit": 1, "concurrency_id": "base"}
         send.click(ask, [question], answers, api_name="ask", **one)
@@ -145,7 +141,7 @@ class _Tabs:
         return self._emptied(tab, talk)
 
     def forgotten(self, tab: str) -> list[str]:
-        """Empty columns."""
+        """Empty columns, with nothing said before behind them."""
         talk, _ = self._of(tab)
         talk.reset()
         return self._emptied(tab, talk)
