@@ -23,13 +23,12 @@ from torch import Tensor
 from fedmira.adapters import Adapter
 from fedmira.adapters.low_rank import UP
 from fedmira.methods.base import Start
+from fedmira.methods.parts.adam_step import AdamStep
 
 __all__ = ["LEAST", "LearnedGates", "fold", "gate_name", "gate_slopes", "proper", "unfold"]
 
 LEAST = 1e-3
 """The smallest gate, so that no expert is lost for good."""
-
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
 def gate_name(expert: int) -> str:
@@ -113,10 +112,10 @@ class LearnedGates:
     """
 
     def __init__(self, adapter: Adapter, ranks: Sequence[int], gates: Tensor, rate: float) -> None:
-        self._adapter, self._ranks, self._rate, self._steps = adapter, tuple(ranks), rate, 0
+        self._adapter, self._ranks = adapter, tuple(ranks)
         self._gates = gates.float()
         self._logits = gates.log().float()
-        self._first = self._second = torch.zeros_like(self._logits)
+        self._adam = AdamStep(self._logits, rate)
         self._owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
         self._ups: dict[str, Tensor] | None = None
         self._before: dict[str, Tensor] = {}
@@ -157,8 +156,9 @@ class LearnedGates:
     def _unfolded(self, device: torch.device) -> dict[str, Tensor]:
         """B of all experts, where the gradient is."""
         if self._ups is None:
-            for name in ("_gates", "_logits", "_first", "_second", "_owner"):
+            for name in ("_gates", "_logits", "_owner"):
                 setattr(self, name, getattr(self, name).to(device))
+            self._adam.to(device)
             scales = self._gates[self._owner]
             self._ups = {
                 name: part.to(device) / scales[None, :]
@@ -169,12 +169,6 @@ class LearnedGates:
 
     def _step(self, slope: Tensor) -> None:
         """An Adam step of z, after which no gate is below `LEAST`."""
-        self._steps += 1
-        first, second = _BETAS
-        self._first = first * self._first + (1 - first) * slope
-        self._second = second * self._second + (1 - second) * slope.square()
-        mean = self._first / (1 - first**self._steps)
-        size = (self._second / (1 - second**self._steps)).sqrt()
-        moved = self._logits - self._rate * mean / (size + _EPSILON)
+        moved = self._logits - self._adam.along(slope)
         self._logits = torch.log_softmax(moved, dim=0).clamp_min(math.log(LEAST))
         self._gates = torch.softmax(self._logits, dim=0)

@@ -19,14 +19,13 @@ from torch import Tensor
 from fedmira.adapters import Adapter
 from fedmira.adapters.low_rank import UP
 from fedmira.methods.base import Start
+from fedmira.methods.parts.adam_step import AdamStep
 from fedmira.methods.parts.rank_split import RankSplit
 
 __all__ = ["LearnedShare", "MOST", "after_training"]
 
 MOST = 0.999
 """The largest share of either part, so that none is lost for good."""
-
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
 class LearnedShare:
@@ -43,11 +42,11 @@ class LearnedShare:
     """
 
     def __init__(self, split: RankSplit, adapter: Adapter, share: float, rate: float) -> None:
-        self._split, self._adapter, self._rate = split, adapter, rate
-        self._first_share, self._steps = share, 0
+        self._split, self._adapter = split, adapter
+        self._first_share = share
         self._share = self._held = torch.tensor(share)
         self._place = torch.logit(self._share)
-        self._first = self._second = torch.zeros(())
+        self._adam = AdamStep(torch.zeros(()), rate)
         self._rest: Adapter | None = None
 
     def start(self) -> Start:
@@ -93,20 +92,14 @@ class LearnedShare:
         """What follows the share from here on, where the gradient is."""
         self._share = self._held = self._share.to(device)
         self._place = self._place.to(device)
-        self._first = self._second = self._first.to(device)
+        self._adam.to(device)
         frozen = self._split.frozen(self._adapter)
         self._rest = {name: part.to(device) for name, part in frozen.items()}
 
     def _step(self, slope: Tensor) -> None:
         """An Adam step of z."""
-        self._steps += 1
-        first, second = _BETAS
-        self._first = first * self._first + (1 - first) * slope
-        self._second = second * self._second + (1 - second) * slope.square()
-        mean = self._first / (1 - first**self._steps)
-        size = (self._second / (1 - second**self._steps)).sqrt()
         limit = math.log(MOST / (1 - MOST))
-        self._place = (self._place - self._rate * mean / (size + _EPSILON)).clamp(-limit, limit)
+        self._place = (self._place - self._adam.along(slope)).clamp(-limit, limit)
         self._share = torch.sigmoid(self._place)
 
 
