@@ -23,6 +23,7 @@ from fedmira.adapters import (
     product_norm,
     same_shapes,
     scale,
+    sum_norm,
     truncate_rank,
 )
 from fedmira.errors import RunError
@@ -171,6 +172,50 @@ def test_mix_is_the_best_adapter_of_the_receivers_rank(rank: int, shape: tuple[i
         squared_tail += float(lost.square().sum())
     assert mixed.tail == pytest.approx(squared_tail**0.5, rel=1e-9)
     assert mixed.tail > 0
+
+
+@pytest.mark.parametrize("shape", [(60, 50), (50, 60)], ids=["tall", "wide"])
+def test_singular_values_far_below_the_largest_keep_their_directions(
+    shape: tuple[int, int],
+) -> None:
+    """The square of 1e-5 of the largest value is at the rounding of the square of the largest."""
+    out, into = shape
+    generator = torch.Generator().manual_seed(3)
+    left, _ = torch.linalg.qr(torch.randn(out, 4, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(into, 4, generator=generator, dtype=torch.float64))
+    values = torch.tensor([1.0, 1e-2, 1e-4, 1e-5], dtype=torch.float64)
+    many = 60  # parts that sum to the matrix, so that the stack is not small
+    parts = [
+        {
+            "q.lora_A.weight": right.T.float(),
+            "q.lora_B.weight": (left * values).float() / many,
+        }
+        for _ in range(many)
+    ]
+    mixed = mix(parts, [1.0] * many, [1.0] * many, 4, 1.0, parts[0])
+    found = torch.linalg.svdvals(dense(mixed.adapter)["q"])[:4]
+    torch.testing.assert_close(found, values, rtol=1e-2, atol=0.0)
+    assert mixed.tail < 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    ranks=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+)
+def test_norm_of_a_sum_is_that_of_the_dense_sum(seed: int, ranks: list[int]) -> None:
+    """Of few directions (1) and of more than a matrix has (up to 72 of 12), whatever the signs."""
+    adapters = [lora(rank, seed + i) for i, rank in enumerate(ranks)]
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(len(ranks), generator=generator).tolist()
+    scales = [scale(16, rank) for rank in ranks]
+    summed = dense_sum(adapters, [w * s for w, s in zip(weights, scales, strict=True)])
+    expected = sum(float(matrix.square().sum()) for matrix in summed.values()) ** 0.5
+    assert sum_norm(adapters, weights, scales) == pytest.approx(expected, rel=1e-6)
+
+
+def test_norm_of_no_sum_is_zero() -> None:
+    assert sum_norm([], [], []) == 0.0
 
 
 def test_same_update_at_two_ranks_stays_the_same_update() -> None:

@@ -28,6 +28,7 @@ from fedmira.adapters.low_rank import (
     modules,
     product_norm,
     scale,
+    sum_norm,
     truncate_rank,
 )
 from fedmira.adapters.mappings import LazyAdapters, replaced
@@ -83,6 +84,7 @@ __all__ = [
     "subtract",
     "ties",
     "trimmed_mean",
+    "sum_norm",
     "truncate_rank",
     "update_gram",
     "weighted_sum",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -30,12 +30,16 @@ __all__ = [
     "modules",
     "product_norm",
     "scale",
+    "sum_norm",
     "truncate_rank",
 ]
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 BLOCK_ENTRIES = 2**23
 """Most float64 entries of one block of factor products: 64 MiB."""
+
+LEAST_SPLIT = 4
+"""Matrices of so many times the rank and more are decomposed as far as the rank needs."""
 
 LEAST_TURNED = 3**-0.5
 """Singular values of a turned A are at least this, the length of a row of PEFT's start."""
@@ -285,21 +289,83 @@ def product_norm(adapter: Adapter, scale: float = 1.0) -> float:
     return math.sqrt(max(0.0, inner(adapter, adapter, scale, scale)))
 
 
-def _singular(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decomposition of up @ down.
+def sum_norm(
+    adapters: Sequence[Adapter], weights: Sequence[float], scales: Sequence[float]
+) -> float:
+    """Frobenius norm of sum_i weight_i * scale_i * B_i A_i over all modules, in float64.
 
-    Left vectors in columns, values, right vectors in rows.
+    Of few directions a module's two small grams are formed, of many the sum itself, whichever is
+    the less work.
+
+    Args:
+        adapters: of any ranks, all with the same modules.
+        weights: one number an adapter.
+        scales: alpha / rank of each.
+    """
+    split = [modules(adapter) for adapter in adapters]
+    strengths = [weight * s for weight, s in zip(weights, scales, strict=True)]
+    squared = 0.0
+    for name in sorted(split[0]) if split else ():
+        down, up = _stacked([parts[name] for parts in split], strengths)
+        if down.shape[0] < min(up.shape[0], down.shape[1]):
+            squared += float(((up.T @ up) * (down @ down.T)).sum())
+        else:
+            squared += float((up @ down).square().sum())
+    return math.sqrt(max(0.0, squared))
+
+
+@dataclass(frozen=True, slots=True)
+class _Strongest:
+    """The strongest part of a singular value decomposition.
+
+    Attributes:
+        left: vectors in columns [out, n].
+        values: descending, [n].
+        right: vectors in rows [n, in].
+        rest: sum of the squares of all other values.
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    rest: float = 0.0
+
+
+def _singular(down: Tensor, up: Tensor, rank: int) -> _Strongest:
+    """Singular value decomposition of up @ down, as far as a cut to a rank needs it.
 
     Two thin QR decompositions leave a small core of size rho; where rho is not small, the full
     matrix is no larger.
     """
     if down.shape[0] >= min(up.shape[0], down.shape[1]):
-        dense: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(up @ down, full_matrices=False)
-        return dense
+        return _strongest(up @ down, rank)
     up_basis, up_core = torch.linalg.qr(up)
     down_basis, down_core = torch.linalg.qr(down.T)
-    left, values, right = torch.linalg.svd(up_core @ down_core.T)
-    return up_basis @ left, values, right @ down_basis.T
+    core = _strongest(up_core @ down_core.T, rank)
+    return replace(core, left=up_basis @ core.left, right=core.right @ down_basis.T)
+
+
+def _strongest(matrix: Tensor, rank: int) -> _Strongest:
+    """At least `rank` singular values and vectors of M, or all there are.
+
+    Of a large matrix and a small rank the eigenvectors of M M^T span the strongest left vectors at
+    half the cost. Within their span the decomposition is that of M itself, so that values far below
+    the largest are not lost in its square.
+
+    Args:
+        matrix: M, float64 [out, in].
+        rank: how many are needed.
+    """
+    if min(matrix.shape) < LEAST_SPLIT * rank:
+        return _Strongest(*torch.linalg.svd(matrix, full_matrices=False))
+    if matrix.shape[0] > matrix.shape[1]:
+        turned = _strongest(matrix.T, rank)
+        return replace(turned, left=turned.right.T, right=turned.left.T)
+    span = torch.linalg.eigh(matrix @ matrix.T)[1][:, -2 * rank :]
+    within = span.T @ matrix
+    left, values, right = torch.linalg.svd(within, full_matrices=False)
+    rest = float((matrix - span @ within).square().sum())
+    return _Strongest(span @ left, values, right, rest)
 
 
 def _refactor(
@@ -314,7 +380,8 @@ def _refactor(
         old_down[:rank].to(torch.float64).clone(),
         torch.zeros(old_up.shape[0], rank, dtype=torch.float64),
     )
-    left, values, right = _singular(down, up)
+    found = _singular(down, up, rank)
+    left, values, right = found.left, found.values, found.right
     # Directions below the rounding of float32 factors are noise; dropping them keeps a live row of
     # A for training instead.
     kept = min(rank, int((values > values[0] * torch.finfo(torch.float32).eps).sum()))
@@ -331,7 +398,8 @@ def _refactor(
         share = SHARE_OF_DOWN[split]
         new_down[:kept] = right[:kept] * sign.T * strength.pow(share)[:, None]
         new_up[:, :kept] = left[:, :kept] * sign * strength.pow(1 - share)
-    return new_down.to(old_down.dtype), new_up.to(old_up.dtype), float(values[kept:].square().sum())
+    error = float(values[kept:].square().sum()) + found.rest
+    return new_down.to(old_down.dtype), new_up.to(old_up.dtype), error
 
 
 def _turned(old_down: Tensor, left: Tensor, right: Tensor) -> Factors:

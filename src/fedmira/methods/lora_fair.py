@@ -15,14 +15,13 @@ form. What of R lies outside of A's row space stays lost; the log's `truncation`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapter, gram, modules, replaced, weighted_sum
+from fedmira.adapters import modules, replaced, sum_norm, weighted_sum
 from fedmira.adapters.low_rank import UP
 from fedmira.config.methods import Need
 from fedmira.config.section import setting
@@ -59,7 +58,7 @@ class LoraFair(FedAvg):
             factors = [part[module] for part in parts]
             mean[module + UP] = self._corrected(means, factors, weights)
         scale = self.context.scale(self.context.clients[0])  # that of all clients
-        missed = _norm([*adapters, mean], [*weights, -1.0], scale)
+        missed = sum_norm([*adapters, mean], [*weights, -1.0], [scale] * (len(adapters) + 1))
         return Combined(
             ServerState(replaced(state.adapters, {SHARED: mean}), state.numbers),
             Diagnostics(round={"truncation": missed}),
@@ -87,9 +86,3 @@ class LoraFair(FedAvg):
         penalty = self.correction_penalty * torch.eye(len(square), dtype=torch.float64)
         step: Tensor = torch.linalg.solve(square + penalty, missed.T).T
         return (up + step).to(mean[1].dtype)
-
-
-def _norm(adapters: Sequence[Adapter], weights: Sequence[float], scale: float) -> float:
-    """Frobenius norm of a weighted sum of updates, all at one scale."""
-    shares = torch.tensor(weights, dtype=torch.float64)
-    return math.sqrt(max(0.0, float(shares @ gram(adapters, [scale] * len(adapters)) @ shares)))

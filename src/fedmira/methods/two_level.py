@@ -23,7 +23,6 @@ same shrinking steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -32,7 +31,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from fedmira.adapters import Adapter, gram, mix, modules, replaced
+from fedmira.adapters import Adapter, mix, modules, replaced, sum_norm
 from fedmira.adapters.low_rank import DOWN, Split
 from fedmira.config.methods import Need
 from fedmira.config.section import Count, Fraction, setting
@@ -106,9 +105,7 @@ class _Sum:
     @property
     def norm(self) -> float:
         """Frobenius norm over all modules."""
-        weights = torch.tensor(self.weights, dtype=torch.float64)
-        squared = weights @ gram(self.adapters, self.scales) @ weights
-        return math.sqrt(max(0.0, float(squared)))
+        return sum_norm(self.adapters, self.weights, self.scales)
 
 
 @dataclass(frozen=True, slots=True)
