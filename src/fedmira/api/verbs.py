@@ -194,12 +194,13 @@ def tune(
     config: Config | str | Path | Mapping[str, Any] | None = None,
     *,
     space: str | Path | Mapping[str, Any] | None = None,
-    search: Literal["halving", "random", "tpe"] = "halving",
+    search: Literal["halving", "random", "tpe", "exponentiated"] = "halving",
     trials: int = 9,
     seeds: Sequence[int] = (),
     at: Literal["last", "best", ""] = "",
     rate: int = 3,
     budgets: Sequence[int] = (),
+    divisor: Literal["aggressive", "adaptive", "auto", "constant"] = "aggressive",
     method: str | MethodSection | None = None,
     clients: str | Path | Mapping[str, Any] | None = None,
     base: Base | None = None,
@@ -231,13 +232,15 @@ def tune(
         space: a TOML file, or dotted key -> list of values or {"low", "high", "log"}; None for the
             learning rate times 1/4 to 4 and the method's main settings.
         search: "halving" runs many trials a few rounds and the best of them on, "random" runs all
-            to the end, "tpe" has Optuna propose each.
+            to the end, "tpe" has Optuna propose each, "exponentiated" has the clients of one run
+            draw theirs in each round.
         trials: how many settings are tried.
         seeds: of the runs of each trial; none takes the config's.
         at: each client's loss after the last round or at its own best one; "" takes that of
             evaluation.select.
         rate: halving keeps one of so many.
         budgets: of halving, the last round of each stage.
+        divisor: of exponentiated, what a step of the settings' weights is divided by.
         method: as for `run`.
         clients: as for `run`.
         base: as for `run`.
@@ -267,6 +270,7 @@ def tune(
         at=at,
         rate=rate,
         budgets=tuple(budgets),
+        divisor=divisor,
     )
     place = Path(space) if isinstance(space, str) else space
     with prepared(config, method, clients, base, settings, preset) as ready:

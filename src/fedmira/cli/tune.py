@@ -39,6 +39,16 @@ class _Method(StrEnum):
     halving = "halving"
     random = "random"
     tpe = "tpe"
+    exponentiated = "exponentiated"
+
+
+class _Divisor(StrEnum):
+    """What the steps of exponentiated are divided by."""
+
+    aggressive = "aggressive"
+    adaptive = "adaptive"
+    auto = "auto"
+    constant = "constant"
 
 
 class _At(StrEnum):
@@ -102,6 +112,14 @@ def tune(
             show_default=False,
         ),
     ] = "",
+    divisor: Annotated[
+        _Divisor,
+        typer.Option(
+            "--divisor",
+            help="Exponentiated: what a step of the settings' weights is divided by; see "
+            "docs/tuning.md.",
+        ),
+    ] = _Divisor.aggressive,
     output: OutputFolder = None,
     observer: Observers = None,
     format: FormatOption = Format.text,
@@ -129,6 +147,7 @@ def tune(
         at=at.value if at is not None else "",
         rate=rate,
         budgets=tuple(numbers_of("--budgets", budgets)),
+        divisor=divisor.value,
     )
     folder = output or fresh_folder("tune")
     say(f"tuning {', '.join(names) or chosen.algorithm.name} by {method.value}, into {folder}")

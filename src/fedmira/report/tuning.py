@@ -25,6 +25,7 @@ _TOLD = {
     "close": "not told apart from the chosen one",
     "worse": "worse",
     "failed": "failed",
+    "drawn": "not run by itself",
 }
 
 
@@ -73,18 +74,21 @@ def _rows(document: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
                 "low": pairing.low if pairing else None,
                 "high": pairing.high if pairing else None,
                 "standing": _standing(trial, best, pairing),
+                **{key: trial[key] for key in ("probability", "drawn") if key in trial},
             }
         )
     return sorted(rows, key=_place)
 
 
-def _place(row: Mapping[str, Any]) -> tuple[bool, bool, int, float, int]:
+def _place(row: Mapping[str, Any]) -> tuple[float, ...]:
     """The chosen one first, then those that ran furthest, then the lowest loss; failed ones last.
 
-    Losses after different rounds do not compare.
+    Losses after different rounds do not compare. Those that were only drawn: the likeliest first.
     """
     loss = math.inf if row["loss"] is None else row["loss"]
-    return row["standing"] != "chosen", row["loss"] is None, -row["rounds"], loss, row["trial"]
+    likely = row.get("probability", 0.0)
+    first = row["standing"] != "chosen", row["loss"] is None, -row["rounds"]
+    return (*first, loss, -likely, row["trial"])
 
 
 def _paired(
@@ -106,7 +110,7 @@ def _standing(trial: Mapping[str, Any], best: Mapping[str, Any], pairing: Pairin
     if trial["number"] == best["number"]:
         return "chosen"
     if pairing is None:
-        return "failed"
+        return "failed" if trial["problem"] or "drawn" not in trial else "drawn"
     return "worse" if pairing.low > 0 else "close"
 
 

@@ -5,7 +5,8 @@ from fedmira.studies.decision import Decision, decide
 from fedmira.studies.plan import Plan, make_plan
 from fedmira.studies.referring import answer
 from fedmira.studies.saved import SavedAdapters
-from fedmira.studies.tuning.search import Search, Tuning, tune_methods, tune_settings
+from fedmira.studies.tuning.choices import Search
+from fedmira.studies.tuning.search import Tuning, tune_methods, tune_settings
 
 __all__ = [
     "Comparison",

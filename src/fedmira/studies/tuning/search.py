@@ -9,10 +9,9 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fedmira.atomic import PARTIAL
 from fedmira.config import (
@@ -24,7 +23,7 @@ from fedmira.config import (
 )
 from fedmira.config.methods import is_object
 from fedmira.data import ObjectRows, ReadRows
-from fedmira.errors import ConfigError, RunError, RunFolderError
+from fedmira.errors import RunError, RunFolderError
 from fedmira.model import BaseModel
 from fedmira.observers import Observer
 from fedmira.records import RECORD, RecordedFolder
@@ -32,6 +31,8 @@ from fedmira.report import write_tuning
 from fedmira.shown import html_text
 from fedmira.studies.ground import with_one_clock
 from fedmira.studies.notebook import html_table
+from fedmira.studies.tuning.choices import Search
+from fedmira.studies.tuning.exponentiated import about_drawing, check_drawn, drawable
 from fedmira.studies.tuning.halving import check_stages, stage_rounds, stage_sizes
 from fedmira.studies.tuning.space import (
     Space,
@@ -41,73 +42,15 @@ from fedmira.studies.tuning.space import (
     foreign_keys,
     read_space,
 )
-from fedmira.studies.tuning.tpe import OptunaStudy, check_optuna
-from fedmira.studies.tuning.trials import At, Trial, Trials
+from fedmira.studies.tuning.tpe import OptunaStudy
+from fedmira.studies.tuning.trials import Trial, Trials
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Search", "Tuning", "tune_methods", "tune_settings"]
+__all__ = ["Tuning", "tune_methods", "tune_settings"]
 
-Algorithm = Literal["halving", "random", "tpe"]
 _PLAN = "plan.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Search:
-    """How a space is searched.
-
-    Attributes:
-        method: "halving" runs many trials a few rounds and the best of them on; "random" runs all
-            to the end; "tpe" has Optuna propose each from those before it.
-        trials: how many settings are tried.
-        seeds: of the runs of each trial; none takes the config's.
-        at: which round of a client counts; "" takes that of `evaluation.select`.
-        rate: of halving, see `stage_sizes`.
-        budgets: of halving, the last round of each stage; none takes `stage_rounds`.
-    """
-
-    method: Algorithm = "halving"
-    trials: int = 9
-    seeds: tuple[int, ...] = ()
-    at: At | Literal[""] = ""
-    rate: int = 3
-    budgets: tuple[int, ...] = ()
-
-    def checked(self, config: Config) -> Search:
-        """With the config's seed and round, where none were chosen.
-
-        Raises:
-            ConfigError: a choice is wrong; all problems together.
-        """
-        problems = []
-        for name, value, known in (
-            ("method", self.method, ("halving", "random", "tpe")),
-            ("at", self.at or "last", ("last", "best")),
-        ):
-            if value not in known:
-                problems.append(f"tune: {name} is {value!r}; must be {' or '.join(known)}")
-        for name, number in (("trials", self.trials), ("rate", self.rate)):
-            if not (isinstance(number, Integral) and number >= 1):
-                problems.append(f"tune: {name} is {number!r}; must be a whole number, 1 or more")
-        if not all(isinstance(each, Integral) for each in self.budgets):
-            problems.append(f"tune: budgets are {list(self.budgets)!r}; must be whole numbers")
-        if min(self.seeds, default=0) < 0 or len(set(self.seeds)) < len(self.seeds):
-            problems.append(
-                f"tune: seeds are {', '.join(map(str, self.seeds))}; must be 0 or more, each once"
-            )
-        if self.budgets and self.method != "halving":
-            problems.append(
-                f"tune: budgets are the stages of halving, and the method is {self.method!r}; "
-                "leave them away"
-            )
-        if problems:
-            raise ConfigError(problems)
-        if self.method == "tpe":
-            check_optuna()
-        return replace(
-            self, seeds=self.seeds or (config.seed,), at=self.at or config.evaluation.select
-        )
 
 
 @dataclass(frozen=True)
@@ -193,7 +136,7 @@ def tune_methods(
         nobody = set.intersection(*map(set, found.values()))
         foreign = {name: [k for k in keys if k not in nobody] for name, keys in found.items()}
     for name, of in configs.items():
-        _ = default_space(of) if space is None else read_space(space, of, foreign[name])
+        _ = _usual(search, of) if space is None else read_space(space, of, foreign[name])
     return {
         name: tune_settings(
             of,
@@ -241,7 +184,12 @@ def tune_settings(
     """
     refuse_federation(config)
     search = search.checked(config)
-    looked_at = default_space(config) if space is None else read_space(space, config, foreign)
+    if space is not None:
+        looked_at = read_space(space, config, foreign)
+    else:
+        looked_at = _usual(search, config)
+    if search.method == "exponentiated":
+        check_drawn(looked_at, config)
     config = with_one_clock(config, output, base, "trials/*")
     trials = Trials(
         config,
@@ -254,6 +202,12 @@ def tune_settings(
         turns=search.method == "tpe",
     )
     return _Searching(config, looked_at, search, output, trials).run()
+
+
+def _usual(search: Search, config: Config) -> Space:
+    """What is searched where nothing was said."""
+    usual = default_space(config)
+    return drawable(usual) if search.method == "exponentiated" else usual
 
 
 class _Searching:
@@ -286,7 +240,11 @@ class _Searching:
             ends = self._ends()
             self._trials.check(self._tried)
             self._keep_plan()
-            best = self._halve(ends) if self._search.method == "halving" else self._try_all()
+            best = {
+                "halving": lambda: self._halve(ends),
+                "random": self._try_all,
+                "exponentiated": self._explore,
+            }[self._search.method]()
         return self._found(best)
 
     def _ends(self) -> list[int]:
@@ -314,6 +272,15 @@ class _Searching:
         self._stages = [{"rounds": self._rounds, "trials": len(self._tried)}]
         self._trials.bring(self._tried, self._rounds)
         return self._ranked(self._tried, self._rounds)[0]
+
+    def _explore(self) -> Trial:
+        """One run a seed whose clients draw, and then the likeliest settings alone."""
+        self._stages = [{"rounds": self._rounds, "trials": 1}]
+        self._trials.explore(self._tried, self._search.divisor)
+        best = max(self._tried, key=lambda trial: (trial.probability or 0.0, -trial.number))
+        self._write_table()
+        self._trials.bring([best], self._rounds)
+        return self._ranked([best], self._rounds)[0]
 
     def _propose(self) -> Trial:
         """Trials that Optuna proposes, one after the other."""
@@ -390,6 +357,8 @@ class _Searching:
                 f"the space holds {points} different settings, and {self._search.trials} trials "
                 "were asked for"
             )
+        if self._search.method == "exponentiated" and best is not None:
+            notes += about_drawing(best.probability or 0.0, best.drawn, len(self._tried))
         own = self._space.present(self._config)
         if own is None:
             notes.append("the config's own settings do not lie in the space and were not tried")
@@ -424,6 +393,7 @@ class _Searching:
             "at": search.at,
             "trials": search.trials,
             "rate": search.rate if search.method == "halving" else None,
+            **({"divisor": search.divisor} if search.method == "exponentiated" else {}),
             "budgets": list(search.budgets),
             "space": self._space.written,
             "config": dump_config(self._config),

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from fedmira.clients import LocalClients
 from fedmira.config import Config, with_settings
 from fedmira.data import ObjectRows, ReadRows
 from fedmira.errors import ConfigError, MachineError, RunError
 from fedmira.experiment import build_experiment, held_after, start_experiment
 from fedmira.model import BaseModel
 from fedmira.observers import Observer
+from fedmira.records import RecordedFolder
 from fedmira.report import Run, read_run
 from fedmira.runs import RunFolder
 from fedmira.studies.ground import CommonGround, PlannedRun
+from fedmira.studies.tuning.exponentiated import NOTE, Armed, Divisor
 
 __all__ = ["At", "Trial", "Trials"]
 
@@ -41,6 +44,9 @@ class Trial:
         losses: round -> seed -> client -> validation loss, where all clients have one.
         problem: why there are no losses, or "".
         failures: how often a client failed in a round, and kept the adapter that it had.
+        probability: where clients draw settings, how likely these are in the end; the mean over
+            seeds.
+        drawn: how often they were drawn.
     """
 
     number: int
@@ -48,6 +54,8 @@ class Trial:
     losses: dict[int, Losses] = field(default_factory=dict)
     problem: str = ""
     failures: int = 0
+    probability: float | None = None
+    drawn: int = 0
 
     @property
     def rounds(self) -> int:
@@ -67,7 +75,9 @@ class Trial:
             status: "chosen", "finished", "dropped", "failed" or "begun".
         """
         means = self._means(self.rounds)
+        drawn = {"probability": self.probability, "drawn": self.drawn}
         return {
+            **(drawn if self.probability is not None else {}),
             "number": self.number,
             "values": dict(self.values),
             "status": status,
@@ -182,6 +192,44 @@ class Trials:
             trial.failures = failures[trial.number]
             if not trial.problem:
                 trial.losses[rounds] = found[trial.number]
+
+    def explore(self, trials: Sequence[Trial], divisor: Divisor) -> None:
+        """Run the whole once with every seed, each client drawing one of the trials in each round.
+
+        What is there already is not run again, and a run that was cut short goes on.
+
+        Args:
+            trials: whose `probability` and `drawn` are set.
+            divisor: of the steps of their weights.
+
+        Raises:
+            RunError: a run failed.
+        """
+        arms = [self.config_of(trial.values).local for trial in trials]
+        found = []
+        for seed in self._seeds:
+            run = _TrialRun(
+                "the search",
+                self._output / _FOLDER / f"drawn-seed{seed}",
+                self.config_of({}).model_copy(update={"seed": seed}),
+            )
+            if self._ground is None:
+                self._ground = self._made_ground([run])
+            experiment = build_experiment(
+                run.config, self._ground.base, run.folder, self._ground.dataset(run.config)
+            )
+            clients = experiment.clients
+            assert isinstance(clients, LocalClients)
+            record = RecordedFolder(self._output)
+            armed = Armed(clients, arms, seed, divisor, record, f"drawn-seed{seed}.json")
+            if not run.is_finished():
+                notes = (*experiment.notes, NOTE)
+                experiment = replace(experiment, clients=armed, notes=notes)
+                start_experiment(experiment, run.folder, self._observers, resume=run.is_begun)
+            found.append((armed.weights_before(run.config.rounds.count + 1), armed.counts()))
+        for place, trial in enumerate(trials):
+            trial.probability = fmean(weights.probabilities[place] for weights, _ in found)
+            trial.drawn = sum(counts[place] for _, counts in found)
 
     def _run(self, trial: Trial, seed: int) -> _TrialRun:
         return _TrialRun(
