@@ -14,10 +14,14 @@ TRACKERS_BIN := .venv-trackers/bin
 TRACKERS_STAMP := .venv-trackers/.installed
 BENCH_BIN := .venv-bench/bin
 BENCH_STAMP := .venv-bench/.installed
+RELEASE_BIN := .venv-release/bin
+RELEASE_STAMP := .venv-release/.installed
+LOCKED := --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet
+LOCKS := locked/fedmira.txt locked/flower.txt
 SIZE ?= small
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test federation trackers check docs format bench torture clean
+.PHONY: help demo test federation trackers check audit lock sbom docs format bench torture clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,11 +39,23 @@ federation: $(FLOWER_STAMP) ## tests of runs over Flower, as real processes too 
 trackers: $(TRACKERS_STAMP) ## tests of observers with TensorBoard, Trackio, W&B and MLflow, and of the page for a conversation, all offline
 	$(TRACKERS_BIN)/pytest tests/observers tests/studies/test_talking_page.py
 
-check: $(STAMP) ## format, lint, types, layers, public names; changes nothing
+check: $(STAMP) audit ## format, lint, types, layers, public names, known vulnerabilities; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layers.py tests/test_public_api.py
+
+audit: $(RELEASE_STAMP) ## ask the package index for known vulnerabilities of the locked releases, where it keeps them
+	$(RELEASE_BIN)/python locked/audit.py $(LOCKS)
+
+lock: $(RELEASE_STAMP) ## write locked/ anew from pyproject.toml: exact releases with their hashes
+	$(RELEASE_BIN)/uv pip compile pyproject.toml --extra privacy $(LOCKED) -o locked/fedmira.txt
+	$(RELEASE_BIN)/uv pip compile pyproject.toml --extra flower --extra privacy $(LOCKED) -o locked/flower.txt
+
+sbom: $(RELEASE_STAMP) ## write bills of materials of the locked releases into dist/
+	@mkdir -p dist
+	$(RELEASE_BIN)/cyclonedx-py requirements locked/fedmira.txt --pyproject pyproject.toml --output-reproducible --of JSON -o dist/fedmira.cdx.json
+	$(RELEASE_BIN)/cyclonedx-py requirements locked/flower.txt --pyproject pyproject.toml --output-reproducible --of JSON -o dist/flower.cdx.json
 
 docs: $(STAMP) ## write what the pages say of the code
 	$(BIN)/python docs/generate.py
@@ -61,7 +77,7 @@ torture: $(STAMP) ## kills, refused operations, flipped bits and odd input, into
 	PYTHONPATH=tests $(BIN)/python tests/torture/long.py --output torture.json $(TORTURE)
 
 clean: ## remove virtual environments and caches; runs/ stays
-	rm -rf .venv .venv-flower* .venv-trackers .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-flower* .venv-trackers .venv-bench .venv-release build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Redone when the dependencies change.
@@ -82,6 +98,12 @@ $(FLOWER_STAMP): pyproject.toml constraints.txt
 $(TRACKERS_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-trackers
 	$(TRACKERS_BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,trackers,page]'
+	@touch $@
+
+# What locks, audits and lists the dependencies; no part of the package needs it.
+$(RELEASE_STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv-release
+	$(RELEASE_BIN)/python -m pip install --quiet 'cyclonedx-bom>=7.3,<8' 'pip-audit>=2.9,<3' 'uv>=0.9,<1'
 	@touch $@
 
 # A peer that cannot be installed takes only its own tools away; the result says so.
