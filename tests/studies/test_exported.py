@@ -115,7 +115,7 @@ def test_wrong_arguments_are_told_and_nothing_is_written(
 
 def test_a_taken_folder_is_left_alone(shared_run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine", encoding="utf-8")
-    with pytest.raises(RunFolderError, match="something is there already"):
+    with pytest.raises(RunFolderError, match="is there already"):
         fedmira.load(shared_run).export("apple-1", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

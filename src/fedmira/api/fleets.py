@@ -15,13 +15,12 @@ from fedmira.fleet import (
     Merged,
     OwnRows,
     align_fleet,
-    check_new,
     compress_fleet,
     decide,
     merge_fleet,
     read_fleet,
 )
-from fedmira.records import machine_errors
+from fedmira.records import check_new, machine_errors
 from fedmira.studies.saved import clients_of, reload_adapters
 
 __all__ = ["align", "compress", "merge"]

@@ -64,7 +64,7 @@ def plug(
 
     Example: fedmira plug runs/offsite --base bundled --output plugged
     """
-    from fedmira.fleet import check_new
+    from fedmira.records import check_new
     from fedmira.studies.offsite import COLUMNS, plug_run
     from fedmira.studies.saved import reload_adapters
 

@@ -17,7 +17,9 @@ _SHOWN = 20
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A run folder, or one that holds run folders.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A folder that a verb wrote, or one that holds run folders.")
+    ],
     accept: Annotated[
         list[str] | None,
         typer.Option(

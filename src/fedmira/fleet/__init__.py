@@ -6,7 +6,6 @@ from fedmira.fleet.decide import DecidedFleet, decide
 from fedmira.fleet.folders import Fleet, read_fleet, rows_of_run
 from fedmira.fleet.join import Joined, Joining, JoinSettings, Trial, best_way, check_enough
 from fedmira.fleet.merge import STRENGTHS, WAYS, Merged, merge_fleet
-from fedmira.fleet.output import check_new, new_folder
 from fedmira.fleet.rows import OwnRows
 from fedmira.fleet.starts import RULES, SHARED, Pool
 
@@ -32,11 +31,9 @@ __all__ = [
     "align_fleet",
     "best_way",
     "check_enough",
-    "check_new",
     "compress_fleet",
     "decide",
     "merge_fleet",
-    "new_folder",
     "read_fleet",
     "rows_of_run",
 ]

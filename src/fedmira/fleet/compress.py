@@ -32,8 +32,9 @@ from fedmira.atomic import replace_file
 from fedmira.errors import ConfigError
 from fedmira.fleet.folders import Fleet
 from fedmira.fleet.merge import Merged, merge_fleet
-from fedmira.fleet.output import card, check_names, new_folder
+from fedmira.fleet.output import card, check_names
 from fedmira.model import LoraFolder, write_lora_folder
+from fedmira.records import new_folder
 
 __all__ = ["AROUND", "Compressed", "CompressedFleet", "compress_fleet"]
 

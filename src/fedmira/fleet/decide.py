@@ -13,11 +13,12 @@ import torch
 from fedmira.adapters import modules
 from fedmira.atomic import replace_file
 from fedmira.fleet.align import Aligned
-from fedmira.fleet.output import card, copy_folder, new_folder
+from fedmira.fleet.output import card, copy_folder
 from fedmira.fleet.rows import OwnRows
 from fedmira.graphs import write_graph
 from fedmira.metrics import RULE, Judgement, Standing, judge
 from fedmira.model import LoraFolder, write_alike
+from fedmira.records import new_folder
 from fedmira.report import write_alignment
 
 __all__ = ["DecidedFleet", "decide"]

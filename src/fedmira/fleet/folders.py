@@ -15,7 +15,7 @@ from fedmira.adapters import padded
 from fedmira.data import id_problem
 from fedmira.errors import ConfigError, RunError, RunFolderError
 from fedmira.model import LoraFolder, read_lora_folder
-from fedmira.records import RecordedFolder
+from fedmira.records import RecordedFolder, check_files
 from fedmira.runs import RunFolder
 
 __all__ = ["Fleet", "read_fleet", "rows_of_run"]
@@ -87,7 +87,7 @@ def read_fleet(places: Sequence[str | Path] | Mapping[str, str | Path], base: st
     problems: list[str] = []
     for path, name in found:
         try:
-            _check_files(path)
+            check_files(path)
             members.append(read_lora_folder(path, name))
         except RunFolderError as error:
             problems += error.problems
@@ -110,7 +110,7 @@ def _of_run(path: Path, base: str) -> Fleet:
         _log.warning("%s", told)
     members = []
     for client in index:
-        _check_files(path / "adapters" / client)
+        check_files(path / "adapters" / client)
         members.append(read_lora_folder(path / "adapters" / client, client))
     return Fleet(tuple(members), path, rows_of_run(path), _check_base(members, base))
 
@@ -161,17 +161,6 @@ def _index(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RunFolderError(f"{path}: not valid JSON ({error}); take it from a copy") from error
     return found if isinstance(found, dict) else {}
-
-
-def _check_files(path: Path) -> None:
-    """Compare the files of an adapter with their record, where they lie in a run.
-
-    Raises:
-        RunFolderError: one is damaged or gone.
-    """
-    place = path.resolve()
-    if place.parent.name == "adapters":
-        RunFolder(place.parent.parent).check_adapter(place.name)
 
 
 def _check_names(members: Sequence[LoraFolder]) -> None:

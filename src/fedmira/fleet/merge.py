@@ -24,9 +24,10 @@ from fedmira.adapters import (
 from fedmira.atomic import replace_file
 from fedmira.errors import ConfigError, RunError
 from fedmira.fleet.folders import Fleet
-from fedmira.fleet.output import card, new_folder
+from fedmira.fleet.output import card
 from fedmira.fleet.rows import OwnRows
 from fedmira.model import write_lora_folder
+from fedmira.records import new_folder
 
 __all__ = ["STRENGTHS", "WAYS", "Merged", "merge_fleet"]
 

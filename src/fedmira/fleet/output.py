@@ -1,32 +1,18 @@
-"""What all results of a fleet have in common when they are written: new folders, and cards."""
+"""What all results of a fleet have in common when they are written: names, copies and cards."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from fedmira.atomic import PARTIAL
 from fedmira.errors import RunFolderError
 from fedmira.model import LoraFolder
 
-__all__ = ["card", "check_names", "check_new", "copy_folder", "new_folder"]
+__all__ = ["card", "check_names", "copy_folder"]
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
-
-
-def check_new(path: Path) -> None:
-    """Nothing may be where something is to be written.
-
-    Raises:
-        RunFolderError: something is.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunFolderError(
-            f"{path}: it is there already and is never overwritten; choose another --output"
-        )
 
 
 def check_names(names: Sequence[str], own: Sequence[str]) -> None:
@@ -45,31 +31,6 @@ def check_names(names: Sequence[str], own: Sequence[str]) -> None:
             f"an adapter is called {', '.join(map(repr, taken))}, as is something of the result "
             f"({', '.join(own)}); give it another name: NAME=FOLDER"
         )
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which has its name once everything is in it.
-
-    Args:
-        path: new or empty.
-
-    Raises:
-        RunFolderError: the path is taken.
-    """
-    check_new(path)
-    aside = path.with_name(path.name + PARTIAL)
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if path.exists():
-        path.rmdir()
-    aside.rename(path)
 
 
 def copy_folder(member: LoraFolder, folder: Path) -> None:

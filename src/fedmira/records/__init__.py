@@ -4,6 +4,7 @@ from fedmira.records.folder import RecordedFolder, changed, sha256_of
 from fedmira.records.growing import GrowingFile, lost_lines
 from fedmira.records.hashes import RECORD, Hashes, parse_hashes
 from fedmira.records.machine import machine_errors, told
+from fedmira.records.whole_folder import check_files, check_new, new_folder
 
 __all__ = [
     "RECORD",
@@ -11,8 +12,11 @@ __all__ = [
     "Hashes",
     "RecordedFolder",
     "changed",
+    "check_files",
+    "check_new",
     "lost_lines",
     "machine_errors",
+    "new_folder",
     "parse_hashes",
     "sha256_of",
     "told",

@@ -67,7 +67,7 @@ def verify_folder(path: Path) -> Verification:
         )
         if not runs and not (path / RECORD).is_file():
             raise RunFolderError(
-                f"{path}: this is no run folder and holds none (no config.toml, no {RECORD}); "
+                f"{path}: this is no folder that a verb wrote and holds no run (no config.toml, no {RECORD}); "
                 "give one that an earlier run printed"
             )
         found = Verification(path)

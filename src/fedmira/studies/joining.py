@@ -29,13 +29,12 @@ from fedmira.fleet import (
     JoinSettings,
     Pool,
     check_enough,
-    check_new,
-    new_folder,
     rows_of_run,
 )
 from fedmira.methods import TwoLevel
 from fedmira.methods.parts.averaging import COMMON
 from fedmira.model import BaseModel, LoraKind, check_ids, load_tokenizer
+from fedmira.records import check_new, new_folder
 from fedmira.report import write_joining
 from fedmira.runs import AdapterCards, CheckpointFolder, RunFolder
 from fedmira.seeds import seed_for

@@ -18,7 +18,6 @@ from fedmira.clients import CohortSettings, LocalClients
 from fedmira.config import ModelSettings
 from fedmira.errors import ConfigError, DataError, RunFolderError
 from fedmira.experiment import prepare_kind
-from fedmira.fleet import new_folder
 from fedmira.messages import ClientId
 from fedmira.model import (
     AdapterKind,
@@ -31,6 +30,7 @@ from fedmira.model import (
     read_emulator,
     write_emulator,
 )
+from fedmira.records import new_folder
 from fedmira.studies.saved import SavedAdapters, clients_of
 
 __all__ = ["COLUMNS", "Emulated", "Plugged", "emulate", "plug_run"]

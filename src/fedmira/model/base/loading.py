@@ -40,6 +40,7 @@ from fedmira.model.base.files import (
     refuse_odd_numbers,
 )
 from fedmira.model.base.types import BaseModel, num_embeddings
+from fedmira.records import check_files
 
 __all__ = ["OBJECT", "freeze", "load_tokenizer", "read_again", "read_base", "read_folder"]
 
@@ -107,6 +108,7 @@ def read_base(
     dtype = _dtype(settings.dtype, device)
     tokenizer = tokenizer or load_tokenizer(settings)
     location = _location(settings.base)
+    check_files(Path(location))  # merged models and emulators were recorded when they were written
     quantized = _quantized(settings, device, dtype)
     model = _read_model(location, settings.base, quantized or {"dtype": "auto"})
     published = published_name(location, settings.name)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +12,16 @@ from typing import Any
 import torch
 
 from fedmira.adapters import Adapter
-from fedmira.atomic import PARTIAL
 from fedmira.data import ObjectRows
-from fedmira.errors import ConfigError, RunError, RunFolderError
+from fedmira.errors import ConfigError, RunError
 from fedmira.messages import ClientId
 from fedmira.model import FoldProof, LoraKind, adapter_logits, held_against, write_folded
+from fedmira.records import new_folder
 from fedmira.runs import RunFolder
 from fedmira.studies.saved import SavedAdapters, refuse_unknown
 from fedmira.studies.serving.request_forms import FewRows, RequestForm, few_rows, request_form
 
-__all__ = ["DTYPES", "Exported", "export_adapter", "fresh_folder"]
+__all__ = ["DTYPES", "Exported", "export_adapter"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Number types of exported weights."""
@@ -121,7 +119,7 @@ def export_adapter(
     chosen = _dtype_of(saved, merged, dtype)
     few = few_rows(saved, [client], rows)[client]
     form = request_form(saved, client, few, own_instruction=True)
-    with fresh_folder(output) as partial:
+    with new_folder(output) as partial:
         write = _write_merged if merged else _write_adapter
         proof = write(saved, client, partial, chosen, few)
         if form.template:
@@ -133,34 +131,6 @@ def export_adapter(
         (partial / "export.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
         _write_card(saved, partial, found, form)
     return found
-
-
-@contextmanager
-def fresh_folder(output: Path) -> Iterator[Path]:
-    """A new folder that is written under another name, and renamed once the block has ended well.
-
-    Args:
-        output: where it will lie.
-
-    Raises:
-        RunFolderError: something is there already.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunFolderError(
-            f"{output}: something is there already and is never overwritten; choose another "
-            "--output"
-        )
-    partial = output.with_name(output.name + PARTIAL)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _dtype_of(saved: SavedAdapters, merged: bool, dtype: str | None) -> str:

@@ -14,9 +14,9 @@ from fedmira.data import Example, ObjectRows, make_encoder
 from fedmira.errors import ConfigError, RunError
 from fedmira.messages import ClientId
 from fedmira.model import LoraKind, end_tokens
+from fedmira.records import new_folder
 from fedmira.runs import RunFolder
 from fedmira.studies.saved import SavedAdapters, refuse_unknown
-from fedmira.studies.serving.exported import fresh_folder
 from fedmira.studies.serving.request_forms import FewRows, few_rows, request_form
 from fedmira.studies.serving.server_checks import (
     filled,
@@ -87,7 +87,7 @@ def write_served(
     for client in clients:
         refuse_unknown(saved, client)
     few = few_rows(saved, list(clients) or list(saved.adapters), rows)
-    with fresh_folder(output) as folder:
+    with new_folder(output) as folder:
         writer = _Writer(saved, saved.kind, folder, base or saved.kind.base.known_as, few)
         notes = writer.write()
         files = sorted(
