@@ -6,6 +6,7 @@ Only sizes are cut down.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
@@ -72,7 +73,9 @@ def expanded(line: str, before: list[str]) -> list[str]:
 
 def run_command(words: list[str]) -> None:
     """`fedmira ...`, made small where it trains from settings."""
-    trains = words[1] in ("run", "compare") or (words[1] == "decide" and words[2].startswith("-"))
+    place = Path(words[2]) if len(words) > 2 else Path()
+    finished = any((place / name).is_file() for name in ("comparison.json", "config.toml"))
+    trains = words[1] in ("run", "compare") or (words[1] == "decide" and not finished)
     if trains and "--resume" not in words:
         small = dict(SMALL)
         if "algorithm.name=local" in words:
@@ -93,7 +96,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like the repository's root, with what README's variables stand for."""
     (tmp_path / "src").symlink_to(ROOT / "src")
     write_tasks(tmp_path / "ni")
-    write_clients(tmp_path / "clients")
+    write_clients(tmp_path / "clients", {"north": 12, "south": 12, "west": 12, "east": 12})
     monkeypatch.chdir(tmp_path)
     full = fedmira.api.run
 
@@ -143,7 +146,7 @@ def follow(page: Path, workplace: Path) -> list[str]:
 )  # README opens a file in one line
 def test_everything_in_the_readme_runs_in_its_order(workplace: Path) -> None:
     (workplace / "my-clients").symlink_to(workplace / "clients")
-    assert follow(ROOT / "README.md", workplace) == ["run", "python"]
+    assert follow(ROOT / "README.md", workplace) == ["decide", "python"]
 
 
 @pytest.mark.slow
@@ -153,10 +156,13 @@ def test_everything_in_the_readme_runs_in_its_order(workplace: Path) -> None:
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
 )  # the page opens a file in one line
-def test_the_first_steps_can_be_gone_as_they_are_written(workplace: Path) -> None:
-    assert {"run", "check", "compare", "evaluate", "generate", "python"} <= set(
-        follow(ROOT / "docs" / "first-steps.md", workplace)
-    )
+def test_the_first_steps_can_be_gone_as_they_are_written(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2\n"))
+    ran = follow(ROOT / "docs" / "first-steps.md", workplace)
+    wanted = {"run", "check", "compare", "decide", "chat", "evaluate", "generate", "python"}
+    assert wanted <= set(ran)
 
 
 def test_the_readme_is_short() -> None:

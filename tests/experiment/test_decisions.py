@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import shutil
@@ -15,10 +16,11 @@ import pytest
 
 import fedmira
 from fedmira.adapters import Adapter, modules
+from fedmira.config import load_config
 from fedmira.errors import ConfigError, DataError, RunFolderError
 from fedmira.metrics import Standing, judge
 from fedmira.model import BaseModel
-from fedmira.runs import accept_files
+from fedmira.runs import accept_files, verify_folder
 from fedmira.studies import Decision, compare_algorithms, decide
 from fedmira.studies.saved import clients_of, reload_adapters
 from small import adapter_bytes, call_main, make_config, write_clients
@@ -242,3 +244,92 @@ def test_the_command_prints_the_decisions(compared: Path, tmp_path: Path) -> Non
     assert json.loads(ended.out)["seed"] == 3
     ended = call_main("decide", compared, "--set", "rounds.count=1")
     assert ended.code == 2 and "leave --preset and --set away" in ended.err
+
+
+def test_what_was_taken_is_used_from_the_folder_of_the_decisions(
+    decision: Decision, compared: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    """Each client's adapter is that of the run it was taken from, or half of two."""
+    saved = reload_adapters(decision.folder, base)
+    assert set(saved.adapters) == set(ROWS)
+    for one in decision.decisions.clients:
+        choice, client = one.judgement.choice, one.client
+        if "+" not in choice:
+            run = reload_adapters(compared / f"{choice}-seed3", base)
+            assert adapter_equal(saved.adapters[client], run.adapters[client]), client
+        deployed = saved.kind.read(decision.folder / "adapters" / client)
+        assert adapter_equal(saved.adapters[client], deployed)
+    ended = call_main("evaluate", decision.folder, "--format", "json")
+    assert ended.code == 0, ended.err
+    losses = {each["client"]: each["test_loss"] for each in json.loads(ended.out)}
+    for one in decision.decisions.clients:
+        assert losses[one.client] == pytest.approx(one.row()["chosen_test_loss"], rel=1e-4)
+
+
+def adapter_equal(one: Adapter, other: Adapter) -> bool:
+    return set(one) == set(other) and all(bool((one[n] == other[n]).all()) for n in one)
+
+
+@pytest.mark.parametrize("verb", ["chat", "generate", "export"])
+def test_verbs_that_use_adapters_take_decisions(
+    decision: Decision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\n"))
+    words: dict[str, list[Any]] = {
+        "chat": ["--client", "apple-1"],
+        "generate": ["w1 w2", "--client", "apple-1"],
+        "export": ["--client", "apple-1", "--output", tmp_path / "one"],
+    }
+    ended = call_main(verb, decision.folder, *words[verb])
+    assert ended.code == 0, ended.err
+
+
+def test_decisions_are_verified_with_their_adapters_and_damage_is_not_used(
+    decision: Decision, base: BaseModel, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(decision.folder, tmp_path / "decision")
+    found = verify_folder(folder)
+    assert not found.damaged and not found.unchecked
+    assert "adapters/apple-1/adapter_model.safetensors" in found.checked
+    weights = folder / "adapters" / "apple-1" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 16
+    weights.write_bytes(content)
+    assert len(verify_folder(folder).damaged) == 1
+
+
+def test_decisions_whose_runs_are_gone_say_so(
+    decision: Decision, base: BaseModel, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(decision.folder, tmp_path / "elsewhere" / "decision")
+    with pytest.raises(RunFolderError, match="there is no such folder"):
+        reload_adapters(folder, base)
+    document = json.loads((folder / "decision.json").read_text(encoding="utf-8"))
+    del document["runs"]
+    (folder / "decision.json").write_text(json.dumps(document), encoding="utf-8")
+    accept_files(folder, ["decision.json"])
+    with pytest.raises(RunFolderError, match="older versions.*repeat its fedmira decide"):
+        reload_adapters(folder, base)
+
+
+def test_a_folder_of_rows_is_enough(base_folder: Path, tmp_path: Path) -> None:
+    """Settings that were not given are said where they matter."""
+    rows = write_clients(tmp_path / "rows", {"apple-1": 20, "birch-1": 20})
+    quick = ["--set", f"model.base={base_folder}", "--set", "rounds.count=2"]
+    quick += ["--set", "local.steps=1", "--set", "evaluation.rouge=false"]
+    quick += ["--set", "data.max_length=64"]
+    ended = call_main("decide", rows, *quick, "--output", tmp_path / "d", "--format", "json")
+    assert ended.code == 0, ended.err
+    assert "60 % train, 20 % judge and 20 % test" in ended.err
+    assert {each["validation_rows"] for each in json.loads(ended.out)["clients"]} == {4}
+    ended = call_main("run", rows, *quick, "--output", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    written = load_config(tmp_path / "run" / "config.toml").data
+    assert (written.source, written.path) == ("jsonl", str(rows))
+
+
+def test_an_empty_folder_is_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for verb in ("check", "decide", "run"):
+        ended = call_main(verb, tmp_path / "empty")
+        assert ended.code == 2 and "empty" in ended.err and "Traceback" not in ended.err

@@ -158,5 +158,5 @@ def test_a_folder_of_runs_is_verified_with_all_of_them(run: Path, tmp_path: Path
     flipped(tmp_path / "all" / "two" / "graph.json", 10, 2)
     found = verify_folder(tmp_path / "all")
     assert len(found.damaged) == 1 and "two/graph.json" in found.damaged[0]
-    with pytest.raises(RunFolderError, match="this is no run folder"):
+    with pytest.raises(RunFolderError, match="no folder that a verb wrote"):
         verify_folder(tmp_path / "all" / "one" / "metrics")

@@ -14,6 +14,7 @@ from fedmira.cli.options import (
     Overrides,
     PresetName,
     fresh_folder,
+    is_rows,
     settings_and_rows,
 )
 from fedmira.cli.screen import print_json, print_table, progress, say, tell
@@ -24,14 +25,18 @@ if TYPE_CHECKING:
 
 __all__ = ["decide"]
 
+_SHARES = ("data.train_fraction=0.6", "data.validation_fraction=0.2")
+"""Where only rows are given: some must judge."""
+_OF_RUNS = ("config.toml", "run.json", "comparison.json", "hashes.sha256", "checkpoint")
+
 
 def decide(
     target: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[COMPARISON | RUN | CONFIG.toml]",
-            help="The folder of a comparison or of a run, or settings. With settings, also those "
-            "of --preset and --set, the runs are made first.",
+            metavar="[COMPARISON | RUN | CONFIG.toml | ROWS]",
+            help="The folder of a comparison or of a run; or settings, or a folder or file of "
+            "rows: with these, --preset and --set the runs are made first.",
             show_default=False,
         ),
     ] = None,
@@ -61,11 +66,11 @@ def decide(
 
     Example: fedmira decide runs/demo
     """
-    from_folder = target is not None and target.is_dir()
+    from_folder = target is not None and target.is_dir() and _holds_runs(target)
     if target is not None and not target.exists():
         raise ConfigError(
-            f"{target}: there is neither such a folder, of a comparison or a run, nor such a "
-            "config file; settings can also be given with --preset and --set"
+            f"{target}: there is neither such a folder, of a comparison, a run or rows, nor such "
+            "a file; settings can also be given with --preset and --set"
         )
     if from_folder and (preset or overrides):
         raise ConfigError(
@@ -76,6 +81,16 @@ def decide(
         raise ConfigError("--seed chooses among the runs of a comparison; set it by --set seed=N")
     rows = None
     if not from_folder:
+        if is_rows(target) and not any(
+            each.startswith(("data.validation_fraction", "data.train_fraction"))
+            for each in overrides or []
+        ):
+            overrides = [*_SHARES, *(overrides or [])]
+            say(
+                "of each client's rows 60 % train, 20 % judge and 20 % test, but for files that "
+                "are one of these; --set data.train_fraction=... and data.validation_fraction=... "
+                "take other shares"
+            )
         chosen, rows = settings_and_rows(target, preset, overrides)
         output = output or fresh_folder("decide")
     from fedmira.studies import decide as decided
@@ -95,6 +110,11 @@ def decide(
         print_json(told | found.decisions.document())
         return
     _print(found)
+
+
+def _holds_runs(folder: Path) -> bool:
+    """Whether a folder is that of a run or of a comparison, also of one that is damaged."""
+    return any((folder / name).exists() for name in _OF_RUNS) or any(folder.glob("*/config.toml"))
 
 
 def _print(found: Decision) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "ReferenceShare",
     "RunPath",
     "fresh_folder",
+    "is_rows",
     "names_of",
     "numbers_of",
     "observers_of",
@@ -46,8 +47,9 @@ class Format(StrEnum):
 ConfigFile = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[CONFIG.toml]",
-        help="Settings in TOML. With neither this nor --preset: the demo.",
+        metavar="[CONFIG.toml | ROWS]",
+        help="Settings in TOML, or a folder or file of rows for the default settings. With neither "
+        "this nor --preset: the demo.",
         show_default=False,
     ),
 ]
@@ -103,12 +105,27 @@ def settings(config: Path | None, preset: str | None, overrides: list[str] | Non
     Raises:
         ConfigError: with all problems together.
     """
+    config, overrides = _of_rows(config, overrides or [])
     if config is not None and not config.exists():
         raise ConfigError(
             f"{config}: there is no such config file; write one, or use --preset (fedmira "
             "presets lists them)"
         )
-    return load_config(config, preset, overrides or [])
+    return load_config(config, preset, overrides)
+
+
+def is_rows(path: Path | None) -> bool:
+    """Whether what stands in the place of a config is a folder or a file of rows."""
+    return path is not None and (
+        path.is_dir() or (path.is_file() and path.suffix.lower() != ".toml")
+    )
+
+
+def _of_rows(config: Path | None, overrides: list[str]) -> tuple[Path | None, list[str]]:
+    """Rows in the place of a config are settings that name them, below those of --set."""
+    if config is None or not is_rows(config):
+        return config, overrides
+    return None, ["data.source=jsonl", f"data.path={config}", *overrides]
 
 
 def settings_and_rows(
@@ -132,7 +149,8 @@ def settings_and_rows(
     from fedmira.data import read_rows
 
     rows = None
-    if found := load_data_settings(config, preset, overrides or []):
+    config, overrides = _of_rows(config, overrides or [])
+    if found := load_data_settings(config, preset, overrides):
         data, own = found
         rows = read_rows(data, own if seed is None else seed)
     chosen = settings(config, preset, overrides)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -92,6 +92,7 @@ class Decisions:
         seed: of the runs.
         clients: one decision each.
         notes: what could not be judged, a sentence each.
+        runs: name -> the folder of the run that it is from, as seen from that of the decisions.
     """
 
     own: str
@@ -99,6 +100,7 @@ class Decisions:
     seed: int
     clients: Sequence[ClientDecision]
     notes: tuple[str, ...] = ()
+    runs: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, standing: Standing) -> list[ClientDecision]:
         """The clients whose rows say this."""
@@ -140,6 +142,7 @@ class Decisions:
             "own": self.own,
             "candidates": list(self.candidates),
             "seed": self.seed,
+            "runs": dict(self.runs),
             "counts": {str(standing): len(self.of(standing)) for standing in Standing},
             "measured": {key: _known(value) for key, value in self.measured.items()},
             "notes": list(self.notes),

@@ -67,14 +67,17 @@ def verify_folder(path: Path) -> Verification:
         )
         if not runs and not (path / RECORD).is_file():
             raise RunFolderError(
-                f"{path}: this is no folder that a verb wrote and holds no run (no config.toml, no {RECORD}); "
-                "give one that an earlier run printed"
+                f"{path}: this is no folder that a verb wrote and holds no run (no config.toml, "
+                f"no {RECORD}); give one that an earlier run printed"
             )
         found = Verification(path)
         for run in runs:
             _verify_run(run, found)
         if path not in runs:
-            _verify_record(path, found)
+            records = {record.parent for record in path.rglob(RECORD)}
+            for place in sorted(records):
+                if not any(run == place or run in place.parents for run in runs):
+                    _verify_record(place, found)
             for file in _files(path):
                 if not any(run in file.parents for run in runs):
                     _note(found, path, file.relative_to(path).as_posix())

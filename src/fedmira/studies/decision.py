@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from fedmira.messages import ClientId
 from fedmira.metrics import judge, mean_and_error
 from fedmira.model import BaseModel, LoraKind
 from fedmira.observers import Observer
+from fedmira.records import RecordedFolder
 from fedmira.report import ClientDecision, Decisions, write_decision
 from fedmira.runs import RunFolder
 from fedmira.studies.comparison import compare_algorithms, plan_methods
@@ -136,7 +138,13 @@ def decide(
         candidates += _halves(candidates)
     output.mkdir(parents=True, exist_ok=True)
     decisions, adapters = _judged(candidates)
+    recorded = RecordedFolder(output)
+    recorded.release(lambda name: name.startswith("adapters/"))
     _write_adapters(output / "adapters", decisions, adapters)
+    files = [path for path in sorted((output / "adapters").rglob("*")) if path.is_file()]
+    recorded.seal(path.relative_to(output).as_posix() for path in files)
+    there = {name: os.path.relpath(folder, output) for name, folder in runs.items()}
+    decisions = replace(decisions, runs=there)
     return Decision(output, write_decision(decisions, output), decisions)
 
 

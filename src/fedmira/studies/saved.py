@@ -5,9 +5,10 @@ Its base, its saved adapters and, where they are on this machine, its rows.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedmira.model import (
     most_side_by_side,
     usual_token_budget,
 )
+from fedmira.records import RecordedFolder, check_files
 from fedmira.runs import RunFolder, hash_of_rows
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "reload_adapters",
     "shared_prompt",
 ]
+
+_DECISION = "decision.json"
 
 _log = logging.getLogger("fedmira")
 
@@ -68,12 +72,14 @@ def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
     """Loads the base of a run, and finds its adapters.
 
     Args:
-        path: the run folder.
+        path: the run folder, or that of decisions: the adapters are then those that clients took.
         base: of a run whose base was an object, or one that is loaded already.
 
     Raises:
         RunFolderError: it is no run folder, has no adapters, or the base model has changed since.
     """
+    if (path / _DECISION).is_file() and not (path / "config.toml").is_file():
+        return _decided(path, base)
     folder = RunFolder.reopen(path)
     index = folder.read_json("adapters/index.json")
     if not index:
@@ -119,6 +125,45 @@ def reload_adapters(path: Path, base: BaseModel | None = None) -> SavedAdapters:
         data_sha256=rows.get("sha256", ""),
         rows_elsewhere="federation" in run,
     )
+
+
+def _decided(path: Path, base: BaseModel | None) -> SavedAdapters:
+    """What clients took, each from the run that made it or, of two runs, from the decisions.
+
+    Raises:
+        RunFolderError: a run is gone, or adapters of two runs are not of one kind.
+    """
+    try:
+        document: dict[str, Any] = json.loads(RecordedFolder(path).read(_DECISION).decode())
+        taken = {str(one["client"]): str(one["choice"]) for one in document["clients"]}
+        runs = {str(name): path / place for name, place in document["runs"].items()}
+        own = document["own"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunFolderError(
+            f"{path / _DECISION}: does not say which adapters were taken from which run, as those "
+            "of older versions do not; repeat its fedmira decide command"
+        ) from error
+    saved: dict[str, SavedAdapters] = {}
+    for name in dict.fromkeys([own, *taken.values()]):
+        if name in runs:
+            saved[name] = reload_adapters(runs[name], base)
+            base = saved[name].kind.base
+    alone = saved[own]
+    other = [name for name, one in saved.items() if one.config.adapter != alone.config.adapter]
+    if other:
+        raise RunFolderError(
+            f"{path}: adapters that were taken from {other[0]!r} have other settings than those of "
+            f"{own!r}, so that they cannot be used together; give one of the runs, such as "
+            f"{runs[other[0]]}"
+        )
+
+    def read(client: ClientId) -> Adapter:
+        if taken[client] in saved:
+            return saved[taken[client]].adapters[client]
+        check_files(path / "adapters" / client)
+        return alone.kind.read(path / "adapters" / client)
+
+    return replace(alone, path=path, adapters=LazyAdapters(list(taken), read))
 
 
 def refuse_other(folder: RunFolder, client: ClientId, entry: object, adapter: Adapter) -> None:
