@@ -118,3 +118,15 @@ def test_the_version_is_printed() -> None:
     ended = python("from fedmira.cli import main; main()", "--version")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout == f"fedmira {fedmira.__version__}\n"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "fedmira", "--version"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+        check=True,
+    )
+    assert ended.stdout.startswith("fedmira ")
