@@ -86,6 +86,8 @@ def run_command(words: list[str]) -> None:
         ]
     elif words[1] == "check":
         words = [*words, "--set", "data.clients=4"]
+    if words[1] == "chat":
+        sys.stdin = io.StringIO("w1 w2\n")
     ended = call_main(*words[1:])
     assert ended.code == 0, f"{' '.join(words)}: {ended.err}"
     assert ended.out
@@ -159,7 +161,7 @@ def test_everything_in_the_readme_runs_in_its_order(workplace: Path) -> None:
 def test_the_first_steps_can_be_gone_as_they_are_written(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2\n"))
+    monkeypatch.setattr(sys, "stdin", sys.stdin)  # put back behind the conversations
     ran = follow(ROOT / "docs" / "first-steps.md", workplace)
     wanted = {"run", "check", "compare", "decide", "chat", "evaluate", "generate", "python"}
     assert wanted <= set(ran)
