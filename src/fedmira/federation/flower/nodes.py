@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from flwr.app import Message
@@ -57,6 +57,8 @@ _TIMES_AS_LARGE, _ROOM = 8, 16 * 2**20
 """A reply may have so many times the bytes of its request, and so many more."""
 _MOST_ROWS, _MOST_TOKENS, _LONGEST_NAME = 10**9, 10**13, 200
 """What a client can say of itself: rows of each part, tokens, characters of task and category."""
+_MOST_TURNED_AWAY = 1000
+"""So many newcomers are named that were turned away; later ones are refused without a word here."""
 _log = logging.getLogger("fedmira")
 
 
@@ -128,6 +130,7 @@ class Nodes:
         allowed: names that may take part; empty allows all, until `close` is called.
         reply_s: how long messages wait for their answers.
         audit: the server's record of what travels; None keeps none.
+        may_join: of a name, whether it may come once the run has begun; None lets nobody.
     """
 
     def __init__(  # noqa: PLR0913 - who may take part, and how long they may take
@@ -138,22 +141,57 @@ class Nodes:
         allowed: Sequence[ClientId],
         reply_s: float,
         audit: AuditLog | None = None,
+        may_join: Callable[[ClientId], bool] | None = None,
     ) -> None:
         self._grid = grid
         self._ground = {"base model": base_sha256, "tokenizer": tokenizer_sha256}
         self._allowed = tuple(allowed)
         self._reply_s = reply_s
         self._audit = audit
+        self._may_join = may_join
         self._known: dict[int, Identity] = {}
         self._barred: dict[int, _Bar] = {}
         self._greeted: dict[str, int] = {}
         self._online: dict[int, str] = {}
         self._started: dict[int, str] = {}
         self._closed: Mapping[ClientId, ClientSummary] = {}
+        self._turned_away: dict[ClientId, str] = {}
+        self._told_away: list[str] = []
 
     @property
     def parties(self) -> dict[ClientId, ClientSummary]:
-        """What the clients that are connected now say of themselves, sorted by name."""
+        """What the run's clients that are connected now say of themselves, sorted by name.
+
+        Before it begins, those are the names that it waits for, or all.
+        """
+        names = self._closed or self._allowed
+        return {
+            name: party for name, party in self._connected().items() if not names or name in names
+        }
+
+    def waiting(self) -> dict[ClientId, ClientSummary]:
+        """What those say of themselves who may join the run that has begun, sorted by name."""
+        self._look()
+        found = self._connected()
+        return {name: party for name, party in found.items() if name not in self._closed}
+
+    def turn_away(self, client: ClientId, reason: str) -> None:
+        """Refuses one of those who wait, and says so on both sides.
+
+        Args:
+            client: its name.
+            reason: in words.
+        """
+        for node in [n for n, of in self._known.items() if of.party.client_id == client]:
+            del self._known[node]
+            self._refuse(node, client, reason, time.monotonic() + _AGAIN_SECONDS)
+
+    def turned_away(self) -> list[str]:
+        """Why newcomers were refused since this was asked last, a sentence for each name once."""
+        told, self._told_away = self._told_away, []
+        return told
+
+    def _connected(self) -> dict[ClientId, ClientSummary]:
         found = {
             self._known[node].party.client_id: self._known[node].party
             for node in self._online
@@ -331,14 +369,25 @@ class Nodes:
                 identity.party.train_rows,
             )
             return
-        if self._bar(node, f"refused a node: {problem}", again):
+        self._refuse(node, identity.party.client_id, problem, again)
+
+    def _refuse(self, node: int, name: ClientId, problem: str, until: float) -> None:
+        """Leave a node out and tell it; of a newcomer each reason is said once here."""
+        comes_late = bool(self._closed) and self._may_join is not None and name not in self._closed
+        known = comes_late and (
+            self._turned_away.get(name) == problem or len(self._turned_away) >= _MOST_TURNED_AWAY
+        )
+        if comes_late and not known:
+            self._turned_away[name] = problem
+            self._told_away.append(problem)
+        if self._bar(node, f"refused a node: {problem}", until, said=known):
             self._push([self._notice(REFUSAL, {"reason": problem}, node)])
 
-    def _bar(self, node: int, reason: str, until: float) -> bool:
-        """Leave a node out and log it; whether the reason is a new one."""
+    def _bar(self, node: int, reason: str, until: float, *, said: bool = False) -> bool:
+        """Leave a node out and log it unless that was said; whether the reason is a new one."""
         new = node not in self._barred or self._barred[node].reason != reason
         self._barred[node] = _Bar(reason, until)
-        if new:
+        if new and not said:
             _log.warning("%s", reason)
         return new
 
@@ -358,6 +407,8 @@ class Nodes:
         if identity.party.train_rows == 0:
             return f"client {name!r} has no training rows"
         if self._closed and name not in self._closed:
+            if self._may_join is not None:
+                return "" if self._may_join(name) else _not_invited(name)
             return (
                 f"client {name!r} was not there when the run began ({', '.join(self._closed)}); "
                 "it can take part in the next run"
@@ -382,19 +433,17 @@ class Nodes:
                 f"the node is registered as {registered!r} but calls itself {name!r}; make the two "
                 "names equal"
             )
-        if self._allowed and name not in self._allowed:
+        invited = self._may_join is not None and (bool(self._closed) or self._may_join(name))
+        if self._allowed and name not in self._allowed and not invited:
             return f"client {name!r} is not in federation.clients ({', '.join(self._allowed)})"
         if any(
             of.party.client_id == name and other != node and other in self._online
             for other, of in self._known.items()
         ):
             return f"a node called {name!r} is connected already; give each node a name of its own"
-        alike = [
-            of.party.client_id
-            for of in self._known.values()
-            if of.party.client_id.casefold() == name.casefold()
-        ]
-        if set(alike) - {name}:
+        taken = [*(of.party.client_id for of in self._known.values()), *self._closed]
+        alike = [each for each in taken if each != name and each.casefold() == name.casefold()]
+        if alike:
             return (
                 f"clients {alike[0]!r} and {name!r} would share a folder where case is ignored; "
                 "rename one"
@@ -462,6 +511,14 @@ class Nodes:
             if wanted
             else []
         )
+
+
+def _not_invited(name: ClientId) -> str:
+    """Why a newcomer is turned away whose name may not join; who may is not told."""
+    return (
+        f"code not-invited: client {name!r} may not join this run (federation.open); ask whoever "
+        "runs it, or take part in the next one"
+    )
 
 
 def _said_problem(party: ClientSummary) -> str:
