@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 
 from fedmira.data import ClientSummary
@@ -12,7 +12,7 @@ from fedmira.experiment.privacy import privacy_plan
 from fedmira.experiment.scheme import make_scheme
 from fedmira.messages import ClientId
 
-__all__ = ["with_newcomers", "with_those_who_wait"]
+__all__ = ["with_newcomers", "with_those_who_wait", "without_edges"]
 
 
 def with_newcomers(
@@ -73,3 +73,23 @@ def with_those_who_wait(
         else:
             taken[client] = party
     return grown, taken
+
+
+def without_edges(experiment: Experiment, newcomers: Iterable[ClientId]) -> list[str]:
+    """A sentence for each newcomer whom a fixed graph relates to nobody.
+
+    Args:
+        experiment: with the newcomers.
+        newcomers: their names.
+    """
+    source, clients = experiment.graph, tuple(experiment.ranks)
+    if source.learned or not experiment.algorithm.uses_graph:
+        return []
+    graph = source.graph(source.initial(clients), clients)
+    degrees = dict(zip(clients, graph.degrees.tolist(), strict=True))
+    return [
+        f"{client} has no edge in the graph ({graph.kind}), which is fixed: nobody is moved "
+        "towards it, and it towards nobody"
+        for client in newcomers
+        if degrees[client] == 0
+    ]

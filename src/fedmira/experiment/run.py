@@ -18,7 +18,7 @@ from fedmira.errors import (
 )
 from fedmira.experiment.build import Experiment
 from fedmira.experiment.export import check_export
-from fedmira.experiment.newcomers import with_those_who_wait
+from fedmira.experiment.newcomers import with_those_who_wait, without_edges
 from fedmira.experiment.privacy import client_noise
 from fedmira.methods import ServerState
 from fedmira.model import count_steps
@@ -251,7 +251,7 @@ class _Part:
         experiment, recorder = self._experiment, self._recorder
         grown, newcomers = with_those_who_wait(experiment, number)
         assert experiment.door is not None, "asked where there is a door"
-        recorder.note_turned_away(number, experiment.door.turned_away())
+        recorder.warn(number, [*experiment.door.turned_away(), *without_edges(grown, newcomers)])
         if not newcomers:
             return None
         state = grown.algorithm.joined(state, grown.starts, list(newcomers))

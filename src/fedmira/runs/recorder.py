@@ -186,15 +186,15 @@ class Recorder:
         self._checkpoint(number - 1, state)
         self.watchers.tell(JoinEvent(self.facts, number, tuple(starts)))
 
-    def note_turned_away(self, number: int, reasons: Sequence[str]) -> None:
-        """Say who wanted to join the run and could not.
+    def warn(self, number: int, messages: Sequence[str]) -> None:
+        """Write sentences into events.jsonl.
 
         Args:
-            number: of the round that comes next.
-            reasons: a sentence for each of them.
+            number: of the round at hand, or that comes next.
+            messages: the sentences.
         """
         self.folder.append_events(
-            [{"event": "warning", "round": number, "message": reason} for reason in reasons]
+            [{"event": "warning", "round": number, "message": message} for message in messages]
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -299,7 +299,7 @@ class Recorder:
 
     def _note_warning(self, message: str) -> None:
         """Write a sentence on an observer that failed into events.jsonl."""
-        self.folder.append_events([{"event": "warning", "round": self._number, "message": message}])
+        self.warn(self._number, [message])
 
     def note_nobody_related(self) -> None:
         """Say that the learned graph joined nobody; that is a finding and no failure."""
