@@ -69,7 +69,7 @@ def test_rows_that_nobody_believes_do_not_make_a_newcomer_begin_as_one_client() 
     """30,000 rows among 10, 50 and 20 are far above the median, 35: they weigh as 35."""
     few, many = federation(), federation(4)
     rows = {"client-1": 30_000}
-    server = ServerSettings(screen=True)
+    server = ServerSettings(heaviest=100.0)
     few, many = (replace(each, rows={**each.rows, **rows}, server=server) for each in (few, many))
     after, state, newcomer = trained_and_joined(Mira(coupling=0.5), few, many)
     found = dense(after.instruct(state, newcomer).tensors["adapter"])
@@ -87,6 +87,11 @@ def test_a_mean_of_fewer_than_may_be_mixed_is_not_handed_to_a_newcomer() -> None
         after, state, newcomer = trained_and_joined(Mira(coupling=0.5), few, many, trained)
         sent = dense(after.instruct(state, newcomer).tensors["adapter"])
         assert all(bool((product == 0).all()) for product in sent.values()) is fresh
+    # Of three that weigh 10, 30 and 50 rows the last would be more than a third.
+    thirds = [dense(update(k + 1)) for k in range(3)]
+    for module, product in sent.items():
+        wanted = sum(of[module] for of in thirds) / 3
+        torch.testing.assert_close(product, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", [Local(), Mira(coupling=0.0)])

@@ -426,24 +426,6 @@ def test_a_graph_of_categories_relates_a_newcomer_by_its_own(place: Place) -> No
     assert any(LATER in text and "category" in text for text in warnings)
 
 
-def test_row_privacy_of_a_newcomer_is_spent_in_its_own_rounds_alone(place: Place) -> None:
-    pytest.importorskip("dp_accounting", reason="the extra privacy is not installed")
-    config = place.config(
-        **{
-            "privacy.kind": "row",
-            "privacy.noise": 2.0,
-            "privacy.delta": 1e-4,
-            "data.validation_fraction": 0.0,
-            "algorithm.name": "fedavg",
-        }
-    )
-    place.run(config, {2: [NEWCOMER]})
-    spent = place.run_json()["privacy"]["clients"]
-    steps = config.local.steps
-    assert spent["apple-1"]["steps"] == 4 * steps and spent[NEWCOMER]["steps"] == 2 * steps
-    assert 0 < spent[NEWCOMER]["epsilon"]
-
-
 def test_early_stopping_of_clients_waits_for_a_newcomer_too(place: Place) -> None:
     """Founders rest from round 2 on; the run goes on with whoever came behind round 1."""
     stopping = EarlyStopping(patience=1, metric="test_loss", min_delta=100.0, per_client=True)

@@ -353,10 +353,10 @@ class Nodes:
             return
         try:
             identity = Identity.of(answer)
-            problem = self._problem(node, identity)
         except WireError as error:
-            problem = str(error)
-        if not problem:
+            self._refuse(node, "", str(error), again)
+            return
+        if not (problem := self._problem(node, identity)):
             self._known = {
                 other: of
                 for other, of in self._known.items()
@@ -372,12 +372,19 @@ class Nodes:
         self._refuse(node, identity.party.client_id, problem, again)
 
     def _refuse(self, node: int, name: ClientId, problem: str, until: float) -> None:
-        """Leave a node out and tell it; of a newcomer each reason is said once here."""
-        comes_late = bool(self._closed) and self._may_join is not None and name not in self._closed
-        known = comes_late and (
+        """Leave a node out and tell it; of a newcomer each reason is said once here.
+
+        Args:
+            node: its number.
+            name: its client's; "" where it did not say.
+            problem: in words.
+            until: when it is asked again.
+        """
+        late = self._may_join is not None and bool(self._closed) and name not in {"", *self._closed}
+        known = late and (
             self._turned_away.get(name) == problem or len(self._turned_away) >= _MOST_TURNED_AWAY
         )
-        if comes_late and not known:
+        if late and not known:
             self._turned_away[name] = problem
             self._told_away.append(problem)
         if self._bar(node, f"refused a node: {problem}", until, said=known):

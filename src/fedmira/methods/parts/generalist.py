@@ -24,7 +24,8 @@ def generalist(  # noqa: PLR0913 - a sum, and the place that it is for
     """The mean of clients' adapters by training rows, in the form of one client.
 
     Rows weigh as the server believes them: with `server.screen`, who claims more than
-    `server.heaviest` times the median weighs as the median.
+    `server.heaviest` times the median weighs as the median. With `server.least_mixed` above 1 all
+    weigh alike, so that none is more than its share.
 
     Args:
         context: the federation.
@@ -46,6 +47,8 @@ def generalist(  # noqa: PLR0913 - a sum, and the place that it is for
             each: middle if count > server.heaviest * middle else count
             for each, count in rows.items()
         }
+    if server.least_mixed > 1:
+        rows = dict.fromkeys(rows, 1.0)
     total = sum(rows.values())
     parts, weights = [adapters[each] for each in rows], [count / total for count in rows.values()]
     if not products:
