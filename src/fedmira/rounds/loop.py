@@ -116,15 +116,7 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
         if not present:
             return state
         chosen = sample_clients(present, settings, run_seed, number)
-        requests = [
-            Request(
-                client,
-                number,
-                seed_for(run_seed, "train", number, client),
-                algorithm.instruct(state, client),
-            )
-            for client in chosen
-        ]
+        requests = _requests(algorithm, state, chosen, run_seed, number)
         begun = time.perf_counter()
         answers = complete(requests, workers.train(requests), algorithm.returned)
         trained = time.perf_counter()
@@ -168,6 +160,25 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
         if on_round(outcome):
             break
     return state
+
+
+def _requests(
+    algorithm: Method,
+    state: ServerState,
+    chosen: Sequence[ClientId],
+    run_seed: int,
+    number: int,
+) -> list[Request]:
+    """What the round's clients are asked, in the order of their ids."""
+    return [
+        Request(
+            client,
+            number,
+            seed_for(run_seed, "train", number, client),
+            algorithm.instruct(state, client),
+        )
+        for client in chosen
+    ]
 
 
 def _told_apart(answers: Sequence[Reply | Failure]) -> tuple[list[Reply], list[Failure]]:

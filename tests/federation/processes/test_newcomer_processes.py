@@ -35,7 +35,7 @@ def test_a_node_that_is_started_later_joins_the_run_and_stays_in_it_when_the_ser
 ) -> None:
     """Beside it comes one that nobody has listed; it trains nothing and learns no names."""
     settings = {
-        "rounds.count": 30,
+        "rounds.count": 20,
         "federation.clients": FOUNDERS,
         "federation.open": [NEWCOMER],
         "federation.wait_s": 700,
@@ -79,8 +79,8 @@ def test_a_node_that_is_started_later_joins_the_run_and_stays_in_it_when_the_ser
     assert first > 1 and event["client"] == NEWCOMER
     rounds = {row["client"]: int(row["rounds_trained"]) for row in table_of(run, "clients")}
     assert set(rounds) == {*FOUNDERS, NEWCOMER}
-    assert trained(NEWCOMER)[0] == first and trained(NEWCOMER)[-1] == 30
-    assert rounds[NEWCOMER] == len(trained(NEWCOMER)) <= 31 - first
+    assert trained(NEWCOMER)[0] == first and trained(NEWCOMER)[-1] == 20
+    assert rounds[NEWCOMER] == len(trained(NEWCOMER)) <= 21 - first
     told = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert [(p["client_id"], p["round"]) for p in told["federation"]["newcomers"]] == [
         (NEWCOMER, first)

@@ -5,18 +5,18 @@ Who is connected, who may take part, and asking them.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedmira.data import ClientSummary, id_problem, read_summary
+from fedmira.data import ClientSummary, id_problem
 from fedmira.errors import WireError
 from fedmira.federation.audit import AuditLog
+from fedmira.federation.flower.identity import Identity
 from fedmira.federation.flower.records import bytes_of, record_of
 from fedmira.messages import ClientId
 from fedmira.shown import cut, plain
@@ -26,11 +26,10 @@ from fedmira.wire import (
     REFUSAL,
     Encoded,
     pack,
-    text,
     unpack,
 )
 
-__all__ = ["Grid", "Identity", "Nodes", "Problem"]
+__all__ = ["Grid", "Nodes", "Problem"]
 
 _PAUSE_SECONDS = 0.1
 _GREETING_SECONDS = 120.0
@@ -55,8 +54,6 @@ Message, reply or node unavailable, and a node's program that stopped responding
 """
 _TIMES_AS_LARGE, _ROOM = 8, 16 * 2**20
 """A reply may have so many times the bytes of its request, and so many more."""
-_MOST_ROWS, _MOST_TOKENS, _LONGEST_NAME = 10**9, 10**13, 200
-"""What a client can say of itself: rows of each part, tokens, characters of task and category."""
 _MOST_TURNED_AWAY = 1000
 """So many newcomers are named that were turned away; later ones are refused without a word here."""
 _log = logging.getLogger("fedmira")
@@ -81,39 +78,6 @@ class _Bar:
 
     reason: str
     until: float
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What a node says of itself.
-
-    Attributes:
-        party: its client, and what is told of the client's rows.
-        base_sha256: of the base's parameters.
-        tokenizer_sha256: of the tokenizer.
-    """
-
-    party: ClientSummary
-    base_sha256: str
-    tokenizer_sha256: str
-
-    @classmethod
-    def of(cls, message: Encoded) -> Identity:
-        """Read a node's answer.
-
-        Raises:
-            WireError: it is none; the node may run another version.
-        """
-        try:
-            party = read_summary(json.loads(text(message.header, "party")))
-        except (ValueError, RecursionError) as error:
-            raise WireError(
-                f"its answer is no identity ({error}); install the server's version of "
-                "fedmira on the node"
-            ) from error
-        if problem := _said_problem(party):
-            raise WireError(f"its answer is no identity ({problem})")
-        return cls(party, text(message.header, "base"), text(message.header, "tokenizer"))
 
 
 class Nodes:
@@ -526,25 +490,6 @@ def _not_invited(name: ClientId) -> str:
         f"code not-invited: client {name!r} may not join this run (federation.open); ask whoever "
         "runs it, or take part in the next one"
     )
-
-
-def _said_problem(party: ClientSummary) -> str:
-    """What no client can say of itself; "" where it may be so.
-
-    Names come from elsewhere and stand on pages and terminals.
-    """
-    for name, value in asdict(party).items():
-        if isinstance(value, str):
-            if len(value) > _LONGEST_NAME or plain(value) != value:
-                shown = plain(cut(value, 80))
-                return (
-                    f"{name} is {shown!r}; must be at most {_LONGEST_NAME} characters that can be "
-                    "seen"
-                )
-        elif value > (_MOST_ROWS if name.endswith("_rows") else _MOST_TOKENS):
-            most = _MOST_ROWS if name.endswith("_rows") else _MOST_TOKENS
-            return f"{name} is {str(value)[:40]}; must be at most {most}"
-    return ""
 
 
 def _expired(reply: Message) -> bool:
