@@ -25,7 +25,7 @@ from fedmira.runs import RunFolder
 from fedmira.studies.joining import JoinedClient, join_run
 from fedmira.studies.notebook import html_table
 from fedmira.studies.referring import answer
-from fedmira.studies.saved import SavedAdapters, clients_of, reload_adapters
+from fedmira.studies.saved import SavedAdapters, clients_of, reload_adapters, trained_rows
 from fedmira.studies.serving.exported import Exported, export_adapter
 from fedmira.studies.serving.routing import Router
 from fedmira.studies.serving.served import Served, write_served
@@ -345,7 +345,7 @@ class Result:
         Args:
             clients: whose adapters; by default all.
             weights: of each, 0 or more. They are divided by their sum, and stand in place of `by`.
-            by: "uniform", "rows", "metagpt" or "ties"; see `fedmira.merge`.
+            by: "uniform", "rows", "metagpt", "ties" or "precision"; see `fedmira.merge`.
             strength: what the sum is multiplied by; "auto" chooses 1, 2, 4 or 8 by the mean loss
                 on the clients' validation rows.
             rank: of the result; the largest rank of the clients by default.
@@ -357,7 +357,13 @@ class Result:
         fleet = read_fleet([self.folder])
         chosen = fleet if clients is None else fleet.only(clients)
         return merge_fleet(
-            chosen, by, strength=strength, rank=rank, weights=weights, rows=self._own_rows
+            chosen,
+            by,
+            strength=strength,
+            rank=rank,
+            weights=weights,
+            rows=self._own_rows,
+            trained=lambda: trained_rows(self._saved, self._rows),
         )
 
     def join(
