@@ -186,8 +186,8 @@ class OwnRows:
             RunError: a gradient is not finite.
         """
         kind = replace(self.kind, dropout=0.0)
+        found: dict[str, Adapter] = {}
         still = LocalSettings(optimizer="sgd", batch_size=1, epochs=1, max_grad_norm=0.0)
-        found = {}
         for names in self._in_turns(updates):
             starts, scales = self._stacked(updates, names)
             tasks = [

@@ -70,8 +70,10 @@ class EarlyStopping(Observer):
         return None
 
     def on_join(self, event: JoinEvent) -> Stop | None:
-        """Newcomers are judged as all others are, from now on."""
+        """Newcomers are judged as all others are; a mean over more clients is judged anew."""
         self._clients += event.clients
+        self._best.pop("", None)
+        self._waited.pop("", None)
         return None
 
     def on_evaluation(self, event: EvaluationEvent) -> Stop | None:

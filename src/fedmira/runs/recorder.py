@@ -183,8 +183,9 @@ class Recorder:
         )
         for client in starts:
             _log.info("client %s joins the run with round %d", client, number)
-        self._checkpoint(number - 1, state)
+        # What observers make of it belongs to the checkpoint: a resume does not tell them again.
         self.watchers.tell(JoinEvent(self.facts, number, tuple(starts)))
+        self._checkpoint(number - 1, state)
 
     def warn(self, number: int, messages: Sequence[str]) -> None:
         """Write sentences into events.jsonl.
