@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ import torch
 
 from fedmira.data import ClientSummary
 from fedmira.errors import ConfigError
-from fedmira.experiment import Experiment, build_experiment, with_newcomers
+from fedmira.experiment import (
+    Experiment,
+    build_experiment,
+    make_scheme,
+    run_experiment,
+    with_newcomers,
+)
 from fedmira.privacy import PrivacyPlan
 from fedmira.privacy.accountant import epsilon_of
-from small import CLIENTS, local_of, make_config, with_clients
+from small import CLIENTS, events_of, local_of, make_config, table_of, with_clients
 
 
 class Elsewhere:
@@ -92,3 +99,131 @@ def test_a_written_config_has_the_keys_of_newcomers_only_where_they_are_set(
     opened = dump_config(make_config(base_folder, clients_folder, {"federation.open": ["x"]}))
     assert "most_clients" not in closed and "\nopen" not in closed
     assert "\nopen" in opened and "most_clients" not in opened
+
+
+class Doorway(Elsewhere):
+    """Clients of one process of whom some come later; the others do not know them before.
+
+    Args:
+        inner: all clients.
+        later: round -> who is there before it.
+    """
+
+    def __init__(self, inner: Any, later: Mapping[int, Sequence[str]]) -> None:
+        super().__init__(inner)
+        self.later, self.looked = dict(later), 0
+        away = {name for names in later.values() for name in names}
+        self.parties = {name: of for name, of in inner.parties.items() if name not in away}
+        self.refused: list[tuple[str, str]] = []
+
+    def waiting(self) -> Mapping[str, ClientSummary]:
+        self.looked += 1
+        names = sorted(self.later.pop(self.looked, ()))
+        return {name: self.inner.parties[name] for name in names}
+
+    def admit(self, parties: Mapping[str, ClientSummary]) -> None:
+        self.parties |= parties
+
+    def dismiss(self, clients: Sequence[str]) -> None:
+        for client in clients:
+            del self.parties[client]
+
+    def turn_away(self, client: str, reason: str) -> None:
+        self.refused.append((client, reason))
+
+    def turned_away(self) -> Sequence[str]:
+        told, self.refused = self.refused, []
+        return [reason for _, reason in told]
+
+
+def with_door(
+    base: Path, data: Path, later: Mapping[int, Sequence[str]], settings: Mapping[str, Any]
+) -> Experiment:
+    """The experiment of those who are there from the beginning, and a door for the others."""
+    asked = {"federation.open": True, "rounds.count": 3, "evaluation.every": 1, **settings}
+    whole = build_experiment(make_config(base, data, asked))
+    clients: Any = Doorway(local_of(whole), later)
+    scheme = make_scheme(whole.config, whole.kind, clients.parties)
+    return replace(
+        whole,
+        clients=clients,
+        parties=clients.parties,
+        ranks=scheme.ranks,
+        starts=scheme.starts,
+        graph=scheme.graph,
+        algorithm=scheme.algorithm,
+        door=clients,
+        privacy=None,
+    )
+
+
+@pytest.mark.parametrize("method", ["two-level", "mira", "fedavg", "ditto"])
+def test_a_run_goes_on_with_those_who_come(
+    method: str, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    later = {2: ["birch-2"], 3: ["apple-3", "apple-1"]}
+    settings = {"algorithm.name": method}
+    result = run_experiment(
+        with_door(base_folder, clients_folder, later, settings), tmp_path / "run"
+    )
+    founders = ["apple-2", "birch-1"]
+    order = [*founders, "birch-2", "apple-1", "apple-3"]
+    assert [row["client"] for row in table_of(result.folder, "clients")] == order
+    joins = [(event["round"], event["client"]) for event in events_of(result.folder, "join")]
+    assert joins == [(2, "birch-2"), (3, "apple-1"), (3, "apple-3")]
+    trained = [(e["round"], e["client"]) for e in events_of(result.folder, "train")]
+    assert len(trained) == 2 + 3 + 5 and (3, "apple-3") in trained and (2, "apple-3") not in trained
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
+    means = "over 2 clients before round 2, over 3 from round 2 and over 5 from round 3 on"
+    assert means in page
+    told = json.loads((result.folder / "run.json").read_text(encoding="utf-8"))
+    assert told["data"]["clients"] == order and told["clients"] == 5
+
+
+def test_who_would_be_one_too_many_is_turned_away_and_a_fixed_graph_says_who_is_alone(
+    base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "algorithm.name": "mira",
+        "graph.kind": "random",
+        "federation.most_clients": 4,
+    }
+    later = {2: ["birch-2", "apple-1"]}
+    result = run_experiment(
+        with_door(base_folder, clients_folder, later, settings), tmp_path / "run"
+    )
+    assert list(result.adapters) == ["apple-2", "apple-3", "birch-1", "apple-1"]
+    warnings = [event["message"] for event in events_of(result.folder, "warning")]
+    assert any(
+        text.startswith("client 'birch-2' cannot join") and "most_clients" in text
+        for text in warnings
+    )
+    assert any(text.startswith("apple-1 has no edge in the graph (random)") for text in warnings)
+
+
+def test_a_newcomer_whose_measurement_is_interrupted_is_not_there(
+    base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    experiment = with_door(
+        base_folder, clients_folder, {2: ["birch-2"]}, {"algorithm.name": "two-level"}
+    )
+    door: Any = experiment.door
+    losses = door.inner.losses
+
+    def interrupted(adapters: Mapping[str, Any], split: str = "test") -> Any:
+        if set(adapters) == {"birch-2"}:
+            raise KeyboardInterrupt
+        return losses(adapters, split)
+
+    door.losses = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(experiment, tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert told["status"] == "interrupted" and told["clients"] == 4
+    assert "birch-2" not in told["data"]["clients"]
+    assert sorted(path.name for path in (tmp_path / "run" / "adapters").glob("*-*")) == [
+        "apple-1",
+        "apple-2",
+        "apple-3",
+        "birch-1",
+    ]
