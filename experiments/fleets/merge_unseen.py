@@ -1,6 +1,7 @@
 """What one adapter merged of a fleet is worth on tasks that nobody of it has seen.
 
-    python experiments/fleets/merge_unseen.py TASKS RUN... [--unseen 8] [--output FILE.json]
+    python experiments/fleets/merge_unseen.py TASKS RUN... [--unseen 8] [--ways WAY...]
+        [--output FILE.json]
 
 RUN are run folders of train_apart.py, which trained on the first tasks; the last ones of TASKS are
 unseen. Losses are nats per response token on their test rows, means over tasks and runs; the
@@ -18,13 +19,14 @@ from statistics import fmean, quantiles
 
 from fedmira.data import load_clients
 from fedmira.fleet import OwnRows, merge_fleet, read_fleet
-from fedmira.studies.saved import clients_of, reload_adapters
+from fedmira.studies.saved import clients_of, reload_adapters, trained_rows
 
 DRAWS = 4000
 WAYS = {
     "uniform": ("uniform", 1.0),
     "rows": ("rows", 1.0),
     "metagpt": ("metagpt", 1.0),
+    "precision": ("precision", 1.0),
     "ties, rank 64": ("ties", 1.0),
     "metagpt, auto": ("metagpt", "auto"),
     "ties, rank 64, auto": ("ties", "auto"),
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("tasks", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--unseen", type=int, default=8)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -53,10 +56,16 @@ def main() -> None:
         none = {name: 0 * part for name, part in fleet.members[0].update.items()}
         for name, loss in testing.losses(dict.fromkeys(rows, none)).items():
             found["base"][name].append(loss.per_token)
-        for way, (by, strength) in WAYS.items():
+        for way in asked.ways:
+            by, strength = WAYS[way]
             rank = 64 if by == "ties" else None
             made = merge_fleet(
-                fleet, by, strength=strength, rank=rank, rows=lambda own=judging: own
+                fleet,
+                by,
+                strength=strength,
+                rank=rank,
+                rows=lambda own=judging: own,
+                trained=lambda own=saved: trained_rows(own),
             )
             strengths[way].append(made.strength)
             print(run.name, way, made.strength, dict(made.tried), made.tail / made.norm, flush=True)

@@ -110,7 +110,10 @@ def test_people_get_tables_and_names_of_their_own(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("merge", "RUN", "--by", "precision"), "no run keeps one"),
+        (
+            ("merge", "RUN", "--by", "precisely"),
+            "choose from metagpt, rows, uniform, ties, precision",
+        ),
         (("merge", "RUN", "--strength", "a lot"), "give a number above 0, or 'auto'"),
         (("merge", "RUN", "RUN"), "a run stands alone"),
         (("compress", "RUN"), "give --rank, --energy or both"),

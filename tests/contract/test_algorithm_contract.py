@@ -21,6 +21,7 @@ from fedmira.graphs import (
     BlocksGraph,
     CollaborationGraph,
     FixedGraph,
+    Graph,
     GraphSource,
     LearnedGraph,
     random_graph,
@@ -459,3 +460,106 @@ def test_a_run_continues_bit_for_bit_from_a_saved_state(algorithm: Method) -> No
         state = algorithm.combine(state, replies(algorithm, state, clients, round_number)).state
         loaded = algorithm.combine(loaded, replies(algorithm, loaded, clients, round_number)).state
     assert fingerprint(loaded) == fingerprint(state)
+
+
+FOUNDERS, NEWCOMER = CLIENTS[:-1], CLIENTS[-1]
+
+
+def founded(name: str) -> Method:
+    """The method built for all clients but the last, with the same edges between them."""
+    settings, graph = SETTINGS[name]
+    if isinstance(graph, FixedGraph):
+        edges = [edge for edge in graph.given.edges() if NEWCOMER not in edge[:2]]
+        graph = FixedGraph(Graph.from_edges("random", FOUNDERS, edges))
+    return settings.for_federation(
+        replace(
+            built(name).context,
+            clients=FOUNDERS,
+            rows=dict.fromkeys(FOUNDERS, 20),
+            ranks=dict.fromkeys(FOUNDERS, 4),
+            graph=graph,
+        )
+    )
+
+
+# A shuffled graph puts every client into another's place, so that a config refuses it here.
+STEADY = [
+    name for name, (_, graph) in SETTINGS.items() if getattr(graph, "shuffle_seed", None) is None
+]
+
+
+@pytest.fixture(params=STEADY)
+def before_and_after(request: pytest.FixtureRequest) -> tuple[Method, ServerState, Method]:
+    """A run of some clients after two rounds, and the method for one client more."""
+    few = founded(request.param)
+    state = few.initial_state({client: start_adapter() for client in FOUNDERS})
+    for number in (1, 2):
+        state = few.combine(state, replies(few, state, FOUNDERS[:4], number)).state
+    context = built(request.param).context
+    if isinstance(context.graph, FixedGraph):
+        edges = few.context.graph.given.edges()  # type: ignore[attr-defined]
+        context = replace(context, graph=FixedGraph(Graph.from_edges("random", CLIENTS, edges)))
+    many = SETTINGS[request.param][0].for_federation(replace(context, came={NEWCOMER: 3}))
+    return few, state, many
+
+
+def joined(method: Method, state: ServerState) -> ServerState:
+    return method.joined(state, {client: start_adapter() for client in CLIENTS}, [NEWCOMER])
+
+
+def test_a_newcomer_changes_no_bit_of_what_the_others_have(
+    before_and_after: tuple[Method, ServerState, Method],
+) -> None:
+    few, state, many = before_and_after
+    untouched = fingerprint(state)
+    after = joined(many, state)
+    assert fingerprint(state) == untouched
+    for client in FOUNDERS:
+        sent = [
+            digest(method.instruct(of, client).tensors["adapter"])
+            for method, of in ((few, state), (many, after))
+        ]
+        kept = [digest(m.adapter_for(of, client)) for m, of in ((few, state), (many, after))]
+        assert sent[0] == sent[1] and kept[0] == kept[1]
+
+
+def test_with_a_newcomer_the_state_has_the_form_that_it_would_have_had_with_it_from_the_start(
+    before_and_after: tuple[Method, ServerState, Method],
+) -> None:
+    _, state, many = before_and_after
+    after, fresh = joined(many, state), begin_state(many)
+    assert set(fresh.adapters) <= set(after.adapters)
+    assert set(fresh.numbers) <= set(after.numbers)
+    for name, tensor in fresh.numbers.items():
+        if tensor.ndim and len(tensor):  # not a list of edges or of steps, which has its own length
+            assert after.numbers[name].shape == tensor.shape, name
+    assert same_shapes(many.adapter_for(after, NEWCOMER), start_adapter())
+
+
+def test_a_newcomer_trains_beside_the_others_from_its_first_round_on(
+    before_and_after: tuple[Method, ServerState, Method],
+) -> None:
+    _, state, many = before_and_after
+    state = joined(many, state)
+    begun = digest(many.adapter_for(state, NEWCOMER))
+    for number in (3, 4):
+        state = many.combine(state, replies(many, state, (*FOUNDERS[:3], NEWCOMER), number)).state
+    assert digest(many.adapter_for(state, NEWCOMER)) != begun
+    assert same_shapes(many.adapter_for(state, NEWCOMER), start_adapter())
+
+
+def test_every_method_of_the_table_says_that_it_takes_newcomers_and_one_of_ones_own_does_not() -> (
+    None
+):
+    assert all(type(settings).takes_newcomers for settings, _ in SETTINGS.values())
+
+    class Kept(Local):
+        """A method that extends another and makes a state of its own."""
+
+        def initial_state(self, starts: Mapping[str, Adapter]) -> ServerState:
+            return ServerState(dict(starts))
+
+    class Same(Local):
+        """A method that only steps otherwise."""
+
+    assert not Kept.takes_newcomers and Same.takes_newcomers

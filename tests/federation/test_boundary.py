@@ -243,6 +243,17 @@ def test_what_the_node_has_said_itself_stays(base_folder: Path) -> None:
     assert config.data.prompt == "chat"
 
 
+def test_a_key_that_the_server_may_not_choose_has_its_default(base_folder: Path) -> None:
+    sent = {**shared(base_folder), "federation.open": True}
+    assert admitted(NodePolicy(), sent, {}).federation.open is True
+    keys = [key for key in NodePolicy().server_may_choose if key != "federation.*"]
+    named = ("federation.clients", "federation.nodes", "federation.wait_s", "federation.reply_s")
+    closed = NodePolicy(server_may_choose=(*keys, *named))
+    with pytest.raises(RunError, match=r"may not choose federation\.open;"):
+        admitted(closed, sent, {})
+    assert admitted(closed, shared(base_folder), {}).federation.open is False
+
+
 def test_limits_hold_on_the_rows_that_are_there() -> None:
     policy = NodePolicy()
     policy.check_size(8, 256, 1000)

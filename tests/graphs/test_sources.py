@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,3 +133,46 @@ def test_tiny_remembered_weights_are_forgotten_only_where_updates_are_sketched()
         ]
     pairs = [[tuple(pair) for pair in memory[:, :2].int().tolist()] for memory in memories]
     assert pairs == [[(0, 1), (2, 3)], [(2, 3)]]
+
+
+def related(kind: str, clients: Sequence[str], **more: Any) -> set[tuple[str, str, float]]:
+    settings = {"path": more.pop("path")} if "path" in more else {}
+    source = graph_source(GraphSettings(kind=kind, **settings), clients, {}, 7, **more)
+    return set(source.graph(source.initial(clients), clients).edges())
+
+
+def test_a_random_graph_keeps_its_edges_when_a_client_comes_who_has_none() -> None:
+    few, many = ("a", "b", "c", "d", "e"), ("a", "b", "c", "d", "e", "x")
+    before = related("random", few)
+    assert before and related("random", many, newcomers=1) == before
+    # Drawn anew for six, it would be another graph among the five.
+    assert {edge for edge in related("random", many) if "x" not in edge[:2]} != before
+
+
+def test_in_a_uniform_graph_a_newcomer_is_related_to_all() -> None:
+    edges = related("uniform", ("a", "b", "x"), newcomers=1)
+    assert edges == {("a", "b", 1.0), ("a", "x", 1.0), ("b", "x", 1.0)}
+
+
+def test_a_graph_file_may_list_those_who_are_expected_and_their_edges_wait(tmp_path: Path) -> None:
+    path = tmp_path / "graph.json"
+    edges = [("a", "b", 1.0), ("a", "x", 2.0)]
+    listed = [{"source": s, "target": t, "weight": w} for s, t, w in edges]
+    path.write_text(json.dumps({"clients": ["a", "b", "x"], "edges": listed}), encoding="utf-8")
+    assert related("file", ("a", "b"), path=str(path), expected=("x", "y")) == {("a", "b", 1.0)}
+    come = related("file", ("a", "b", "x"), path=str(path), newcomers=1, expected=("x", "y"))
+    assert come == {("a", "b", 1.0), ("a", "x", 2.0)}
+    # One that the file does not know has no edge, and a founder that it does not know is an error.
+    come = related("file", ("a", "b", "y"), path=str(path), newcomers=1, expected=("x", "y"))
+    assert come == {("a", "b", 1.0)}
+    with pytest.raises(ConfigError, match="unknown client 'x'"):
+        related("file", ("a", "b"), path=str(path))
+    with pytest.raises(ConfigError, match="missing client 'c'"):
+        related("file", ("a", "b", "c"), path=str(path), expected=("x",))
+
+
+def test_what_is_kept_of_adapters_has_one_form_however_many_come() -> None:
+    clients = [f"c{k}" for k in range(514)]
+    settings = GraphSettings(kind="similarity")
+    assert graph_source(settings, clients, {}, 0).sketch == 1024
+    assert graph_source(settings, clients, {}, 0, newcomers=2).sketch == 0

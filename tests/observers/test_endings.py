@@ -18,6 +18,7 @@ from fedmira.observers import (
     EarlyStopping,
     EndEvent,
     EvaluationEvent,
+    JoinEvent,
     Observer,
     RoundEvent,
     RunFacts,
@@ -312,3 +313,31 @@ def test_an_answer_that_cannot_be_used_is_named_once_and_the_run_goes_on(
         watchers.tell(RoundEvent(facts, number, {}))
     assert watchers.stop is None
     assert len(said) == 1 and words in said[0] and "Odd" in said[0]
+
+
+def test_a_mean_over_more_clients_is_not_held_against_the_one_before() -> None:
+    """1.8 with the newcomer is no step back behind 1.5 without it; 1.9 behind 1.8 is one."""
+    facts = RunFacts("1", "first", {"evaluation.every": 1})
+
+    def after(number: int, loss: float) -> Stop | None:
+        return rule.on_evaluation(EvaluationEvent(facts, number, {}, {}, loss, None))
+
+    rule = EarlyStopping(patience=1, metric="test_loss")
+    rule.on_start(StartEvent(facts, ("a", "b"), 9, Path(), None))
+    assert after(1, 1.5) is None
+    rule.on_join(JoinEvent(facts, 2, ("c",)))
+    assert after(2, 1.8) is None
+    assert after(3, 1.9) is not None
+
+
+def test_a_client_that_joins_is_waited_for_as_those_were_who_began() -> None:
+    facts = RunFacts("1", "first", {"evaluation.every": 1})
+    rule = EarlyStopping(patience=1, metric="test_loss", per_client=True)
+    rule.on_start(StartEvent(facts, ("a",), 9, Path(), None))
+    losses = [{"a": 1.0}, {"a": 1.1, "c": 3.0}, {"a": 1.2, "c": 2.0}, {"a": 1.2, "c": 2.5}]
+    stops = []
+    for number, of in enumerate(losses, start=1):
+        if number == 2:
+            rule.on_join(JoinEvent(facts, 2, ("c",)))
+        stops.append(rule.on_evaluation(EvaluationEvent(facts, number, of, {}, None, None)))
+    assert [stop is not None for stop in stops] == [False, False, False, True]

@@ -223,6 +223,22 @@ def test_objects_join_too_and_equally(run: Path, rows: Path, tmp_path: Path) -> 
     assert any("no rows were set aside" in note for note in one.figures["notes"])
 
 
+def test_a_run_that_is_at_hand_joins_as_the_verb_does(
+    run: Path, rows: Path, tmp_path: Path
+) -> None:
+    verb = fedmira.join(run, client="apple-9", data=rows, steps=2, output=tmp_path / "verb")
+    result = fedmira.load(run)
+    made = result.join("apple-9", rows, steps=2, output=tmp_path / "method")
+    files = [
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".html"}
+        for folder in (verb.folder, made.folder)
+    ]
+    assert files[0] == files[1]
+    with pytest.raises(ConfigError, match="'apple-1'.* already"):
+        result.join("apple-1", rows, output=tmp_path / "taken")
+    assert made.folder.is_dir() and not (tmp_path / "taken").exists()
+
+
 def test_a_newcomer_joins_a_run_of_another_method(
     lone_run: Path, rows: Path, tmp_path: Path
 ) -> None:

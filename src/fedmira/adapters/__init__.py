@@ -43,6 +43,7 @@ from fedmira.adapters.merging import (
     ties,
     update_gram,
 )
+from fedmira.adapters.precision import common_directions, in_directions, mean_by_precision
 from fedmira.adapters.robust import median_of, trimmed_mean
 from fedmira.adapters.sketch import factor_sketches, product_sketches
 from fedmira.adapters.subspaces import column_spaces
@@ -55,6 +56,7 @@ __all__ = [
     "Split",
     "all_finite",
     "column_spaces",
+    "common_directions",
     "content_hash",
     "cross_gram",
     "digest",
@@ -63,8 +65,10 @@ __all__ = [
     "factor_sketches",
     "folded",
     "gram",
+    "in_directions",
     "inner",
     "map_tensors",
+    "mean_by_precision",
     "median_of",
     "metagpt_weights",
     "mix",

@@ -21,7 +21,7 @@ from fedmira.fleet import (
     read_fleet,
 )
 from fedmira.records import check_new, machine_errors
-from fedmira.studies.saved import clients_of, reload_adapters
+from fedmira.studies.saved import clients_of, reload_adapters, trained_rows
 
 __all__ = ["align", "compress", "merge"]
 
@@ -56,7 +56,9 @@ def merge(
     Args:
         adapters: a run folder, or folders that plain PEFT loads.
         by: "metagpt" weighs updates by their squared norms, "rows" by training rows, "uniform" all
-            alike; "ties" trims entries and takes the mean of those that agree in sign.
+            alike; "ties" trims entries and takes the mean of those that agree in sign;
+            "precision" weighs entries by how surely each client's training rows know them, which
+            takes one pass over the rows of a run.
         strength: what the result is multiplied by; "auto" chooses 1, 2, 4 or 8 by the mean loss on
             the validation rows of a run.
         rank: of the result; the largest of all by default.
@@ -71,7 +73,10 @@ def merge(
     fleet = _read("merge", adapters, base)
     run = fleet.run
     rows = None if run is None else lambda: _validation_rows(run)
-    made = merge_fleet(fleet, by, strength=strength, rank=rank, keep=keep, rows=rows)
+    trained = None if run is None else lambda: trained_rows(reload_adapters(run))
+    made = merge_fleet(
+        fleet, by, strength=strength, rank=rank, keep=keep, rows=rows, trained=trained
+    )
     made.save(output)
     return made
 

@@ -39,7 +39,7 @@ def merge(
     folders: Folders,
     output: NewFolder,
     by: Annotated[
-        str, typer.Option("--by", help="metagpt, rows, uniform or ties.", metavar="WAY")
+        str, typer.Option("--by", help="metagpt, rows, uniform, ties or precision.", metavar="WAY")
     ] = "metagpt",
     strength: Annotated[
         str,

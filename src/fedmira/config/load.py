@@ -30,6 +30,7 @@ from fedmira.config.presets import preset_path
 from fedmira.config.problems import describe_ignored, describe_problems, method_of
 from fedmira.config.schema import Config, DataSettings
 from fedmira.config.section import Count
+from fedmira.config.sections.run import FederationSettings
 from fedmira.errors import ConfigError
 
 __all__ = [
@@ -233,6 +234,9 @@ def dump_config(config: Config) -> str:
             del settings[name]
     if not settings["engine"]["apart"]:
         del settings["engine"]["apart"]  # as with these sections
+    for key in config.federation.only_where_set:
+        if getattr(config.federation, key) == FederationSettings.model_fields[key].default:
+            del settings["federation"][key]
     if "server_step" in settings["algorithm"]:
         settings["algorithm"].pop(
             "coupling", None

@@ -119,6 +119,9 @@ class MethodSection(Section):
             take its `combine` over.
         sends_mean_alone: whether all that clients get of each other is the mean of whole adapters,
             so that noise on that mean hides each client. It holds as `averages` does.
+        takes_newcomers: whether its state can take clients that come once a run has begun, as
+            `joined` does it. It holds for the class that says so and for those that take its
+            `initial_state` over.
         moves_towards: whether it moves clients' adapters towards those of others, by
             `mixing_matrix`.
         searched: its main settings, which `fedmira tune` searches beside the learning rate where
@@ -137,6 +140,7 @@ class MethodSection(Section):
     squared_parts: ClassVar[tuple[str, ...]] = ()
     averages: ClassVar[bool] = False
     sends_mean_alone: ClassVar[bool] = False
+    takes_newcomers: ClassVar[bool] = False
     moves_towards: ClassVar[bool] = False
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     controls: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -170,6 +174,8 @@ class MethodSection(Section):
         if "combine" in vars(cls):
             cls.averages = bool(vars(cls).get("averages", False))
             cls.sends_mean_alone = bool(vars(cls).get("sends_mean_alone", False))
+        if "initial_state" in vars(cls):
+            cls.takes_newcomers = bool(vars(cls).get("takes_newcomers", False))
 
     @property
     def needs(self) -> Mapping[Need, str]:

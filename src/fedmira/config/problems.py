@@ -123,7 +123,7 @@ def refuse_federation(*configs: Config) -> None:
     for config in configs:
         section = config.federation
         fields = type(section).model_fields
-        if set(fields) <= section.model_fields_set:
+        if set(fields) <= {*section.model_fields_set, *section.only_where_set}:
             continue
         problems += [
             f"federation.{key} = {_show(getattr(section, key))}: a run in one process does not "

@@ -153,6 +153,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _newcomers_can_be_taken(self) -> Config:
+        problem = _newcomers_problem(self)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _method_and_kind_go_together(self) -> Config:
         problem = self.algorithm.reason(Need.FACTORS)
         if problem and not self.adapter.low_rank:
@@ -254,6 +261,36 @@ class Config(Section):
 def _those_with(trait: str) -> str:
     """The names of our methods that have a trait."""
     return ", ".join(repr(name) for name in METHODS if getattr(method_class(name), trait))
+
+
+def _newcomers_problem(config: Config) -> str:
+    """Why nobody could join the run once it has begun; "" where somebody can, or may not."""
+    opened, name = config.federation.open, config.algorithm.name
+    if opened is False:
+        return ""
+    told = f"federation.open = {'true' if opened is True else list(opened)}"
+    if opened == ():
+        return f"{told} lists nobody; leave it out, or list the names that may join"
+    if isinstance(config.algorithm, AbsentMethod):
+        return ""
+    if not config.algorithm.takes_newcomers:
+        return (
+            f"{told} does not go with algorithm.name = {name!r}, which does not say that its state "
+            "can take clients that come later (takes_newcomers); leave federation.open out, or set "
+            f"algorithm.name to one of {_those_with('takes_newcomers')}"
+        )
+    if config.privacy.kind == "client":
+        return (
+            f"{told} does not go with privacy.kind = 'client', whose promise is about the clients "
+            "that a run begins with: who joins when would be seen and is not accounted for; leave "
+            "federation.open out, or set privacy.kind = 'row'"
+        )
+    if config.graph.shuffled and config.algorithm.uses_graph:
+        return (
+            f"{told} does not go with graph.shuffled = true: with one client more every client "
+            "would be put into another's place; leave one of them out"
+        )
+    return ""
 
 
 def _privacy_problem(config: Config) -> str:

@@ -2,6 +2,8 @@
 
 from fedmira.experiment.build import Experiment, build_experiment
 from fedmira.experiment.clock import with_clock
+from fedmira.experiment.door import Door
+from fedmira.experiment.newcomers import with_newcomers
 from fedmira.experiment.places import where_they_lay
 from fedmira.experiment.privacy import privacy_plan, row_privacy
 from fedmira.experiment.ranks import client_ranks
@@ -14,6 +16,7 @@ from fedmira.experiment.run import (
 from fedmira.experiment.scheme import Scheme, make_scheme, prepare_kind, token_budget
 
 __all__ = [
+    "Door",
     "Experiment",
     "Scheme",
     "build_experiment",
@@ -29,4 +32,5 @@ __all__ = [
     "token_budget",
     "where_they_lay",
     "with_clock",
+    "with_newcomers",
 ]

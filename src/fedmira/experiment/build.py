@@ -33,6 +33,7 @@ from fedmira.data import (
     turn_ends,
 )
 from fedmira.experiment.clock import with_clock
+from fedmira.experiment.door import Door
 from fedmira.experiment.places import where_they_lay
 from fedmira.experiment.privacy import privacy_plan, row_privacy
 from fedmira.experiment.processors import choose_crew
@@ -76,6 +77,8 @@ class Experiment:
         crew: the processes and threads that train and measure; None where other machines do.
         verify_adapters: whether every saved adapter is loaded with plain PEFT, and not one alone.
         prompts, notes, privacy: as in `Ground`.
+        door: through which newcomers come between rounds; None where nobody can.
+        came: newcomer -> the first round that it can train in; they are the last of `parties`.
     """
 
     config: Config
@@ -95,6 +98,8 @@ class Experiment:
     prompts: Mapping[ClientId, Mapping[str, object]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     privacy: PrivacyPlan | None = None
+    door: Door | None = None
+    came: Mapping[ClientId, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuses a method that its papers or its clients do not know.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -54,6 +54,7 @@ def client_ranks(
     clients: Sequence[ClientId],
     targets: Sequence[TargetModule],
     run_seed: int,
+    expected: Collection[ClientId] = frozenset(),
 ) -> dict[ClientId, int]:
     """Client -> rank.
 
@@ -68,6 +69,7 @@ def client_ranks(
         targets: the adapted layers, which the rank of type "mixed" depends on.
         run_seed: a client's type depends on it and on the client's id, never on the other clients
             or their order.
+        expected: names of clients that may come later, for which ranks may be set.
 
     Raises:
         ConfigError: a rank or a type is set for a client that does not exist.
@@ -83,7 +85,7 @@ def client_ranks(
         f"{key}: there is no client {client!r}; the clients are {known}"
         for key, names in given.items()
         for client in names
-        if client not in clients
+        if client not in clients and client not in expected
     ]
     if problems:
         raise ConfigError(problems)

@@ -18,13 +18,14 @@ from fedmira.errors import (
 )
 from fedmira.experiment.build import Experiment
 from fedmira.experiment.export import check_export
+from fedmira.experiment.newcomers import with_those_who_wait, without_edges
 from fedmira.experiment.privacy import client_noise
 from fedmira.methods import ServerState
 from fedmira.model import count_steps
 from fedmira.observers import EndEvent, Observer, RunFacts, StartEvent
 from fedmira.privacy import ClientNoise
 from fedmira.records import machine_errors, told
-from fedmira.rounds import Screen, run_rounds
+from fedmira.rounds import Grown, Screen, run_rounds
 from fedmira.runs import (
     Checkpoint,
     CheckpointFolder,
@@ -228,6 +229,7 @@ class _Part:
             first_round=checkpoint.round + 1 if checkpoint else 1,
             resting=recorder.watchers.resting,
             screen=_screen(experiment),
+            admit=None if experiment.door is None else self._admit,
         )
         still = self.stopped is None and experiment.algorithm.aligns and not recorder.ever_moved
         if still and experiment.graph.learned:
@@ -240,6 +242,31 @@ class _Part:
                 "another graph.kind"
             )
         return state
+
+    def _admit(self, number: int, state: ServerState) -> Grown | None:
+        """Takes in who waits at the door before a round; the checkpoint of the last one has them.
+
+        So a run that is cut short goes on with them, as if nobody had interrupted it.
+        """
+        experiment, recorder = self._experiment, self._recorder
+        grown, newcomers = with_those_who_wait(experiment, number)
+        assert experiment.door is not None, "asked where there is a door"
+        recorder.warn(number, [*experiment.door.turned_away(), *without_edges(grown, newcomers)])
+        if not newcomers:
+            return None
+        state = grown.algorithm.joined(state, grown.starts, list(newcomers))
+        experiment.door.admit(newcomers)
+        try:
+            starts = {client: grown.starts[client] for client in newcomers}
+            recorder.admit(number, grown.algorithm, state, starts)
+        except BaseException:
+            experiment.door.dismiss(list(newcomers))
+            recorder.algorithm = experiment.algorithm
+            raise
+        self._experiment, self._clients = grown, list(grown.ranks)
+        self._provenance.stand_on(grown.ground)
+        self._provenance.write("running")
+        return Grown(grown.algorithm, self._clients, state, _screen(grown))
 
     @property
     def _last(self) -> int:

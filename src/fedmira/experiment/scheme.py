@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from fedmira.adapters import Adapter
 from fedmira.config import AbsentMethod, Config, GraphSettings
@@ -106,26 +107,32 @@ def token_budget(config: Config, kind: AdapterKind) -> int:
 
 
 def make_scheme(
-    config: Config, kind: AdapterKind, parties: Mapping[ClientId, ClientSummary]
+    config: Config,
+    kind: AdapterKind,
+    parties: Mapping[ClientId, ClientSummary],
+    came: Mapping[ClientId, int] = MappingProxyType({}),
 ) -> Scheme:
     """Build the algorithm for these clients.
 
     Args:
         config: the resolved settings.
         kind: the adapters, on their base.
-        parties: sorted by id.
+        parties: sorted by id; newcomers behind all others, in the order they came.
+        came: newcomer -> the first round that it can train in.
 
     Raises:
         ConfigError: the settings cannot work on this federation.
     """
-    clients = tuple(parties)
-    ranks = client_ranks(config.adapter, list(clients), kind.targets, config.seed)
+    clients, expected = tuple(parties), config.federation.expected
+    ranks = client_ranks(config.adapter, list(clients), kind.targets, config.seed, expected)
+    _check_rooms(ranks, came)
     categories = {client: party.category for client, party in parties.items()}
     rows = {client: party.train_rows for client, party in parties.items()}
     method = method_of(config)
     # A method that uses no graph must not fail for one, so that it gets one which needs nothing.
     related = config.graph if method.uses_graph else GraphSettings()
-    graph = graph_source(related, clients, categories, seed_for(config.seed, "graph"), rows)
+    seed = seed_for(config.seed, "graph")
+    graph = graph_source(related, clients, categories, seed, rows, len(came), expected)
     at_once = cohort_size(len(clients), config.rounds)
     if config.rounds.min_replies > at_once:
         raise ConfigError(
@@ -143,6 +150,7 @@ def make_scheme(
         rounds=config.rounds.count,
         rslora=config.adapter.rslora,
         server=config.server,
+        came=came,
     )
     algorithm = method.for_federation(context)
     if algorithm.aligns and not graph.acts(config.rounds.count):
@@ -152,6 +160,24 @@ def make_scheme(
             "act; set rounds.count above the warm-up, or graph.warmup_rounds to 0"
         )
     return Scheme(ranks, kind.starts(ranks, seed_for(config.seed, "start")), graph, algorithm)
+
+
+def _check_rooms(ranks: Mapping[ClientId, int], came: Mapping[ClientId, int]) -> None:
+    """Refuses a newcomer whose rank is beyond those that a run has begun with.
+
+    What is common to all was made for these, and how it is divided may follow from the smallest.
+
+    Raises:
+        ConfigError: it is.
+    """
+    known = [rank for client, rank in ranks.items() if client not in came]
+    for client in came:
+        if not min(known) <= ranks[client] <= max(known):
+            raise ConfigError(
+                f"client {client!r} would have rank {ranks[client]}, but the run began with ranks "
+                f"from {min(known)} to {max(known)}, for which its state was made; before a run "
+                "begins, adapter.ranks can name those in federation.open"
+            )
 
 
 def method_of(config: Config) -> Method:

@@ -141,7 +141,7 @@ class NodePolicy(Section):
         _FROM_A_SERVER,
         help=(
             "Keys of the run's settings that the server may set; `local.*` stands for a section. "
-            "A value of another key must be the one that the node has."
+            "A value of another key must be the one that the node has, in `[data]` or by default."
         ),
     )
     limits: Limits = Limits()
@@ -301,7 +301,8 @@ def admitted(policy: NodePolicy, sent: Mapping[str, object], own: Mapping[str, o
     _refuse_method(policy, sent)
     mine = {f"data.{key}": value for key, value in policy.data.items()} | dict(own)
     config = with_settings(unflattened(sent), mine)
-    present = flattened(config)
+    # What the node has: its own settings, and elsewhere the defaults.
+    present = flattened(with_settings(Config(), mine))
     _refuse_keys(
         [
             key

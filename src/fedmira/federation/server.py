@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from fedmira.experiment import (
     prepare_kind,
     privacy_plan,
     start_experiment,
+    with_newcomers,
 )
 from fedmira.federation.audit import AuditLog, audit_beside
 from fedmira.federation.ends import ServerEnd
@@ -38,7 +39,7 @@ from fedmira.federation.node import memory_beside
 from fedmira.messages import ClientId
 from fedmira.model import AdapterKind, check_ids, load_base, load_tokenizer, tokenizer_hash
 from fedmira.observers import Observer
-from fedmira.runs import Result, RunFolder, hash_of_rows
+from fedmira.runs import NEWCOMERS, CheckpointFolder, Result, RunFolder, hash_of_rows
 
 if TYPE_CHECKING:
     from fedmira.federation.flower.nodes import Grid, Nodes
@@ -72,7 +73,7 @@ def run_federation(
             trained.
         RunError: the run failed; what was computed is in the folder.
     """
-    before = _read_members(RunFolder.reopen(output)) if resume else None
+    before = _read_members(RunFolder.reopen(output), config) if resume else None
     experiment = (build_simulation if simulated else build_federation)(config, grid, output, before)
     return start_experiment(experiment, output, observers, resume=resume)
 
@@ -85,14 +86,23 @@ class Members:
 
     Attributes:
         run_id: drawn at random when the run begins.
-        parties: what each client says of itself.
+        parties: what each client says of itself that the run began with.
+        newcomers: the same of those who have come since, in their order.
+        came: newcomer -> the first round that it can train in.
     """
 
     run_id: str
     parties: Mapping[ClientId, ClientSummary]
+    newcomers: Mapping[ClientId, ClientSummary] = field(default_factory=dict)
+    came: Mapping[ClientId, int] = field(default_factory=dict)
+
+    @property
+    def everybody(self) -> dict[ClientId, ClientSummary]:
+        """What all clients say of themselves, newcomers last."""
+        return {**self.parties, **self.newcomers}
 
     def as_json(self) -> dict[str, object]:
-        """The federation as run.json has it: the run's identity and every party."""
+        """The federation as run.json has it before anybody joins: its identity and parties."""
         return {
             "run_id": self.run_id,
             "parties": [asdict(party) for party in self.parties.values()],
@@ -117,10 +127,10 @@ def build_federation(
     settings = config.federation
     check_apart(config.data)
     kind = prepare_kind(config)
-    names = tuple(before.parties) if before else settings.clients
+    names = tuple(before.everybody) if before else settings.clients
     nodes = _nodes(config, grid, kind, names, AuditLog(audit_beside(output)))
     if before:
-        nodes.close(before.parties)
+        nodes.close(before.everybody)
     wanted = len(names) or settings.nodes
     enough = min(config.rounds.min_replies, wanted) if before else wanted
     _log.info("waiting for %d nodes, at most %g s", wanted, settings.wait_s)
@@ -138,6 +148,12 @@ def build_federation(
     if before and missing:
         _log.warning("going on without %s, who may come back later", ", ".join(missing))
     members = before or Members(secrets.token_hex(8), parties)
+    if settings.open and len(members.parties) >= settings.most_clients:
+        raise ConfigError(
+            f"federation.open: the run begins with {len(members.parties)} clients, and "
+            f"federation.most_clients is {settings.most_clients}, so that nobody could join; "
+            "raise it, or leave federation.open out"
+        )
     return _experiment(config, kind, nodes, members, _hash_of_parties(members.parties))
 
 
@@ -156,6 +172,11 @@ def build_simulation(
         ConfigError: a node was refused or did not come in time, or the settings cannot work.
         DataError: the clients cannot be made.
     """
+    if config.federation.open:
+        raise ConfigError(
+            "federation.open: the clients of a simulation are those of the run's own data, all of "
+            "them from the beginning; leave it out"
+        )
     rows = read_rows(config.data, config.seed)
     tokenizer = load_tokenizer(config.model)
     check_clock(config.data, tokenizer)
@@ -209,6 +230,7 @@ def _nodes(
         names,
         config.federation.reply_s,
         audit,
+        config.federation.may_join if config.federation.open else None,
     )
 
 
@@ -220,7 +242,7 @@ def _experiment(
     data_sha256: str,
     skipped: tuple[str, ...] = (),
 ) -> Experiment:
-    """The run's parts for these clients; no others may take part from now on."""
+    """The run's parts for these clients; no others may take part from now on, but newcomers."""
     from fedmira.federation.flower.clients import FlowerClients
 
     parties = members.parties
@@ -233,7 +255,7 @@ def _experiment(
         config.rounds.min_replies,
         config.federation.wait_s,
     )
-    return Experiment(
+    experiment = Experiment(
         config=config,
         kind=kind,
         parties=parties,
@@ -249,7 +271,13 @@ def _experiment(
         privacy=privacy_plan(
             config, {client: party.train_rows for client, party in parties.items()}
         ),
+        door=clients if config.federation.open else None,
     )
+    # Built step by step, as while they came: what was decided before does not depend on them.
+    for client, party in members.newcomers.items():
+        clients.admit({client: party})
+        experiment = with_newcomers(experiment, {client: party}, members.came[client])
+    return experiment
 
 
 def _hash_of_parties(parties: Mapping[ClientId, ClientSummary]) -> str:
@@ -259,8 +287,12 @@ def _hash_of_parties(parties: Mapping[ClientId, ClientSummary]) -> str:
     ).hexdigest()
 
 
-def _read_members(folder: RunFolder) -> Members:
-    """Who takes part in a run that has begun.
+def _read_members(folder: RunFolder, config: Config) -> Members:
+    """Who takes part in a run that has begun; newcomers as its last checkpoint has them.
+
+    Args:
+        folder: of the run.
+        config: its settings.
 
     Raises:
         RunFolderError: the folder does not say.
@@ -274,4 +306,14 @@ def _read_members(folder: RunFolder) -> Members:
             f"{folder.path}: run.json does not say who takes part; the run is no "
             "federation, or had not begun: start it anew elsewhere"
         ) from error
-    return Members(run_id, {party.client_id: party for party in parties})
+    found = Members(run_id, {party.client_id: party for party in parties})
+    if not config.federation.open:
+        return found
+    checkpoint = CheckpointFolder(folder.checkpoint).load(folder.lost_lines)
+    listed: Any = checkpoint.values.get(NEWCOMERS, []) if checkpoint else []
+    came = {str(each["client_id"]): int(each["round"]) for each in listed}
+    newcomers = {
+        str(each["client_id"]): read_summary({k: v for k, v in each.items() if k != "round"})
+        for each in listed
+    }
+    return replace(found, newcomers=newcomers, came=came)

@@ -11,16 +11,23 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from fedmira.adapters import (
     Adapter,
     Mixed,
+    common_directions,
     folded,
+    in_directions,
+    mean_by_precision,
     metagpt_weights,
     nearest,
+    padded,
     spare_directions,
     ties,
     update_gram,
 )
+from fedmira.adapters.low_rank import UP
 from fedmira.atomic import replace_file
 from fedmira.errors import ConfigError, RunError
 from fedmira.fleet.folders import Fleet
@@ -33,11 +40,7 @@ __all__ = ["STRENGTHS", "WAYS", "Merged", "merge_fleet"]
 
 STRENGTHS = (1.0, 2.0, 4.0, 8.0)
 """What `auto` tries: the mean of many updates that have little in common is far too short."""
-WAYS = ("metagpt", "rows", "uniform", "ties")
-_PRECISION = (
-    "merge: by 'precision' needs each adapter's precision, such as a diagonal Fisher over its "
-    "factors in a common gauge, and no run keeps one; choose from metagpt, rows, uniform, ties"
-)
+WAYS = ("metagpt", "rows", "uniform", "ties", "precision")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Merged:
         adapter: its factors, float32.
         ranks, scales: of each module.
         by: how: one of `WAYS`, or "weights" where they were given.
-        weights: of each adapter, in their order; None for TIES, which weighs entries.
+        weights: of each adapter, in their order; None where entries are weighed, by TIES or by
+            precision.
         strength: c, by which the sum is multiplied.
         tail: norm that the cut to the rank left out.
         tried: strength -> mean validation loss, where it was chosen by it.
@@ -165,19 +169,23 @@ def merge_fleet(
     keep: float = 0.2,
     weights: Sequence[float] | None = None,
     rows: Callable[[], OwnRows] | None = None,
+    trained: Callable[[], OwnRows] | None = None,
 ) -> Merged:
     """Make one adapter of all.
 
     Args:
         fleet: one or more adapters.
         by: metagpt weighs by squared norms, rows by training rows, uniform all alike; ties trims
-            entries and takes the mean of those that agree in sign.
+            entries and takes the mean of those that agree in sign; precision weighs entries, in
+            directions that all have in common, by how surely each adapter's training rows know
+            them.
         strength: c, which multiplies the result, or "auto": that of 1, 2, 4 and 8 with the lowest
             mean loss on the participants' validation rows, of equals the least.
         rank: of the result; the largest rank of the fleet by default.
         keep: share of entries that TIES keeps.
         weights: in place of `by`: one each, 0 or more. They are divided by their sum.
         rows: gives the validation rows, which "auto" needs.
+        trained: gives the training rows, which precisions need.
 
     Raises:
         ConfigError: an argument cannot be used.
@@ -198,6 +206,9 @@ def merge_fleet(
     shares: tuple[float, ...] | None = None
     if by == "ties" and weights is None:
         mixed = ties(updates, keep, ranks, scales, spare)
+    elif by == "precision" and weights is None:
+        sure = _by_precision(fleet, updates, trained)
+        mixed = nearest([sure], [1.0], ranks, scales, spare)
     else:
         shares = tuple(_given(fleet, weights) if weights is not None else _weights(fleet, by))
         mixed = nearest(updates, shares, ranks, scales, spare)
@@ -220,6 +231,44 @@ def merge_fleet(
     best = min(tried, key=lambda c: tried[c] if math.isfinite(tried[c]) else math.inf)
     chosen = _scaled(fleet, mixed, ranks, scales, named, shares, best)
     return replace(chosen, tried=tried, asked=asked)
+
+
+def _by_precision(
+    fleet: Fleet, updates: Sequence[Adapter], trained: Callable[[], OwnRows] | None
+) -> Adapter:
+    """The mean of the updates by precisions, in directions that all of them have in common.
+
+    Raises:
+        ConfigError: there are no training rows to know precisions from, or all updates are zero.
+    """
+    if trained is None:
+        raise ConfigError(
+            "merge: precisions are known from the rows that the adapters were trained on, and "
+            "plain folders have none; give a run, or merge by metagpt, rows, uniform or ties"
+        )
+    directions = common_directions(updates)
+    if not any(len(rows) for rows in directions.values()):
+        raise ConfigError(
+            f"merge: all {len(updates)} adapters are zero, so that there is nothing to weigh; "
+            "train them, or merge by 'uniform'"
+        )
+    owners = trained()
+    if absent := [name for name in fleet.names if not owners.rows.get(name)]:
+        raise ConfigError(
+            f"merge: {', '.join(absent[:6])} have no training rows here, from which precisions are "
+            "known; merge by metagpt, rows, uniform or ties"
+        )
+    named = dict(zip(fleet.names, padded(updates), strict=True))
+    common = {name: in_directions(update, directions) for name, update in named.items()}
+    found = owners.squares(common)
+    merged: dict[str, Tensor] = {}
+    for key, part in next(iter(common.values())).items():
+        merged[key] = part
+        if key.endswith(UP):
+            values = [common[name][key] for name in fleet.names]
+            sure = [found[name][key] for name in fleet.names]
+            merged[key] = mean_by_precision(values, sure).float()
+    return merged
 
 
 def _scaled(
@@ -247,8 +296,7 @@ def _check(by: str, strength: float | str, rank: int | None, keep: float) -> Non
     """
     problems = []
     if by not in WAYS:
-        told = f"merge: by {by!r} is not known; choose from {', '.join(WAYS)}"
-        problems.append(_PRECISION if by == "precision" else told)
+        problems.append(f"merge: by {by!r} is not known; choose from {', '.join(WAYS)}")
     if strength != "auto" and not (isinstance(strength, Real) and 0 < strength < math.inf):
         problems.append(f"merge: strength is {strength!r}; give a number above 0, or 'auto'")
     if rank is not None and not (isinstance(rank, Integral) and rank >= 1):

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedmira.adapters import Adapter, modules
+from fedmira.adapters import Adapter, map_tensors, modules
 from fedmira.adapters.low_rank import DOWN, UP
 from fedmira.clients import LocalClients
-from fedmira.config import load_config
+from fedmira.config import LocalSettings, load_config
 from fedmira.data import load_clients
-from fedmira.errors import DataError
+from fedmira.errors import DataError, RunError
 from fedmira.experiment import prepare_kind, token_budget
 from fedmira.fleet.folders import Fleet
 from fedmira.metrics import TokenLoss
-from fedmira.model import BaseModel, LoraKind, Row, check_ids, find_targets, most_side_by_side
+from fedmira.model import (
+    BaseModel,
+    LocalTask,
+    LoraKind,
+    Row,
+    check_ids,
+    find_targets,
+    most_side_by_side,
+)
 
 __all__ = ["OwnRows"]
 
@@ -61,6 +69,17 @@ class OwnRows:
                 "data.validation_fraction above 0"
             )
         assert isinstance(clients.kind, LoraKind)
+        return cls(clients.kind, rows, clients.settings.token_budget)
+
+    @classmethod
+    def trained_by(cls, clients: LocalClients) -> OwnRows:
+        """The training rows of a run's clients.
+
+        Args:
+            clients: of the run.
+        """
+        assert isinstance(clients.kind, LoraKind)
+        rows = {name: client.train for name, client in clients.data.items()}
         return cls(clients.kind, rows, clients.settings.token_budget)
 
     @classmethod
@@ -154,6 +173,36 @@ class OwnRows:
                 ]
         return found
 
+    def squares(self, updates: Mapping[str, Adapter]) -> dict[str, Adapter]:
+        """How surely each owner's rows know each entry: the sum of squared gradients of each row.
+
+        The gradient is of the row's mean response loss, at the adapter as it is, without dropout.
+        It is the empirical Fisher's diagonal times the number of rows.
+
+        Args:
+            updates: by name, with their scales in B.
+
+        Raises:
+            RunError: a gradient is not finite.
+        """
+        kind = replace(self.kind, dropout=0.0)
+        found: dict[str, Adapter] = {}
+        still = LocalSettings(optimizer="sgd", batch_size=1, epochs=1, max_grad_norm=0.0)
+        for names in self._in_turns(updates):
+            starts, scales = self._stacked(updates, names)
+            tasks = [
+                LocalTask(start, scale, self.rows[name], 0, hook=_stay, squares=True)
+                for name, start, scale in zip(names, starts, scales, strict=True)
+            ]
+            outcomes = kind.train(tasks, still, self.budget)
+            for name, outcome in zip(names, outcomes, strict=True):
+                if outcome.squares is None:
+                    raise RunError(f"{name}: its precisions are not known: {outcome.failure}")
+                count = len(self.rows[name])
+                whole = {key: count * part for key, part in outcome.squares.items()}
+                found[name] = _cut_as(whole, updates[name])
+        return found
+
     def _in_turns(self, updates: Mapping[str, Adapter]) -> list[list[str]]:
         """A few adapters at a time, so that the memory for them stays bounded."""
         asked = [name for name in updates if name in self.rows]
@@ -181,6 +230,18 @@ class OwnRows:
                 down[: len(own_down)], up[:, : len(own_down)] = own_down, own_up
             result[name + DOWN], result[name + UP] = down, up
         return result
+
+
+def _stay(gradient: Adapter, adapter: Adapter) -> Adapter:
+    """No step at all: what is wanted of training is the sum of squares."""
+    return map_tensors(torch.zeros_like, gradient)
+
+
+def _cut_as(filled: Adapter, update: Adapter) -> dict[str, torch.Tensor]:
+    """The entries of an adapter that was filled up with zeros, as its update has them."""
+    return {
+        name: filled[name][tuple(map(slice, part.shape))].clone() for name, part in update.items()
+    }
 
 
 def _overrides(fleet: Fleet, settings: Sequence[str]) -> list[str]:

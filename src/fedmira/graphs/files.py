@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,16 @@ def graph_of(text: str, place: str) -> Graph:
     return _built(kind, clients, _edges(document, clients, place), place)
 
 
-def file_graph(path: Path | str, clients: Sequence[str]) -> Graph:
+def file_graph(
+    path: Path | str, clients: Sequence[str], optional: Collection[str] = frozenset()
+) -> Graph:
     """Read a graph.json for these clients, whatever their order in the file.
 
     Args:
         path: of the file.
         clients: ids of the run, in the order of the rows.
+        optional: names that may be in the file or not, such as those of newcomers. Edges to those
+            that are no clients of the run are left out.
 
     Raises:
         ConfigError: the file cannot be read or is not such a document; or its clients are not those
@@ -88,7 +92,8 @@ def file_graph(path: Path | str, clients: Sequence[str]) -> Graph:
         raise ConfigError(
             f"{place}: is not text in UTF-8: {error}; write it as graph.json of a run folder"
         ) from error
-    return _built("file", clients, _edges(_document(text, place), clients, place), place)
+    edges = _edges(_document(text, place), clients, place, optional)
+    return _built("file", clients, edges, place)
 
 
 def _built(
@@ -129,14 +134,17 @@ def _document(text: str, place: str) -> dict[str, Any]:
 
 
 def _edges(
-    document: dict[str, Any], clients: Sequence[str], place: str
+    document: dict[str, Any],
+    clients: Sequence[str],
+    place: str,
+    optional: Collection[str] = frozenset(),
 ) -> list[tuple[str, str, float]]:
-    """The edges, checked against the clients of the run.
+    """The edges between clients of the run, checked against them.
 
     Raises:
         ConfigError: the document's clients are others, or edges are wrong: all problems together.
     """
-    row = {client: number for number, client in enumerate(clients)}
+    row = {client: number for number, client in enumerate([*clients, *optional])}
     listed: list[Any] = document["clients"]
     named = {client for client in listed if isinstance(client, str)}
     strangers = [client for client in listed if not isinstance(client, str) or client not in row]
@@ -147,7 +155,7 @@ def _edges(
     problems += [
         f"missing client {client!r}; the run has it, add it to the list"
         for client in clients
-        if client not in named
+        if client not in named and client not in optional
     ]
     edges: list[tuple[str, str, float]] = []
     seen: dict[frozenset[str], int] = {}
@@ -164,7 +172,8 @@ def _edges(
         edges.append((edge["source"], edge["target"], edge["weight"]))
     if problems:
         raise ConfigError([f"{place}: {problem}" for problem in problems])
-    return edges
+    here = set(clients)
+    return [edge for edge in edges if edge[0] in here and edge[1] in here]
 
 
 def _edge_problem(edge: Any, known: Mapping[str, int]) -> str | None:

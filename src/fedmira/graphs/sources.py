@@ -5,7 +5,7 @@ A fixed graph, or one that is learned from the updates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -352,11 +352,31 @@ def _figures(found: Likeness) -> dict[str, float]:
     }
 
 
-_FIXED: Mapping[str, Callable[[GraphSettings, Sequence[str], Mapping[str, str], int], Graph]] = {
-    "random": lambda settings, clients, categories, seed: random_graph(clients, seed),
-    "uniform": lambda settings, clients, categories, seed: uniform_graph(clients),
-    "category": lambda settings, clients, categories, seed: category_graph(clients, categories),
-    "file": lambda settings, clients, categories, seed: file_graph(settings.path, clients),
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """Who is to be related.
+
+    Attributes:
+        clients: ids, in the order of the rows; newcomers at the end.
+        founders: those who were there from the beginning.
+        categories: client id -> category.
+        expected: names that a graph file may hold beside those of the founders.
+    """
+
+    clients: tuple[str, ...]
+    founders: tuple[str, ...]
+    categories: Mapping[str, str]
+    expected: frozenset[str]
+
+
+_FIXED: Mapping[str, Callable[[GraphSettings, _Members, int], Graph]] = {
+    # A draw for one client more would be another graph for all of them.
+    "random": lambda settings, of, seed: replace(
+        random_graph(of.founders, seed), clients=of.clients
+    ),
+    "uniform": lambda settings, of, seed: uniform_graph(of.clients),
+    "category": lambda settings, of, seed: category_graph(of.clients, of.categories),
+    "file": lambda settings, of, seed: file_graph(settings.path, of.clients, of.expected),
 }
 
 
@@ -414,8 +434,14 @@ def graph_source(
     categories: Mapping[str, str],
     seed: int,
     rows: Mapping[str, int] = MappingProxyType({}),
+    newcomers: int = 0,
+    expected: Collection[str] = frozenset(),
 ) -> GraphSource:
     """Build what [graph] asks for.
+
+    The edges between those who were there from the beginning do not depend on newcomers. These have
+    edges by the rule of the graph, or as they are learned; in a random graph they have none, and of
+    a file those that it lists.
 
     Args:
         settings: the section.
@@ -424,11 +450,15 @@ def graph_source(
         seed: of the random graph and of the shuffle.
         rows: client id -> training rows; only kind "pfedgraph" reads it, and takes all alike where
             it is empty.
+        newcomers: how many at the end of `clients` came after the run had begun.
+        expected: names that a graph file may hold beside those of the clients.
 
     Raises:
         ConfigError: categories are missing, the graph file is wrong, or there are too many pairs.
     """
-    sketch = sketch_entries(settings, len(clients))
+    founders = tuple(clients)[: len(clients) - newcomers]
+    # What is kept of adapters has one form throughout a run, whoever comes.
+    sketch = sketch_entries(settings, len(founders))
     if settings.kind not in _FIXED:
         return _LEARNED[settings.kind](
             settings,
@@ -440,5 +470,7 @@ def graph_source(
             sketch=sketch,
             space=_SPACES[settings.measure],
         )
-    graph = _FIXED[settings.kind](settings, clients, categories, seed)
+    optional = frozenset({*expected, *clients[len(founders) :]} - {*founders})
+    members = _Members(tuple(clients), founders, categories, optional)
+    graph = _FIXED[settings.kind](settings, members, seed)
     return FixedGraph(shuffled(graph, seed) if settings.shuffled else graph, sketch)

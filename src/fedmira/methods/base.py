@@ -10,7 +10,7 @@ from typing import Self
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from fedmira.adapters import Adapter
+from fedmira.adapters import Adapter, replaced
 from fedmira.config.methods import MethodSection, Need
 from fedmira.errors import RunError
 from fedmira.graphs import Graph
@@ -284,6 +284,32 @@ class Method(MethodSection, ABC):
         """
         return {}
 
+    def joined(
+        self,
+        state: ServerState,
+        starts: Mapping[ClientId, Adapter],
+        newcomers: Sequence[ClientId],
+    ) -> ServerState:
+        """The state once newcomers have come; asked of the method that was built with them.
+
+        By default a newcomer has what it would have had in `initial_state`, and all else stays: an
+        own adapter begins from the common start, and what is common is as it was learned. Tensors
+        with an entry or a row for each client grow at their end. It is asked where
+        `takes_newcomers` says so.
+
+        Args:
+            state: before they came; it is not changed.
+            starts: each client's start adapter, newcomers among them.
+            newcomers: who has come, the last ones of the context's clients.
+        """
+        fresh = self.initial_state(starts)
+        new = {name: each for name, each in fresh.adapters.items() if name not in state.adapters}
+        numbers = {
+            name: _grown(tensor, fresh.numbers[name]) if name in fresh.numbers else tensor
+            for name, tensor in state.numbers.items()
+        }
+        return ServerState(replaced(state.adapters, new), numbers)
+
     def alternatives(self, own: Adapter, aligned: Adapter) -> Mapping[float, Adapter]:
         """What a client may have in place of what the server made of its adapter.
 
@@ -408,3 +434,12 @@ class Method(MethodSection, ABC):
             inner = [each if isinstance(each, str) else type(each).__name__ for each in made]
             told += f" of {', '.join(inner[:4])}{' ...' if len(inner) > 4 else ''}"
         return RunError(f"{self.name}: {half} returned {told}; must return {wanted}")
+
+
+def _grown(tensor: Tensor, fresh: Tensor) -> Tensor:
+    """A tensor with the further rows and columns of a fresh one; as it is where it has all."""
+    if tensor.ndim == 0 or not any(map(int.__lt__, tensor.shape, fresh.shape)):
+        return tensor
+    grown = fresh.clone()
+    grown[tuple(map(slice, tensor.shape))] = tensor
+    return grown

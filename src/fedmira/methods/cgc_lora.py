@@ -51,6 +51,7 @@ class CgcLora(Method):
 
     name: ClassVar[str] = "cgc-lora"
     title: ClassVar[str] = "CGC-LoRA"
+    takes_newcomers: ClassVar[bool] = True
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.FACTORS: ""}

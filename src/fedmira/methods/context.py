@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedmira.adapters import scale
 from fedmira.config import ServerSettings
@@ -28,6 +28,8 @@ class MethodContext:
         rounds: of the run.
         rslora: whether a client's update is alpha / sqrt(rank) * B A.
         server: the settings of [server].
+        came: newcomer -> the first round that it can train in; who is not here was there from
+            round 1 on. Newcomers stand behind all others in `clients`, in the order they came.
     """
 
     clients: tuple[ClientId, ...]
@@ -39,6 +41,15 @@ class MethodContext:
     rounds: int = 1
     rslora: bool = False
     server: ServerSettings = ServerSettings()
+    came: Mapping[ClientId, int] = field(default_factory=dict)
+
+    def rounds_of(self, client: ClientId) -> int:
+        """Rounds of the run in which a client can be drawn.
+
+        Args:
+            client: its id.
+        """
+        return self.rounds - self.came.get(client, 1) + 1
 
     def scale(self, client: ClientId) -> float:
         """alpha / rank of a client, or alpha / sqrt(rank); 1 for adapters without a rank."""

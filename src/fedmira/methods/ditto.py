@@ -49,6 +49,7 @@ class Ditto(Method):
 
     name: ClassVar[str] = "ditto"
     title: ClassVar[str] = "Ditto"
+    takes_newcomers: ClassVar[bool] = True
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"personal_pull": (0.01, 0.1, 1.0)}
     uses_graph: ClassVar[bool] = False
     averages: ClassVar[bool] = True
@@ -68,6 +69,17 @@ class Ditto(Method):
         """The common start for everything."""
         turns = torch.zeros(len(self.context.clients), dtype=torch.int64)
         return ServerState({COMMON: next(iter(starts.values())), **starts}, {TURNS: turns})
+
+    def joined(
+        self,
+        state: ServerState,
+        starts: Mapping[ClientId, Adapter],
+        newcomers: Sequence[ClientId],
+    ) -> ServerState:
+        """A newcomer's personal adapter begins at the shared one, to which it is pulled."""
+        grown, shared = super().joined(state, starts, newcomers), state.adapters[COMMON]
+        own = replaced(grown.adapters, dict.fromkeys(newcomers, shared))
+        return ServerState(own, grown.numbers)
 
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
         """The shared adapter: to be trained, or to be pulled towards."""

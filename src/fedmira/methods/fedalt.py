@@ -76,6 +76,7 @@ class FedAlt(Method):
 
     name: ClassVar[str] = "fedalt"
     title: ClassVar[str] = "FedALT"
+    takes_newcomers: ClassVar[bool] = True
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rest_share": (0.25, 0.5, 1.0)}
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.FACTORS: ""}

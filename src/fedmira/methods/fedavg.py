@@ -27,6 +27,7 @@ class FedAvg(Method):
 
     name: ClassVar[str] = "fedavg"
     title: ClassVar[str] = "FedAvg"
+    takes_newcomers: ClassVar[bool] = True
     uses_graph: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     sends_mean_alone: ClassVar[bool] = True

@@ -52,6 +52,7 @@ class FedDpa(Method):
 
     name: ClassVar[str] = "feddpa"
     title: ClassVar[str] = "FedDPA"
+    takes_newcomers: ClassVar[bool] = True
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.FACTORS: ""}

@@ -45,6 +45,7 @@ class FedEx(Method):
 
     name: ClassVar[str] = "fedex"
     title: ClassVar[str] = "FedEx-LoRA"
+    takes_newcomers: ClassVar[bool] = True
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.FACTORS: ""}

@@ -47,6 +47,7 @@ from fedmira.methods.base import (
     Start,
     Trained,
 )
+from fedmira.methods.parts.generalist import generalist
 from fedmira.methods.parts.partly_sent import PartlySent
 
 __all__ = ["FedFomo", "first_order_weights"]
@@ -90,6 +91,7 @@ class FedFomo(Method):
 
     name: ClassVar[str] = "fedfomo"
     title: ClassVar[str] = "FedFomo"
+    takes_newcomers: ClassVar[bool] = True
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"candidates": (2, 5, 10)}
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
@@ -141,6 +143,23 @@ class FedFomo(Method):
             SENT: torch.zeros(count, count, dtype=torch.bool),
         }
         return ServerState(dict(starts), numbers)
+
+    def joined(
+        self,
+        state: ServerState,
+        starts: Mapping[ClientId, Adapter],
+        newcomers: Sequence[ClientId],
+    ) -> ServerState:
+        """A newcomer begins from the mean of those that have trained."""
+        grown, clients = super().joined(state, starts, newcomers), self.context.clients
+        trained = [clients[k] for k in torch.nonzero(grown.numbers[TRAINED]).flatten().tolist()]
+        means = {
+            client: generalist(
+                self.context, state.adapters, trained, client, starts[client], products=True
+            )
+            for client in newcomers
+        }
+        return ServerState(replaced(grown.adapters, means), grown.numbers)
 
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
         """The client's own adapter, which it has once it trained, and what travels: candidates."""

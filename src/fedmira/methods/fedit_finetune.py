@@ -49,6 +49,7 @@ class FedItFinetune(Method):
 
     name: ClassVar[str] = "fedit-finetune"
     title: ClassVar[str] = "FedIT + fine-tuning"
+    takes_newcomers: ClassVar[bool] = True
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"finetune_share": (0.25, 0.5, 0.75)}
     uses_graph: ClassVar[bool] = False
     averages: ClassVar[bool] = True

@@ -48,6 +48,7 @@ class FedKSeed(Method):
 
     name: ClassVar[str] = "fedkseed"
     title: ClassVar[str] = "FedKSeed"
+    takes_newcomers: ClassVar[bool] = True
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.MOVEMENTS: ""}

@@ -136,6 +136,7 @@ class FedLease(Method):
 
     name: ClassVar[str] = "fedlease"
     title: ClassVar[str] = "FedLEASE without router"
+    takes_newcomers: ClassVar[bool] = True
     uses_graph: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.FACTORS: ""}

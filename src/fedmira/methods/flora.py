@@ -59,6 +59,7 @@ class Flora(Method):
 
     name: ClassVar[str] = "flora"
     title: ClassVar[str] = "FLoRA"
+    takes_newcomers: ClassVar[bool] = True
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {

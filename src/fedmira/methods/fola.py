@@ -51,6 +51,7 @@ class Fola(FedAvg):
 
     name: ClassVar[str] = "fola"
     title: ClassVar[str] = "FOLA"
+    takes_newcomers: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.GRADIENTS: ""}
     squared_parts: ClassVar[tuple[str, ...]] = (PRECISION,)
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"prior": (0.001, 0.01, 0.1)}

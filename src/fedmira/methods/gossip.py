@@ -63,6 +63,7 @@ class Gossip(Method):
 
     name: ClassVar[str] = "gossip"
     title: ClassVar[str] = "MIRA without a server"
+    takes_newcomers: ClassVar[bool] = True
     partly_sent: ClassVar[bool] = True
     begins_elsewhere: ClassVar[bool] = True
     traffic_differs: ClassVar[str] = "how many neighbours a client has, and when they trained"

@@ -20,6 +20,7 @@ class Local(Method):
 
     name: ClassVar[str] = "local"
     title: ClassVar[str] = "local training"
+    takes_newcomers: ClassVar[bool] = True
     uses_graph: ClassVar[bool] = False
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:

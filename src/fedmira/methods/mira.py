@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -39,6 +39,7 @@ from fedmira.graphs import Graph
 from fedmira.messages import ClientId, Payload, Reply
 from fedmira.methods.base import Combined, Diagnostics, ServerState
 from fedmira.methods.parts.declining import MayDecline
+from fedmira.methods.parts.generalist import generalist
 from fedmira.methods.parts.kept_products import KeptProducts, Take, Taken
 from fedmira.methods.parts.learning import Learning
 from fedmira.methods.parts.mixing import Mixing, comparable_weights, mixing_matrix
@@ -81,6 +82,7 @@ class Mira(MayDecline):
 
     name: ClassVar[str] = "mira"
     title: ClassVar[str] = "MIRA"
+    takes_newcomers: ClassVar[bool] = True
     moves_towards: ClassVar[bool] = True
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"coupling": (0.25, 0.5, 1.0)}
     controls: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -228,6 +230,31 @@ class Mira(MayDecline):
         }
         common = {} if self.context.low_rank else {START: next(iter(starts.values()))}
         return ServerState({**starts, **common}, numbers)
+
+    def joined(
+        self,
+        state: ServerState,
+        starts: Mapping[ClientId, Adapter],
+        newcomers: Sequence[ClientId],
+    ) -> ServerState:
+        """A newcomer begins from the mean of those that have trained; alone, from the start."""
+        grown = super().joined(state, starts, newcomers)
+        if not self.aligns:
+            return grown
+        last = dict(zip(self.context.clients, grown.numbers[LAST_ROUND].tolist(), strict=True))
+        trained = [client for client, number in last.items() if number]
+        means = {
+            client: generalist(
+                self.context,
+                state.adapters,
+                trained,
+                client,
+                starts[client],
+                products=self.space == "product",
+            )
+            for client in newcomers
+        }
+        return replace(grown, adapters=replaced(grown.adapters, means))
 
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
         """The client's own adapter."""

@@ -50,6 +50,7 @@ class MtLora(Method):
 
     name: ClassVar[str] = "mtlora"
     title: ClassVar[str] = "MTLoRA"
+    takes_newcomers: ClassVar[bool] = True
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.FACTORS: ""}
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"own_coupling": (0.0, 0.5, 1.0)}

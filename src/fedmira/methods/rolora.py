@@ -44,6 +44,7 @@ class RoLora(Method):
 
     name: ClassVar[str] = "rolora"
     title: ClassVar[str] = "RoLoRA"
+    takes_newcomers: ClassVar[bool] = True
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {

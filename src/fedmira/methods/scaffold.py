@@ -47,6 +47,7 @@ class Scaffold(FedAvg):
 
     name: ClassVar[str] = "scaffold"
     title: ClassVar[str] = "SCAFFOLD"
+    takes_newcomers: ClassVar[bool] = True
     always_needs: ClassVar[Mapping[Need, str]] = {Need.ONE_RANK: "", Need.PLAIN_STEPS: ""}
 
     @property
@@ -58,6 +59,19 @@ class Scaffold(FedAvg):
         """The start that all clients have in common, and c = 0."""
         shared = next(iter(starts.values()))
         return ServerState({SHARED: shared, CONTROL: map_tensors(torch.zeros_like, shared)})
+
+    def joined(
+        self,
+        state: ServerState,
+        starts: Mapping[ClientId, Adapter],
+        newcomers: Sequence[ClientId],
+    ) -> ServerState:
+        """c is sum_k n_k / n c_k also with newcomers, whose c_k is 0: n has grown."""
+        rows = self.context.rows
+        new = sum(rows[client] for client in newcomers)
+        control = weighted_sum([state.adapters[CONTROL]], [1 - new / sum(rows.values())])
+        grown = super().joined(state, starts, newcomers)
+        return ServerState(replaced(grown.adapters, {CONTROL: control}), grown.numbers)
 
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
         """The shared adapter and c."""

@@ -50,6 +50,7 @@ class FedOpt(FedAvg):
     averages: ClassVar[bool] = True
     sends_mean_alone: ClassVar[bool] = True
     title: ClassVar[str] = "FedOpt"
+    takes_newcomers: ClassVar[bool] = True
     server_optimizer: Literal["momentum", "adam", "yogi", "adagrad"] = setting(
         "adam",
         help=(

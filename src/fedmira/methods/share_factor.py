@@ -50,6 +50,7 @@ class ShareFactor(Method):
 
     name: ClassVar[str] = "share-factor"
     title: ClassVar[str] = "shared factor"
+    takes_newcomers: ClassVar[bool] = True
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {"shared_factor": ("A", "B")}
     uses_graph: ClassVar[bool] = False
     partly_sent: ClassVar[bool] = True

@@ -9,6 +9,7 @@ the round's clients S, m = sum_S p_l u_l, t the round and t_k the rounds that cl
     O_k  <-  sum_l P_kl O_l            MIRA's server step on the own parts        for k in S
 
 with T the rounds that a client of this run trains, rounds times participation, and h the horizon.
+Of a newcomer the rounds are those that are left when it comes, and t_k counts its own.
 
 With everybody in every round and a = b = 1 it is MIRA on w_k; with few clients a round C makes a
 step in every round, as the shared adapter of FedIT and FlexLoRA does. Behind round h T steps shrink
@@ -143,6 +144,7 @@ class TwoLevel(MayDecline):
 
     name: ClassVar[str] = "two-level"
     title: ClassVar[str] = "two levels"
+    takes_newcomers: ClassVar[bool] = True
     moves_towards: ClassVar[bool] = True
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "coupling": (0.25, 0.5, 1.0),
@@ -262,6 +264,18 @@ class TwoLevel(MayDecline):
         }
         return ServerState({**starts, **own, **common}, numbers)
 
+    def joined(
+        self,
+        state: ServerState,
+        starts: Mapping[ClientId, Adapter],
+        newcomers: Sequence[ClientId],
+    ) -> ServerState:
+        """A newcomer's own part is zero, so that it begins from C; its T are the rounds left."""
+        grown, made = super().joined(state, starts, newcomers), state.numbers[MADE]
+        after = torch.zeros(len(self.context.clients) + 1, dtype=torch.int64)
+        after[: len(made) - 1], after[-1] = made[:-1], made[-1]
+        return ServerState(grown.adapters, {**grown.numbers, MADE: after})
+
     def instruct(self, state: ServerState, client: ClientId) -> Payload:
         """C + O_k, cut to the client's rank."""
         return Payload({"adapter": self.adapter_for(state, client)})
@@ -288,7 +302,8 @@ class TwoLevel(MayDecline):
         mean, changes = self._common_step(state, round_)
         own = {
             clients[k]: self._own(state, clients[k]).plus(
-                round_.added[clients[k]].plus(mean, -1.0), self._step(int(numbers[TURNS][k]))
+                round_.added[clients[k]].plus(mean, -1.0),
+                self._step(clients[k], int(numbers[TURNS][k])),
             )
             for k in round_.cohort
         }
@@ -359,10 +374,10 @@ class TwoLevel(MayDecline):
         after = self._common(state.adapters).plus(mean, step)
         return mean, {COMMON: after.formed(self._common_rank, self._common_scale, before)}
 
-    def _step(self, turn: int) -> float:
+    def _step(self, client: ClientId, turn: int) -> float:
         """a_k in a client's round of this number, from 1."""
         context = self.context
-        turns = context.rounds * context.cohort / len(context.clients)
+        turns = context.rounds_of(client) * context.cohort / len(context.clients)
         return min(1.0, max(LEAST_HORIZON, self.horizon * turns) / turn)
 
     def _learn(

@@ -1,4 +1,4 @@
-"""What an observer is: five methods, each called with one small event.
+"""What an observer is: six methods, each called with one small event.
 
 Each of them can stop the run.
 """
@@ -14,6 +14,7 @@ __all__ = [
     "ClientEvent",
     "EndEvent",
     "EvaluationEvent",
+    "JoinEvent",
     "Observer",
     "RoundEvent",
     "RunFacts",
@@ -69,6 +70,21 @@ class StartEvent:
     rounds: int
     folder: Path
     resumed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class JoinEvent:
+    """Clients came once the run had begun.
+
+    Attributes:
+        run: which run it is.
+        round: the first that they can train in.
+        clients: their ids.
+    """
+
+    run: RunFacts
+    round: int
+    clients: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +181,9 @@ class Observer:
 
     def on_start(self, event: StartEvent) -> Stop | None:
         """The run begins; `restore` was called before where there is a checkpoint."""
+
+    def on_join(self, event: JoinEvent) -> Stop | None:
+        """Clients came; called before the first round that they can train in."""
 
     def on_client(self, event: ClientEvent) -> Stop | None:
         """A client replied or failed; called in the order of client ids, after the exchange."""

@@ -12,6 +12,7 @@ from fedmira.observers.base import (
     ClientEvent,
     EndEvent,
     EvaluationEvent,
+    JoinEvent,
     Observer,
     RoundEvent,
     StartEvent,
@@ -20,10 +21,11 @@ from fedmira.observers.base import (
 
 __all__ = ["Dispatcher", "Event", "check_observers"]
 
-Event = StartEvent | ClientEvent | EvaluationEvent | RoundEvent | EndEvent
+Event = StartEvent | JoinEvent | ClientEvent | EvaluationEvent | RoundEvent | EndEvent
 
 _METHODS = {
     StartEvent: "on_start",
+    JoinEvent: "on_join",
     ClientEvent: "on_client",
     EvaluationEvent: "on_evaluation",
     RoundEvent: "on_round",
@@ -60,6 +62,8 @@ class Dispatcher:
         method = _METHODS[type(event)]
         if isinstance(event, StartEvent):
             self._clients = frozenset(event.clients)
+        elif isinstance(event, JoinEvent) and self._clients is not None:
+            self._clients |= {*event.clients}
         for observer in list(self._observers):
             answer = self._ask(observer, method, event)
             if self.stop is None and isinstance(answer, Stop) and method != "on_end":

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from fedmira.errors import ConfigError
-from fedmira.observers.base import EvaluationEvent, Observer, StartEvent, Stop
+from fedmira.observers.base import EvaluationEvent, JoinEvent, Observer, StartEvent, Stop
 
 __all__ = ["EarlyStopping"]
 
@@ -67,6 +67,13 @@ class EarlyStopping(Observer):
         self._clients = event.clients
         if event.resumed is None:
             self._best, self._waited = {}, {}
+        return None
+
+    def on_join(self, event: JoinEvent) -> Stop | None:
+        """Newcomers are judged as all others are; a mean over more clients is judged anew."""
+        self._clients += event.clients
+        self._best.pop("", None)
+        self._waited.pop("", None)
         return None
 
     def on_evaluation(self, event: EvaluationEvent) -> Stop | None:

@@ -45,6 +45,7 @@ from fedmira.report.graph_picture import (
     category_styles,
     graph_picture,
 )
+from fedmira.report.newcomers import newcomers_of
 from fedmira.report.read import read_run
 from fedmira.report.records import Client, Run
 from fedmira.report.tables import (
@@ -193,6 +194,7 @@ def _content(run: Run, defaults: Callable[[str], Mapping[str, Any]] | None) -> d
         "round_cells": round_cells,
         "graph": _graph_content(run, names),
         "traffic": traffic(run),
+        "newcomers": newcomers_of(run),
         "messages": messages[:MOST_LISTED],
         "messages_left": max(0, len(messages) - MOST_LISTED),
         "provenance": _provenance(run),

@@ -32,6 +32,7 @@ REQUIRED_KEYS = {
     "train": "client",
     "align": "client",
     "evaluate": "client",
+    "join": "client",
     "failure": "reason",
     "warning": "message",
 }

@@ -21,7 +21,10 @@ from fedmira.rounds.sampling import sample_clients
 from fedmira.rounds.screening import Screened
 from fedmira.seeds import seed_for
 
-__all__ = ["RoundOutcome", "run_rounds"]
+__all__ = ["Grown", "RoundOutcome", "run_rounds"]
+
+Sifter = Callable[[Sequence[Request], Sequence[Reply]], Screened]
+"""(requests of a round, its replies) -> the replies that may be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,23 @@ class RoundOutcome:
     notes: Sequence[str] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """A run with newcomers in it: what takes the place of what the loop was given.
+
+    Attributes:
+        algorithm: the method, built for all clients.
+        clients: ids of all clients.
+        state: of the server, with the newcomers.
+        screen: as the loop was given it, for all clients.
+    """
+
+    algorithm: Method
+    clients: Sequence[ClientId]
+    state: ServerState
+    screen: Sifter | None
+
+
 def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
     algorithm: Method,
     workers: Clients,
@@ -59,7 +79,8 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
     on_round: Callable[[RoundOutcome], bool | None],
     first_round: int = 1,
     resting: Callable[[], Collection[ClientId]] = frozenset,
-    screen: Callable[[Sequence[Request], Sequence[Reply]], Screened] | None = None,
+    screen: Sifter | None = None,
+    admit: Callable[[int, ServerState], Grown | None] | None = None,
 ) -> ServerState:
     """Run the rounds `first_round` to `settings.count` and return the last state.
 
@@ -78,6 +99,8 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
         resting: is asked before each round which clients are not to take part; a round is drawn
             from the others. The loop ends where there are none.
         screen: sorts out replies that are not to be used; None uses all.
+        admit: is asked before each round, by its number and the state, whether clients have come;
+            None where nobody can.
 
     Raises:
         RoundError: fewer clients of a round than `min_replies` sent a usable reply; failures of
@@ -85,20 +108,15 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
         AlignmentError: a client that must have moved did not.
     """
     for number in range(first_round, settings.count + 1):
+        if admit is not None and (grown := admit(number, state)) is not None:
+            algorithm, clients = grown.algorithm, grown.clients
+            state, screen = grown.state, grown.screen
         away = frozenset(resting())
         present = [client for client in clients if client not in away] if away else clients
         if not present:
             return state
         chosen = sample_clients(present, settings, run_seed, number)
-        requests = [
-            Request(
-                client,
-                number,
-                seed_for(run_seed, "train", number, client),
-                algorithm.instruct(state, client),
-            )
-            for client in chosen
-        ]
+        requests = _requests(algorithm, state, chosen, run_seed, number)
         begun = time.perf_counter()
         answers = complete(requests, workers.train(requests), algorithm.returned)
         trained = time.perf_counter()
@@ -142,6 +160,25 @@ def run_rounds(  # noqa: PLR0913 - the loop meets all parts of a run here
         if on_round(outcome):
             break
     return state
+
+
+def _requests(
+    algorithm: Method,
+    state: ServerState,
+    chosen: Sequence[ClientId],
+    run_seed: int,
+    number: int,
+) -> list[Request]:
+    """What the round's clients are asked, in the order of their ids."""
+    return [
+        Request(
+            client,
+            number,
+            seed_for(run_seed, "train", number, client),
+            algorithm.instruct(state, client),
+        )
+        for client in chosen
+    ]
 
 
 def _told_apart(answers: Sequence[Reply | Failure]) -> tuple[list[Reply], list[Failure]]:

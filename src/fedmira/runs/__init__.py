@@ -5,11 +5,12 @@ from fedmira.runs.checkpoint import Checkpoint, CheckpointFolder
 from fedmira.runs.folder import RunFolder
 from fedmira.runs.pages import write_page
 from fedmira.runs.provenance import Ground, Provenance, hash_of_rows
-from fedmira.runs.recorder import Recorder
+from fedmira.runs.recorder import NEWCOMERS, Recorder
 from fedmira.runs.results import Result, trained_parameters, write_results
 from fedmira.runs.verify import Verification, accept_files, verify_folder
 
 __all__ = [
+    "NEWCOMERS",
     "AdapterCards",
     "Checkpoint",
     "CheckpointFolder",

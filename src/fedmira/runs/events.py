@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from fedmira.adapters import digest
+from fedmira.data import ClientSummary
 from fedmira.messages import (
     ClientId,
     Failure,
@@ -21,6 +22,7 @@ __all__ = [
     "align_events",
     "evaluate_event",
     "failure_event",
+    "join_event",
     "round_event",
     "round_row",
     "train_events",
@@ -102,6 +104,31 @@ def failure_event(failure: Failure) -> EventLine:
         "client": failure.client_id,
         "stage": failure.stage,
         "reason": failure.reason,
+    }
+
+
+def join_event(
+    number: int,
+    party: ClientSummary,
+    base: TokenLoss | None,
+    test: TokenLoss | None,
+    validation: TokenLoss | None,
+) -> EventLine:
+    """A client that came once the run had begun.
+
+    Args:
+        number: of the first round that it can train in.
+        party: what it says of itself.
+        base: the base's loss on its test rows; None where it has none, or did not answer.
+        test, validation: of the adapter that it begins from.
+    """
+    losses = {"base_loss": base, "test_loss": test, "validation_loss": validation}
+    return {
+        "event": "join",
+        "round": number,
+        "client": party.client_id,
+        "rows": party.train_rows,
+        **{name: _finite(loss.per_token) for name, loss in losses.items() if loss is not None},
     }
 
 

@@ -101,6 +101,14 @@ class Provenance:
         self._before = before
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
 
+    def stand_on(self, ground: Ground) -> None:
+        """From now on run.json tells of this ground, on which the run has more clients.
+
+        Args:
+            ground: on the same base.
+        """
+        self._ground = ground
+
     def _processors(self) -> dict[str, object]:
         """How many processes and threads compute, where that is known here."""
         crew = self._ground.crew

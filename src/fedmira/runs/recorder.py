@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedmira.observers import (
     ClientEvent,
     Dispatcher,
     EvaluationEvent,
+    JoinEvent,
     Observer,
     RoundEvent,
     RunFacts,
@@ -35,6 +36,7 @@ from fedmira.runs.events import (
     align_events,
     evaluate_event,
     failure_event,
+    join_event,
     round_event,
     round_row,
     train_events,
@@ -42,7 +44,10 @@ from fedmira.runs.events import (
 from fedmira.runs.folder import RunFolder
 from fedmira.storage import AdapterTable
 
-__all__ = ["Best", "Recorder"]
+__all__ = ["NEWCOMERS", "Best", "Recorder"]
+
+NEWCOMERS = "newcomers"
+"""In a checkpoint's values: who came once the run had begun, with the round, as run.json has it."""
 
 _SMALL_PULL = 1e-3
 _log = logging.getLogger("fedmira")
@@ -85,6 +90,7 @@ class Recorder:
         best_adapters, best: each client's adapter at its lowest validation loss, and the figures of
             that round.
         rounds_trained: rounds in which each client's reply was used.
+        came: newcomer -> the first round that it could train in.
         rounds_asked: rounds in which each client was asked to train; kept of private runs alone.
         ever_moved: whether alignment has moved any adapter so far.
         warned: whether the run has been told that alignment moves nothing.
@@ -110,6 +116,7 @@ class Recorder:
     best: dict[ClientId, Best] = field(default_factory=dict)
     rounds_trained: dict[ClientId, int] = field(default_factory=dict)
     rounds_asked: dict[ClientId, int] = field(default_factory=dict)
+    came: dict[ClientId, int] = field(default_factory=dict)
     ever_moved: bool = False
     warned: bool = False
     graph: Graph | None = None
@@ -139,6 +146,58 @@ class Recorder:
         self._note_losses()
         self._checkpoint(0, state)
 
+    def admit(
+        self,
+        number: int,
+        algorithm: Method,
+        state: ServerState,
+        starts: Mapping[ClientId, Adapter],
+    ) -> None:
+        """Measure newcomers, write them down, and write the checkpoint before their first round.
+
+        Args:
+            number: of that round.
+            algorithm: the method, built for all clients.
+            state: of the server, with the newcomers.
+            starts: their start adapters, which are the base model.
+        """
+        self.algorithm, self._given, self._number = algorithm, None, number
+        given = {client: algorithm.adapter_for(state, client) for client in starts}
+        base = self.clients.losses(starts)
+        # Who did not answer once is not waited for again.
+        absent = self.clients.unmeasured()
+        gone = {failure.client_id for failure in absent}
+        there = {client: adapter for client, adapter in given.items() if client not in gone}
+        test, validation = (self.clients.losses(there, part) for part in ("test", "validation"))
+        absent += self.clients.unmeasured()
+        self.base_losses |= base
+        self.came |= dict.fromkeys(starts, number)
+        self._note_losses()
+        parties = self.clients.parties
+        self.folder.append_events(
+            [
+                join_event(number, parties[client], *(of.get(client) for of in measured))
+                for client, measured in dict.fromkeys(starts, (base, test, validation)).items()
+            ]
+            + [failure_event(replace(failure, round=number)) for failure in absent]
+        )
+        for client in starts:
+            _log.info("client %s joins the run with round %d", client, number)
+        # What observers make of it belongs to the checkpoint: a resume does not tell them again.
+        self.watchers.tell(JoinEvent(self.facts, number, tuple(starts)))
+        self._checkpoint(number - 1, state)
+
+    def warn(self, number: int, messages: Sequence[str]) -> None:
+        """Write sentences into events.jsonl.
+
+        Args:
+            number: of the round at hand, or that comes next.
+            messages: the sentences.
+        """
+        self.folder.append_events(
+            [{"event": "warning", "round": number, "message": message} for message in messages]
+        )
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up where a checkpoint stopped."""
         values: Any = checkpoint.values
@@ -164,6 +223,7 @@ class Recorder:
         self.best = {client: Best(*entry) for client, entry in values["best"].items()}
         self.rounds_trained = dict(values["rounds_trained"])
         self.rounds_asked = dict(values.get("rounds_asked", {}))
+        self.came = {each["client_id"]: each["round"] for each in values.get(NEWCOMERS, [])}
         self.ever_moved, self.warned = values["ever_moved"], values["warned"]
         self.latest = {client: TokenLoss(*loss) for client, loss in values["latest"].items()}
         self.base_losses = {
@@ -240,7 +300,7 @@ class Recorder:
 
     def _note_warning(self, message: str) -> None:
         """Write a sentence on an observer that failed into events.jsonl."""
-        self.folder.append_events([{"event": "warning", "round": self._number, "message": message}])
+        self.warn(self._number, [message])
 
     def note_nobody_related(self) -> None:
         """Say that the learned graph joined nobody; that is a finding and no failure."""
@@ -393,6 +453,11 @@ class Recorder:
         }
         if self.rounds_asked:
             values["rounds_asked"] = self.rounds_asked
+        if self.came:
+            parties = self.clients.parties
+            values[NEWCOMERS] = [
+                {"round": first, **asdict(parties[client])} for client, first in self.came.items()
+            ]
         if states := self.watchers.states():
             values["observers"] = states
         self.checkpoints.save(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedmira.adapters import Adapter
-from fedmira.data import ObjectRows, rows_of_objects
+from fedmira.data import ObjectRows, rows_from_objects, rows_of_objects
 from fedmira.errors import ConfigError, RunFolderError
 from fedmira.fleet import Merged, OwnRows, merge_fleet, read_fleet
 from fedmira.graphs import Graph, graph_of
@@ -22,9 +22,10 @@ from fedmira.model import BaseModel
 from fedmira.records import RecordedFolder, lost_lines
 from fedmira.report import Picture, picture_of_graph, picture_of_rounds
 from fedmira.runs import RunFolder
+from fedmira.studies.joining import JoinedClient, join_run
 from fedmira.studies.notebook import html_table
 from fedmira.studies.referring import answer
-from fedmira.studies.saved import SavedAdapters, clients_of, reload_adapters
+from fedmira.studies.saved import SavedAdapters, clients_of, reload_adapters, trained_rows
 from fedmira.studies.serving.exported import Exported, export_adapter
 from fedmira.studies.serving.routing import Router
 from fedmira.studies.serving.served import Served, write_served
@@ -344,7 +345,7 @@ class Result:
         Args:
             clients: whose adapters; by default all.
             weights: of each, 0 or more. They are divided by their sum, and stand in place of `by`.
-            by: "uniform", "rows", "metagpt" or "ties"; see `fedmira.merge`.
+            by: "uniform", "rows", "metagpt", "ties" or "precision"; see `fedmira.merge`.
             strength: what the sum is multiplied by; "auto" chooses 1, 2, 4 or 8 by the mean loss
                 on the clients' validation rows.
             rank: of the result; the largest rank of the clients by default.
@@ -356,7 +357,55 @@ class Result:
         fleet = read_fleet([self.folder])
         chosen = fleet if clients is None else fleet.only(clients)
         return merge_fleet(
-            chosen, by, strength=strength, rank=rank, weights=weights, rows=self._own_rows
+            chosen,
+            by,
+            strength=strength,
+            rank=rank,
+            weights=weights,
+            rows=self._own_rows,
+            trained=lambda: trained_rows(self._saved, self._rows),
+        )
+
+    def join(
+        self,
+        client: ClientId,
+        data: str | Path | Sequence[Mapping[str, Any]] | Any,
+        *,
+        steps: int | None = None,
+        start: str | None = None,
+        settings: Mapping[str, Any] | Sequence[str] = (),
+        output: str | Path | None = None,
+    ) -> JoinedClient:
+        """An adapter for a newcomer with a few rows, begun from those of the run, which stays.
+
+        >>> import fedmira
+        >>> rows = [{"instruction": "Add.", "input": f"3+{n}", "output": str(n)} for n in range(9)]
+        >>> made = fedmira.load("runs/first").join("far", rows, steps=2, output="far")
+        >>> made.figures["rows"]["train"]
+        9
+
+        Args:
+            client: what the newcomer is called.
+            data: its rows: a file or a folder, or what `fedmira.run` takes as a client's rows.
+            steps: local steps, 10 by default; 0 keeps the start as it is.
+            start: "generalist", "nearest", "mix" or "fresh"; None lets the rows choose.
+            settings: dotted key -> value, or KEY=VALUE texts: how rows are read, and [local].
+            output: a new folder; by default beside the run, with the client's name behind its own.
+
+        Raises:
+            InputError: something cannot be used; nothing was trained or written.
+            RunError: training diverges.
+        """
+        given = Path(data) if isinstance(data, str | Path) else rows_from_objects({client: data})
+        return join_run(
+            self.folder,
+            client,
+            given,
+            None if output is None else Path(output),
+            steps=steps,
+            start=start,
+            settings=settings,
+            base=self._base,
         )
 
     def _own_rows(self) -> OwnRows:

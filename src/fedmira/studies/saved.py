@@ -18,6 +18,7 @@ from fedmira.config import Config, load_config
 from fedmira.data import ObjectRows, load_clients
 from fedmira.errors import ConfigError, DataError, RunFolderError
 from fedmira.experiment import prepare_kind, token_budget, where_they_lay
+from fedmira.fleet import OwnRows
 from fedmira.messages import ClientId
 from fedmira.model import (
     AdapterKind,
@@ -36,6 +37,7 @@ __all__ = [
     "refuse_other",
     "reload_adapters",
     "shared_prompt",
+    "trained_rows",
 ]
 
 _DECISION = "decision.json"
@@ -312,3 +314,23 @@ def _usual_instruction(saved: SavedAdapters, client: ClientId, rows: ObjectRows 
 
 def _listed(clients: Sequence[ClientId]) -> str:
     return f"{', '.join(clients[:12])}{' ...' if len(clients) > 12 else ''}"
+
+
+def trained_rows(saved: SavedAdapters, rows: ObjectRows | None = None) -> OwnRows:
+    """The rows that the adapters of a run were trained on, for what is known of them from these.
+
+    Args:
+        saved: the adapters.
+        rows: of a run whose rows were objects.
+
+    Raises:
+        ConfigError: the run hides its rows, from which nothing more may be told.
+        RunFolderError: they are not on this machine, or are not those of the run.
+    """
+    kind = saved.config.privacy.kind
+    if kind != "none":
+        raise ConfigError(
+            f"{saved.path}: privacy.kind = {kind!r} hides what adapters were trained on, and no "
+            "part of epsilon is set aside for precisions; merge by metagpt, rows, uniform or ties"
+        )
+    return OwnRows.trained_by(clients_of(saved, rows, choosing=True))

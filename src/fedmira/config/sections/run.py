@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -184,6 +184,9 @@ class EngineSettings(Section):
 class FederationSettings(Section):
     """[federation]: a run whose clients are on machines of their own (Flower)."""
 
+    only_where_set: ClassVar[tuple[str, ...]] = ("open", "most_clients")
+    """Keys that a written config leaves out while they have their defaults."""
+
     clients: tuple[str, ...] = setting(
         (),
         help=(
@@ -211,3 +214,28 @@ class FederationSettings(Section):
             "a failure."
         ),
     )
+    open: bool | tuple[str, ...] = setting(
+        False,
+        help=(
+            "Who may join between rounds once the run has begun: nobody, anybody with a name that "
+            "the run does not know (`true`), or those of a list of names "
+            "([federation.md](federation.md#newcomers))."
+        ),
+    )
+    most_clients: Positive = setting(
+        100,
+        help="With `federation.open`: how many clients the run may have, newcomers among them.",
+    )
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """Names of those who are expected to join; none where anybody may, or nobody."""
+        return self.open if isinstance(self.open, tuple) else ()
+
+    def may_join(self, name: str) -> bool:
+        """Whether a client of this name may come once the run has begun.
+
+        Args:
+            name: of the client.
+        """
+        return self.open if isinstance(self.open, bool) else name in self.open

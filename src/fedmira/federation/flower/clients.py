@@ -63,7 +63,7 @@ class FlowerClients:
         wait_s: float,
     ) -> None:
         self._nodes = nodes
-        self._parties = parties
+        self._parties = dict(parties)
         self._end = end
         self._min_replies = min_replies
         self._wait_s = wait_s
@@ -87,6 +87,41 @@ class FlowerClients:
     def restore(self, memories: Mapping[ClientId, Payload]) -> None:
         """Takes these lines, empty or from a checkpoint."""
         self._end.restore(memories)
+
+    def waiting(self) -> Mapping[ClientId, ClientSummary]:
+        """What those say of themselves who may join, sorted by name; nobody is waited for."""
+        return self._nodes.waiting()
+
+    def admit(self, parties: Mapping[ClientId, ClientSummary]) -> None:
+        """From now on these are clients too, with the rows that they have now.
+
+        Args:
+            parties: newcomers.
+        """
+        self._parties |= parties
+        self._nodes.close(self._parties)
+
+    def dismiss(self, clients: Sequence[ClientId]) -> None:
+        """Takes back what `admit` did.
+
+        Args:
+            clients: that were admitted last.
+        """
+        self._parties = {name: of for name, of in self._parties.items() if name not in clients}
+        self._nodes.close(self._parties)
+
+    def turn_away(self, client: ClientId, reason: str) -> None:
+        """Says to a newcomer why it cannot take part.
+
+        Args:
+            client: that waits.
+            reason: in words.
+        """
+        self._nodes.turn_away(client, reason)
+
+    def turned_away(self) -> Sequence[str]:
+        """Why newcomers were turned away since this was asked last."""
+        return self._nodes.turned_away()
 
     def unmeasured(self) -> list[Failure]:
         """Clients that could not be asked since this was called last, and why."""

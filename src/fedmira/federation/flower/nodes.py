@@ -5,18 +5,18 @@ Who is connected, who may take part, and asking them.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedmira.data import ClientSummary, id_problem, read_summary
+from fedmira.data import ClientSummary, id_problem
 from fedmira.errors import WireError
 from fedmira.federation.audit import AuditLog
+from fedmira.federation.flower.identity import Identity
 from fedmira.federation.flower.records import bytes_of, record_of
 from fedmira.messages import ClientId
 from fedmira.shown import cut, plain
@@ -26,11 +26,10 @@ from fedmira.wire import (
     REFUSAL,
     Encoded,
     pack,
-    text,
     unpack,
 )
 
-__all__ = ["Grid", "Identity", "Nodes", "Problem"]
+__all__ = ["Grid", "Nodes", "Problem"]
 
 _PAUSE_SECONDS = 0.1
 _GREETING_SECONDS = 120.0
@@ -55,8 +54,8 @@ Message, reply or node unavailable, and a node's program that stopped responding
 """
 _TIMES_AS_LARGE, _ROOM = 8, 16 * 2**20
 """A reply may have so many times the bytes of its request, and so many more."""
-_MOST_ROWS, _MOST_TOKENS, _LONGEST_NAME = 10**9, 10**13, 200
-"""What a client can say of itself: rows of each part, tokens, characters of task and category."""
+_MOST_TURNED_AWAY = 1000
+"""So many newcomers are named that were turned away; later ones are refused without a word here."""
 _log = logging.getLogger("fedmira")
 
 
@@ -81,39 +80,6 @@ class _Bar:
     until: float
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What a node says of itself.
-
-    Attributes:
-        party: its client, and what is told of the client's rows.
-        base_sha256: of the base's parameters.
-        tokenizer_sha256: of the tokenizer.
-    """
-
-    party: ClientSummary
-    base_sha256: str
-    tokenizer_sha256: str
-
-    @classmethod
-    def of(cls, message: Encoded) -> Identity:
-        """Read a node's answer.
-
-        Raises:
-            WireError: it is none; the node may run another version.
-        """
-        try:
-            party = read_summary(json.loads(text(message.header, "party")))
-        except (ValueError, RecursionError) as error:
-            raise WireError(
-                f"its answer is no identity ({error}); install the server's version of "
-                "fedmira on the node"
-            ) from error
-        if problem := _said_problem(party):
-            raise WireError(f"its answer is no identity ({problem})")
-        return cls(party, text(message.header, "base"), text(message.header, "tokenizer"))
-
-
 class Nodes:
     """Knows which node is which client and carries messages.
 
@@ -128,6 +94,7 @@ class Nodes:
         allowed: names that may take part; empty allows all, until `close` is called.
         reply_s: how long messages wait for their answers.
         audit: the server's record of what travels; None keeps none.
+        may_join: of a name, whether it may come once the run has begun; None lets nobody.
     """
 
     def __init__(  # noqa: PLR0913 - who may take part, and how long they may take
@@ -138,22 +105,57 @@ class Nodes:
         allowed: Sequence[ClientId],
         reply_s: float,
         audit: AuditLog | None = None,
+        may_join: Callable[[ClientId], bool] | None = None,
     ) -> None:
         self._grid = grid
         self._ground = {"base model": base_sha256, "tokenizer": tokenizer_sha256}
         self._allowed = tuple(allowed)
         self._reply_s = reply_s
         self._audit = audit
+        self._may_join = may_join
         self._known: dict[int, Identity] = {}
         self._barred: dict[int, _Bar] = {}
         self._greeted: dict[str, int] = {}
         self._online: dict[int, str] = {}
         self._started: dict[int, str] = {}
         self._closed: Mapping[ClientId, ClientSummary] = {}
+        self._turned_away: dict[ClientId, str] = {}
+        self._told_away: list[str] = []
 
     @property
     def parties(self) -> dict[ClientId, ClientSummary]:
-        """What the clients that are connected now say of themselves, sorted by name."""
+        """What the run's clients that are connected now say of themselves, sorted by name.
+
+        Before it begins, those are the names that it waits for, or all.
+        """
+        names = self._closed or self._allowed
+        return {
+            name: party for name, party in self._connected().items() if not names or name in names
+        }
+
+    def waiting(self) -> dict[ClientId, ClientSummary]:
+        """What those say of themselves who may join the run that has begun, sorted by name."""
+        self._look()
+        found = self._connected()
+        return {name: party for name, party in found.items() if name not in self._closed}
+
+    def turn_away(self, client: ClientId, reason: str) -> None:
+        """Refuses one of those who wait, and says so on both sides.
+
+        Args:
+            client: its name.
+            reason: in words.
+        """
+        for node in [n for n, of in self._known.items() if of.party.client_id == client]:
+            del self._known[node]
+            self._refuse(node, client, reason, time.monotonic() + _AGAIN_SECONDS)
+
+    def turned_away(self) -> list[str]:
+        """Why newcomers were refused since this was asked last, a sentence for each name once."""
+        told, self._told_away = self._told_away, []
+        return told
+
+    def _connected(self) -> dict[ClientId, ClientSummary]:
         found = {
             self._known[node].party.client_id: self._known[node].party
             for node in self._online
@@ -315,10 +317,10 @@ class Nodes:
             return
         try:
             identity = Identity.of(answer)
-            problem = self._problem(node, identity)
         except WireError as error:
-            problem = str(error)
-        if not problem:
+            self._refuse(node, "", str(error), again)
+            return
+        if not (problem := self._problem(node, identity)):
             self._known = {
                 other: of
                 for other, of in self._known.items()
@@ -331,14 +333,32 @@ class Nodes:
                 identity.party.train_rows,
             )
             return
-        if self._bar(node, f"refused a node: {problem}", again):
+        self._refuse(node, identity.party.client_id, problem, again)
+
+    def _refuse(self, node: int, name: ClientId, problem: str, until: float) -> None:
+        """Leave a node out and tell it; of a newcomer each reason is said once here.
+
+        Args:
+            node: its number.
+            name: its client's; "" where it did not say.
+            problem: in words.
+            until: when it is asked again.
+        """
+        late = self._may_join is not None and bool(self._closed) and name not in {"", *self._closed}
+        known = late and (
+            self._turned_away.get(name) == problem or len(self._turned_away) >= _MOST_TURNED_AWAY
+        )
+        if late and not known:
+            self._turned_away[name] = problem
+            self._told_away.append(problem)
+        if self._bar(node, f"refused a node: {problem}", until, said=known):
             self._push([self._notice(REFUSAL, {"reason": problem}, node)])
 
-    def _bar(self, node: int, reason: str, until: float) -> bool:
-        """Leave a node out and log it; whether the reason is a new one."""
+    def _bar(self, node: int, reason: str, until: float, *, said: bool = False) -> bool:
+        """Leave a node out and log it unless that was said; whether the reason is a new one."""
         new = node not in self._barred or self._barred[node].reason != reason
         self._barred[node] = _Bar(reason, until)
-        if new:
+        if new and not said:
             _log.warning("%s", reason)
         return new
 
@@ -358,6 +378,8 @@ class Nodes:
         if identity.party.train_rows == 0:
             return f"client {name!r} has no training rows"
         if self._closed and name not in self._closed:
+            if self._may_join is not None:
+                return "" if self._may_join(name) else _not_invited(name)
             return (
                 f"client {name!r} was not there when the run began ({', '.join(self._closed)}); "
                 "it can take part in the next run"
@@ -382,19 +404,17 @@ class Nodes:
                 f"the node is registered as {registered!r} but calls itself {name!r}; make the two "
                 "names equal"
             )
-        if self._allowed and name not in self._allowed:
+        invited = self._may_join is not None and (bool(self._closed) or self._may_join(name))
+        if self._allowed and name not in self._allowed and not invited:
             return f"client {name!r} is not in federation.clients ({', '.join(self._allowed)})"
         if any(
             of.party.client_id == name and other != node and other in self._online
             for other, of in self._known.items()
         ):
             return f"a node called {name!r} is connected already; give each node a name of its own"
-        alike = [
-            of.party.client_id
-            for of in self._known.values()
-            if of.party.client_id.casefold() == name.casefold()
-        ]
-        if set(alike) - {name}:
+        taken = [*(of.party.client_id for of in self._known.values()), *self._closed]
+        alike = [each for each in taken if each != name and each.casefold() == name.casefold()]
+        if alike:
             return (
                 f"clients {alike[0]!r} and {name!r} would share a folder where case is ignored; "
                 "rename one"
@@ -464,23 +484,12 @@ class Nodes:
         )
 
 
-def _said_problem(party: ClientSummary) -> str:
-    """What no client can say of itself; "" where it may be so.
-
-    Names come from elsewhere and stand on pages and terminals.
-    """
-    for name, value in asdict(party).items():
-        if isinstance(value, str):
-            if len(value) > _LONGEST_NAME or plain(value) != value:
-                shown = plain(cut(value, 80))
-                return (
-                    f"{name} is {shown!r}; must be at most {_LONGEST_NAME} characters that can be "
-                    "seen"
-                )
-        elif value > (_MOST_ROWS if name.endswith("_rows") else _MOST_TOKENS):
-            most = _MOST_ROWS if name.endswith("_rows") else _MOST_TOKENS
-            return f"{name} is {str(value)[:40]}; must be at most {most}"
-    return ""
+def _not_invited(name: ClientId) -> str:
+    """Why a newcomer is turned away whose name may not join; who may is not told."""
+    return (
+        f"code not-invited: client {name!r} may not join this run (federation.open); ask whoever "
+        "runs it, or take part in the next one"
+    )
 
 
 def _expired(reply: Message) -> bool:

@@ -6,6 +6,7 @@ Weights by training rows, one rank, and the name of the common part.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from fedmira.adapters import Adapter, median_of, trimmed_mean, truncate_rank, weighted_sum
 from fedmira.config import ServerSettings
@@ -46,6 +47,8 @@ def mean_of(replies: Sequence[Reply], server: ServerSettings) -> Adapter:
 
 class CutToRank(Method):
     """One shared adapter of the largest rank, cut to as many directions as a client's rank has."""
+
+    takes_newcomers: ClassVar[bool] = True
 
     def initial_state(self, starts: Mapping[ClientId, Adapter]) -> ServerState:
         """The common start at the largest rank; every client's start is a cut of it."""
