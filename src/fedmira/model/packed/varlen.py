@@ -55,7 +55,7 @@ def varlen_available(query: Tensor) -> bool:
     """Whether this torch has the kernel for the tensor's device and number type."""
     return (
         _AVAILABLE
-        and query.device.type == "cuda"
+        and query.device.type in ("cuda", "meta")
         and query.dtype in (torch.bfloat16, torch.float16)
     )
 
