@@ -8,6 +8,7 @@ they are tested where there is one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -26,8 +27,7 @@ from fedmira.model import (
     with_engine_options,
 )
 from fedmira.model.base.memory import PassLimit
-from fedmira.model.packed import attention
-from fedmira.model.packed import varlen as varlen_attention
+from fedmira.model.packed.attention import attention_ways, layers_seen
 from fedmira.model.training.steps import _Cohort
 from tiny import draw_rows, tiny_base
 
@@ -91,19 +91,17 @@ def test_dropout_and_recomputed_layers_do_not_wait_either(
     assert steps_taken(cohort(base, optimizer, dropout=0.1)) == STEPS
 
 
-def test_nor_does_the_kernel_for_rows_of_unlike_length(
-    meta_base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("way", ["joined", "copied", "rows"])
+def test_nor_does_any_way_of_attention(meta_base: BaseModel, way: str) -> None:
     """PyTorch describes its CUDA kernel to the meta device, so its inputs are checked here.
 
     Its numbers are not.
     """
-    if not varlen_attention._AVAILABLE:
-        pytest.skip("this torch has no variable-length attention")
-    used: list[torch.device] = []
-    monkeypatch.setattr(attention, "varlen_available", lambda query: not used.append(query.device))
-    assert steps_taken(cohort(meta_base, "adamw")) == STEPS
-    assert {device.type for device in used} == {"meta"}
+    if way not in attention_ways(meta_base.device, meta_base.dtype):
+        pytest.skip("this torch has no such variable-length attention")
+    with layers_seen() as seen:
+        assert steps_taken(cohort(replace(meta_base, attention=way), "adamw")) == STEPS
+    assert set(seen.values()) == {(False, way)}
 
 
 def test_the_meta_device_notices_who_asks_for_a_number(

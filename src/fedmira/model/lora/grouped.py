@@ -154,32 +154,42 @@ class _Groups:
     Attributes:
         ends: int32 [n], where the tokens of each end in the flat row; none is empty.
         clients: rows of the stack: a slice, or int64 [n] where they do not follow each other.
-        scales: float32 [n, 1, 1].
+        scale: that of all of them, or float32 [n, 1, 1] where they differ.
     """
 
     ends: Tensor
     clients: slice | Tensor
-    scales: Tensor
+    scale: float | Tensor
 
     @classmethod
     def of(cls, key: Sequence[tuple[int, int]], adapters: StackedAdapters) -> _Groups:
         clients = [client for client, _ in key]
         device = adapters.values.device
         in_order = clients == list(range(clients[0], clients[0] + len(clients)))
+        scales = [adapters.scales[client] for client in clients]
         return cls(
             on_device([stop for _, stop in key], device, torch.int32),
             slice(clients[0], clients[-1] + 1) if in_order else on_device(clients, device),
-            on_device([adapters.scales[client] for client in clients], device, torch.float32)[
-                :, None, None
-            ],
+            scales[0]
+            if len(set(scales)) == 1
+            else on_device(scales, device, torch.float32)[:, None, None],
         )
 
-    def add(self, totals: Tensor, gradients: Tensor) -> None:
-        """Add gradients [n, ...] to the rows of these clients in `totals` [K, ...]."""
+    def add(self, totals: Tensor, gradients: Tensor, scaled: bool = False) -> None:
+        """Add gradients [n, ...] to the rows of these clients in `totals` [K, ...].
+
+        Args:
+            scaled: whether each is to be multiplied by its client's scale.
+        """
+        factor = 1.0
+        if scaled and isinstance(self.scale, Tensor):
+            gradients = gradients * self.scale
+        elif scaled:
+            factor = float(self.scale)
         if isinstance(self.clients, slice):
-            totals[self.clients].add_(gradients)
+            totals[self.clients].add_(gradients, alpha=factor)
         else:
-            totals.index_add_(0, self.clients, gradients.to(totals.dtype))
+            totals.index_add_(0, self.clients, gradients.to(totals.dtype), alpha=factor)
 
 
 def add_grouped(
@@ -241,7 +251,7 @@ class _AddGrouped(torch.autograd.Function):
         tokens, of_output = inputs.flatten(0, -2), grad.flatten(0, -2)
         to_down = _product(of_output, factor_b, offs=groups.ends)
         of_a, of_b = (stack.part(stack.gradients, name) for name in ctx.names)
-        groups.add(of_a, _product(to_down.T, tokens, offs=groups.ends) * groups.scales)
+        groups.add(of_a, _product(to_down.T, tokens, offs=groups.ends), scaled=True)
         groups.add(of_b, _product(of_output.T, down, offs=groups.ends))
         to_inputs = (
             _product(to_down, scaled_a, offs=groups.ends).view(inputs.shape)
