@@ -162,9 +162,16 @@ class StackedAdapters:
 
     def adapter(self, client: int) -> Adapter:
         """A copy of a client's adapter at its own rank, on the CPU."""
-        row = (
-            self.values[client].detach().cpu()
-        )  # in one piece, as each copy from a device is waited for
+        return self.copied(self.values, client)
+
+    def copied(self, matrix: Tensor, client: int) -> Adapter:
+        """A copy of a client's row of a [K, P] matrix at its own rank, on the CPU.
+
+        Args:
+            matrix: values, gradients or moments.
+            client: index of the client in the cohort.
+        """
+        row = matrix[client].detach().cpu()  # in one piece: each copy from a device is waited for
         return {
             name: self._cut(row, self.ranks[client], name).clone(
                 memory_format=torch.contiguous_format
