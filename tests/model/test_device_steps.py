@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fedmira.config import EngineSettings, LocalSettings
 from fedmira.model import (
@@ -29,6 +31,7 @@ from fedmira.model import (
 from fedmira.model.base.memory import PassLimit
 from fedmira.model.packed.attention import attention_ways, layers_seen
 from fedmira.model.training.steps import _Cohort
+from launches import CountLaunches
 from tiny import draw_rows, tiny_base
 
 OPTIMIZERS = ["adamw", "adam", "sgd", "sophia", "zeroth-order"]
@@ -118,6 +121,39 @@ def test_the_meta_device_notices_who_asks_for_a_number(
     monkeypatch.setattr(moving, "_stop_the_failed", asking)
     with moving.branch, pytest.raises(RuntimeError, match="meta"):
         moving.step()
+
+
+def test_kept_moments_are_sent_in_one_piece(meta_base: BaseModel) -> None:
+    """Both moments and the counts of steps, however many layers and clients there are."""
+    moving = cohort(meta_base, "adamw")
+    moments = {name: torch.ones_like(part) for name, part in moving.tasks[1].start.items()}
+    moving.tasks = [
+        task if i != 1 else replace(task, moments=(moments, moments, 3))
+        for i, task in enumerate(moving.tasks)
+    ]
+    with CountLaunches() as counted:
+        assert moving._initial_moments().first.device.type == "meta"
+    assert counted.total == 3
+
+
+def test_kept_moments_are_fetched_in_one_piece() -> None:
+    class Fetches(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            self.count += func is Tensor.cpu
+            return func(*args, **(kwargs or {}))
+
+    moving = cohort(tiny_base(), "adamw")
+    steps_taken(moving)
+    with Fetches() as fetches:
+        first, second, steps = moving._kept_moments(2)
+    assert fetches.count == 2 and steps == STEPS
+    for kept, matrix in ((first, moving.moments.first), (second, moving.moments.second)):
+        views = moving.stacked.views(matrix, 2)
+        assert all(torch.equal(kept[name], view) for name, view in views.items())
 
 
 @needs_cuda
