@@ -30,6 +30,7 @@ from fedmira.model import (
 )
 from fedmira.model.base.layers import find_last_layer
 from fedmira.model.base.memory import PassLimit
+from fedmira.model.lora.stack import GROUP_MULTIPLE
 from fedmira.model.training.steps import _Cohort
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "ShapeRow",
     "cohort_on",
     "count_step",
+    "llama",
     "shape_of",
     "shared_rows",
 ]
@@ -116,9 +118,9 @@ class ShapeRow:
 
 
 class _Tokens:
-    """All that a packed pass asks of a tokenizer."""
+    """All that passes and answers in token ids ask of a tokenizer."""
 
-    pad_token_id, eos_token_id = 0, 2
+    pad_token_id, eos_token_id, chat_template = 0, 2, None
 
     def __len__(self) -> int:
         return 1000
@@ -173,25 +175,39 @@ def cohort_on(
     rows: Sequence[Sequence[ShapeRow]],
     budget: int,
     ranks: Sequence[int] = (16,),
-    steps: int = 64,
+    grouped: bool | None = None,
 ) -> _Cohort:
     """One client for each list of rows, trained by AdamW with all of them in every batch.
 
+    Adapters begin with random B, so that every product has something to say.
+
     Args:
         ranks: of the clients in turn.
+        grouped: whether their branches are one product; None leaves it to the device.
     """
     targets = find_targets(base.model, ())
-    starts = {rank: start_adapter(targets, rank, 0) for rank in set(ranks)}
+    draw = torch.Generator().manual_seed(0)
+    starts = {
+        rank: {
+            name: tensor + 0.01 * torch.randn(tensor.shape, generator=draw)
+            for name, tensor in start_adapter(targets, rank, 0).items()
+        }
+        for rank in dict.fromkeys(ranks)
+    }
     tasks = [
         LocalTask(starts[ranks[k % len(ranks)]], 1.0, own, k)  # type: ignore[arg-type]
         for k, own in enumerate(rows)
     ]
     stacked = StackedAdapters(
-        targets, [task.start for task in tasks], [task.scale for task in tasks], base.device
+        targets,
+        [task.start for task in tasks],
+        [task.scale for task in tasks],
+        base.device,
+        multiple=GROUP_MULTIPLE,
     )
-    branch = LoraBranch(base.model, stacked)
+    branch = LoraBranch(base.model, stacked, grouped=grouped)
     settings = LocalSettings(
-        optimizer="adamw", steps=steps, batch_size=len(rows[0]), learning_rate=1e-3
+        optimizer="adamw", steps=64, batch_size=len(rows[0]), learning_rate=1e-3
     )
     return _Cohort(
         branch, partial(response_losses, base, branch), tasks, settings, budget, PassLimit()
