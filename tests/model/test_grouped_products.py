@@ -24,6 +24,7 @@ from fedmira.model import (
 from fedmira.model.base.memory import PassLimit
 from fedmira.model.base.types import TargetModule
 from fedmira.model.lora import branch as branches
+from fedmira.model.lora import grouped as products
 from fedmira.model.lora.grouped import products_grouped
 from fedmira.model.training.steps import _Cohort
 from tiny import draw_rows, tiny_base
@@ -165,3 +166,19 @@ def test_other_number_types_than_bfloat16_are_not_grouped(dtype: torch.dtype) ->
 )
 def test_cuda_has_grouped_products_that_agree() -> None:
     assert products_grouped(torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_trial_tells_wrong_products_from_right_ones(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert products._trial(CPU, dtype)
+    right = products._product
+    assert right is not None
+
+    def late(left: Tensor, other: Tensor, offs: Tensor) -> Tensor:
+        """Groups that end one place too early."""
+        return right(left, other, offs=offs - 1)
+
+    monkeypatch.setattr(products, "_product", late)
+    assert not products._trial(CPU, dtype)
