@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmira.model.packed import joined, varlen
+from fedmira.config import EngineSettings
+from fedmira.model import (
+    BaseModel,
+    LoraBranch,
+    StackedAdapters,
+    find_targets,
+    response_losses,
+    start_adapter,
+    with_engine_options,
+)
+from fedmira.model.packed import attention, joined, varlen
 from fedmira.model.packed.attention import (
     ATTENTION,
     Layout,
@@ -215,6 +226,45 @@ def test_a_torch_with_sums_of_another_shape_is_refused(monkeypatch: pytest.Monke
     inputs = [heads(4, len(batch.ids), seed) for seed in range(3)]
     with pytest.raises(NotImplementedError, match="log-sum-exps of shape"):
         attend_joined(*inputs, joined_plan(batch), 0.4)
+
+
+def gradient_of_a_step(base: BaseModel) -> Tensor:
+    """Of two clients' adapters, by packed passes of the base."""
+    targets = find_targets(base.model, ())
+    starts = [
+        {
+            name: tensor + 0.1 * torch.randn(tensor.shape, generator=draw)
+            for name, tensor in start_adapter(targets, 4, k).items()
+        }
+        for k in range(2)
+        for draw in [torch.Generator().manual_seed(k)]
+    ]
+    stacked = StackedAdapters(targets, starts, [1.0, 2.0], base.device)
+    batches = [(k, draw_rows(4, 9 * k, seed=k)) for k in range(2)]
+    with LoraBranch(base.model, stacked) as branch:
+        for losses in response_losses(base, branch, batches, 200):
+            losses.values.sum().backward()
+    return stacked.gradients
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("way", ["joined", "copied"])
+def test_whole_steps_by_calls_of_unlike_lengths_have_the_same_gradient(
+    way: str, architecture: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3 has windows, so that its layers take copied keys where rows are longer."""
+    base = tiny_base(architecture)
+    wanted = gradient_of_a_step(base)
+    base = with_engine_options(
+        replace(base, attention=way), EngineSettings(recompute=recompute), ()
+    )
+    monkeypatch.setattr(attention, "attention_ways", lambda *_: ("joined", "copied", "rows"))
+    with layers_seen() as seen:
+        found = gradient_of_a_step(base)
+    assert seen[0] == ((True, "copied") if architecture == "gemma3" else (False, way))
+    assert (found - wanted).norm() <= 1e-4 * wanted.norm()
 
 
 def older_varlen(
