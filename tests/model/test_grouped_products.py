@@ -153,6 +153,25 @@ def test_whole_steps_leave_the_same_adapters(optimizer: str, dropout: float) -> 
         assert all(torch.allclose(own[name], other[name], atol=1e-5) for name in own)
 
 
+def test_in_bfloat16_gradients_differ_by_rounding_alone() -> None:
+    """A pass's part is rounded once, to a part in 2^9 of itself, before it is summed."""
+    found = {}
+    for grouped in (False, True):
+        base = tiny_base()
+        base.model.to(dtype=torch.bfloat16)
+        targets = find_targets(base.model, ())
+        stacked = StackedAdapters(
+            targets, [noisy(targets, 3 + k, k) for k in range(2)], [2.0, 0.7], CPU, multiple=8
+        )
+        batches = [(k, draw_rows(4, 9, seed=k)) for k in range(2)]
+        with LoraBranch(base.model, stacked, grouped=grouped) as branch:
+            for losses in response_losses(base, branch, batches, 200):
+                losses.values.sum().backward()
+        found[grouped] = stacked.gradients
+    assert not torch.equal(found[True], found[False])
+    assert (found[True] - found[False]).norm() <= 0.02 * found[False].norm()
+
+
 def test_a_cpu_loops_over_clients() -> None:
     assert not products_grouped(CPU, torch.bfloat16)
     targets = [TargetModule("layer", 16, 24, False)]

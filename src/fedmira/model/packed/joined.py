@@ -50,10 +50,12 @@ class JoinedPlan:
     Attributes:
         own: prefixes and remainders, in the order of the tokens, each seeing itself.
         to_prefixes: None where no rows share a prefix.
+        state: zeros, uint64 [2], which the kernel's backward reads where there is dropout.
     """
 
     own: Stretches
     to_prefixes: _ToPrefixes | None
+    state: Tensor
 
 
 def joined_plan(batch: PackedBatch) -> JoinedPlan:
@@ -86,6 +88,7 @@ def joined_plan(batch: PackedBatch) -> JoinedPlan:
         )
         if asked
         else None,
+        on_device([0, 0], device, torch.uint64),
     )
 
 
@@ -143,7 +146,8 @@ class _Joined(torch.autograd.Function):
         query, key, value, out, sums, joined = ctx.saved_tensors
         plan: JoinedPlan = ctx.plan
         grad = grad.contiguous()
-        found = _backward(grad, query, key, value, out, sums, plan.own, ctx.scale, _CAUSAL)
+        scale, state = ctx.scale, plan.state
+        found = _backward(grad, query, key, value, out, sums, plan.own, scale, _CAUSAL, state)
         if (part := plan.to_prefixes) is not None:
             # Gathered again and not kept: of long remainders that is most of a layer's queries.
             more = _backward(
@@ -154,8 +158,9 @@ class _Joined(torch.autograd.Function):
                 out[part.asking],
                 joined,
                 part.stretches,
-                ctx.scale,
+                scale,
                 _ALL,
+                state,
             )
             places = (part.asking, part.asked, part.asked)
             for total, place, added in zip(found, places, more, strict=True):
@@ -190,9 +195,9 @@ def _backward(  # noqa: PLR0913 - those of the kernel
     stretches: Stretches,
     scale: float,
     window: tuple[int, int],
+    state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's backward for given results and log-sum-exps, without dropout."""
-    state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, so never read
     found: tuple[Tensor, Tensor, Tensor] = _flash_backward(
         grad,
         query,
