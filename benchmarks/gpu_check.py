@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -448,6 +449,36 @@ def _by_transformers(
     return [each[: each.index(2)] if 2 in each else each for each in new]
 
 
+def fused(notes: Notes) -> None:
+    """What liger-kernel's norms, rotary positions and SwiGLU would give, where it is installed.
+
+    The last section, as its rotary positions stay in transformers.
+    """
+    if find_spec("liger_kernel") is None or notes.place.dry:
+        notes.add("fused", "left out: it needs liger-kernel, which needs Triton and a GPU")
+        return
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    base = notes.place.base("llama")
+    targets = probe._any_target(base)
+    losses, stacked = probe._trial(base, targets)
+    apply_liger_kernel_to_llama(
+        model=base.model,
+        rope=True,
+        swiglu=True,
+        rms_norm=True,
+        cross_entropy=False,
+        fused_linear_cross_entropy=False,
+    )
+    own, other = probe._trial(base, targets)
+    gradient = (other.gradients - stacked.gradients).norm() / stacked.gradients.norm()
+    dtype = notes.place.dtype
+    notes.check("fused/loss", float((own - losses).norm() / losses.norm()), probe._OF_LOSSES[dtype])
+    notes.check("fused/gradient", float(gradient), probe._OF_GRADIENT[dtype])
+    for work in ("shared", "full"):
+        measured(notes, f"fused/{work}", base, notes.place.rows(work), 16384)
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the plan, and how many seconds it may take."""
@@ -466,10 +497,11 @@ PLAN = (
     Section("tests", 90, repository_tests),
     Section("launches", 30, launches),
     Section("rates", 15, rates),
-    Section("training", 150, training),
+    Section("training", 140, training),
     Section("ways", 75, ways),
     Section("profile", 25, profile),
     Section("generation", 45, generation),
+    Section("fused", 20, fused),
 )
 """What is right comes before what is fast: a lease may end at any time."""
 
