@@ -21,7 +21,7 @@ LOCKS := locked/fedmira.txt locked/flower.txt
 SIZE ?= small
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test federation trackers check audit lock sbom docs format bench torture clean
+.PHONY: help demo test federation trackers check audit lock sbom docs format bench gpu rehearse torture clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,12 @@ ifeq ($(SIZE),full)
 	$(BENCH_BIN)/python benchmarks/profile_step.py --output benchmarks/results/profile.json
 	$(BENCH_BIN)/python benchmarks/qr_svd.py --output benchmarks/results/qr-svd.json
 endif
+
+gpu: $(STAMP) ## what a CUDA device gives: correctness, then times, into benchmarks/results/gpu/ (at most ten minutes)
+	$(BIN)/python benchmarks/gpu_check.py --output benchmarks/results/gpu
+
+rehearse: $(STAMP) ## walk through `make gpu` with tiny shapes on a CPU (half a minute)
+	@folder="$$(mktemp -d)" && $(BIN)/python benchmarks/gpu_check.py --dry --output "$$folder" && rm -r "$$folder"
 
 torture: $(STAMP) ## kills, refused operations, flipped bits and odd input, into torture.json (an hour or two; TORTURE="--kills 20": less)
 	PYTHONPATH=tests $(BIN)/python tests/torture/long.py --output torture.json $(TORTURE)

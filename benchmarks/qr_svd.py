@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import provenance
 from torch import Tensor
 
 from fedmira.adapters import (
@@ -31,6 +30,7 @@ from fedmira.adapters import (
     modules,
     scale,
 )
+from machine import provenance
 
 __all__ = ["main"]
 

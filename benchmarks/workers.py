@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import provenance
-from watched_run import write_clients
 
 from fedmira import load_config
 from fedmira.clients import Crew, InTurn, LocalClients, Workers
 from fedmira.experiment import Experiment, build_experiment
 from fedmira.messages import Reply, Request
 from fedmira.seeds import seed_for
+from machine import provenance
+from watched_run import write_clients
 
 __all__ = ["main"]
 

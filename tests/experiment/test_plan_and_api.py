@@ -12,7 +12,7 @@ import pytest
 import fedmira
 from fedmira.errors import ConfigError
 from fedmira.experiment import build_experiment, run_experiment
-from fedmira.model import BaseModel
+from fedmira.model import ATTENTION, BaseModel
 from fedmira.rounds import sample_clients
 from fedmira.studies import make_plan
 from small import CLIENTS, SETTINGS, adapter_bytes, make_config
@@ -58,6 +58,8 @@ def test_the_plan_follows_from_settings_and_shapes(
     )  # three joined to each other: gamma * 2 <= 1
     text = "\n".join(plan.lines())
     assert "7 with 3 of 5 clients" in text and "largest degree 2" in text
+    assert (plan.attention, plan.attention_in_windows) == ("blocks", "")
+    assert f"attention: {ATTENTION['blocks']}\n" in text
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,8 @@ def test_run_json_says_what_ran_where(finished: Finished, folder: Path) -> None:
         name: provenance["base"][name] for name in ("packed", "kernels", "shortened_last_layer")
     }
     assert paths == dict.fromkeys(paths, True), "the tiny Llama is trained the fastest way there is"
+    assert provenance["base"]["attention"] == "blocks"
+    assert "attention_in_windows" not in provenance["base"]
     assert {"cpu", "cores", "platform", "device"} <= set(provenance["machine"]) and provenance[
         "machine"
     ]["device"] == "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fedmira.model import (
     train_cohort,
 )
 from fedmira.model.generation.probe import decoding_agrees
-from fedmira.model.packed import attention
+from fedmira.model.packed import attention, probe
 from fedmira.model.packed.probe import losses_agree
 from small import make_config
 from tiny import ARCHITECTURES, draw_rows, tiny_base, tiny_model, tiny_tokenizer
@@ -104,7 +105,7 @@ def test_trained_models_lose_no_fast_path_to_the_rounding_of_bfloat16(
             dtype="bfloat16",
         )
     )
-    assert base.packed and base.kernels and base.last_layer is not None
+    assert base.packed and base.attention == "blocks" and base.last_layer is not None
     targets = find_targets(base.model, ["q_proj", "v_proj"])
     stacked = StackedAdapters(
         targets, [start_adapter(targets, 4, 0)], [1.0], base.device, trainable=False
@@ -162,11 +163,43 @@ def test_kernels_that_are_lost_are_logged(
 
     monkeypatch.setattr(attention, "attend_on_cpu", lacking)
     base = tiny_base()
-    assert base.packed and not base.kernels and base.last_layer is not None
+    assert base.packed and base.attention == "rows" and base.last_layer is not None
     assert (
         "tiny llama: packed steps agree only without attention kernels, which is slower"
         in caplog.text
     )
+
+
+def test_a_base_with_windows_says_how_their_attention_runs() -> None:
+    assert (tiny_base().attention, tiny_base().attention_in_windows) == ("blocks", "")
+    base = tiny_base("gemma3")
+    assert base.packed
+    assert (base.attention, base.attention_in_windows) == ("blocks", "rows")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "seen", "reason"),
+    [
+        (torch.float32, {0: (False, "rows")}, "there is none for float32; set model.dtype to"),
+        (torch.bfloat16, {0: (False, "joined"), 1: (True, "rows")}, "it does not agree with"),
+        (torch.bfloat16, {0: (False, "joined"), 1: (True, "copied")}, None),
+    ],
+)
+def test_a_device_that_calls_attention_for_each_row_is_warned_of(
+    dtype: torch.dtype,
+    seen: dict[int, tuple[bool, str]],
+    reason: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base = tiny_base()
+    base.model.to(torch.device("meta"), dtype=dtype)
+    caplog.clear()
+    found = probe._attending(replace(base, attention=seen[0][1]), seen)
+    assert found.attention == seen[0][1]
+    assert found.attention_in_windows == (seen[1][1] if 1 in seen else "")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (reason is not None)
+    assert not said or (reason is not None and reason in said[0] and "slow on meta" in said[0])
 
 
 def test_the_probe_rejects_attention_with_soft_capping() -> None:

@@ -8,11 +8,14 @@ they are tested where there is one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fedmira.config import EngineSettings, LocalSettings
 from fedmira.model import (
@@ -26,9 +29,9 @@ from fedmira.model import (
     with_engine_options,
 )
 from fedmira.model.base.memory import PassLimit
-from fedmira.model.packed import attention
-from fedmira.model.packed import varlen as varlen_attention
+from fedmira.model.packed.attention import attention_ways, layers_seen
 from fedmira.model.training.steps import _Cohort
+from launches import CountLaunches
 from tiny import draw_rows, tiny_base
 
 OPTIMIZERS = ["adamw", "adam", "sgd", "sophia", "zeroth-order"]
@@ -91,19 +94,17 @@ def test_dropout_and_recomputed_layers_do_not_wait_either(
     assert steps_taken(cohort(base, optimizer, dropout=0.1)) == STEPS
 
 
-def test_nor_does_the_kernel_for_rows_of_unlike_length(
-    meta_base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("way", ["joined", "copied", "rows"])
+def test_nor_does_any_way_of_attention(meta_base: BaseModel, way: str) -> None:
     """PyTorch describes its CUDA kernel to the meta device, so its inputs are checked here.
 
     Its numbers are not.
     """
-    if not varlen_attention._AVAILABLE:
-        pytest.skip("this torch has no variable-length attention")
-    used: list[torch.device] = []
-    monkeypatch.setattr(attention, "varlen_available", lambda query: not used.append(query.device))
-    assert steps_taken(cohort(meta_base, "adamw")) == STEPS
-    assert {device.type for device in used} == {"meta"}
+    if way not in attention_ways(meta_base.device, meta_base.dtype):
+        pytest.skip("this torch has no such variable-length attention")
+    with layers_seen() as seen:
+        assert steps_taken(cohort(replace(meta_base, attention=way), "adamw")) == STEPS
+    assert set(seen.values()) == {(False, way)}
 
 
 def test_the_meta_device_notices_who_asks_for_a_number(
@@ -120,6 +121,39 @@ def test_the_meta_device_notices_who_asks_for_a_number(
     monkeypatch.setattr(moving, "_stop_the_failed", asking)
     with moving.branch, pytest.raises(RuntimeError, match="meta"):
         moving.step()
+
+
+def test_kept_moments_are_sent_in_one_piece(meta_base: BaseModel) -> None:
+    """Both moments and the counts of steps, however many layers and clients there are."""
+    moving = cohort(meta_base, "adamw")
+    moments = {name: torch.ones_like(part) for name, part in moving.tasks[1].start.items()}
+    moving.tasks = [
+        task if i != 1 else replace(task, moments=(moments, moments, 3))
+        for i, task in enumerate(moving.tasks)
+    ]
+    with CountLaunches() as counted:
+        assert moving._initial_moments().first.device.type == "meta"
+    assert counted.total == 3
+
+
+def test_kept_moments_are_fetched_in_one_piece() -> None:
+    class Fetches(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            self.count += func is Tensor.cpu
+            return func(*args, **(kwargs or {}))
+
+    moving = cohort(tiny_base(), "adamw")
+    steps_taken(moving)
+    with Fetches() as fetches:
+        first, second, steps = moving._kept_moments(2)
+    assert fetches.count == 2 and steps == STEPS
+    for kept, matrix in ((first, moving.moments.first), (second, moving.moments.second)):
+        views = moving.stacked.views(matrix, 2)
+        assert all(torch.equal(kept[name], view) for name, view in views.items())
 
 
 @needs_cuda

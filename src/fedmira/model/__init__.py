@@ -35,6 +35,7 @@ from fedmira.model.kinds.proof import prove_export
 from fedmira.model.kinds.registry import AdapterKind, adapter_kind
 from fedmira.model.lora.branch import LoraBranch
 from fedmira.model.lora.stack import StackedAdapters, start_adapter
+from fedmira.model.packed.attention import ATTENTION
 from fedmira.model.packed.load import from_model, load_base
 from fedmira.model.packed.passes import response_losses
 from fedmira.model.packed.token_budget import choose_token_budget, usual_token_budget
@@ -46,6 +47,7 @@ from fedmira.model.training.steps import train_cohort
 from fedmira.model.training.tasks import LocalOutcome, LocalTask
 
 __all__ = [
+    "ATTENTION",
     "EMULATOR",
     "Emulator",
     "in_the_middle",

@@ -225,7 +225,13 @@ class Provenance:
                 "parameters": base.num_parameters,
                 "dtype": str(base.dtype).removeprefix("torch."),
                 "packed": packed,
-                "kernels": packed and base.kernels,
+                "kernels": packed and base.attention != "rows",
+                "attention": base.attention if packed else "own",
+                **(
+                    {"attention_in_windows": base.attention_in_windows}
+                    if packed and base.attention_in_windows
+                    else {}
+                ),
                 "shortened_last_layer": packed and base.last_layer is not None,
             },
             "data": {"sha256": self._ground.data_sha256},

@@ -17,7 +17,7 @@ from fedmira.messages import (
     Volume,
 )
 from fedmira.methods import ServerState, Start, Trained
-from fedmira.model import count_steps, most_side_by_side
+from fedmira.model import ATTENTION, count_steps, most_side_by_side
 from fedmira.rounds import cohort_size, sample_clients
 from fedmira.runs import trained_parameters
 from fedmira.studies.notebook import html_table
@@ -34,6 +34,9 @@ class Plan:
         base: its name.
         parameters: of the base.
         packed: whether steps are packed.
+        attention: how their attention runs, a name of `ATTENTION` as run.json has it.
+        attention_in_windows: how it runs in layers with a window where rows are longer than that;
+            "" where no layer has one.
         adapter, targets: what an adapter is in a few words, and the layers that carry a LoRA
             branch.
         adapter_parameters, adapter_parameters_least: of a client's adapter, at the largest and the
@@ -64,6 +67,8 @@ class Plan:
     base: str
     parameters: int
     packed: bool
+    attention: str
+    attention_in_windows: str
     adapter: str
     targets: int
     adapter_parameters: int
@@ -105,6 +110,7 @@ class Plan:
         return [
             f"base: {self.base}, {self.parameters:,} parameters, {self.base_mib:.1f} MiB, "
             f"{'packed' if self.packed else 'padded'} steps",
+            f"attention: {ATTENTION[self.attention]}{self._in_windows()}",
             f"adapter: {self.adapter}, {self._parameters()} parameters a client{self._trained()}",
             "travels in a client's first round: "
             f"{self._volume(self.download_mib, self.upload_mib, self.dtype)}{self._later()}",
@@ -121,6 +127,10 @@ class Plan:
         """For notebooks: what `lines` tells, as a table."""
         parted = (line.partition(": ") for line in self.lines())
         return html_table(["", ""], ([name, told] for name, _, told in parted))
+
+    def _in_windows(self) -> str:
+        way = self.attention_in_windows
+        return f"; in layers with a window {ATTENTION[way]}" if way else ""
 
     def _parameters(self) -> str:
         least, most = self.adapter_parameters_least, self.adapter_parameters
@@ -231,6 +241,8 @@ def make_plan(experiment: Experiment) -> Plan:
         base=base.name,
         parameters=base.num_parameters,
         packed=experiment.kind.packed,
+        attention=base.attention if experiment.kind.packed else "own",
+        attention_in_windows=base.attention_in_windows if experiment.kind.packed else "",
         adapter=experiment.kind.summary,
         targets=len(experiment.targets),
         adapter_parameters=largest,

@@ -39,6 +39,7 @@ from fedmira.model.base.files import (
     published_name,
     refuse_odd_numbers,
 )
+from fedmira.model.base.hashing import base_hash, files_of
 from fedmira.model.base.types import BaseModel, num_embeddings
 from fedmira.records import check_files
 
@@ -110,12 +111,17 @@ def read_base(
     location = _location(settings.base)
     check_files(Path(location))  # merged models and emulators were recorded when they were written
     quantized = _quantized(settings, device, dtype)
+    how = f"{settings.quantization} {dtype} {device}" if quantized else "as stored"
+    files = files_of(location, how)
     model = _read_model(location, settings.base, quantized or {"dtype": "auto"})
+    # Hashed as it is stored: the same base has the same hash on every device and in every dtype.
+    state_hash = base_hash(model, files, files_of(location, how))
     published = published_name(location, settings.name)
     if quantized:  # its numbers stay as and where bitsandbytes has put them
-        return freeze(model, tokenizer, settings.base, location, published=published)
-    # Hashed as it is stored: the same base has the same hash on every device and in every dtype.
-    return freeze(model, tokenizer, settings.base, location, dtype, device, published)
+        return freeze(
+            model, tokenizer, settings.base, location, published=published, sha256=state_hash
+        )
+    return freeze(model, tokenizer, settings.base, location, dtype, device, published, state_hash)
 
 
 def _read_model(location: str, name: str, options: Mapping[str, Any]) -> PreTrainedModel:
@@ -242,6 +248,7 @@ def freeze(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     published: str = "",
+    sha256: str = "",
 ) -> BaseModel:
     """Freeze a model that is already in memory and wrap it.
 
@@ -250,6 +257,7 @@ def freeze(
     Args:
         dtype, device: where it shall compute; None leaves it as it is.
         published: the name under which others can have it, "" where there is none.
+        sha256: what `base_hash` gave; "" hashes the model.
         model: a causal language model of transformers; changed in place.
         tokenizer: that of the model.
         name: what messages call the base.
@@ -262,7 +270,7 @@ def freeze(
     model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     _fit_special_tokens(tokenizer, num_embeddings(model), name)
     _refuse_infinite(model, name)
-    state_hash = content_hash(model.state_dict())
+    state_hash = sha256 or content_hash(model.state_dict())
     base = BaseModel(model, tokenizer, name, location or name, state_hash, published=published)
     if dtype is not None or device is not None:
         model.to(dtype=dtype or base.dtype, device=device or base.device)  # type: ignore[call-arg]

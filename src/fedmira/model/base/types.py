@@ -45,7 +45,10 @@ class BaseModel:
             padded path is used.
         last_layer: where packed steps leave work out whose result nobody reads, or None where the
             probe found a difference.
-        kernels: whether packed attention uses the device's own kernels (probed too).
+        attention: how packed attention runs (probed too), a name of `ATTENTION` in
+            `model/packed/attention.py`; "" is the fastest way of the device.
+        attention_in_windows: how it runs in layers with a window where rows are longer than that;
+            "" where no layer has one.
         recomputed_layers: layers that training computes a second time in the backward pass, to save
             memory.
         published: the name under which others can have the base, "" where there is none.
@@ -59,7 +62,8 @@ class BaseModel:
     sha256: str
     packed: bool = False
     last_layer: LastLayer | None = None
-    kernels: bool = True
+    attention: str = ""
+    attention_in_windows: str = ""
     recomputed_layers: Sequence[nn.Module] = ()
     published: str = ""
 

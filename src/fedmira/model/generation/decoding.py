@@ -126,7 +126,7 @@ class WaveDecoder:
                 (self.clients[segment.client], segment.num_tokens) for segment in batch.segments
             )
             with (
-                packed_layout(self._base.model, Layout(batch, kernels=self._base.kernels)),
+                packed_layout(self._base.model, Layout(batch, attention=self._base.attention)),
                 self.attached(),
                 branch.tokens(owners),
                 suppress(_AllStored),

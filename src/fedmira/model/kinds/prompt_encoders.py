@@ -227,10 +227,12 @@ class StackedEncoders:
 
     def adapter(self, client: int) -> Adapter:
         """A copy of a client's encoder, on the CPU."""
-        return {
-            name: view.detach().cpu().clone()
-            for name, view in self.views(self.values, client).items()
-        }
+        return self.copied(self.values, client)
+
+    def copied(self, matrix: Tensor, client: int) -> Adapter:
+        """A copy of a client's row of a [K, P] matrix, on the CPU."""
+        row = matrix[client : client + 1].detach().cpu()
+        return {name: view.clone() for name, view in self.views(row, 0).items()}
 
     def views(self, matrix: Tensor, client: int) -> Adapter:
         """A client's row of a [K, P] matrix (values, gradients, moments) as named views."""

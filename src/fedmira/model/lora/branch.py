@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedmira.model.base.transfer import sent
+from fedmira.model.lora.grouped import GroupedFactors, add_grouped, products_grouped
 from fedmira.model.lora.stack import StackedAdapters, adapter_names
 
 __all__ = ["LoraBranch"]
@@ -35,6 +36,8 @@ class LoraBranch:
         owners: which tokens belong to whom, as `tokens` was told.
         model: the frozen model.
         adapters: the factors of all clients, stacked.
+        grouped: whether several clients' branches are made by grouped products, where a layer's
+            sizes allow it; None leaves it to the device, see `products_grouped`.
     """
 
     model: nn.Module
@@ -42,6 +45,8 @@ class LoraBranch:
     dropout: float = 0.0
     generators: Sequence[torch.Generator] = ()
     owners: Sequence[tuple[int, slice]] = ()
+    grouped: bool | None = None
+    _factors: GroupedFactors | None = None
     _parts: dict[tuple[int, str], tuple[tuple[Tensor, ...], ...]] = field(default_factory=dict)
     _rows: Tensor | None = None
     _gathered: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -114,18 +119,32 @@ class LoraBranch:
                 )  # some modules are given all rows in one
                 branch = torch.bmm(torch.bmm(by_row, factor_a), factor_b)
                 return (output + branch.view(output.shape)).to(output.dtype)
-            sites = [self._site(client, part, name_a, name_b) for client, part in self.owners]
-            assert sites, "a branch runs within tokens() or rows()"
+            assert self.owners, "a branch runs within tokens() or rows()"
             if self.dropout and torch.is_grad_enabled():
                 inputs = self._dropped(inputs)
             if type(module) not in (nn.Linear, Conv1D):
                 # A quantised layer may give a view of its own function's result, which must not be
                 # changed
                 output = output.clone()
+            factors = self._grouped_factors(inputs)
+            if factors is not None and factors.fits(name_a, name_b):
+                return add_grouped(factors, (name_a, name_b), self.owners, inputs, output)
+            sites = [self._site(client, part, name_a, name_b) for client, part in self.owners]
             result: Tensor = _AddBranches.apply(self.adapters.anchor, inputs, output, sites)  # type: ignore[no-untyped-call]
             return result
 
         return add_branch
+
+    def _grouped_factors(self, inputs: Tensor) -> GroupedFactors | None:
+        """The factors for one product of all clients; None where a loop over them is right."""
+        if len(self.owners) == 1:  # of whatever shape
+            return None
+        grouped = self.grouped
+        if grouped is None:
+            grouped = products_grouped(self.adapters.values.device, inputs.dtype)
+        if grouped and self._factors is None:
+            self._factors = GroupedFactors(self.adapters)
+        return self._factors if grouped else None
 
     def _site(self, client: int, tokens: slice, name_a: str, name_b: str) -> _Site:
         adapters = self.adapters

@@ -55,6 +55,10 @@ class Stack(Protocol):
         """A copy of a client's adapter, on the CPU."""
         ...
 
+    def copied(self, matrix: Tensor, client: int) -> Adapter:
+        """A copy of a client's row of a [K, P] matrix on the CPU, fetched in one piece."""
+        ...
+
     def views(self, matrix: Tensor, client: int) -> Adapter:
         """A client's row of a [K, P] matrix (values, gradients, moments) as named views."""
         ...

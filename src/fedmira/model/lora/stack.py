@@ -22,7 +22,13 @@ from fedmira.adapters import Adapter
 from fedmira.errors import ModelError
 from fedmira.model.base.types import TargetModule
 
-__all__ = ["StackedAdapters", "adapter_names", "start_adapter"]
+__all__ = ["GROUP_MULTIPLE", "StackedAdapters", "adapter_names", "start_adapter"]
+
+GROUP_MULTIPLE = 8
+"""What kernels of grouped products want ranks and sizes of layers to be multiples of.
+
+They read rows of 16 bytes, which are eight numbers in bfloat16.
+"""
 
 _PREFIX = "base_model.model."
 
@@ -71,6 +77,8 @@ class StackedAdapters:
         scales: alpha / rank of each client.
         device: where the matrix lives.
         trainable: whether there are gradients; without them nothing is allocated for training.
+        multiple: ranks are padded to a multiple of it; None pads to `GROUP_MULTIPLE` where
+            products may be grouped, which is not on a CPU.
 
     Attributes:
         targets: the linear layers that carry adapters, in the model's order.
@@ -86,12 +94,14 @@ class StackedAdapters:
         scales: Sequence[float],
         device: torch.device,
         trainable: bool = True,
+        multiple: int | None = None,
     ) -> None:
         self.targets = tuple(targets)
         self.scales = tuple(scales)
         first_a = adapter_names(self.targets[0])[0]
         self.ranks = tuple(adapter[first_a].shape[0] for adapter in adapters)
-        self._slots = _slots(self.targets, max(self.ranks))
+        multiple = multiple or (1 if device.type == "cpu" else GROUP_MULTIPLE)
+        self._slots = _slots(self.targets, -(-max(self.ranks) // multiple) * multiple)
         width = sum(math.prod(slot.shape) for slot in self._slots.values())
         values = torch.zeros(len(adapters), width)
         for client, adapter in enumerate(adapters):
@@ -122,9 +132,20 @@ class StackedAdapters:
 
         Shares memory.
         """
+        return self.part(self.values, name)
+
+    def part(self, matrix: Tensor, name: str) -> Tensor:
+        """A factor of all clients in a [K, P] matrix: [K, rank, inputs] or [K, outputs, rank].
+
+        Shares memory. The matrix may hold values, gradients or moments.
+
+        Args:
+            matrix: one row of parameters a client, [K, P].
+            name: of the factor, as `adapter_names` gives it.
+        """
         slot = self._slots[name]
-        return self.values[:, slot.offset : slot.offset + math.prod(slot.shape)].view(
-            len(self), *slot.shape
+        return matrix[:, slot.offset : slot.offset + math.prod(slot.shape)].view(
+            len(matrix), *slot.shape
         )
 
     def factor(self, matrix: Tensor, client: int, name: str) -> Tensor:
@@ -141,9 +162,16 @@ class StackedAdapters:
 
     def adapter(self, client: int) -> Adapter:
         """A copy of a client's adapter at its own rank, on the CPU."""
-        row = (
-            self.values[client].detach().cpu()
-        )  # in one piece, as each copy from a device is waited for
+        return self.copied(self.values, client)
+
+    def copied(self, matrix: Tensor, client: int) -> Adapter:
+        """A copy of a client's row of a [K, P] matrix at its own rank, on the CPU.
+
+        Args:
+            matrix: values, gradients or moments.
+            client: index of the client in the cohort.
+        """
+        row = matrix[client].detach().cpu()  # in one piece: each copy from a device is waited for
         return {
             name: self._cut(row, self.ranks[client], name).clone(
                 memory_format=torch.contiguous_format

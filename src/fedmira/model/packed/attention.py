@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -15,17 +15,21 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from fedmira.model.packed.cpu import CpuPlan, attend_on_cpu, plan_for_cpu
+from fedmira.model.packed.joined import JoinedPlan, attend_joined, joined_plan
 from fedmira.model.packed.packing import PackedBatch
 from fedmira.model.packed.varlen import (
     Sequences,
-    attend_on_cuda,
+    attend_copied,
     sequences_of,
+    sums_available,
     varlen_available,
 )
 
 __all__ = [
+    "ATTENTION",
     "PACKED_ATTENTION",
     "Layout",
+    "attention_ways",
     "layers_seen",
     "packed_attention",
     "packed_layout",
@@ -33,6 +37,14 @@ __all__ = [
 ]
 
 PACKED_ATTENTION = "fedmira_packed"
+ATTENTION = {
+    "joined": "two variable-length calls, prefixes and remainders, joined by log-sum-exps",
+    "copied": "one variable-length call, a prefix's keys copied for each row behind it",
+    "blocks": "the processor's flash kernel, blocks of queries",
+    "rows": "a call for each row",
+    "own": "the model's own, on padded rows",
+}
+"""How attention may run, by the names that run.json has."""
 
 
 Masks = dict[tuple[int, int, int, int, torch.dtype], Tensor]
@@ -46,7 +58,7 @@ class Layout:
     Attributes:
         last_layer: index of a layer whose result is read at `batch.predict_at` only; None reads
             every place.
-        kernels: whether the device's own kernels are used, or the plain way that every device has.
+        attention: one of `attention_ways`; others, such as "", are the fastest of these.
         batch: the packed rows.
         plans: kernel calls, made once a pass.
         masks: attention masks, made once a pass.
@@ -54,14 +66,19 @@ class Layout:
 
     batch: PackedBatch
     last_layer: int | None = None
-    kernels: bool = True
+    attention: str = ""
     plans: dict[bool, CpuPlan] = field(default_factory=dict)
     masks: Masks = field(default_factory=dict)
 
     @cached_property
     def sequences(self) -> Sequences:
-        """What the kernel on CUDA is told."""
+        """What the kernel on CUDA is told where keys are copied."""
         return sequences_of(self.batch)
+
+    @cached_property
+    def joined(self) -> JoinedPlan:
+        """What it is told where parts are joined."""
+        return joined_plan(self.batch)
 
     def cpu_plan(self, predicting: bool) -> CpuPlan:
         """What the kernels on a CPU are told, see `plan_for_cpu`."""
@@ -71,17 +88,35 @@ class Layout:
 
 
 _layout: ContextVar[Layout | None] = ContextVar("packed layout", default=None)
-_seen: ContextVar[set[int] | None] = ContextVar("layers seen", default=None)
+_seen: ContextVar[dict[int, tuple[bool, str]] | None] = ContextVar("layers seen", default=None)
+
+
+@lru_cache(maxsize=16)
+def attention_ways(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The ways of `ATTENTION` that packed passes may take there, the fastest first.
+
+    Args:
+        device: where attention runs.
+        dtype: of queries, keys and values.
+    """
+    if device.type == "cpu":
+        return ("blocks", "rows")
+    if not varlen_available(device, dtype):
+        return ("rows",)
+    return ("joined", "copied", "rows") if sums_available() else ("copied", "rows")
 
 
 @contextmanager
-def layers_seen() -> Iterator[set[int]]:
-    """Within the block, the indices of the layers whose attention is packed are noted.
+def layers_seen() -> Iterator[dict[int, tuple[bool, str]]]:
+    """Within the block, the layers whose attention is packed are noted.
+
+    By index: whether a layer has a window, and the way that its attention runs where rows are
+    longer than that.
 
     A layer that mixes tokens in another way, such as a state space, knows nothing of rows that
     stand behind each other.
     """
-    found: set[int] = set()
+    found: dict[int, tuple[bool, str]] = {}
     token = _seen.set(found)
     try:
         yield found
@@ -139,30 +174,53 @@ def packed_attention(
     layout = _layout.get()
     assert layout is not None, "packed attention is only used inside packed_layout"
     refuse_what_is_not_told(module, options)
-    if (seen := _seen.get()) is not None:
-        seen.add(int(module.layer_idx))  # type: ignore[arg-type]
     batch = layout.batch
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")
+    ways = attention_ways(query.device, query.dtype)
+    wanted = layout.attention if layout.attention in ways else ways[0]
+    one_size = query.shape[-1] == value.shape[-1]
+    if (seen := _seen.get()) is not None:
+        seen[int(module.layer_idx)] = bool(window), _way(wanted, one_size, window)  # type: ignore[arg-type]
     if window and window >= max(
         segment.prefix + max(segment.lengths) for segment in batch.segments
     ):
         window = None
-    same_size = layout.kernels and query.shape[-1] == value.shape[-1]
-    if same_size and varlen_available(query):
-        return attend_on_cuda(query, key, value, layout.sequences, scale, window), None
-    if same_size and query.device.type == "cpu" and not window:
-        if module.layer_idx != layout.last_layer:
-            return attend_on_cpu(query, key, value, layout.cpu_plan(False), scale), None
-        # Only what predicts is read of the last layer: there all other places give nothing but keys
-        # and values.
-        read = attend_on_cpu(
-            query[:, :, batch.predict_at], key, value, layout.cpu_plan(True), scale
-        )
-        return read.new_zeros(1, query.shape[2], *read.shape[2:]).index_copy(
-            1, batch.predict_at, read
-        ), None
+    match _way(wanted, one_size, window):
+        case "joined":
+            return attend_joined(query, key, value, layout.joined, scale), None
+        case "copied":
+            return attend_copied(query, key, value, layout.sequences, scale, window), None
+        case "blocks":
+            last = module.layer_idx == layout.last_layer
+            return _attend_in_blocks(query, key, value, layout, scale, last), None
     return _attend_by_row(query, key, value, batch, scale, window, layout.masks), None
+
+
+def _way(wanted: str, one_size: bool, window: int | None) -> str:
+    """The wanted way, or the next one that can do this.
+
+    Args:
+        one_size: whether values have as many entries as keys, as all kernels want.
+        window: how many keys a query sees at most; None is all.
+    """
+    if not one_size:
+        return "rows"
+    return {"joined": "copied", "blocks": "rows"}.get(wanted, wanted) if window else wanted
+
+
+def _attend_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, last: bool
+) -> Tensor:
+    """On a CPU; of the last layer only what predicts is read.
+
+    There all other places give nothing but keys and values.
+    """
+    if not last:
+        return attend_on_cpu(query, key, value, layout.cpu_plan(False), scale)
+    places = layout.batch.predict_at
+    read = attend_on_cpu(query[:, :, places], key, value, layout.cpu_plan(True), scale)
+    return read.new_zeros(1, query.shape[2], *read.shape[2:]).index_copy(1, places, read)
 
 
 def refuse_what_is_not_told(module: nn.Module, options: Mapping[str, Any]) -> None:

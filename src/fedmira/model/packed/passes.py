@@ -83,7 +83,7 @@ def _packed_pass(
 
     A function of its own, so that what it leaves behind is gone before the next pass begins.
     """
-    layout = Layout(batch, base.last_layer.index if base.last_layer else None, base.kernels)
+    layout = Layout(batch, base.last_layer.index if base.last_layer else None, base.attention)
     surroundings = partial(_packed_surroundings, base, branch, layout)
     with surroundings(), _recomputed(base, branch, surroundings):
         hidden = base.model.base_model(

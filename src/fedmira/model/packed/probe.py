@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +18,8 @@ from fedmira.model.base.targets import find_targets
 from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.lora.branch import LoraBranch
 from fedmira.model.lora.stack import StackedAdapters, adapter_names, start_adapter
-from fedmira.model.packed.attention import layers_seen
+from fedmira.model.packed.attention import attention_ways, layers_seen
+from fedmira.model.packed.varlen import why_not
 
 __all__ = ["UNFIT", "choose_path", "losses_agree", "targets_in_use"]
 
@@ -29,6 +30,14 @@ _OF_GRADIENT = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 In bfloat16 trained models were seen to differ from themselves, padded and packed, by 0.006 in
 losses and 0.04 in the gradient; what a wrong mask does to the gradient is far more.
 """
+
+_LOST = {
+    ("joined", "copied"): "joined attention",
+    ("joined", "rows"): "attention kernels",
+    ("copied", "rows"): "attention kernels",
+    ("blocks", "rows"): "attention kernels",
+}
+"""What is missing on the way from the fastest attention to another."""
 
 _log = logging.getLogger("fedmira")
 _SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -80,14 +89,13 @@ def _fastest(base: BaseModel) -> BaseModel:
             "architecture cannot be trained here, take another model.base"
         ) from error
     last = find_last_layer(base.model)
-    for kernels, last_layer in dict.fromkeys(
-        ((True, last), (True, None), (False, last), (False, None))
-    ):
-        packed = replace(base, packed=True, last_layer=last_layer, kernels=kernels)
+    ways = attention_ways(base.device, base.dtype)
+    for way, last_layer in [(way, layer) for way in ways for layer in dict.fromkeys((last, None))]:
+        packed = replace(base, packed=True, last_layer=last_layer, attention=way)
         lost = [
             what
             for what, there in (
-                ("attention kernels", kernels),
+                (_LOST[ways[0], way] if way != ways[0] else "", way == ways[0]),
                 ("a shortened last layer", last_layer is last),
             )
             if not there
@@ -115,13 +123,39 @@ def _fastest(base: BaseModel) -> BaseModel:
                     base.name,
                     " and ".join(lost),
                 )
-            return packed
+            return _attending(packed, attending)
     _log.warning(
         "%s: packed steps do not agree with %s; it trains on padded batches, which is slower",
         base.name,
         type(base.model).__name__,
     )
     return base
+
+
+def _attending(base: BaseModel, seen: Mapping[int, tuple[bool, str]]) -> BaseModel:
+    """The base with the ways that its layers' attention has taken.
+
+    A call for each row is what a GPU spends its time with, so it is warned of there.
+    """
+    whole, windowed = (
+        {way for window, way in seen.values() if window is with_window}
+        for with_window in (False, True)
+    )
+    # Layers whose values have other sizes than their keys go by row, whatever was wanted.
+    found = replace(
+        base,
+        attention="rows" if "rows" in whole else base.attention,
+        attention_in_windows=next(iter(sorted(windowed, reverse=True)), ""),
+    )
+    if base.device.type != "cpu" and "rows" in whole | windowed:
+        _log.warning(
+            "%s: attention runs as a call for each row, and launches grow with the rows, which is "
+            "slow on %s: variable-length attention is not used, as %s",
+            base.name,
+            base.device,
+            why_not(base.device, base.dtype) or "it does not agree with this architecture's own",
+        )
+    return found
 
 
 def losses_agree(own: Tensor, plain: Tensor, dtype: torch.dtype) -> bool:

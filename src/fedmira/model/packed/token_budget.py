@@ -6,21 +6,19 @@ Chosen by a short trial on the machine, bounded by its memory.
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import math
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fedmira.atomic import replace_file
 from fedmira.config import cache_folder
+from fedmira.model.base.known import keep_known, read_known
 from fedmira.model.base.memory import LEAST_TOKENS, free_bytes, out_of_memory
 from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.lora.branch import LoraBranch
@@ -33,7 +31,6 @@ _CANDIDATES = {"cpu": (512, 1024, 2048, 4096), "other": (4096, 8192, 16384, 3276
 _USUAL = {"cpu": 2048, "other": 16384}
 _SHARE_OF_MEMORY = 0.4
 _TRIAL_SECONDS = 1.5
-_log = logging.getLogger("fedmira")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +55,21 @@ def choose_token_budget(base: BaseModel, targets: Sequence[TargetModule]) -> int
     if folder is None:
         return usual_token_budget(base)
     path = folder / "token_budget.json"
-    found = _read(path).get(key)
+    found = read_known(path, _budget, "token budgets are tried out again").get(key)
     if found is None:
         found = _try_out(base, targets, _CANDIDATES[_kind(base)])
         if found is None:
             return (
                 LEAST_TOKENS  # not even the first trial had memory enough; another time it may have
             )
-        _keep(path, {**_read(path), key: found})
+        known = read_known(path, _budget, "token budgets are tried out again")
+        keep_known(path, {**known, key: found}, "the token budget will be tried out again")
     return _bounded(found[0], found[1], free_bytes(base.device))
+
+
+def _budget(kept: Sequence[float]) -> tuple[int, float]:
+    budget, size = kept
+    return int(budget), float(size)
 
 
 def usual_token_budget(base: BaseModel) -> int:
@@ -201,35 +204,3 @@ def _processor(path: Path) -> str:
     )
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
-
-
-def _read(path: Path) -> dict[str, tuple[int, float]]:
-    """What is known; what cannot be read is found out again."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        known = {key: (int(budget), float(size)) for key, (budget, size) in found["known"].items()}
-        sound = found["sha256"] == _seal(known)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        _log.warning(
-            "%s is damaged, or an older version wrote it; token budgets are tried out again", path
-        )
-    return known if sound else {}
-
-
-def _seal(known: Mapping[str, tuple[int, float]]) -> str:
-    """SHA-256 over what is known."""
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-
-def _keep(path: Path, known: dict[str, tuple[int, float]]) -> None:
-    try:
-        document = {"known": known, "sha256": _seal(known)}
-        replace_file(path, json.dumps(document, indent=1), lasting=False, shared=True)
-    except OSError as error:
-        _log.warning(
-            "%s cannot be written (%s); the token budget will be tried out again", path, error
-        )

@@ -16,7 +16,7 @@ from fedmira.adapters import Adapter, all_finite
 from fedmira.config import LocalSettings
 from fedmira.model.base.memory import PassLimit, within_memory
 from fedmira.model.base.rows import Row
-from fedmira.model.base.transfer import on_device
+from fedmira.model.base.transfer import on_device, sent
 from fedmira.model.base.types import BaseModel, TargetModule
 from fedmira.model.lora.branch import LoraBranch
 from fedmira.model.lora.branches import (
@@ -430,7 +430,10 @@ class _Cohort:
             parameters[name].copy_(changed)
 
     def _initial_moments(self) -> Moments:
-        moments = Moments.empty(self.stacked.values)
+        """Those kept of each client's last round, sent to the device in one piece."""
+        if all(task.moments is None for task in self.tasks):
+            return Moments.empty(self.stacked.values)
+        moments = Moments.empty(torch.empty_like(self.stacked.values, device="cpu"))
         for client, task in enumerate(self.tasks):
             if task.moments is not None:
                 first, second, steps = task.moments
@@ -438,14 +441,12 @@ class _Cohort:
                     for name, view in self.stacked.views(part, client).items():
                         view.copy_(kept[name])
                 moments.steps[client] = steps
-        return moments
+        return Moments(
+            *(sent(part, self.device) for part in (moments.first, moments.second, moments.steps))
+        )
 
     def _kept_moments(self, client: int) -> tuple[Adapter, Adapter, int]:
         first, second = (
-            {
-                name: view.detach().cpu().clone()
-                for name, view in self.stacked.views(part, client).items()
-            }
-            for part in (self.moments.first, self.moments.second)
+            self.stacked.copied(part, client) for part in (self.moments.first, self.moments.second)
         )
         return first, second, int(self.moments.steps[client])
