@@ -30,7 +30,7 @@ from fedmira.adapters.low_rank import (
     scale,
     truncate_rank,
 )
-from fedmira.adapters.mappings import LazyAdapters, replaced
+from fedmira.adapters.mappings import LazyAdapters, known_hash, replaced
 from fedmira.adapters.merging import (
     folded,
     metagpt_weights,
@@ -63,6 +63,7 @@ __all__ = [
     "folded",
     "gram",
     "inner",
+    "known_hash",
     "map_tensors",
     "median_of",
     "metagpt_weights",

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TypeVar
 
-from fedmira.adapters import Adapter
+from fedmira.adapters import Adapter, LazyAdapters
 from fedmira.clients.base import Candidates, SplitName
 from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.crews import Crew, InTurn, Share
+from fedmira.clients.owners import Owner, dealt, owners_of
 from fedmira.clients.references import References
-from fedmira.data import ClientData, ClientSummary, summary_of
+from fedmira.data import ClientData, ClientSummary, EncodedExample, summary_of
 from fedmira.messages import ClientId, Failure, Payload, Reply, Request
 from fedmira.methods import Method
 from fedmira.metrics import TokenLoss, text_scores
@@ -23,6 +24,9 @@ from fedmira.storage import remembered
 __all__ = ["LocalClients"]
 
 Result = TypeVar("Result")
+
+_BUDGETS_OF_A_SHARE = 16
+"""Full passes with which a share of rows to be measured is complete, however few the owners are."""
 
 _Trained = tuple[list[Reply | Failure], dict[ClientId, Payload]]
 
@@ -111,20 +115,11 @@ class LocalClients:
         self, adapters: Mapping[ClientId, Adapter], split: SplitName = "test"
     ) -> dict[ClientId, TokenLoss]:
         """The response loss of each given client's own adapter on its own rows."""
-        asked = [client for client in adapters if getattr(self.data[client], split)]
-        if self.references is not None:
-            return {name: self._leaning(self.references, name, adapters, split) for name in asked}
-
-        def begun(names: Sequence[ClientId]) -> Callable[[AdapterKind], list[float]]:
-            rows = [getattr(self.data[name], split) for name in names]
-            return partial(_losses, [adapters[name] for name in names], *self._scaled(names), rows)
-
-        found = self._in_shares(asked, split, begun)
         return {
             name: TokenLoss(
-                total, sum(len(row.response) for row in getattr(self.data[name], split))
+                math.fsum(found), sum(len(row.response) for row in getattr(self.data[name], split))
             )
-            for name, total in found.items()
+            for name, found in self.row_losses(adapters, split).items()
         }
 
     def row_losses(
@@ -139,15 +134,28 @@ class LocalClients:
             adapters: by client id; each is read once.
             split: which rows; clients without such rows are left out.
         """
+        asked = [name for name in adapters if getattr(self.data[name], split)]
+        if self.references is not None:
+            return {
+                name: self.references.losses(
+                    self.data[name],
+                    adapters[name],
+                    self.settings.scales[name],
+                    getattr(self.data[name], split),
+                )
+                for name in asked
+            }
 
-        def begun(names: Sequence[ClientId]) -> Callable[[AdapterKind], list[list[float]]]:
-            rows = [getattr(self.data[name], split) for name in names]
+        def begun(owners: Sequence[Owner]) -> Callable[[AdapterKind], list[list[float]]]:
+            rows = [
+                [getattr(self.data[name], split)[i] for name, i in own.places] for own in owners
+            ]
+            names = [own.client for own in owners]
             return partial(
                 _row_losses, [adapters[name] for name in names], *self._scaled(names), rows
             )
 
-        asked = [name for name in adapters if getattr(self.data[name], split)]
-        return self._in_shares(asked, split, begun)
+        return self._by_owner(adapters, asked, split, begun)
 
     def choose(self, clients: Sequence[ClientId], candidates: Candidates) -> dict[ClientId, float]:
         """The candidate with the lowest loss on each client's validation rows."""
@@ -196,8 +204,9 @@ class LocalClients:
                 for name, adapter in adapters.items()
             }
 
-        def begun(names: Sequence[ClientId]) -> Callable[[AdapterKind], list[list[str]]]:
-            prompts = [[row.prompt for row in self.data[name].test] for name in names]
+        def begun(owners: Sequence[Owner]) -> Callable[[AdapterKind], list[list[str]]]:
+            prompts = [[self.data[name].test[i].prompt for name, i in own.places] for own in owners]
+            names = [own.client for own in owners]
             return partial(
                 _answers,
                 [adapters[name] for name in names],
@@ -206,7 +215,7 @@ class LocalClients:
                 max_new_tokens,
             )
 
-        return self._in_shares(list(adapters), "test", begun)
+        return self._by_owner(adapters, list(adapters), "test", begun)
 
     def score(
         self, adapters: Mapping[ClientId, Adapter], max_new_tokens: int
@@ -218,18 +227,38 @@ class LocalClients:
             for client, predictions in texts.items()
         }
 
-    def _leaning(
+    def _by_owner(
         self,
-        references: References,
-        name: ClientId,
         adapters: Mapping[ClientId, Adapter],
+        clients: Sequence[ClientId],
         split: SplitName,
-    ) -> TokenLoss:
-        """A client's loss as it is where answers lean on its training rows."""
-        rows = getattr(self.data[name], split)
-        scale = self.settings.scales[name]
-        found = references.losses(self.data[name], adapters[name], scale, rows)
-        return TokenLoss(math.fsum(found), sum(len(row.response) for row in rows))
+        begun: Callable[[Sequence[Owner]], Callable[[AdapterKind], Sequence[Sequence[Result]]]],
+    ) -> dict[ClientId, list[Result]]:
+        """What the work on each row gives, by client, where equal adapters are one owner."""
+        # Clients that take turns share nothing, so that no bit of one depends on another's rows.
+        known = adapters if self.at_once > 1 else LazyAdapters(clients, adapters.__getitem__)
+        most = _BUDGETS_OF_A_SHARE * self.settings.token_budget
+        rows_of = partial(self._rows, split)
+        turns = dealt(
+            owners_of(known, clients, rows_of, self.settings.scales, most), self.at_once, most
+        )
+        shares = [
+            Share(
+                list(dict.fromkeys(name for own in turn for name, _ in own.places)),
+                sum(own.tokens for own in turn),
+                partial(begun, turn),
+            )
+            for turn in turns
+        ]
+        by_place: dict[tuple[ClientId, int], Result] = {}
+        for turn, found in zip(turns, self.crew.do(self.kind, shares), strict=True):
+            for own, results in zip(turn, found, strict=True):
+                by_place |= zip(own.places, results, strict=True)
+        return {name: [by_place[name, i] for i in range(len(rows_of(name)))] for name in clients}
+
+    def _rows(self, split: SplitName, client: ClientId) -> Sequence[EncodedExample]:
+        rows: tuple[EncodedExample, ...] = getattr(self.data[client], split)
+        return rows
 
     def _in_shares(
         self,
@@ -275,16 +304,6 @@ def _trained(
         if memory is not None and memory is not before.get(request.client_id)
     }
     return [answer for answer, _ in worked], after
-
-
-def _losses(
-    adapters: Sequence[Adapter],
-    scales: Sequence[float],
-    budget: int,
-    rows: Sequence[Sequence[Row]],
-    kind: AdapterKind,
-) -> list[float]:
-    return kind.losses(adapters, scales, rows, budget)
 
 
 def _row_losses(

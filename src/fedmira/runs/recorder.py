@@ -10,10 +10,10 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-from fedmira.adapters import Adapter, LazyAdapters, digest
+from fedmira.adapters import Adapter, LazyAdapters, content_hash, digest
 from fedmira.clients import Clients
 from fedmira.config import Config
 from fedmira.graphs import Graph, graph_of, graph_text
@@ -40,6 +40,7 @@ from fedmira.runs.events import (
     train_events,
 )
 from fedmira.runs.folder import RunFolder
+from fedmira.runs.measured import Measured
 from fedmira.storage import AdapterTable
 
 __all__ = ["Best", "Recorder"]
@@ -122,6 +123,7 @@ class Recorder:
     def __post_init__(self) -> None:
         self.uploaded = self.best_adapters = AdapterTable(self.checkpoints.store, {})
         self.watchers = Dispatcher(self.observers, self._note_warning)
+        self.measured = Measured(self.clients)
         self._begun = time.monotonic()
         self._given: tuple[ServerState, LazyAdapters, Mapping[ClientId, float]] | None = None
         self._losses: dict[str, object] = {}
@@ -169,6 +171,7 @@ class Recorder:
         self.base_losses = {
             client: TokenLoss(*loss) for client, loss in values["base_losses"].items()
         }
+        self.measured.restore(values.get("measured", {}))
         self.latest_round, self.round_done = values["latest_round"], checkpoint.round
         self._note_losses()
         self.graph_json = checkpoint.graph_json
@@ -284,36 +287,37 @@ class Recorder:
 
     def aligned(self, state: ServerState) -> LazyAdapters:
         """Each client's adapter with all of the server's pull, without asking for any choice."""
-        return LazyAdapters(list(self.clients.parties), partial(self.algorithm.adapter_for, state))
+        return LazyAdapters(
+            list(self.clients.parties),
+            partial(self.algorithm.adapter_for, state),
+            cache(partial(self._hash_of, _unread(state))),
+        )
+
+    def _hash_of(self, state: ServerState, client: ClientId) -> str:
+        return content_hash(self.algorithm.adapter_for(state, client))
 
     def _chosen(self, state: ServerState) -> tuple[LazyAdapters, Mapping[ClientId, float]]:
         """What `given` returns, from passes over the validation rows."""
-        clients = list(self.clients.parties)
+        aligned, clients = self.aligned(state), list(self.clients.parties)
         if not self.algorithm.may_decline:
-            return self.aligned(state), {}
+            return aligned, {}
 
         def candidates(client: ClientId) -> Mapping[float, Adapter]:
-            aligned = self.algorithm.adapter_for(state, client)
-            return {
-                1.0: aligned,
-                **(
-                    self.algorithm.alternatives(self.uploaded[client], aligned)
-                    if client in self.uploaded
-                    else {}
-                ),
-            }
+            whole = aligned[client]
+            return {1.0: whole, **self.algorithm.alternatives(self.uploaded[client], whole)}
 
-        kept = self.clients.choose(clients, candidates)
+        # Who has sent nothing yet has one adapter, which need not be read to know that.
+        kept = self.clients.choose([name for name in clients if name in self.uploaded], candidates)
 
         def read(client: ClientId) -> Adapter:
             share = kept.get(client, 1.0)
-            return (
-                self.algorithm.adapter_for(state, client)
-                if share == 1
-                else candidates(client)[share]
-            )
+            return aligned[client] if share == 1 else candidates(client)[share]
 
-        return LazyAdapters(clients, read), kept
+        def hash_of(client: ClientId) -> str:
+            whole = kept.get(client, 1.0) == 1
+            return str(aligned.hash_of(client)) if whole else content_hash(read(client))
+
+        return LazyAdapters(clients, read, cache(hash_of)), kept
 
     def unmeasured(self, number: int) -> list[EventLine]:
         """A line for each client that could not be evaluated since this was asked last."""
@@ -324,8 +328,8 @@ class Recorder:
     def _evaluate(self, number: int, state: ServerState) -> list[EventLine]:
         """Test and validation loss of every client with the adapter it would be given now."""
         adapters, kept = self.given(state)
-        test = self.clients.losses(adapters, "test")
-        validation = self.clients.losses(adapters, "validation")
+        test = self.measured.losses(adapters, "test")
+        validation = self.measured.losses(adapters, "validation")
         self.latest, self.latest_round = test, number
         events: list[EventLine] = []
         improved: list[ClientId] = []
@@ -371,6 +375,7 @@ class Recorder:
         They change when everybody is evaluated, and not every round.
         """
         self._losses = {
+            "measured": self.measured.as_json(),
             "best": {
                 client: [best.round, best.validation_loss, best.test_loss]
                 for client, best in self.best.items()
@@ -412,6 +417,14 @@ class Recorder:
 
 def _mean(losses: Mapping[ClientId, float]) -> float | None:
     return sum(losses.values()) / len(losses) if losses else None
+
+
+def _unread(state: ServerState) -> ServerState:
+    """The same state; adapters that lie on disk are read where a tensor is asked for."""
+    adapters = state.adapters
+    return (
+        replace(state, adapters=adapters.unread()) if isinstance(adapters, AdapterTable) else state
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -11,12 +11,12 @@ import torch
 
 from fedmira.adapters import Adapter, LazyAdapters, content_hash
 from fedmira.atomic import replace_file
-from fedmira.clients import LocalClients, OverWire
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId
 from fedmira.methods import ServerState, Start
 from fedmira.metrics import TokenLoss
 from fedmira.runs.cards import AdapterCards
+from fedmira.runs.measured import rows_here
 from fedmira.runs.provenance import Ground
 from fedmira.runs.recorder import Recorder
 from fedmira.runs.rows import ClientRow, client_rows, finite_figures, summary_of
@@ -76,12 +76,14 @@ def write_results(
     best = config.evaluation.select == "best"
     kept = recorder.best_adapters
     chosen = LazyAdapters(
-        ranks, lambda client: kept[client] if best and client in kept else last[client]
+        ranks,
+        lambda client: kept[client] if best and client in kept else last[client],
+        lambda client: str((kept if best and client in kept else last).hash_of(client)),
     )
     after: Mapping[ClientId, TokenLoss]
     if measure:
         known = not best and recorder.latest_round == config.rounds.count
-        after = recorder.latest if known else clients.losses(chosen)
+        after = recorder.latest if known else recorder.measured.losses(chosen, "test")
     else:
         known = not best and recorder.latest_round == recorder.round_done
         after = recorder.latest if known and not recorder.algorithm.may_decline else {}
@@ -160,13 +162,10 @@ def _trained_by_rank(
     }
 
 
-def _validation_rows(
-    recorder: Recorder, chosen: Mapping[ClientId, Adapter]
-) -> list[dict[str, object]]:
+def _validation_rows(recorder: Recorder, chosen: LazyAdapters) -> list[dict[str, object]]:
     """The rows of metrics/validation.csv; none where the rows are on other machines."""
-    clients = recorder.clients
-    inner = clients.inner if isinstance(clients, OverWire) else clients
-    if not isinstance(inner, LocalClients):
+    here = rows_here(recorder.clients)
+    if here is None:
         return []
     return [
         {
@@ -175,22 +174,20 @@ def _validation_rows(
             "tokens": len(row.response),
             "loss": loss if math.isfinite(loss) else None,
         }
-        for client, losses in inner.row_losses(chosen).items()
-        for number, (row, loss) in enumerate(
-            zip(inner.data[client].validation, losses, strict=True)
-        )
+        for client, losses in recorder.measured.validation_rows(chosen).items()
+        for number, (row, loss) in enumerate(zip(here.data[client].validation, losses, strict=True))
     ]
 
 
 def _before(
-    recorder: Recorder, last: Mapping[ClientId, Adapter], after: Mapping[ClientId, TokenLoss]
+    recorder: Recorder, last: LazyAdapters, after: Mapping[ClientId, TokenLoss]
 ) -> dict[ClientId, TokenLoss]:
     """Losses of each client's last upload.
 
     A client that alignment did not move since then has the loss it ended with.
     """
     uploaded = recorder.uploaded
-    moved = [client for client in uploaded if uploaded.hashes[client] != content_hash(last[client])]
-    own = recorder.clients.losses(LazyAdapters(moved, uploaded.__getitem__))
+    moved = [client for client in uploaded if uploaded.hash_of(client) != last.hash_of(client)]
+    own = recorder.clients.losses(LazyAdapters(moved, uploaded.__getitem__, uploaded.hash_of))
     measured = {**after, **own}
     return {client: measured[client] for client in uploaded if client in measured}
