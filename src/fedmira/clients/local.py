@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TypeVar
 
-from fedmira.adapters import Adapter, LazyAdapters
+from fedmira.adapters import Adapter, LazyAdapters, known_hash
 from fedmira.clients.base import Candidates, SplitName
+from fedmira.clients.base_losses import BaseLosses
 from fedmira.clients.cohort import Cohort, CohortSettings
-from fedmira.clients.crews import Crew, InTurn, Share
+from fedmira.clients.crews import Crew, InTurn, Share, threads_of
 from fedmira.clients.owners import Owner, dealt, owners_of
 from fedmira.clients.references import References
 from fedmira.data import ClientData, ClientSummary, EncodedExample, summary_of
@@ -47,6 +48,7 @@ class LocalClients:
         at_once: clients of a share, whose passes are made together.
         references: where losses and answers are to lean on the clients' training rows.
         crew: who does the shares.
+        base_losses: where losses of the base are kept from run to run.
     """
 
     method: Method | None
@@ -56,6 +58,7 @@ class LocalClients:
     at_once: int = 64
     references: References | None = None
     crew: Crew = field(default_factory=InTurn)
+    base_losses: BaseLosses | None = None
     _memories: Mapping[ClientId, Payload] = field(default_factory=dict)
 
     @cached_property
@@ -146,16 +149,49 @@ class LocalClients:
                 for name in asked
             }
 
+        if self.base_losses is None or not self._says_base(adapters, asked):
+            return self._row_losses(adapters, asked, split, self.settings.scales)
+        first = asked[0]
+        alone = LazyAdapters(asked, lambda _: adapters[first], lambda _: "the base")
+        with threads_of(self.crew.threads):
+            return self.base_losses.rows(
+                self.kind.base,
+                {name: self._rows(split, name) for name in asked},
+                split,
+                (self.settings.token_budget, self.at_once),
+                partial(self._row_losses, alone, asked, split, dict.fromkeys(asked, 1.0)),
+            )
+
+    def _says_base(self, adapters: Mapping[ClientId, Adapter], asked: Sequence[ClientId]) -> bool:
+        """Whether all these adapters leave the base as it is; stops at the first that does not."""
+        one_of = {known_hash(adapters, name): name for name in reversed(asked)}
+        return bool(one_of) and all(
+            self.kind.changes_nothing(adapters[name]) for name in one_of.values()
+        )
+
+    def _row_losses(
+        self,
+        adapters: Mapping[ClientId, Adapter],
+        asked: Sequence[ClientId],
+        split: SplitName,
+        scales: Mapping[ClientId, float],
+    ) -> dict[ClientId, list[float]]:
+        """The losses of rows, measured."""
+
         def begun(owners: Sequence[Owner]) -> Callable[[AdapterKind], list[list[float]]]:
             rows = [
                 [getattr(self.data[name], split)[i] for name, i in own.places] for own in owners
             ]
             names = [own.client for own in owners]
             return partial(
-                _row_losses, [adapters[name] for name in names], *self._scaled(names), rows
+                _row_losses,
+                [adapters[name] for name in names],
+                [scales[name] for name in names],
+                self.settings.token_budget,
+                rows,
             )
 
-        return self._by_owner(adapters, asked, split, begun)
+        return self._by_owner(adapters, asked, split, scales, begun)
 
     def choose(self, clients: Sequence[ClientId], candidates: Candidates) -> dict[ClientId, float]:
         """The candidate with the lowest loss on each client's validation rows."""
@@ -210,12 +246,13 @@ class LocalClients:
             return partial(
                 _answers,
                 [adapters[name] for name in names],
-                *self._scaled(names),
+                [self.settings.scales[name] for name in names],
+                self.settings.token_budget,
                 prompts,
                 max_new_tokens,
             )
 
-        return self._by_owner(adapters, list(adapters), "test", begun)
+        return self._by_owner(adapters, list(adapters), "test", self.settings.scales, begun)
 
     def score(
         self, adapters: Mapping[ClientId, Adapter], max_new_tokens: int
@@ -232,6 +269,7 @@ class LocalClients:
         adapters: Mapping[ClientId, Adapter],
         clients: Sequence[ClientId],
         split: SplitName,
+        scales: Mapping[ClientId, float],
         begun: Callable[[Sequence[Owner]], Callable[[AdapterKind], Sequence[Sequence[Result]]]],
     ) -> dict[ClientId, list[Result]]:
         """What the work on each row gives, by client, where equal adapters are one owner."""
@@ -239,9 +277,7 @@ class LocalClients:
         known = adapters if self.at_once > 1 else LazyAdapters(clients, adapters.__getitem__)
         most = _BUDGETS_OF_A_SHARE * self.settings.token_budget
         rows_of = partial(self._rows, split)
-        turns = dealt(
-            owners_of(known, clients, rows_of, self.settings.scales, most), self.at_once, most
-        )
+        turns = dealt(owners_of(known, clients, rows_of, scales, most), self.at_once, most)
         shares = [
             Share(
                 list(dict.fromkeys(name for own in turn for name, _ in own.places)),
@@ -278,10 +314,6 @@ class LocalClients:
         for names, found in zip(turns, self.crew.do(self.kind, shares), strict=True):
             result |= dict(zip(names, found, strict=True))
         return result
-
-    def _scaled(self, clients: Sequence[ClientId]) -> tuple[list[float], int]:
-        """The clients' scales, and the most tokens of a pass."""
-        return [self.settings.scales[name] for name in clients], self.settings.token_budget
 
     def _length(self, client: ClientId, split: SplitName) -> int:
         """Tokens of a client's rows."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedmira.adapters import Adapter
 from fedmira.clients import (
+    BaseLosses,
     Clients,
     CohortSettings,
     Crew,
@@ -245,6 +246,7 @@ def _at_work(  # noqa: PLR0913 - all that clients work with meets here
         at_once,
         references=references_of(kind, config.evaluation),
         crew=crew,
+        base_losses=BaseLosses(),
     )
     wire = config.engine.wire
     return clients if wire == "float32" else OverWire(clients, wire, at_once)

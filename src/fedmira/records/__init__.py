@@ -4,12 +4,14 @@ from fedmira.records.folder import RecordedFolder, changed, sha256_of
 from fedmira.records.growing import GrowingFile, lost_lines
 from fedmira.records.hashes import RECORD, Hashes, parse_hashes
 from fedmira.records.machine import machine_errors, told
+from fedmira.records.sealed import SealedFiles
 
 __all__ = [
     "RECORD",
     "GrowingFile",
     "Hashes",
     "RecordedFolder",
+    "SealedFiles",
     "changed",
     "lost_lines",
     "machine_errors",

@@ -188,6 +188,7 @@ def _before(
     """
     uploaded = recorder.uploaded
     moved = [client for client in uploaded if uploaded.hash_of(client) != last.hash_of(client)]
-    own = recorder.clients.losses(LazyAdapters(moved, uploaded.__getitem__, uploaded.hash_of))
+    theirs = LazyAdapters(moved, uploaded.__getitem__, uploaded.hash_of)
+    own = recorder.clients.losses(theirs) if moved else {}
     measured = {**after, **own}
     return {client: measured[client] for client in uploaded if client in measured}

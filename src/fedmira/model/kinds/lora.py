@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedmira.adapters import (
     Adapter,
+    all_finite,
     modules,
     scale,
     truncate_rank,
@@ -120,6 +121,10 @@ class LoraKind:
         )
         passes = partial(response_losses, self.base, branch)
         return row_losses_with(branch, passes, rows, budget, self.limits.measure)
+
+    def changes_nothing(self, adapter: Adapter) -> bool:
+        """Where all B are zero, as at the start."""
+        return all_finite(adapter) and not any(up.any() for _, up in modules(adapter).values())
 
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
         """In the same passes."""

@@ -115,6 +115,10 @@ class PromptKind:
         branch = self._branch(adapters)
         return row_losses_with(branch, branch.losses, rows, budget, self.limits.measure)
 
+    def changes_nothing(self, adapter: Adapter) -> bool:
+        """False: virtual tokens are read."""
+        return False
+
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
         """Which adapter each client takes, found out one client after another."""
 

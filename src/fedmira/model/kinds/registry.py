@@ -103,6 +103,10 @@ class AdapterKind(Protocol):
         """The sum of the response losses of each row under its client's adapter, in nats."""
         ...
 
+    def changes_nothing(self, adapter: Adapter) -> bool:
+        """Whether the base with this adapter is the base, to the bit."""
+        ...
+
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
         """For each client the adapter with the lowest loss on its rows."""
         ...

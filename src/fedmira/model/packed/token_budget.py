@@ -27,7 +27,7 @@ from fedmira.model.lora.branch import LoraBranch
 from fedmira.model.lora.stack import StackedAdapters, start_adapter
 from fedmira.model.packed.passes import response_losses
 
-__all__ = ["choose_token_budget", "usual_token_budget"]
+__all__ = ["choose_token_budget", "machine_name", "usual_token_budget"]
 
 _CANDIDATES = {"cpu": (512, 1024, 2048, 4096), "other": (4096, 8192, 16384, 32768, 65536)}
 _USUAL = {"cpu": 2048, "other": 16384}
@@ -171,7 +171,7 @@ def _key(base: BaseModel, targets: Sequence[TargetModule]) -> str:
     names = [target.name for target in targets]
     compiled = any("forward" in vars(module) for module in base.model.modules())
     parts = (
-        _machine(base.device),
+        machine_name(base.device),
         torch.get_num_threads(),
         torch.__version__,
         str(base.dtype),
@@ -183,8 +183,12 @@ def _key(base: BaseModel, targets: Sequence[TargetModule]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def _machine(device: torch.device) -> str:
-    """What computes: a cache folder may serve several machines, as a home on a network does."""
+def machine_name(device: torch.device) -> str:
+    """What computes: a cache folder may serve several machines, as a home on a network does.
+
+    Args:
+        device: the accelerator, or the processor.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return (

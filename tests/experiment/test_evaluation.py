@@ -1,0 +1,142 @@
+"""What a run measures, and what it knows already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmira.adapters import Adapter
+from fedmira.clients import LocalClients
+from fedmira.experiment import build_experiment, resume_experiment, run_experiment
+from fedmira.model import BaseModel
+from small import adapter_bytes, events_of, local_of, make_config, table_of, with_clients
+
+SETTINGS: dict[str, Any] = {
+    "algorithm.name": "local",
+    "rounds.count": 3,
+    "rounds.participation": 0.4,
+    "evaluation.every": 1,
+}
+
+
+@dataclass(eq=False)
+class Noting(LocalClients):
+    """Notes whose rows are measured: (split, clients)."""
+
+    asked: list[tuple[str, list[str]]] = field(default_factory=list)
+
+    def row_losses(
+        self, adapters: Mapping[str, Adapter], split: Any = "validation"
+    ) -> dict[str, list[float]]:
+        self.asked.append((split, list(adapters)))
+        return super().row_losses(adapters, split)
+
+
+def noting(experiment: Any) -> tuple[Any, Noting]:
+    inner = local_of(experiment, 3)
+    clients = Noting(inner.method, inner.kind, inner.data, inner.settings, 3)
+    return with_clients(experiment, clients), clients
+
+
+def losses_of(folder: Path) -> dict[tuple[int, str], tuple[float, float]]:
+    return {
+        (event["round"], event["client"]): (event["test_loss"], event["validation_loss"])
+        for event in events_of(folder, "evaluate")
+    }
+
+
+def test_only_clients_whose_adapter_changed_are_measured_again(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    experiment = build_experiment(make_config(base_folder, clients_folder, SETTINGS), base)
+    watched, clients = noting(experiment)
+    run_experiment(watched, tmp_path / "run")
+    trained = {
+        number: sorted(
+            event["client"]
+            for event in events_of(tmp_path / "run", "train")
+            if event["round"] == number
+        )
+        for number in (1, 2, 3)
+    }
+    everybody = sorted(experiment.ranks)
+    assert all(len(names) == 2 for names in trained.values())
+    assert clients.asked == [
+        (split, names)
+        for names in (everybody, trained[1], trained[2], trained[3])
+        for split in ("test", "validation")
+    ], "each once with each adapter, and nothing for the tables at the end"
+    losses = losses_of(tmp_path / "run")
+    for number in (1, 2, 3):
+        for client in everybody:
+            same = losses[number, client] == losses[number - 1, client]
+            assert same == (client not in trained[number])
+    for row in table_of(tmp_path / "run", "clients"):
+        assert float(row["after_align_loss"]) == pytest.approx(losses[3, row["client"]][0])
+
+
+@pytest.mark.parametrize("name", ["fedavg", "mtlora"])
+def test_where_a_round_changes_everybody_everybody_is_measured(
+    name: str, base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "algorithm.name": name, "rounds.count": 2}
+    watched, clients = noting(
+        build_experiment(make_config(base_folder, clients_folder, settings), base)
+    )
+    run_experiment(watched, tmp_path / "run")
+    assert {len(names) for split, names in clients.asked if split == "validation"} == {5}
+    losses = losses_of(tmp_path / "run")
+    never = set(clients.data) - {event["client"] for event in events_of(tmp_path / "run", "train")}
+    assert never and all(losses[2, client] != losses[0, client] for client in never)
+
+
+@pytest.mark.parametrize("until", [1, 2])
+def test_a_run_that_goes_on_knows_what_was_measured(
+    until: int, base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    config = make_config(base_folder, clients_folder, SETTINGS)
+    whole, _ = noting(build_experiment(config, base))
+    run_experiment(whole, tmp_path / "whole")
+    first, _ = noting(build_experiment(config, base))
+    run_experiment(first, tmp_path / "held", until=until)
+    later, clients = noting(build_experiment(config, base, resumed=tmp_path / "held"))
+    resume_experiment(later, tmp_path / "held")
+    assert all(len(names) == 2 for _, names in clients.asked)
+    assert losses_of(tmp_path / "held") == losses_of(tmp_path / "whole")
+    assert adapter_bytes(tmp_path / "held") == adapter_bytes(tmp_path / "whole")
+    for name in ("clients.csv", "validation.csv"):
+        found, expected = (
+            (tmp_path / run / "metrics" / name).read_bytes() for run in ("held", "whole")
+        )
+        assert found == expected
+
+
+def test_a_second_run_on_the_same_rows_reads_the_base_and_says_so(
+    base: BaseModel,
+    base_folder: Path,
+    clients_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FEDMIRA_CACHE", str(tmp_path / "cache"))
+    config = make_config(base_folder, clients_folder, {**SETTINGS, "rounds.count": 1})
+    for run in ("first", "second"):
+        run_experiment(build_experiment(config, base), tmp_path / run)
+    said = [
+        json.loads((tmp_path / run / "run.json").read_text(encoding="utf-8")).get(
+            "base_losses_from_cache"
+        )
+        for run in ("first", "second")
+    ]
+    assert said == [None, ["test", "validation"]]
+    assert losses_of(tmp_path / "first") == losses_of(tmp_path / "second")
+    for name in ("clients.csv", "validation.csv"):
+        first, second = (
+            (tmp_path / run / "metrics" / name).read_bytes() for run in ("first", "second")
+        )
+        assert first == second
