@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fedmira.adapters import Adapter, LazyAdapters, content_hash
-from fedmira.atomic import replace_file
+from fedmira.atomic import replace_file, sync_below
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId
 from fedmira.methods import ServerState, Start
@@ -103,7 +103,7 @@ def write_results(
     index: dict[str, object] = {}
     for client, row in zip(ranks, rows, strict=True):
         rank, adapter = ranks[client], chosen[client]
-        ground.kind.write(folder.adapters / client, adapter)
+        ground.kind.write(folder.adapters / client, adapter, lasting=False)
         entry: dict[str, object] = {
             "task": row["task"],
             "category": row["category"],
@@ -121,6 +121,7 @@ def write_results(
             folder.adapters / client / "README.md", cards.text(client, entry, row), lasting=False
         )
         index[client] = entry
+    sync_below(folder.adapters)  # before index.json names them
     folder.write_json("adapters/index.json", index)
     folder.append_events(recorder.unmeasured(config.rounds.count))
     folder.write_table("clients.csv", rows)

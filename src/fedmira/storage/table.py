@@ -173,7 +173,7 @@ class AdapterStore:
             self._cached_bytes -= dropped.num_bytes
 
 
-class UnreadAdapter(HashedAdapter):
+class _UnreadAdapter(HashedAdapter):
     """An adapter in a store of which only the hash is known until a tensor is asked for.
 
     Args:
@@ -252,7 +252,7 @@ class AdapterTable(Mapping[str, Adapter]):
     def unread(self) -> LazyAdapters:
         """The same adapters, each read when one of its tensors is asked for."""
         return LazyAdapters(
-            self._keys, lambda name: UnreadAdapter(self.store, self._keys[name]), self.hash_of
+            self._keys, lambda name: _UnreadAdapter(self.store, self._keys[name]), self.hash_of
         )
 
     def digest_of(self, name: str) -> str:

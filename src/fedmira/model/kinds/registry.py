@@ -126,8 +126,8 @@ class AdapterKind(Protocol):
         """What `engine.token_budget` = "auto" means."""
         ...
 
-    def write(self, folder: Path, adapter: Adapter) -> None:
-        """Write a folder that plain PEFT loads."""
+    def write(self, folder: Path, adapter: Adapter, *, lasting: bool = True) -> None:
+        """Write a folder that plain PEFT loads; `lasting`: the disk holds it on return."""
         ...
 
     def read(self, folder: Path) -> Adapter:
