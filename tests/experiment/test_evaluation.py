@@ -14,6 +14,7 @@ from fedmira.adapters import Adapter
 from fedmira.clients import LocalClients
 from fedmira.experiment import build_experiment, resume_experiment, run_experiment
 from fedmira.model import BaseModel
+from fedmira.observers import MeasuringEvent, Observer
 from small import adapter_bytes, events_of, local_of, make_config, table_of, with_clients
 
 SETTINGS: dict[str, Any] = {
@@ -140,3 +141,50 @@ def test_a_second_run_on_the_same_rows_reads_the_base_and_says_so(
             (tmp_path / run / "metrics" / name).read_bytes() for run in ("first", "second")
         )
         assert first == second
+
+
+class Listening(Observer):
+    """Keeps what it is told of measurements."""
+
+    def __init__(self) -> None:
+        self.told: list[MeasuringEvent] = []
+
+    def on_measuring(self, event: MeasuringEvent) -> None:
+        self.told.append(event)
+
+
+def test_observers_hear_how_far_evaluation_and_answers_are(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    settings = {
+        **SETTINGS,
+        "rounds.count": 1,
+        "rounds.participation": 1.0,
+        "evaluation.rouge": True,
+        "engine.token_budget": 8,
+    }
+    experiment = build_experiment(make_config(base_folder, clients_folder, settings), base)
+    listening = Listening()
+    plain = with_clients(experiment, local_of(experiment, 2))
+    run_experiment(plain, tmp_path / "run", [listening])
+    rows = {
+        split: sum(len(getattr(client, split)) for client in local_of(experiment).data.values())
+        for split in ("test", "validation")
+    }
+    expected = [
+        *[("evaluating", split) for _ in range(2) for split in ("test", "validation")],
+        ("answering", "test"),
+    ]
+    begun = [place for place, event in enumerate(listening.told) if event.seconds_left is None]
+    assert [(listening.told[k].work, listening.told[k].split) for k in begun] == expected
+    for first, last, (work, split) in zip(
+        begun, [*begun[1:], len(listening.told)], expected, strict=True
+    ):
+        part = listening.told[first:last]
+        assert {(event.work, event.split, event.rows) for event in part} == {
+            (work, split, rows[split])
+        }
+        done = [event.done for event in part]
+        assert done[0] == 0 and done[-1] == rows[split] and done == sorted(set(done))
+        assert len(done) > 2, "several shares"
+        assert part[-1].seconds_left == 0

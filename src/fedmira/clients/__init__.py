@@ -1,6 +1,6 @@
 """Clients' work behind one seam: train, losses, choose, score."""
 
-from fedmira.clients.base import Candidates, Clients, SplitName
+from fedmira.clients.base import Candidates, Clients, Measuring, SplitName
 from fedmira.clients.base_losses import BaseLosses
 from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.crews import LEAST_SHARE, Crew, InTurn, Share, share_size, threads_of
@@ -19,6 +19,7 @@ __all__ = [
     "Crew",
     "InTurn",
     "LocalClients",
+    "Measuring",
     "OverWire",
     "Share",
     "References",

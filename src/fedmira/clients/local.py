@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from typing import TypeVar
 
 from fedmira.adapters import Adapter, LazyAdapters, known_hash
-from fedmira.clients.base import Candidates, SplitName
+from fedmira.clients.base import Candidates, Measuring, SplitName, Work
 from fedmira.clients.base_losses import BaseLosses
 from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.crews import Crew, InTurn, Share, threads_of
@@ -49,6 +49,7 @@ class LocalClients:
         references: where losses and answers are to lean on the clients' training rows.
         crew: who does the shares.
         base_losses: where losses of the base are kept from run to run.
+        heard: is called when a measurement begins, and as its shares are done.
     """
 
     method: Method | None
@@ -59,6 +60,7 @@ class LocalClients:
     references: References | None = None
     crew: Crew = field(default_factory=InTurn)
     base_losses: BaseLosses | None = None
+    heard: Callable[[Measuring], None] = lambda measuring: None
     _memories: Mapping[ClientId, Payload] = field(default_factory=dict)
 
     @cached_property
@@ -191,7 +193,7 @@ class LocalClients:
                 rows,
             )
 
-        return self._by_owner(adapters, asked, split, scales, begun)
+        return self._by_owner(adapters, asked, split, scales, "evaluating", begun)
 
     def choose(self, clients: Sequence[ClientId], candidates: Candidates) -> dict[ClientId, float]:
         """The candidate with the lowest loss on each client's validation rows."""
@@ -252,7 +254,8 @@ class LocalClients:
                 max_new_tokens,
             )
 
-        return self._by_owner(adapters, list(adapters), "test", self.settings.scales, begun)
+        scales = self.settings.scales
+        return self._by_owner(adapters, list(adapters), "test", scales, "answering", begun)
 
     def score(
         self, adapters: Mapping[ClientId, Adapter], max_new_tokens: int
@@ -270,6 +273,7 @@ class LocalClients:
         clients: Sequence[ClientId],
         split: SplitName,
         scales: Mapping[ClientId, float],
+        work: Work,
         begun: Callable[[Sequence[Owner]], Callable[[AdapterKind], Sequence[Sequence[Result]]]],
     ) -> dict[ClientId, list[Result]]:
         """What the work on each row gives, by client, where equal adapters are one owner."""
@@ -287,10 +291,31 @@ class LocalClients:
             for turn in turns
         ]
         by_place: dict[tuple[ClientId, int], Result] = {}
-        for turn, found in zip(turns, self.crew.do(self.kind, shares), strict=True):
+        done = self._counted(split, turns, work)
+        for turn, found in zip(turns, self.crew.do(self.kind, shares, done), strict=True):
             for own, results in zip(turn, found, strict=True):
                 by_place |= zip(own.places, results, strict=True)
         return {name: [by_place[name, i] for i in range(len(rows_of(name)))] for name in clients}
+
+    def _counted(
+        self, split: SplitName, turns: Sequence[Sequence[Owner]], work: Work
+    ) -> Callable[[int], None]:
+        """Tells how far a measurement is; is called with the place of each share that is done."""
+        rows = [sum(len(own.places) for own in turn) for turn in turns]
+        tokens = [sum(own.tokens for own in turn) for turn in turns]
+        finished: list[int] = []
+
+        def tell() -> None:
+            share = sum(tokens[place] for place in finished) / max(1, sum(tokens))
+            done = sum(rows[place] for place in finished)
+            self.heard(Measuring(work, split, done, sum(rows), share))
+
+        def told(place: int) -> None:
+            finished.append(place)
+            tell()
+
+        tell()
+        return told
 
     def _rows(self, split: SplitName, client: ClientId) -> Sequence[EncodedExample]:
         rows: tuple[EncodedExample, ...] = getattr(self.data[client], split)

@@ -12,6 +12,7 @@ from fedmira.observers.base import (
     ClientEvent,
     EndEvent,
     EvaluationEvent,
+    MeasuringEvent,
     Observer,
     RoundEvent,
     StartEvent,
@@ -20,11 +21,12 @@ from fedmira.observers.base import (
 
 __all__ = ["Dispatcher", "Event", "check_observers"]
 
-Event = StartEvent | ClientEvent | EvaluationEvent | RoundEvent | EndEvent
+Event = StartEvent | ClientEvent | MeasuringEvent | EvaluationEvent | RoundEvent | EndEvent
 
 _METHODS = {
     StartEvent: "on_start",
     ClientEvent: "on_client",
+    MeasuringEvent: "on_measuring",
     EvaluationEvent: "on_evaluation",
     RoundEvent: "on_round",
     EndEvent: "on_end",

@@ -14,7 +14,7 @@ from functools import cache, partial
 from typing import Any
 
 from fedmira.adapters import Adapter, LazyAdapters, content_hash, digest
-from fedmira.clients import Clients
+from fedmira.clients import Clients, Measuring
 from fedmira.config import Config
 from fedmira.graphs import Graph, graph_of, graph_text
 from fedmira.messages import ClientId
@@ -24,6 +24,7 @@ from fedmira.observers import (
     ClientEvent,
     Dispatcher,
     EvaluationEvent,
+    MeasuringEvent,
     Observer,
     RoundEvent,
     RunFacts,
@@ -40,7 +41,7 @@ from fedmira.runs.events import (
     train_events,
 )
 from fedmira.runs.folder import RunFolder
-from fedmira.runs.measured import Measured
+from fedmira.runs.measured import Measured, rows_here
 from fedmira.storage import AdapterTable
 
 __all__ = ["Best", "Recorder"]
@@ -124,6 +125,9 @@ class Recorder:
         self.uploaded = self.best_adapters = AdapterTable(self.checkpoints.store, {})
         self.watchers = Dispatcher(self.observers, self._note_warning)
         self.measured = Measured(self.clients)
+        if (here := rows_here(self.clients)) is not None:
+            here.heard = self._tell_measuring
+        self._measuring_since = 0.0
         self._begun = time.monotonic()
         self._given: tuple[ServerState, LazyAdapters, Mapping[ClientId, float]] | None = None
         self._losses: dict[str, object] = {}
@@ -240,6 +244,25 @@ class Recorder:
         ]
         for event in sorted(events, key=lambda event: event.client):
             self.watchers.tell(event)
+
+    def _tell_measuring(self, measuring: Measuring) -> None:
+        """Tell the observers how far a measurement is."""
+        if not measuring.share:
+            self._measuring_since = time.monotonic()
+            left = None
+        else:
+            spent = time.monotonic() - self._measuring_since
+            left = spent * (1 - measuring.share) / measuring.share
+        self.watchers.tell(
+            MeasuringEvent(
+                run=self.facts,
+                work=measuring.work,
+                split=measuring.split,
+                done=measuring.done,
+                rows=measuring.rows,
+                seconds_left=left,
+            )
+        )
 
     def _note_warning(self, message: str) -> None:
         """Write a sentence on an observer that failed into events.jsonl."""
