@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +188,102 @@ def test_observers_hear_how_far_evaluation_and_answers_are(
         assert done[0] == 0 and done[-1] == rows[split] and done == sorted(set(done))
         assert len(done) > 2, "several shares"
         assert part[-1].seconds_left == 0
+
+
+FEW = {**SETTINGS, "evaluation.rows": 1, "rounds.participation": 1.0}
+
+
+def few_runs(
+    base: BaseModel, base_folder: Path, clients_folder: Path, place: Path, **more: Any
+) -> Any:
+    config = make_config(base_folder, clients_folder, {**FEW, **more})
+    experiment = build_experiment(config, base)
+    run_experiment(experiment, place)
+    return experiment
+
+
+def test_a_run_shows_few_rows_and_its_tables_all(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    experiment = few_runs(base, base_folder, clients_folder, tmp_path / "few")
+    few_runs(base, base_folder, clients_folder, tmp_path / "whole", **{"evaluation.rows": 0})
+    assert adapter_bytes(tmp_path / "few") == adapter_bytes(tmp_path / "whole"), (
+        "what is measured changes nothing that is learned"
+    )
+    clients = local_of(experiment)
+    drawn = clients.few(1, experiment.config.seed)
+    tested = {name: len(client.test) for name, client in clients.data.items()}
+    assert any(count > 1 for count in tested.values())
+    for event in events_of(tmp_path / "few", "evaluate"):
+        (row,) = drawn.data[event["client"]].test
+        assert event["test_tokens"] == len(row.response)
+        assert row in clients.data[event["client"]].test
+    base_of_few = drawn.losses(experiment.starts)
+    losses = losses_of(tmp_path / "few")
+    few_rows, all_rows = (
+        {row["client"]: row for row in table_of(tmp_path / run, "clients")}
+        for run in ("few", "whole")
+    )
+    for name in tested:
+        assert losses[0, name][0] == pytest.approx(base_of_few[name].per_token, rel=1e-5)
+        for column in ("base_loss", "before_align_loss", "after_align_loss"):
+            assert float(few_rows[name][column]) == pytest.approx(
+                float(all_rows[name][column]), rel=1e-5
+            )
+        best = min(range(4), key=lambda number: losses[number, name][1])
+        assert int(few_rows[name]["best_round"]) == best
+        assert float(few_rows[name]["best_test_loss"]) == pytest.approx(losses[best, name][0])
+    parts = [part for client in clients.data.values() for part in (client.test, client.validation)]
+    told = json.loads((tmp_path / "few" / "run.json").read_text(encoding="utf-8"))["notes"]
+    left_out = sum(len(part) - 1 for part in parts)
+    assert any(f"leave out {left_out} of {sum(map(len, parts))}" in note for note in told)
+    judged = table_of(tmp_path / "few", "validation")
+    assert len(judged) == sum(len(client.validation) for client in clients.data.values())
+
+
+def test_the_adapter_of_the_best_round_is_that_of_the_rows_that_are_shown(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    experiment = few_runs(
+        base, base_folder, clients_folder, tmp_path / "run", **{"evaluation.select": "best"}
+    )
+    losses = losses_of(tmp_path / "run")
+    clients = local_of(experiment)
+    for row in table_of(tmp_path / "run", "clients"):
+        best = min(range(4), key=lambda number: losses[number, row["client"]][1])
+        assert int(row["best_round"]) == best
+        saved = experiment.kind.read(tmp_path / "run" / "adapters" / row["client"])
+        assert float(row["after_align_loss"]) == pytest.approx(
+            clients.losses({row["client"]: saved})[row["client"]].per_token, rel=1e-5
+        ), "of all rows"
+
+
+def test_a_run_that_shows_few_rows_goes_on_to_the_same_bytes(
+    base: BaseModel, base_folder: Path, clients_folder: Path, tmp_path: Path
+) -> None:
+    part = {"rounds.participation": 0.4}
+    few_runs(base, base_folder, clients_folder, tmp_path / "whole", **part)
+    config = make_config(base_folder, clients_folder, {**FEW, **part})
+    run_experiment(build_experiment(config, base), tmp_path / "held", until=2)
+    later = build_experiment(config, base, resumed=tmp_path / "held")
+    resume_experiment(later, tmp_path / "held")
+    for name in ("clients.csv", "validation.csv"):
+        held, whole = (tmp_path / run / "metrics" / name for run in ("held", "whole"))
+        assert held.read_bytes() == whole.read_bytes()
+    found, expected = losses_of(tmp_path / "held"), losses_of(tmp_path / "whole")
+    assert found == expected
+
+
+def test_the_drawn_rows_of_a_client_depend_on_seed_and_client_alone(
+    base: BaseModel, base_folder: Path, clients_folder: Path
+) -> None:
+    clients = local_of(build_experiment(make_config(base_folder, clients_folder, FEW), base))
+    name = max(clients.data, key=lambda name: len(clients.data[name].test))
+    all_rows = clients.data[name].test
+    alone = replace(clients, data={name: clients.data[name]})
+    assert len({alone.few(2, seed).data[name].test for seed in range(20)}) > 1
+    for seed in range(3):
+        drawn = clients.few(2, seed).data[name].test
+        assert drawn == alone.few(2, seed).data[name].test
+        assert list(drawn) == [row for row in all_rows if row in drawn], "in their order"
+    assert clients.few(1000, 0).data[name].test == all_rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
@@ -13,13 +13,14 @@ from fedmira.clients.base import Candidates, Measuring, SplitName, Work
 from fedmira.clients.base_losses import BaseLosses
 from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.crews import Crew, InTurn, Share, threads_of
-from fedmira.clients.owners import Owner, dealt, owners_of
+from fedmira.clients.owners import Owner, dealt, drawn_rows, owners_of
 from fedmira.clients.references import References
 from fedmira.data import ClientData, ClientSummary, EncodedExample, summary_of
 from fedmira.messages import ClientId, Failure, Payload, Reply, Request
 from fedmira.methods import Method
 from fedmira.metrics import TokenLoss, text_scores
 from fedmira.model import AdapterKind, Choice, Contender, Row
+from fedmira.seeds import row_seed
 from fedmira.storage import remembered
 
 __all__ = ["LocalClients"]
@@ -80,6 +81,28 @@ class LocalClients:
     def unmeasured(self) -> list[Failure]:
         """Nobody: all rows are here."""
         return []
+
+    def few(self, most: int, seed: int) -> LocalClients:
+        """The same clients with at most so many test and validation rows each.
+
+        Which ones depends on the seed and the client alone.
+
+        Args:
+            most: rows of a split, 1 or more.
+            seed: of the run.
+        """
+        data = {
+            name: replace(
+                client,
+                test=drawn_rows(client.test, most, row_seed(seed, "evaluate", "test", name)),
+                validation=drawn_rows(
+                    client.validation, most, row_seed(seed, "evaluate", "validation", name)
+                ),
+                references=(),
+            )
+            for name, client in self.data.items()
+        }
+        return replace(self, data=data)
 
     def train(self, requests: Sequence[Request]) -> list[Reply | Failure]:
         """Trains the requested clients and stores what they keep for themselves."""

@@ -5,14 +5,16 @@ Their rows then share passes and beginnings of prompts, as those of a single cli
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmira.adapters import Adapter, known_hash
+from fedmira.data import EncodedExample
 from fedmira.messages import ClientId
 from fedmira.model import Row
 
-__all__ = ["Owner", "dealt", "owners_of"]
+__all__ = ["Owner", "dealt", "drawn_rows", "owners_of"]
 
 Place = tuple[ClientId, int]
 """A client, and the position of one of its rows."""
@@ -87,6 +89,21 @@ def dealt(owners: Sequence[Owner], at_once: int, most: int) -> list[list[Owner]]
         shares[-1].append(owner)
         tokens += owner.tokens
     return shares
+
+
+def drawn_rows(
+    rows: tuple[EncodedExample, ...], most: int, seed: int
+) -> tuple[EncodedExample, ...]:
+    """At most so many of these rows, in their order.
+
+    Args:
+        rows: of one client.
+        most: how many stay.
+        seed: of the draw.
+    """
+    if len(rows) <= most:
+        return rows
+    return tuple(rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), most)))
 
 
 def _parts(lengths: Sequence[int], most: int) -> Iterator[slice]:

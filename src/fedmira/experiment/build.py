@@ -198,6 +198,7 @@ def build_experiment(
     rows_of = {client: party.train_rows for client, party in parties.items()}
     notes = [
         *_about_answers(config, kind.base, dataset),
+        *_about_rows(config, dataset),
         *about_advantages(dataset.clients, config.local.advantage_temperature),
     ]
     for note in notes:
@@ -250,6 +251,20 @@ def _at_work(  # noqa: PLR0913 - all that clients work with meets here
     )
     wire = config.engine.wire
     return clients if wire == "float32" else OverWire(clients, wire, at_once)
+
+
+def _about_rows(config: Config, dataset: Dataset) -> list[str]:
+    """What evaluations during the run leave out."""
+    most = config.evaluation.rows
+    counts = [len(part) for client in dataset.clients for part in (client.test, client.validation)]
+    left_out = sum(max(0, count - most) for count in counts) if most else 0
+    if not left_out:
+        return []
+    return [
+        f"evaluations during the run measure at most {most} test and {most} validation rows of a "
+        f"client (evaluation.rows) and leave out {left_out} of {sum(counts)}: losses of rounds and "
+        "best rounds are of those rows, and losses of the tables at the end of all"
+    ]
 
 
 def _about_answers(config: Config, base: BaseModel, dataset: Dataset) -> list[str]:

@@ -116,6 +116,7 @@ def build_federation(
     """
     settings = config.federation
     check_apart(config.data)
+    _refuse_few_rows(config)
     kind = prepare_kind(config)
     names = tuple(before.parties) if before else settings.clients
     nodes = _nodes(config, grid, kind, names, AuditLog(audit_beside(output)))
@@ -156,6 +157,7 @@ def build_simulation(
         ConfigError: a node was refused or did not come in time, or the settings cannot work.
         DataError: the clients cannot be made.
     """
+    _refuse_few_rows(config)
     rows = read_rows(config.data, config.seed)
     tokenizer = load_tokenizer(config.model)
     check_clock(config.data, tokenizer)
@@ -187,6 +189,15 @@ def build_simulation(
         data_sha256=hash_of_rows(clients),
         skipped=dataset.skipped,
     )
+
+
+def _refuse_few_rows(config: Config) -> None:
+    """Nodes measure all of their rows, whatever a server would like to see of them."""
+    if config.evaluation.rows:
+        raise ConfigError(
+            f"evaluation.rows = {config.evaluation.rows} is of runs whose rows are here, and nodes "
+            "measure all of theirs; set it to 0, and evaluation.every higher to measure less often"
+        )
 
 
 def _nodes(

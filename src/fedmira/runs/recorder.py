@@ -92,8 +92,9 @@ class Recorder:
         warned: whether the run has been told that alignment moves nothing.
         graph: the graph that acted last.
         graph_json: the content of graph.json.
-        base_losses: test losses before round 1.
-        latest: test losses of round `latest_round`.
+        base_losses: losses of all test rows before round 1.
+        latest: test losses of round `latest_round`, of the rows that evaluations show.
+        measured, shown: what is known of all rows, and of those that evaluations show.
         latest_round: the last evaluated round, -1 before the first.
         round_done: of the last checkpoint.
     """
@@ -124,9 +125,11 @@ class Recorder:
     def __post_init__(self) -> None:
         self.uploaded = self.best_adapters = AdapterTable(self.checkpoints.store, {})
         self.watchers = Dispatcher(self.observers, self._note_warning)
-        self.measured = Measured(self.clients)
+        self.measured = self.shown = Measured(self.clients)
         if (here := rows_here(self.clients)) is not None:
             here.heard = self._tell_measuring
+            if most := self.config.evaluation.rows:
+                self.shown = Measured(here.few(most, self.config.seed))
         self._measuring_since = 0.0
         self._begun = time.monotonic()
         self._given: tuple[ServerState, LazyAdapters, Mapping[ClientId, float]] | None = None
@@ -138,10 +141,19 @@ class Recorder:
         """Wall time of the run so far, over all its parts."""
         return self.spent_seconds + time.monotonic() - self._begun
 
+    @property
+    def shows_few(self) -> bool:
+        """Whether evaluations during the run measure a part of the rows."""
+        return self.shown is not self.measured
+
     def begin(self, state: ServerState) -> None:
         """Evaluate the start adapters (the base model) and write the checkpoint of round 0."""
         self.folder.append_events(self._evaluate(0, state))
-        self.base_losses = dict(self.latest)
+        self.base_losses = (
+            self.measured.losses(self.given(state)[0], "test")
+            if self.shows_few
+            else dict(self.latest)
+        )
         self._note_losses()
         self._checkpoint(0, state)
 
@@ -176,6 +188,8 @@ class Recorder:
             client: TokenLoss(*loss) for client, loss in values["base_losses"].items()
         }
         self.measured.restore(values.get("measured", {}))
+        if self.shows_few:
+            self.shown.restore(values.get("shown", {}))
         self.latest_round, self.round_done = values["latest_round"], checkpoint.round
         self._note_losses()
         self.graph_json = checkpoint.graph_json
@@ -351,8 +365,8 @@ class Recorder:
     def _evaluate(self, number: int, state: ServerState) -> list[EventLine]:
         """Test and validation loss of every client with the adapter it would be given now."""
         adapters, kept = self.given(state)
-        test = self.measured.losses(adapters, "test")
-        validation = self.measured.losses(adapters, "validation")
+        test = self.shown.losses(adapters, "test")
+        validation = self.shown.losses(adapters, "validation")
         self.latest, self.latest_round = test, number
         events: list[EventLine] = []
         improved: list[ClientId] = []
@@ -399,6 +413,7 @@ class Recorder:
         """
         self._losses = {
             "measured": self.measured.as_json(),
+            **({"shown": self.shown.as_json()} if self.shows_few else {}),
             "best": {
                 client: [best.round, best.validation_loss, best.test_loss]
                 for client, best in self.best.items()

@@ -80,12 +80,13 @@ def write_results(
         lambda client: kept[client] if best and client in kept else last[client],
         lambda client: str((kept if best and client in kept else last).hash_of(client)),
     )
+    whole = not best and not recorder.shows_few
     after: Mapping[ClientId, TokenLoss]
     if measure:
-        known = not best and recorder.latest_round == config.rounds.count
+        known = whole and recorder.latest_round == config.rounds.count
         after = recorder.latest if known else recorder.measured.losses(chosen, "test")
     else:
-        known = not best and recorder.latest_round == recorder.round_done
+        known = whole and recorder.latest_round == recorder.round_done
         after = recorder.latest if known and not recorder.algorithm.may_decline else {}
     # The best round's upload is not kept, so with "best" there is no "before" that would compare.
     before = _before(recorder, last, after) if measure and not best else {}

@@ -53,6 +53,16 @@ class EvaluationSettings(Section):
             "(round 0) and the last round are always evaluated."
         ),
     )
+    rows: Count = setting(
+        0,
+        help=(
+            "Most test rows and most validation rows of each client that evaluations during the "
+            "run measure, drawn once from (seed, client); 0 for all. events.jsonl, rounds.csv, a "
+            "client's best round and what observers are told are of these rows in every evaluated "
+            "round, the base and the last one too. The losses of the tables at the end, the base's "
+            "among them, are of all rows. Of runs whose rows are here."
+        ),
+    )
     rouge: bool = setting(
         True,
         help=("Generate on the test rows at the end, for Rouge-L and exact match."),
