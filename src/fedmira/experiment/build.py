@@ -52,6 +52,7 @@ from fedmira.model import (
     most_side_by_side,
 )
 from fedmira.privacy import PrivacyPlan
+from fedmira.rounds import cohort_size
 from fedmira.runs import Ground, RunFolder, hash_of_rows
 
 _log = logging.getLogger("fedmira")
@@ -193,7 +194,7 @@ def build_experiment(
     threads = _count(before.get("threads"))
     crew = choose_crew(config, kind, scheme.algorithm, dataset.clients, threads)
     with threads_of(crew.threads):
-        budget = _token_budget(config, kind, before)
+        budget = _token_budget(config, kind, dataset, before)
     clients = _at_work(config, kind, scheme, dataset, budget, crew)
     rows_of = {client: party.train_rows for client, party in parties.items()}
     notes = [
@@ -302,14 +303,18 @@ def _length(response: Sequence[int], ends: set[int]) -> int:
     return next((place for place, token in enumerate(response) if token in ends), len(response))
 
 
-def _token_budget(config: Config, kind: AdapterKind, before: Mapping[str, object]) -> int:
+def _token_budget(
+    config: Config, kind: AdapterKind, dataset: Dataset, before: Mapping[str, object]
+) -> int:
     """As set, else that of the run that is continued, else what is fastest."""
     recorded = _count(before.get("token_budget"))
-    return (
-        recorded
-        if recorded is not None and config.engine.token_budget == "auto"
-        else token_budget(config, kind)
-    )
+    if recorded is not None and config.engine.token_budget == "auto":
+        return recorded
+    tokens = sum(client.train_tokens for client in dataset.clients)
+    rows = sum(len(client.train) for client in dataset.clients)
+    step = config.local.batch_size * tokens / max(1, rows)
+    cohort = cohort_size(len(dataset.clients), config.rounds)
+    return token_budget(config, kind, step, 1 if config.engine.apart else cohort)
 
 
 def _count(recorded: object) -> int | None:

@@ -251,9 +251,9 @@ class LoraKind:
         )
         return LoraBranch(self.base.model, stacked)
 
-    def token_budget(self) -> int:
+    def token_budget(self, step_tokens: float = 0.0, cohort: int = 1) -> int:
         """The budget that a short trial on this machine finds."""
-        return choose_token_budget(self.base, self.targets)
+        return choose_token_budget(self.base, self.targets, step_tokens, cohort)
 
     def write(self, folder: Path, adapter: Adapter, *, lasting: bool = True) -> None:
         """As LoRA weights of the adapter's own rank."""

@@ -159,7 +159,7 @@ class PromptKind:
             found += answers
         return texts_of(self.base, answered(self.base, found))
 
-    def token_budget(self) -> int:
+    def token_budget(self, step_tokens: float = 0.0, cohort: int = 1) -> int:
         """The usual one for the device."""
         return usual_token_budget(self.base)
 

@@ -122,7 +122,7 @@ class AdapterKind(Protocol):
         """Greedy answers to (position of the adapter, prompt token ids) pairs, in their order."""
         ...
 
-    def token_budget(self) -> int:
+    def token_budget(self, step_tokens: float = 0.0, cohort: int = 1) -> int:
         """What `engine.token_budget` = "auto" means."""
         ...
 
