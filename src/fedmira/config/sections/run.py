@@ -127,8 +127,8 @@ class EngineSettings(Section):
             "the smallest within 5 % of the fastest, and keeps that in the cache folder unless "
             "memory ended the trial before the third of them; where nothing can be kept there, "
             "and for adapters of other kinds than LoRA, it is 2048 (16384 elsewhere) without a "
-            "trial. Free memory bounds it. When memory runs out all the same, it is halved and the step is made again. A "
-            "single longer row is computed on its own."
+            "trial. Free memory bounds it. When memory runs out all the same, it is halved and the "
+            "step is made again. A single longer row is computed on its own."
         ),
     )
     workers: Positive | Literal["auto"] = setting(
