@@ -30,14 +30,14 @@ class Measuring:
         split: which rows.
         done: rows that are done.
         rows: all rows.
-        share: of the tokens that are done, from 0 to 1.
+        seconds_left: about how long the others take, by their tokens; None at the beginning.
     """
 
     work: Work
     split: SplitName
     done: int
     rows: int
-    share: float
+    seconds_left: float | None
 
 
 class Clients(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -327,17 +328,17 @@ class LocalClients:
         rows = [sum(len(own.places) for own in turn) for turn in turns]
         tokens = [sum(own.tokens for own in turn) for turn in turns]
         finished: list[int] = []
-
-        def tell() -> None:
-            share = sum(tokens[place] for place in finished) / max(1, sum(tokens))
-            done = sum(rows[place] for place in finished)
-            self.heard(Measuring(work, split, done, sum(rows), share))
+        begun = time.monotonic()
 
         def told(place: int) -> None:
             finished.append(place)
-            tell()
+            done = sum(tokens[place] for place in finished)
+            spent = time.monotonic() - begun
+            left = spent * (sum(tokens) - done) / max(1, done)
+            some = sum(rows[place] for place in finished)
+            self.heard(Measuring(work, split, some, sum(rows), left))
 
-        tell()
+        self.heard(Measuring(work, split, 0, sum(rows), None))
         return told
 
     def _rows(self, split: SplitName, client: ClientId) -> Sequence[EncodedExample]:

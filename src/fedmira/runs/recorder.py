@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -130,7 +130,6 @@ class Recorder:
             here.heard = self._tell_measuring
             if most := self.config.evaluation.rows:
                 self.shown = Measured(here.few(most, self.config.seed))
-        self._measuring_since = 0.0
         self._begun = time.monotonic()
         self._given: tuple[ServerState, LazyAdapters, Mapping[ClientId, float]] | None = None
         self._losses: dict[str, object] = {}
@@ -261,22 +260,7 @@ class Recorder:
 
     def _tell_measuring(self, measuring: Measuring) -> None:
         """Tell the observers how far a measurement is."""
-        if not measuring.share:
-            self._measuring_since = time.monotonic()
-            left = None
-        else:
-            spent = time.monotonic() - self._measuring_since
-            left = spent * (1 - measuring.share) / measuring.share
-        self.watchers.tell(
-            MeasuringEvent(
-                run=self.facts,
-                work=measuring.work,
-                split=measuring.split,
-                done=measuring.done,
-                rows=measuring.rows,
-                seconds_left=left,
-            )
-        )
+        self.watchers.tell(MeasuringEvent(run=self.facts, **asdict(measuring)))
 
     def _note_warning(self, message: str) -> None:
         """Write a sentence on an observer that failed into events.jsonl."""
