@@ -80,14 +80,7 @@ def write_results(
         lambda client: kept[client] if best and client in kept else last[client],
         lambda client: str((kept if best and client in kept else last).hash_of(client)),
     )
-    whole = not best and not recorder.shows_few
-    after: Mapping[ClientId, TokenLoss]
-    if measure:
-        known = whole and recorder.latest_round == config.rounds.count
-        after = recorder.latest if known else recorder.measured.losses(chosen, "test")
-    else:
-        known = whole and recorder.latest_round == recorder.round_done
-        after = recorder.latest if known and not recorder.algorithm.may_decline else {}
+    after = _after(recorder, chosen, measure=measure)
     # The best round's upload is not kept, so with "best" there is no "before" that would compare.
     before = _before(recorder, last, after) if measure and not best else {}
     losses = {
@@ -179,6 +172,20 @@ def _validation_rows(recorder: Recorder, chosen: LazyAdapters) -> list[dict[str,
         for client, losses in recorder.measured.validation_rows(chosen).items()
         for number, (row, loss) in enumerate(zip(here.data[client].validation, losses, strict=True))
     ]
+
+
+def _after(
+    recorder: Recorder, chosen: LazyAdapters, *, measure: bool
+) -> Mapping[ClientId, TokenLoss]:
+    """Losses of the adapters that are saved, of all test rows; those that are known already."""
+    settings, last = recorder.config.evaluation, recorder.config.rounds.count
+    shown = settings.select != "best" and not recorder.shows_few
+    if not measure:
+        known = shown and recorder.latest_round == recorder.round_done
+        return recorder.latest if known and not recorder.algorithm.may_decline else {}
+    if shown and recorder.latest_round == last:
+        return recorder.latest
+    return recorder.measured.losses(chosen, "test")
 
 
 def _before(
