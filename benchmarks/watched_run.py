@@ -44,6 +44,7 @@ class Sample:
 
     round: int
     seconds: float
+    cpu_seconds: float
     resident_bytes: int
     peak_bytes: int
     open_files: int
@@ -56,6 +57,7 @@ class Watched:
 
     samples: list[Sample] = field(default_factory=list)
     total_seconds: float = 0.0
+    total_cpu_seconds: float = 0.0
     peak_bytes: int = 0
 
     @property
@@ -88,8 +90,21 @@ def write_clients(path: Path, clients: int) -> Path:
     return path
 
 
-def run_watched(data: Path, output: Path, settings: Mapping[str, Any], threads: int = 1) -> Watched:
+def run_watched(
+    data: Path,
+    output: Path,
+    settings: Mapping[str, Any],
+    threads: int = 1,
+    surroundings: Mapping[str, str] | None = None,
+) -> Watched:
     """Run with the bundled base; `settings` are dotted keys over SETTINGS.
+
+    Args:
+        data: the rows.
+        output: the run folder.
+        settings: dotted keys over SETTINGS; None leaves one of those out.
+        threads: most of PyTorch.
+        surroundings: environment variables over those at hand, such as PYTHONPATH.
 
     Raises:
         RuntimeError: the run failed; the message is what it said last.
@@ -97,12 +112,15 @@ def run_watched(data: Path, output: Path, settings: Mapping[str, Any], threads: 
     chosen = {**SETTINGS, "data.path": str(data), **settings}
     command = [str(Path(sys.executable).with_name("fedmira")), "run", "--output", str(output)]
     for key, value in chosen.items():
+        if value is None:
+            continue
         command += ["--set", f"{key}={json.dumps(value)}"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **(surroundings or {}),
     }
     watched, begun, lines = Watched(), time.perf_counter(), []
     with subprocess.Popen(
@@ -117,6 +135,7 @@ def run_watched(data: Path, output: Path, settings: Mapping[str, Any], threads: 
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     watched.total_seconds = time.perf_counter() - begun
+    watched.total_cpu_seconds = usage.ru_utime + usage.ru_stime
     watched.peak_bytes = usage.ru_maxrss * 1024
     if process.returncode:
         raise RuntimeError(f"fedmira ended with {process.returncode}: {' | '.join(lines[-3:])}")
@@ -142,4 +161,8 @@ def _sample(process: int, number: int, seconds: float) -> Sample:
         for line in (folder / "maps").read_text(encoding="utf-8").splitlines()
         if " /" in line
     }
-    return Sample(number, seconds, resident, peak, len(os.listdir(folder / "fd")), len(maps))
+    spent = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
+    processor = sum(map(int, spent)) / os.sysconf("SC_CLK_TCK")
+    return Sample(
+        number, seconds, processor, resident, peak, len(os.listdir(folder / "fd")), len(maps)
+    )

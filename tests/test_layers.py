@@ -45,7 +45,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "data": {"atomic", "config", "errors", "records", "seeds", "storage"},
     "model": {"adapters", "atomic", "config", "data", "errors", "records", "storage"},
     "report": {"atomic", "errors", "metrics", "records", "shown"},
-    "clients": _BELOW_CLIENTS - {"graphs"},
+    "clients": _BELOW_CLIENTS - {"graphs"} | {"records", "seeds"},
     "rounds": {"adapters", "clients", "config", "errors", "messages", "methods", "seeds"},
     "privacy": {"adapters", "config", "errors", "messages", "rounds", "seeds", "wire"},
     "runs": _BELOW_RUNS - {"wire"} | {"privacy"},

@@ -174,7 +174,7 @@ def test_a_chat_prompt_without_template_is_refused_at_once(words: Any) -> None:
 def test_rows_in_several_batches_keep_their_order(
     monkeypatch: pytest.MonkeyPatch, words: Any
 ) -> None:
-    monkeypatch.setattr("fedmira.data.encoding._BATCH", 3)
+    monkeypatch.setattr("fedmira.data.encoding.ROWS_AT_ONCE", 3)
     encoded, *_ = Encoder(words, "plain", 40).encode(
         [Example(f"w{i}", "", "w0") for i in range(8)], Problems()
     )

@@ -131,7 +131,8 @@ def test_the_command_line_tells_a_closed_folder_in_one_line_with_exit_code_3(
 
 
 @pytest.mark.parametrize(
-    ("work", "call"), [("train", 1), ("train", 3), ("losses", 3), ("losses", 5), ("score", 1)]
+    ("work", "call"),
+    [("train", 1), ("train", 3), ("row_losses", 3), ("row_losses", 5), ("score", 1)],
 )
 def test_an_interrupt_saves_without_measuring_and_continues_to_the_same_bytes(
     experiment: Experiment, straight: Path, tmp_path: Path, work: str, call: int
@@ -140,7 +141,7 @@ def test_an_interrupt_saves_without_measuring_and_continues_to_the_same_bytes(
     after: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         interrupted = False
-        for name in ("train", "losses", "score", "choose"):
+        for name in ("train", "row_losses", "score", "choose"):
             whole = getattr(of, name)
 
             def noted(*given: Any, _whole: Any = whole, _name: str = name, **named: Any) -> Any:

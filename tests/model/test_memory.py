@@ -353,7 +353,7 @@ def test_a_budget_is_kept_for_one_processor_only(tmp_path: Path) -> None:
     assert token_budget._processor(listed) == "Example CPU: 3 GHz"
     assert token_budget._processor(tmp_path / "none") in (platform.processor(), platform.machine())
     assert (
-        token_budget._machine(torch.device("cpu"))
+        token_budget.machine_name(torch.device("cpu"))
         == f"cpu {token_budget._processor(Path('/proc/cpuinfo'))} {os.cpu_count()}"
     )
 
@@ -402,6 +402,62 @@ def test_the_trial_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mon
     kept = (tmp_path / "new" / "token_budget.json").read_bytes()
     assert token_budget.choose_token_budget(base, targets) == first
     assert (tmp_path / "new" / "token_budget.json").read_bytes() == kept
+
+
+def test_a_pass_of_the_trial_has_as_many_clients_as_one_of_the_run() -> None:
+    """Steps of 300 tokens: 1.7, 3.4, 6.8 and 13.7 of them fit, down to powers of two."""
+    passes = [token_budget._clients_of(budget, 300, 40) for budget in (512, 1024, 2048, 4096)]
+    assert passes == [1, 2, 4, 8]
+    assert token_budget._clients_of(4096, 300, 5) == 4, "no more than a round has"
+    assert token_budget._clients_of(4096, 0.0, 5) == 1 == token_budget._clients_of(512, 9000, 5)
+
+
+def test_the_trial_runs_by_the_processors_clock_through_all_candidates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass takes an hour by the wall, as beside many neighbours; the last are slow, too."""
+    monkeypatch.setenv("FEDMIRA_CACHE", str(tmp_path))
+    seen: list[tuple[int, int]] = []
+    clock = {"own": 0.0, "wall": 0.0}
+
+    def spent(base: Any, branch: Any, batches: Any, budget: int, count: bool = False) -> float:
+        seen.append((budget, len(batches)))
+        clock["own"] += {512: 1.0, 1024: 1.5, 2048: 2.0, 4096: 8.0}[budget]
+        clock["wall"] += 3600.0
+        return 100.0
+
+    monkeypatch.setattr(token_budget, "_pass", spent)
+    monkeypatch.setattr(token_budget.time, "process_time", lambda: clock["own"])
+    monkeypatch.setattr(token_budget.time, "perf_counter", lambda: clock["wall"])
+    base = tiny_base()
+    targets = find_targets(base.model, ())
+    assert token_budget.choose_token_budget(base, targets, 300, 40) == 2048
+    assert [clients for _, clients in seen] == sorted(clients for _, clients in seen)
+    assert dict(seen) == {512: 1, 1024: 2, 2048: 4, 4096: 8}
+    tried = len(seen)
+    assert token_budget.choose_token_budget(base, targets, 310, 50) == 2048
+    assert len(seen) == tried, "passes with as many clients are not tried again"
+    token_budget.choose_token_budget(base, targets, 3000, 40)
+    assert len(seen) > tried, "passes of one client are"
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_memory_ended_before_the_third_candidate_is_used_and_not_kept(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDMIRA_CACHE", str(tmp_path))
+    most = 2048 if kept else 1024
+
+    def limited(base: Any, branch: Any, batches: Any, budget: int, count: bool = False) -> float:
+        if budget > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return 100.0
+
+    monkeypatch.setattr(token_budget, "_pass", limited)
+    base = tiny_base()
+    found = token_budget.choose_token_budget(base, find_targets(base.model, ()))
+    assert found in (512, 1024, 2048) and found <= most
+    assert (tmp_path / "token_budget.json").exists() == kept
 
 
 def test_a_budget_is_halved_until_it_fits_the_memory() -> None:

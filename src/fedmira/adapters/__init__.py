@@ -31,7 +31,7 @@ from fedmira.adapters.low_rank import (
     sum_norm,
     truncate_rank,
 )
-from fedmira.adapters.mappings import LazyAdapters, replaced
+from fedmira.adapters.mappings import LazyAdapters, known_hash, replaced
 from fedmira.adapters.merging import (
     folded,
     metagpt_weights,
@@ -67,6 +67,7 @@ __all__ = [
     "gram",
     "in_directions",
     "inner",
+    "known_hash",
     "map_tensors",
     "mean_by_precision",
     "median_of",

@@ -5,12 +5,12 @@ Read when they are asked for, and changed without being changed in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 from fedmira.adapters.arithmetic import Adapter
 
-__all__ = ["LazyAdapters", "Replaceable", "replaced"]
+__all__ = ["Hashed", "LazyAdapters", "Replaceable", "known_hash", "replaced"]
 
 
 class LazyAdapters(Mapping[str, Adapter]):
@@ -19,13 +19,35 @@ class LazyAdapters(Mapping[str, Adapter]):
     Args:
         names: in their order.
         read: the adapter of a name.
+        hash_of: the content hash of a name's adapter, where it is known without reading it.
     """
 
-    __slots__ = ("_names", "_read")
+    __slots__ = ("_hash_of", "_names", "_read")
 
-    def __init__(self, names: Iterable[str], read: Callable[[str], Adapter]) -> None:
+    def __init__(
+        self,
+        names: Iterable[str],
+        read: Callable[[str], Adapter],
+        hash_of: Callable[[str], str] | None = None,
+    ) -> None:
         self._names = dict.fromkeys(names)
-        self._read = read
+        self._read, self._hash_of = read, hash_of
+
+    def hash_of(self, name: str) -> str | None:
+        """The content hash of an adapter; None where it must be read to know it.
+
+        Args:
+            name: whose adapter.
+        """
+        return None if self._hash_of is None else self._hash_of(name)
+
+    def only(self, names: Iterable[str]) -> LazyAdapters:
+        """The same of these names.
+
+        Args:
+            names: some of those that are here.
+        """
+        return LazyAdapters(names, self._read, self._hash_of)
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self._names:
@@ -40,6 +62,38 @@ class LazyAdapters(Mapping[str, Adapter]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+@runtime_checkable
+class Hashed(Protocol):
+    """A mapping that knows content hashes of its adapters without reading them."""
+
+    def hash_of(self, name: str) -> str | None:
+        """The content hash of an adapter; None where it must be read to know it."""
+        ...
+
+
+def known_hash(adapters: Mapping[str, Adapter], name: str) -> Hashable:
+    """Equal for two names whose adapters are known to be equal, without reading any.
+
+    >>> from fedmira.adapters import known_hash
+    >>> common = {"north": (start := {}), "south": start, "east": {}}
+    >>> known_hash(common, "north") == known_hash(common, "south")
+    True
+    >>> known_hash(common, "north") == known_hash(common, "east")
+    False
+
+    Args:
+        adapters: name -> adapter.
+        name: one of them.
+
+    Returns:
+        The content hash where the mapping knows it, the object's identity in a dict, and the name
+        itself elsewhere.
+    """
+    if isinstance(adapters, Hashed) and (known := adapters.hash_of(name)) is not None:
+        return known
+    return id(adapters[name]) if isinstance(adapters, dict) else name
 
 
 @runtime_checkable

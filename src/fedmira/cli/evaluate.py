@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from fedmira.cli.options import Format, FormatOption, RunPath
-from fedmira.cli.screen import print_json, print_table
+from fedmira.cli.screen import print_json, print_table, progress
+from fedmira.observers import MeasuringEvent, RunFacts
 
 __all__ = ["evaluate"]
 
@@ -17,6 +20,10 @@ def evaluate(run: RunPath, format: FormatOption = Format.text) -> None:
 
     saved = reload_adapters(run)
     clients = clients_of(saved)
+    screen, facts = progress(run.name), RunFacts("", run.name, {})
+    clients.heard = lambda measuring: screen.on_measuring(
+        MeasuringEvent(run=facts, **asdict(measuring))
+    )
     losses = clients.losses(saved.adapters)
     texts = (
         clients.score(saved.adapters, saved.config.evaluation.max_new_tokens)

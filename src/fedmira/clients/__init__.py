@@ -1,6 +1,7 @@
 """Clients' work behind one seam: train, losses, choose, score."""
 
-from fedmira.clients.base import Candidates, Clients, SplitName
+from fedmira.clients.base import Candidates, Clients, Measuring, SplitName
+from fedmira.clients.base_losses import BaseLosses
 from fedmira.clients.cohort import Cohort, CohortSettings
 from fedmira.clients.crews import LEAST_SHARE, Crew, InTurn, Share, share_size, threads_of
 from fedmira.clients.local import LocalClients
@@ -10,6 +11,7 @@ from fedmira.clients.workers import Workers, unsafe_main
 
 __all__ = [
     "LEAST_SHARE",
+    "BaseLosses",
     "Candidates",
     "Clients",
     "Cohort",
@@ -17,6 +19,7 @@ __all__ = [
     "Crew",
     "InTurn",
     "LocalClients",
+    "Measuring",
     "OverWire",
     "Share",
     "References",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from fedmira.adapters import Adapter
@@ -10,12 +11,33 @@ from fedmira.data import ClientSummary
 from fedmira.messages import ClientId, Failure, Payload, Reply, Request
 from fedmira.metrics import TokenLoss
 
-__all__ = ["Candidates", "Clients", "SplitName"]
+__all__ = ["Candidates", "Clients", "Measuring", "SplitName", "Work"]
 
 SplitName = Literal["test", "validation", "train"]
 
+Work = Literal["evaluating", "answering"]
+
 Candidates = Callable[[ClientId], Mapping[float, Adapter]]
 """Client -> the adapters that it may choose between, by their share of the server's change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """How far a measurement is.
+
+    Attributes:
+        work: "evaluating" for losses, "answering" for generated answers.
+        split: which rows.
+        done: rows that are done.
+        rows: all rows.
+        seconds_left: about how long the others take, by their tokens; None at the beginning.
+    """
+
+    work: Work
+    split: SplitName
+    done: int
+    rows: int
+    seconds_left: float | None
 
 
 class Clients(Protocol):

@@ -18,7 +18,7 @@ from fedmira.data import ClientData
 from fedmira.messages import ClientId
 from fedmira.model import AdapterKind
 
-__all__ = ["LEAST_SHARE", "Crew", "InTurn", "Share", "share_size", "threads_of"]
+__all__ = ["LEAST_SHARE", "Crew", "Done", "InTurn", "Share", "share_size", "threads_of"]
 
 LEAST_SHARE = 4
 """Clients of the smallest share.
@@ -28,6 +28,12 @@ hooks and stacks.
 """
 
 Result = TypeVar("Result")
+
+Done = Callable[[int], None]
+
+
+def _nobody(place: int) -> None:
+    """Is told that a share is done, and does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +65,15 @@ class Crew(Protocol):
         """Threads of PyTorch in each; None leaves them as they are."""
         ...
 
-    def do(self, kind: AdapterKind, shares: Sequence[Share[Result]]) -> Iterator[Result]:
+    def do(
+        self, kind: AdapterKind, shares: Sequence[Share[Result]], done: Done = _nobody
+    ) -> Iterator[Result]:
         """The result of each share, in their order.
 
         Args:
             kind: the adapters, on their base.
             shares: of one kind of work.
+            done: is called with the place of each share when it is done, in any order.
 
         Raises:
             RunError: a share could not be done.
@@ -91,11 +100,14 @@ class InTurn:
         """Always 1: the process at hand."""
         return 1
 
-    def do(self, kind: AdapterKind, shares: Sequence[Share[Result]]) -> Iterator[Result]:
+    def do(
+        self, kind: AdapterKind, shares: Sequence[Share[Result]], done: Done = _nobody
+    ) -> Iterator[Result]:
         """The result of each share as it is asked for."""
-        for share in shares:
+        for place, share in enumerate(shares):
             with threads_of(self.threads):
                 result = share.work()(kind)
+            done(place)
             yield result
             del result
 

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
-from fedmira.adapters import Adapter
-from fedmira.clients.base import Candidates, SplitName
+from fedmira.adapters import Adapter, LazyAdapters, known_hash
+from fedmira.clients.base import Candidates, Measuring, SplitName, Work
+from fedmira.clients.base_losses import BaseLosses
 from fedmira.clients.cohort import Cohort, CohortSettings
-from fedmira.clients.crews import Crew, InTurn, Share
+from fedmira.clients.crews import Crew, InTurn, Share, threads_of
+from fedmira.clients.owners import Owner, dealt, drawn_rows, owners_of
 from fedmira.clients.references import References
-from fedmira.data import ClientData, ClientSummary, summary_of
+from fedmira.data import ClientData, ClientSummary, EncodedExample, summary_of
 from fedmira.messages import ClientId, Failure, Payload, Reply, Request
 from fedmira.methods import Method
 from fedmira.metrics import TokenLoss, text_scores
 from fedmira.model import AdapterKind, Choice, Contender, Row
+from fedmira.seeds import row_seed
 from fedmira.storage import remembered
 
 __all__ = ["LocalClients"]
 
 Result = TypeVar("Result")
+
+_BUDGETS_OF_A_SHARE = 16
+"""Full passes with which a share of rows to be measured is complete, however few the owners are."""
 
 _Trained = tuple[list[Reply | Failure], dict[ClientId, Payload]]
 
@@ -43,6 +50,8 @@ class LocalClients:
         at_once: clients of a share, whose passes are made together.
         references: where losses and answers are to lean on the clients' training rows.
         crew: who does the shares.
+        base_losses: where losses of the base are kept from run to run.
+        heard: is called when a measurement begins, and as its shares are done.
     """
 
     method: Method | None
@@ -52,6 +61,8 @@ class LocalClients:
     at_once: int = 64
     references: References | None = None
     crew: Crew = field(default_factory=InTurn)
+    base_losses: BaseLosses | None = None
+    heard: Callable[[Measuring], None] = lambda measuring: None
     _memories: Mapping[ClientId, Payload] = field(default_factory=dict)
 
     @cached_property
@@ -71,6 +82,28 @@ class LocalClients:
     def unmeasured(self) -> list[Failure]:
         """Nobody: all rows are here."""
         return []
+
+    def few(self, most: int, seed: int) -> LocalClients:
+        """The same clients with at most so many test and validation rows each.
+
+        Which ones depends on the seed and the client alone.
+
+        Args:
+            most: rows of a split, 1 or more.
+            seed: of the run.
+        """
+        data = {
+            name: replace(
+                client,
+                test=drawn_rows(client.test, most, row_seed(seed, "evaluate", "test", name)),
+                validation=drawn_rows(
+                    client.validation, most, row_seed(seed, "evaluate", "validation", name)
+                ),
+                references=(),
+            )
+            for name, client in self.data.items()
+        }
+        return replace(self, data=data)
 
     def train(self, requests: Sequence[Request]) -> list[Reply | Failure]:
         """Trains the requested clients and stores what they keep for themselves."""
@@ -111,20 +144,11 @@ class LocalClients:
         self, adapters: Mapping[ClientId, Adapter], split: SplitName = "test"
     ) -> dict[ClientId, TokenLoss]:
         """The response loss of each given client's own adapter on its own rows."""
-        asked = [client for client in adapters if getattr(self.data[client], split)]
-        if self.references is not None:
-            return {name: self._leaning(self.references, name, adapters, split) for name in asked}
-
-        def begun(names: Sequence[ClientId]) -> Callable[[AdapterKind], list[float]]:
-            rows = [getattr(self.data[name], split) for name in names]
-            return partial(_losses, [adapters[name] for name in names], *self._scaled(names), rows)
-
-        found = self._in_shares(asked, split, begun)
         return {
             name: TokenLoss(
-                total, sum(len(row.response) for row in getattr(self.data[name], split))
+                math.fsum(found), sum(len(row.response) for row in getattr(self.data[name], split))
             )
-            for name, total in found.items()
+            for name, found in self.row_losses(adapters, split).items()
         }
 
     def row_losses(
@@ -139,15 +163,61 @@ class LocalClients:
             adapters: by client id; each is read once.
             split: which rows; clients without such rows are left out.
         """
+        asked = [name for name in adapters if getattr(self.data[name], split)]
+        if self.references is not None:
+            return {
+                name: self.references.losses(
+                    self.data[name],
+                    adapters[name],
+                    self.settings.scales[name],
+                    getattr(self.data[name], split),
+                )
+                for name in asked
+            }
 
-        def begun(names: Sequence[ClientId]) -> Callable[[AdapterKind], list[list[float]]]:
-            rows = [getattr(self.data[name], split) for name in names]
-            return partial(
-                _row_losses, [adapters[name] for name in names], *self._scaled(names), rows
+        if self.base_losses is None or not self._says_base(adapters, asked):
+            return self._row_losses(adapters, asked, split, self.settings.scales)
+        first = asked[0]
+        alone = LazyAdapters(asked, lambda _: adapters[first], lambda _: "the base")
+        with threads_of(self.crew.threads):
+            return self.base_losses.rows(
+                self.kind.base,
+                {name: self._rows(split, name) for name in asked},
+                split,
+                (self.settings.token_budget, self.at_once),
+                partial(self._row_losses, alone, asked, split, dict.fromkeys(asked, 1.0)),
             )
 
-        asked = [name for name in adapters if getattr(self.data[name], split)]
-        return self._in_shares(asked, split, begun)
+    def _says_base(self, adapters: Mapping[ClientId, Adapter], asked: Sequence[ClientId]) -> bool:
+        """Whether all these adapters leave the base as it is; stops at the first that does not."""
+        one_of = {known_hash(adapters, name): name for name in reversed(asked)}
+        return bool(one_of) and all(
+            self.kind.changes_nothing(adapters[name]) for name in one_of.values()
+        )
+
+    def _row_losses(
+        self,
+        adapters: Mapping[ClientId, Adapter],
+        asked: Sequence[ClientId],
+        split: SplitName,
+        scales: Mapping[ClientId, float],
+    ) -> dict[ClientId, list[float]]:
+        """The losses of rows, measured."""
+
+        def begun(owners: Sequence[Owner]) -> Callable[[AdapterKind], list[list[float]]]:
+            rows = [
+                [getattr(self.data[name], split)[i] for name, i in own.places] for own in owners
+            ]
+            names = [own.client for own in owners]
+            return partial(
+                _row_losses,
+                [adapters[name] for name in names],
+                [scales[name] for name in names],
+                self.settings.token_budget,
+                rows,
+            )
+
+        return self._by_owner(adapters, asked, split, scales, "evaluating", begun)
 
     def choose(self, clients: Sequence[ClientId], candidates: Candidates) -> dict[ClientId, float]:
         """The candidate with the lowest loss on each client's validation rows."""
@@ -196,17 +266,20 @@ class LocalClients:
                 for name, adapter in adapters.items()
             }
 
-        def begun(names: Sequence[ClientId]) -> Callable[[AdapterKind], list[list[str]]]:
-            prompts = [[row.prompt for row in self.data[name].test] for name in names]
+        def begun(owners: Sequence[Owner]) -> Callable[[AdapterKind], list[list[str]]]:
+            prompts = [[self.data[name].test[i].prompt for name, i in own.places] for own in owners]
+            names = [own.client for own in owners]
             return partial(
                 _answers,
                 [adapters[name] for name in names],
-                *self._scaled(names),
+                [self.settings.scales[name] for name in names],
+                self.settings.token_budget,
                 prompts,
                 max_new_tokens,
             )
 
-        return self._in_shares(list(adapters), "test", begun)
+        scales = self.settings.scales
+        return self._by_owner(adapters, list(adapters), "test", scales, "answering", begun)
 
     def score(
         self, adapters: Mapping[ClientId, Adapter], max_new_tokens: int
@@ -218,18 +291,59 @@ class LocalClients:
             for client, predictions in texts.items()
         }
 
-    def _leaning(
+    def _by_owner(
         self,
-        references: References,
-        name: ClientId,
         adapters: Mapping[ClientId, Adapter],
+        clients: Sequence[ClientId],
         split: SplitName,
-    ) -> TokenLoss:
-        """A client's loss as it is where answers lean on its training rows."""
-        rows = getattr(self.data[name], split)
-        scale = self.settings.scales[name]
-        found = references.losses(self.data[name], adapters[name], scale, rows)
-        return TokenLoss(math.fsum(found), sum(len(row.response) for row in rows))
+        scales: Mapping[ClientId, float],
+        work: Work,
+        begun: Callable[[Sequence[Owner]], Callable[[AdapterKind], Sequence[Sequence[Result]]]],
+    ) -> dict[ClientId, list[Result]]:
+        """What the work on each row gives, by client, where equal adapters are one owner."""
+        # Clients that take turns share nothing, so that no bit of one depends on another's rows.
+        known = adapters if self.at_once > 1 else LazyAdapters(clients, adapters.__getitem__)
+        most = _BUDGETS_OF_A_SHARE * self.settings.token_budget
+        rows_of = partial(self._rows, split)
+        turns = dealt(owners_of(known, clients, rows_of, scales, most), self.at_once, most)
+        shares = [
+            Share(
+                list(dict.fromkeys(name for own in turn for name, _ in own.places)),
+                sum(own.tokens for own in turn),
+                partial(begun, turn),
+            )
+            for turn in turns
+        ]
+        by_place: dict[tuple[ClientId, int], Result] = {}
+        done = self._counted(split, turns, work)
+        for turn, found in zip(turns, self.crew.do(self.kind, shares, done), strict=True):
+            for own, results in zip(turn, found, strict=True):
+                by_place |= zip(own.places, results, strict=True)
+        return {name: [by_place[name, i] for i in range(len(rows_of(name)))] for name in clients}
+
+    def _counted(
+        self, split: SplitName, turns: Sequence[Sequence[Owner]], work: Work
+    ) -> Callable[[int], None]:
+        """Tells how far a measurement is; is called with the place of each share that is done."""
+        rows = [sum(len(own.places) for own in turn) for turn in turns]
+        tokens = [sum(own.tokens for own in turn) for turn in turns]
+        finished: list[int] = []
+        begun = time.monotonic()
+
+        def told(place: int) -> None:
+            finished.append(place)
+            done = sum(tokens[place] for place in finished)
+            spent = time.monotonic() - begun
+            left = spent * (sum(tokens) - done) / max(1, done)
+            some = sum(rows[place] for place in finished)
+            self.heard(Measuring(work, split, some, sum(rows), left))
+
+        self.heard(Measuring(work, split, 0, sum(rows), None))
+        return told
+
+    def _rows(self, split: SplitName, client: ClientId) -> Sequence[EncodedExample]:
+        rows: tuple[EncodedExample, ...] = getattr(self.data[client], split)
+        return rows
 
     def _in_shares(
         self,
@@ -249,10 +363,6 @@ class LocalClients:
         for names, found in zip(turns, self.crew.do(self.kind, shares), strict=True):
             result |= dict(zip(names, found, strict=True))
         return result
-
-    def _scaled(self, clients: Sequence[ClientId]) -> tuple[list[float], int]:
-        """The clients' scales, and the most tokens of a pass."""
-        return [self.settings.scales[name] for name in clients], self.settings.token_budget
 
     def _length(self, client: ClientId, split: SplitName) -> int:
         """Tokens of a client's rows."""
@@ -275,16 +385,6 @@ def _trained(
         if memory is not None and memory is not before.get(request.client_id)
     }
     return [answer for answer, _ in worked], after
-
-
-def _losses(
-    adapters: Sequence[Adapter],
-    scales: Sequence[float],
-    budget: int,
-    rows: Sequence[Sequence[Row]],
-    kind: AdapterKind,
-) -> list[float]:
-    return kind.losses(adapters, scales, rows, budget)
 
 
 def _row_losses(

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fedmira.clients.crews import InTurn, Share
+from fedmira.clients.crews import Done, InTurn, Share
 from fedmira.errors import FedmiraError, RunError
 from fedmira.methods import Method
 from fedmira.model import AdapterKind
@@ -65,20 +65,22 @@ class Workers:
         self._of: AdapterKind | None = None
         self._end: weakref.finalize[Any, Any] | None = None
 
-    def do(self, kind: AdapterKind, shares: Sequence[Share[Result]]) -> Iterator[Result]:
+    def do(
+        self, kind: AdapterKind, shares: Sequence[Share[Result]], done: Done = lambda place: None
+    ) -> Iterator[Result]:
         """The result of each share, in their order; a single one is done here.
 
         Raises:
             RunError: workers died twice over the same shares.
         """
         if len(shares) < 2:  # noqa: PLR2004 - nobody could work beside it
-            yield from InTurn(self.threads).do(kind, shares)
+            yield from InTurn(self.threads).do(kind, shares, done)
             return
         results: dict[int, Result] = {}
         for attempt in (1, 2):
             missing = [place for place in range(len(shares)) if place not in results]
             try:
-                self._do(kind, shares, missing, results)
+                self._do(kind, shares, missing, results, done)
                 break
             except BrokenProcessPool as error:
                 self.release()
@@ -125,6 +127,7 @@ class Workers:
         shares: Sequence[Share[Result]],
         places: Sequence[int],
         results: dict[int, Result],
+        told: Done,
     ) -> None:
         """Does the shares at these places; what is done is in `results` whatever happens."""
         pool = self._pool_for(kind)
@@ -138,7 +141,9 @@ class Workers:
                     running[pool.submit(_work, job)] = place
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    results[running.pop(future)] = _received(future.result())
+                    place = running.pop(future)
+                    results[place] = _received(future.result())
+                    told(place)
         except BaseException:
             for future in running:
                 future.cancel()

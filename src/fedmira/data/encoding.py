@@ -22,9 +22,10 @@ from fedmira.data.token_cache import TokenCache
 from fedmira.data.tokenizer import Tokenizer
 from fedmira.errors import DataError
 
-__all__ = ["Encoder"]
+__all__ = ["ROWS_AT_ONCE", "Encoder"]
 
-_BATCH = 2048
+ROWS_AT_ONCE = 2048
+"""Rows that the tokenizer takes in one call, as its memory grows with them."""
 _WORD = "Zqx"
 _SAID_OTHERWISE = (
     "answers are another text once they are tokens; they are scored by the text of their tokens"
@@ -146,8 +147,8 @@ class Encoder:
         # A batch bounds the memory that the tokenizer takes for one call.
         return [
             encoded
-            for start in range(0, len(turns), _BATCH)
-            for encoded in self._batch(turns[start : start + _BATCH], problems)
+            for start in range(0, len(turns), ROWS_AT_ONCE)
+            for encoded in self._batch(turns[start : start + ROWS_AT_ONCE], problems)
         ]
 
     def encode_client(

@@ -11,6 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from fedmira.config import DataSettings
+from fedmira.data.ahead import Ahead, parts_of
 from fedmira.data.encoded import ClientData, EncodedExample, EncodedTurn
 from fedmira.data.encoding import Encoder
 from fedmira.data.from_objects import ObjectRows
@@ -301,8 +302,10 @@ def _encoded(
     encoder = make_encoder(settings, tokenizer)
     problems = Problems()
     clients = []
+    ahead = Ahead(encoder, splits, problems)
     for position, (client, split) in enumerate(zip(rows, splits, strict=True)):
-        apart = _apart_as_read(client, split, settings, seed, position, encoder, problems)
+        parts = ahead.parts(position)
+        apart = _apart_as_read(client, split, parts, settings, seed, position, encoder, problems)
         if apart is not None and len(problems) == 0:
             clients.append(encoder.encode_client(client, *apart))
             _check_parts(clients[-1], settings, problems)
@@ -316,6 +319,7 @@ def _encoded(
 def _apart_as_read(
     client: ClientRows,
     split: Split,
+    parts: list[list[EncodedTurn]],
     settings: DataSettings,
     seed: int,
     position: int,
@@ -329,9 +333,6 @@ def _apart_as_read(
     """
     same: dict[Hashable, Hashable] = {}
     while True:
-        parts = [
-            encoder.turns(part, problems) for part in (split.train, split.validation, split.test)
-        ]
         joined = _joined(parts, same)
         if not joined or len(problems):
             return split, parts
@@ -340,6 +341,7 @@ def _apart_as_read(
         if again is None:
             return None
         split = again
+        parts = [encoder.turns(part, problems) for part in parts_of(split)]
 
 
 def _joined(

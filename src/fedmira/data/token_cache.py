@@ -12,9 +12,9 @@ import tokenizers
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedmira.atomic import replace_file
 from fedmira.config import cache_folder, distrusted
 from fedmira.data.tokenizer import Tokenizer
+from fedmira.records import SealedFiles
 
 __all__ = ["TokenCache"]
 
@@ -26,7 +26,7 @@ Thousands of small clients would leave thousands of files.
 """
 _FORM = 2
 _SUFFIX = ".tokens"
-_SEAL_BYTES = hashlib.sha256().digest_size
+_LOST = "its rows are tokenised again"
 _log = logging.getLogger("fedmira")
 
 
@@ -44,14 +44,11 @@ class TokenCache:
 
     def __init__(self, tokenizer: Tokenizer, folder: Path | None = None) -> None:
         parent = cache_folder() if folder is None else folder.parent
-        self._folder = folder or (parent and parent / "tokens")
-        if (
-            self._folder is not None
-            and self._folder.is_dir()
-            and (reason := distrusted(self._folder))
-        ):
-            _log.warning("%s: the token cache is not used: %s", self._folder, reason)
-            self._folder = None
+        place = folder or (parent and parent / "tokens")
+        if place is not None and place.is_dir() and (reason := distrusted(place)):
+            _log.warning("%s: the token cache is not used: %s", place, reason)
+            place = None
+        self._files = None if place is None else SealedFiles(place, _SUFFIX, _MOST_BYTES, _LOST)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._fingerprint: str | None = None
         if backend is not None:
@@ -61,7 +58,6 @@ class TokenCache:
                 getattr(tokenizer, "split_special_tokens", False),
             )  # what to_str() leaves out
             self._fingerprint = hashlib.sha256(f"{outside} {backend.to_str()}".encode()).hexdigest()
-        self._has_room = False
 
     def ids(
         self, texts: Sequence[str], tokenise: Callable[[Sequence[str]], list[list[int]]]
@@ -73,34 +69,19 @@ class TokenCache:
             tokenise: text to ids, called for texts that are not kept yet.
         """
         if (
-            self._folder is None
+            self._files is None
             or self._fingerprint is None
             or sum(map(len, texts)) < _LEAST_CHARACTERS
         ):
             return tokenise(texts)
-        path = self._folder / f"{self._key(texts)}{_SUFFIX}"
-        found = self._kept(path)
-        if found is not None:
-            return found
+        files, key = self._files, self._key(texts)
+        if (content := files.read(key)) is not None:
+            found = load(content)
+            ends = np.cumsum(found["lengths"])[:-1]
+            return [part.tolist() for part in np.split(found["ids"], ends)]
         rows = tokenise(texts)
-        self._write(path, rows)
+        self._write(files, key, rows)
         return rows
-
-    def _kept(self, path: Path) -> list[list[int]] | None:
-        """What a file holds; None where it is not there, or holds something else than it did."""
-        try:
-            content = path.read_bytes()
-        except OSError:
-            return None
-        if content[:_SEAL_BYTES] != _seal(path, content[_SEAL_BYTES:]):
-            _log.warning(
-                "%s: the file of the token cache is damaged, or an older version wrote it; its "
-                "rows are tokenised again",
-                path,
-            )
-            return None
-        found = load(content[_SEAL_BYTES:])
-        return [part.tolist() for part in np.split(found["ids"], np.cumsum(found["lengths"])[:-1])]
 
     def _key(self, texts: Sequence[str]) -> str:
         hasher = hashlib.sha256(str(self._fingerprint).encode())
@@ -110,43 +91,11 @@ class TokenCache:
             hasher.update(encoded)
         return hasher.hexdigest()
 
-    def _write(self, path: Path, rows: list[list[int]]) -> None:
+    def _write(self, files: SealedFiles, key: str, rows: list[list[int]]) -> None:
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         ids = np.array([token for row in rows for token in row], dtype=np.int32)
         try:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            if distrusted(path.parent):
-                return
-            content = save({"ids": ids, "lengths": lengths})
-            replace_file(
-                path, _seal(path, content) + content, lasting=False, shared=True, mode=0o600
-            )
-            if (
-                not self._has_room
-            ):  # once in a run: listing the folder takes long when it holds much
-                self._has_room = True
-                self._make_room(path.parent)
+            if not (files.folder.is_dir() and distrusted(files.folder)):
+                files.write(key, save({"ids": ids, "lengths": lengths}))
         except (OSError, SafetensorError):
             pass  # a full or read-only disk: the run goes on without
-
-    def _make_room(self, folder: Path) -> None:
-        files = sorted(
-            (file.stat().st_mtime, file.stat().st_size, file)
-            for file in folder.iterdir()  # those of older versions, too
-        )
-        total = sum(size for _, size, _ in files)
-        for _, size, file in files:
-            if total <= _MOST_BYTES:
-                return
-            file.unlink(missing_ok=True)
-            total -= size
-
-
-def _seal(path: Path, content: bytes) -> bytes:
-    """SHA-256 over what a file is called and what it holds: another file's content does not pass.
-
-    Args:
-        path: of the file.
-        content: what stands behind the seal.
-    """
-    return hashlib.sha256(path.name.encode() + content).digest()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedmira.adapters import Adapter
 from fedmira.clients import (
+    BaseLosses,
     Clients,
     CohortSettings,
     Crew,
@@ -52,6 +53,7 @@ from fedmira.model import (
     most_side_by_side,
 )
 from fedmira.privacy import PrivacyPlan
+from fedmira.rounds import cohort_size
 from fedmira.runs import Ground, RunFolder, hash_of_rows
 
 _log = logging.getLogger("fedmira")
@@ -197,11 +199,12 @@ def build_experiment(
     threads = _count(before.get("threads"))
     crew = choose_crew(config, kind, scheme.algorithm, dataset.clients, threads)
     with threads_of(crew.threads):
-        budget = _token_budget(config, kind, before)
+        budget = _token_budget(config, kind, dataset, before)
     clients = _at_work(config, kind, scheme, dataset, budget, crew)
     rows_of = {client: party.train_rows for client, party in parties.items()}
     notes = [
         *_about_answers(config, kind.base, dataset),
+        *_about_rows(config, dataset),
         *about_advantages(dataset.clients, config.local.advantage_temperature),
     ]
     for note in notes:
@@ -250,9 +253,24 @@ def _at_work(  # noqa: PLR0913 - all that clients work with meets here
         at_once,
         references=references_of(kind, config.evaluation),
         crew=crew,
+        base_losses=BaseLosses(),
     )
     wire = config.engine.wire
     return clients if wire == "float32" else OverWire(clients, wire, at_once)
+
+
+def _about_rows(config: Config, dataset: Dataset) -> list[str]:
+    """What evaluations during the run leave out."""
+    most = config.evaluation.rows
+    counts = [len(part) for client in dataset.clients for part in (client.test, client.validation)]
+    left_out = sum(max(0, count - most) for count in counts) if most else 0
+    if not left_out:
+        return []
+    return [
+        f"evaluations during the run measure at most {most} test and {most} validation rows of a "
+        f"client (evaluation.rows) and leave out {left_out} of {sum(counts)}: losses of rounds and "
+        "best rounds are of those rows, and losses of the tables at the end of all"
+    ]
 
 
 def _about_answers(config: Config, base: BaseModel, dataset: Dataset) -> list[str]:
@@ -290,14 +308,18 @@ def _length(response: Sequence[int], ends: set[int]) -> int:
     return next((place for place, token in enumerate(response) if token in ends), len(response))
 
 
-def _token_budget(config: Config, kind: AdapterKind, before: Mapping[str, object]) -> int:
+def _token_budget(
+    config: Config, kind: AdapterKind, dataset: Dataset, before: Mapping[str, object]
+) -> int:
     """As set, else that of the run that is continued, else what is fastest."""
     recorded = _count(before.get("token_budget"))
-    return (
-        recorded
-        if recorded is not None and config.engine.token_budget == "auto"
-        else token_budget(config, kind)
-    )
+    if recorded is not None and config.engine.token_budget == "auto":
+        return recorded
+    tokens = sum(client.train_tokens for client in dataset.clients)
+    rows = sum(len(client.train) for client in dataset.clients)
+    step = config.local.batch_size * tokens / max(1, rows)
+    cohort = cohort_size(len(dataset.clients), config.rounds)
+    return token_budget(config, kind, step, 1 if config.engine.apart else cohort)
 
 
 def _count(recorded: object) -> int | None:

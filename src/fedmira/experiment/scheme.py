@@ -94,16 +94,19 @@ def prepare_kind(config: Config, base: BaseModel | None = None) -> AdapterKind:
     return adapter_kind(config.adapter, base, config.engine)
 
 
-def token_budget(config: Config, kind: AdapterKind) -> int:
+def token_budget(
+    config: Config, kind: AdapterKind, step_tokens: float = 0.0, cohort: int = 1
+) -> int:
     """The most tokens in one forward pass: as set, else what is fastest on this machine.
 
     Args:
         config: the resolved settings.
         kind: the adapters, on the base whose passes are tried.
+        step_tokens: about those of a client's local step; 0 has a pass hold one client.
+        cohort: clients of a round.
     """
-    return (
-        kind.token_budget() if config.engine.token_budget == "auto" else config.engine.token_budget
-    )
+    set_to = config.engine.token_budget
+    return kind.token_budget(step_tokens, cohort) if set_to == "auto" else set_to
 
 
 def make_scheme(

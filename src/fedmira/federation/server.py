@@ -126,6 +126,7 @@ def build_federation(
     """
     settings = config.federation
     check_apart(config.data)
+    _refuse_few_rows(config)
     kind = prepare_kind(config)
     names = tuple(before.everybody) if before else settings.clients
     nodes = _nodes(config, grid, kind, names, AuditLog(audit_beside(output)))
@@ -177,6 +178,7 @@ def build_simulation(
             "federation.open: the clients of a simulation are those of the run's own data, all of "
             "them from the beginning; leave it out"
         )
+    _refuse_few_rows(config)
     rows = read_rows(config.data, config.seed)
     tokenizer = load_tokenizer(config.model)
     check_clock(config.data, tokenizer)
@@ -208,6 +210,15 @@ def build_simulation(
         data_sha256=hash_of_rows(clients),
         skipped=dataset.skipped,
     )
+
+
+def _refuse_few_rows(config: Config) -> None:
+    """Nodes measure all of their rows, whatever a server would like to see of them."""
+    if config.evaluation.rows:
+        raise ConfigError(
+            f"evaluation.rows = {config.evaluation.rows} is of runs whose rows are here, and nodes "
+            "measure all of theirs; set it to 0, and evaluation.every higher to measure less often"
+        )
 
 
 def _nodes(

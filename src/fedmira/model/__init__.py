@@ -38,7 +38,11 @@ from fedmira.model.lora.stack import StackedAdapters, start_adapter
 from fedmira.model.packed.attention import ATTENTION
 from fedmira.model.packed.load import from_model, load_base
 from fedmira.model.packed.passes import response_losses
-from fedmira.model.packed.token_budget import choose_token_budget, usual_token_budget
+from fedmira.model.packed.token_budget import (
+    choose_token_budget,
+    machine_name,
+    usual_token_budget,
+)
 from fedmira.model.training.batches import count_steps
 from fedmira.model.training.measure import Choice, Contender, choose_adapters, summed_losses
 from fedmira.model.training.private import RowPrivacy
@@ -102,6 +106,7 @@ __all__ = [
     "summed_losses",
     "tokenizer_hash",
     "train_cohort",
+    "machine_name",
     "usual_token_budget",
     "with_engine_options",
     "within_memory",

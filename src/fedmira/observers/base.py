@@ -15,6 +15,7 @@ __all__ = [
     "EndEvent",
     "EvaluationEvent",
     "JoinEvent",
+    "MeasuringEvent",
     "Observer",
     "RoundEvent",
     "RunFacts",
@@ -128,6 +129,27 @@ class EvaluationEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuringEvent:
+    """Rows are being measured: told when that begins, and as parts of them are done.
+
+    Attributes:
+        run: which run it is.
+        work: "evaluating" for losses, "answering" for generated answers.
+        split: "test" or "validation".
+        done: rows that are done.
+        rows: all rows of this measurement.
+        seconds_left: about how long the others take; None at the beginning.
+    """
+
+    run: RunFacts
+    work: str
+    split: str
+    done: int
+    rows: int
+    seconds_left: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class RoundEvent:
     """A round has ended and is safe on the disk.
 
@@ -190,6 +212,9 @@ class Observer:
 
     def on_evaluation(self, event: EvaluationEvent) -> Stop | None:
         """Losses of all clients were measured."""
+
+    def on_measuring(self, event: MeasuringEvent) -> Stop | None:
+        """Losses or answers are being measured, and the event says how far that is."""
 
     def on_round(self, event: RoundEvent) -> Stop | None:
         """A round is complete and its checkpoint written."""

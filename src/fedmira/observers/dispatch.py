@@ -13,6 +13,7 @@ from fedmira.observers.base import (
     EndEvent,
     EvaluationEvent,
     JoinEvent,
+    MeasuringEvent,
     Observer,
     RoundEvent,
     StartEvent,
@@ -21,12 +22,15 @@ from fedmira.observers.base import (
 
 __all__ = ["Dispatcher", "Event", "check_observers"]
 
-Event = StartEvent | JoinEvent | ClientEvent | EvaluationEvent | RoundEvent | EndEvent
+Event = (
+    StartEvent | JoinEvent | ClientEvent | MeasuringEvent | EvaluationEvent | RoundEvent | EndEvent
+)
 
 _METHODS = {
     StartEvent: "on_start",
     JoinEvent: "on_join",
     ClientEvent: "on_client",
+    MeasuringEvent: "on_measuring",
     EvaluationEvent: "on_evaluation",
     RoundEvent: "on_round",
     EndEvent: "on_end",

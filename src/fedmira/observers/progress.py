@@ -18,10 +18,20 @@ from rich.progress import (
     Progress as Bar,
 )
 
-from fedmira.observers.base import EndEvent, EvaluationEvent, Observer, RoundEvent, StartEvent
+from fedmira.observers.base import (
+    EndEvent,
+    EvaluationEvent,
+    MeasuringEvent,
+    Observer,
+    RoundEvent,
+    StartEvent,
+)
 from fedmira.shown import plain
 
 __all__ = ["Progress"]
+
+_BETWEEN_SECONDS = 10.0
+"""Between two lines on a measurement, where there is no bar."""
 
 _SHOWN = {"train_loss": "train", "test_loss": "test", "pull": "pull"}
 
@@ -42,6 +52,7 @@ class Progress(Observer):
         self._bar: Bar | None = None
         self._task = TaskID(0)
         self._begun, self._done = 0.0, 0
+        self._said = 0.0
 
     def on_start(self, event: StartEvent) -> None:
         """Show the empty bar, where there can be one."""
@@ -63,6 +74,21 @@ class Progress(Observer):
             first, total=event.rounds, completed=event.resumed or 0, figures=""
         )
         self._bar.start()
+
+    def on_measuring(self, event: MeasuringEvent) -> None:
+        """Show how many rows are measured, and about how long the others will take."""
+        told = f"{event.work} {event.done:,} of {event.rows:,} {event.split} rows"
+        if event.seconds_left is not None:
+            told += f", about {event.seconds_left:.0f} s left"
+        if self._bar is not None:
+            going_on = event.done < event.rows
+            shown = f"{self._name} ({told})" if going_on else self._name
+            self._bar.update(self._task, description=shown)
+        elif event.seconds_left is None:
+            self._said = time.monotonic()
+        elif event.done < event.rows and time.monotonic() - self._said >= _BETWEEN_SECONDS:
+            self._said = time.monotonic()
+            self._say(told)
 
     def on_evaluation(self, event: EvaluationEvent) -> None:
         """Show the mean test loss."""

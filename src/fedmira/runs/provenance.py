@@ -28,6 +28,7 @@ from fedmira.model import AdapterKind, BaseModel
 from fedmira.privacy import PrivacyPlan
 from fedmira.rounds import SCREENED
 from fedmira.runs.folder import RunFolder
+from fedmira.runs.measured import rows_here
 from fedmira.runs.pages import write_page
 from fedmira.runs.recorder import Recorder
 
@@ -116,6 +117,13 @@ class Provenance:
             return {}
         return {"workers": crew.count, "threads": crew.threads or torch.get_num_threads()}
 
+    def _kept_losses(self) -> dict[str, object]:
+        """Of which rows the base's losses were read from the cache, and not measured."""
+        here = rows_here(self._recorder.clients)
+        read = here.base_losses.read if here is not None and here.base_losses is not None else []
+        splits = dict.fromkeys([*self._before.get("base_losses_from_cache", []), *read])
+        return {"base_losses_from_cache": list(splits)} if splits else {}
+
     def check_same_ground(self) -> None:
         """Refuse to continue on another base or on other rows than the run began with.
 
@@ -190,6 +198,7 @@ class Provenance:
             **self._promised(),
             "token_budget": self._ground.token_budget,
             **self._processors(),
+            **self._kept_losses(),
             **({"federation": dict(self._ground.federation)} if self._ground.federation else {}),
             "machine": standing["machine"],
             "started": self._before.get("started", self._started),

@@ -10,11 +10,11 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-from fedmira.adapters import Adapter, LazyAdapters, digest
-from fedmira.clients import Clients
+from fedmira.adapters import Adapter, LazyAdapters, content_hash, digest
+from fedmira.clients import Clients, Measuring
 from fedmira.config import Config
 from fedmira.graphs import Graph, graph_of, graph_text
 from fedmira.messages import ClientId
@@ -25,6 +25,7 @@ from fedmira.observers import (
     Dispatcher,
     EvaluationEvent,
     JoinEvent,
+    MeasuringEvent,
     Observer,
     RoundEvent,
     RunFacts,
@@ -42,30 +43,16 @@ from fedmira.runs.events import (
     train_events,
 )
 from fedmira.runs.folder import RunFolder
+from fedmira.runs.measured import Best, Measured, rows_here
 from fedmira.storage import AdapterTable
 
-__all__ = ["NEWCOMERS", "Best", "Recorder"]
+__all__ = ["NEWCOMERS", "Recorder"]
 
 NEWCOMERS = "newcomers"
 """In a checkpoint's values: who came once the run had begun, with the round, as run.json has it."""
 
 _SMALL_PULL = 1e-3
 _log = logging.getLogger("fedmira")
-
-
-@dataclass(frozen=True, slots=True)
-class Best:
-    """A client's best round by its own validation rows, with its test loss in that round.
-
-    Attributes:
-        round: its number.
-        validation_loss: nats per response token of the client's validation rows.
-        test_loss: nats per response token of its test rows; None where these are not looked at.
-    """
-
-    round: int
-    validation_loss: float
-    test_loss: float | None
 
 
 @dataclass
@@ -96,8 +83,9 @@ class Recorder:
         warned: whether the run has been told that alignment moves nothing.
         graph: the graph that acted last.
         graph_json: the content of graph.json.
-        base_losses: test losses before round 1.
-        latest: test losses of round `latest_round`.
+        base_losses: losses of all test rows before round 1.
+        latest: test losses of round `latest_round`, of the rows that evaluations show.
+        measured, shown: what is known of all rows, and of those that evaluations show.
         latest_round: the last evaluated round, -1 before the first.
         round_done: of the last checkpoint.
     """
@@ -129,6 +117,11 @@ class Recorder:
     def __post_init__(self) -> None:
         self.uploaded = self.best_adapters = AdapterTable(self.checkpoints.store, {})
         self.watchers = Dispatcher(self.observers, self._note_warning)
+        self.measured = self.shown = Measured(self.clients)
+        if (here := rows_here(self.clients)) is not None:
+            here.heard = self._tell_measuring
+            if most := self.config.evaluation.rows:
+                self.shown = Measured(here.few(most, self.config.seed))
         self._begun = time.monotonic()
         self._given: tuple[ServerState, LazyAdapters, Mapping[ClientId, float]] | None = None
         self._losses: dict[str, object] = {}
@@ -139,10 +132,19 @@ class Recorder:
         """Wall time of the run so far, over all its parts."""
         return self.spent_seconds + time.monotonic() - self._begun
 
+    @property
+    def shows_few(self) -> bool:
+        """Whether evaluations during the run measure a part of the rows."""
+        return self.shown is not self.measured
+
     def begin(self, state: ServerState) -> None:
         """Evaluate the start adapters (the base model) and write the checkpoint of round 0."""
         self.folder.append_events(self._evaluate(0, state))
-        self.base_losses = dict(self.latest)
+        self.base_losses = (
+            self.measured.losses(self.given(state)[0], "test")
+            if self.shows_few
+            else dict(self.latest)
+        )
         self._note_losses()
         self._checkpoint(0, state)
 
@@ -229,6 +231,9 @@ class Recorder:
         self.base_losses = {
             client: TokenLoss(*loss) for client, loss in values["base_losses"].items()
         }
+        self.measured.restore(values.get("measured", {}))
+        if self.shows_few:
+            self.shown.restore(values.get("shown", {}))
         self.latest_round, self.round_done = values["latest_round"], checkpoint.round
         self._note_losses()
         self.graph_json = checkpoint.graph_json
@@ -285,18 +290,17 @@ class Recorder:
 
     def _tell_clients(self, outcome: RoundOutcome) -> None:
         """Tell the observers of each answer, in the order of client ids."""
-        events = [
-            *(
-                ClientEvent(self.facts, outcome.round, reply.client_id, dict(reply.metrics))
-                for reply in outcome.replies
-            ),
-            *(
-                ClientEvent(self.facts, outcome.round, failure.client_id, {}, failure.reason)
-                for failure in outcome.failures
-            ),
-        ]
+        number, events = outcome.round, list[ClientEvent]()
+        for reply in outcome.replies:
+            events.append(ClientEvent(self.facts, number, reply.client_id, dict(reply.metrics)))
+        for failure in outcome.failures:
+            events.append(ClientEvent(self.facts, number, failure.client_id, {}, failure.reason))
         for event in sorted(events, key=lambda event: event.client):
             self.watchers.tell(event)
+
+    def _tell_measuring(self, measuring: Measuring) -> None:
+        """Tell the observers how far a measurement is."""
+        self.watchers.tell(MeasuringEvent(run=self.facts, **asdict(measuring)))
 
     def _note_warning(self, message: str) -> None:
         """Write a sentence on an observer that failed into events.jsonl."""
@@ -344,36 +348,37 @@ class Recorder:
 
     def aligned(self, state: ServerState) -> LazyAdapters:
         """Each client's adapter with all of the server's pull, without asking for any choice."""
-        return LazyAdapters(list(self.clients.parties), partial(self.algorithm.adapter_for, state))
+        return LazyAdapters(
+            list(self.clients.parties),
+            partial(self.algorithm.adapter_for, state),
+            cache(partial(self._hash_of, _unread(state))),
+        )
+
+    def _hash_of(self, state: ServerState, client: ClientId) -> str:
+        return content_hash(self.algorithm.adapter_for(state, client))
 
     def _chosen(self, state: ServerState) -> tuple[LazyAdapters, Mapping[ClientId, float]]:
         """What `given` returns, from passes over the validation rows."""
-        clients = list(self.clients.parties)
+        aligned, clients = self.aligned(state), list(self.clients.parties)
         if not self.algorithm.may_decline:
-            return self.aligned(state), {}
+            return aligned, {}
 
         def candidates(client: ClientId) -> Mapping[float, Adapter]:
-            aligned = self.algorithm.adapter_for(state, client)
-            return {
-                1.0: aligned,
-                **(
-                    self.algorithm.alternatives(self.uploaded[client], aligned)
-                    if client in self.uploaded
-                    else {}
-                ),
-            }
+            whole = aligned[client]
+            return {1.0: whole, **self.algorithm.alternatives(self.uploaded[client], whole)}
 
-        kept = self.clients.choose(clients, candidates)
+        # Who has sent nothing yet has one adapter, which need not be read to know that.
+        kept = self.clients.choose([name for name in clients if name in self.uploaded], candidates)
 
         def read(client: ClientId) -> Adapter:
             share = kept.get(client, 1.0)
-            return (
-                self.algorithm.adapter_for(state, client)
-                if share == 1
-                else candidates(client)[share]
-            )
+            return aligned[client] if share == 1 else candidates(client)[share]
 
-        return LazyAdapters(clients, read), kept
+        def hash_of(client: ClientId) -> str:
+            whole = kept.get(client, 1.0) == 1
+            return str(aligned.hash_of(client)) if whole else content_hash(read(client))
+
+        return LazyAdapters(clients, read, cache(hash_of)), kept
 
     def unmeasured(self, number: int) -> list[EventLine]:
         """A line for each client that could not be evaluated since this was asked last."""
@@ -384,8 +389,8 @@ class Recorder:
     def _evaluate(self, number: int, state: ServerState) -> list[EventLine]:
         """Test and validation loss of every client with the adapter it would be given now."""
         adapters, kept = self.given(state)
-        test = self.clients.losses(adapters, "test")
-        validation = self.clients.losses(adapters, "validation")
+        test = self.shown.losses(adapters, "test")
+        validation = self.shown.losses(adapters, "validation")
         self.latest, self.latest_round = test, number
         events: list[EventLine] = []
         improved: list[ClientId] = []
@@ -431,6 +436,8 @@ class Recorder:
         They change when everybody is evaluated, and not every round.
         """
         self._losses = {
+            "measured": self.measured.as_json(),
+            **({"shown": self.shown.as_json()} if self.shows_few else {}),
             "best": {
                 client: [best.round, best.validation_loss, best.test_loss]
                 for client, best in self.best.items()
@@ -477,6 +484,14 @@ class Recorder:
 
 def _mean(losses: Mapping[ClientId, float]) -> float | None:
     return sum(losses.values()) / len(losses) if losses else None
+
+
+def _unread(state: ServerState) -> ServerState:
+    """The same state; adapters that lie on disk are read where a tensor is asked for."""
+    adapters = state.adapters
+    return (
+        replace(state, adapters=adapters.unread()) if isinstance(adapters, AdapterTable) else state
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from fedmira.adapters import Adapter, LazyAdapters, content_hash
-from fedmira.atomic import replace_file
-from fedmira.clients import LocalClients, OverWire
+from fedmira.atomic import replace_file, sync_below
 from fedmira.graphs import Graph
 from fedmira.messages import ClientId
 from fedmira.methods import ServerState, Start
 from fedmira.metrics import TokenLoss
 from fedmira.runs.cards import AdapterCards
+from fedmira.runs.measured import rows_here
 from fedmira.runs.provenance import Ground
 from fedmira.runs.recorder import Recorder
 from fedmira.runs.rows import ClientRow, client_rows, finite_figures, summary_of
@@ -76,15 +76,11 @@ def write_results(
     best = config.evaluation.select == "best"
     kept = recorder.best_adapters
     chosen = LazyAdapters(
-        ranks, lambda client: kept[client] if best and client in kept else last[client]
+        ranks,
+        lambda client: kept[client] if best and client in kept else last[client],
+        lambda client: str((kept if best and client in kept else last).hash_of(client)),
     )
-    after: Mapping[ClientId, TokenLoss]
-    if measure:
-        known = not best and recorder.latest_round == config.rounds.count
-        after = recorder.latest if known else clients.losses(chosen)
-    else:
-        known = not best and recorder.latest_round == recorder.round_done
-        after = recorder.latest if known and not recorder.algorithm.may_decline else {}
+    after = _after(recorder, chosen, measure=measure)
     # The best round's upload is not kept, so with "best" there is no "before" that would compare.
     before = _before(recorder, last, after) if measure and not best else {}
     losses = {
@@ -101,7 +97,7 @@ def write_results(
     index: dict[str, object] = {}
     for client, row in zip(ranks, rows, strict=True):
         rank, adapter = ranks[client], chosen[client]
-        ground.kind.write(folder.adapters / client, adapter)
+        ground.kind.write(folder.adapters / client, adapter, lasting=False)
         entry: dict[str, object] = {
             "task": row["task"],
             "category": row["category"],
@@ -119,6 +115,7 @@ def write_results(
             folder.adapters / client / "README.md", cards.text(client, entry, row), lasting=False
         )
         index[client] = entry
+    sync_below(folder.adapters)  # before index.json names them
     folder.write_json("adapters/index.json", index)
     folder.append_events(recorder.unmeasured(config.rounds.count))
     folder.write_table("clients.csv", rows)
@@ -160,13 +157,10 @@ def _trained_by_rank(
     }
 
 
-def _validation_rows(
-    recorder: Recorder, chosen: Mapping[ClientId, Adapter]
-) -> list[dict[str, object]]:
+def _validation_rows(recorder: Recorder, chosen: LazyAdapters) -> list[dict[str, object]]:
     """The rows of metrics/validation.csv; none where the rows are on other machines."""
-    clients = recorder.clients
-    inner = clients.inner if isinstance(clients, OverWire) else clients
-    if not isinstance(inner, LocalClients):
+    here = rows_here(recorder.clients)
+    if here is None:
         return []
     return [
         {
@@ -175,22 +169,35 @@ def _validation_rows(
             "tokens": len(row.response),
             "loss": loss if math.isfinite(loss) else None,
         }
-        for client, losses in inner.row_losses(chosen).items()
-        for number, (row, loss) in enumerate(
-            zip(inner.data[client].validation, losses, strict=True)
-        )
+        for client, losses in recorder.measured.validation_rows(chosen).items()
+        for number, (row, loss) in enumerate(zip(here.data[client].validation, losses, strict=True))
     ]
 
 
+def _after(
+    recorder: Recorder, chosen: LazyAdapters, *, measure: bool
+) -> Mapping[ClientId, TokenLoss]:
+    """Losses of the adapters that are saved, of all test rows; those that are known already."""
+    settings, last = recorder.config.evaluation, recorder.config.rounds.count
+    shown = settings.select != "best" and not recorder.shows_few
+    if not measure:
+        known = shown and recorder.latest_round == recorder.round_done
+        return recorder.latest if known and not recorder.algorithm.may_decline else {}
+    if shown and recorder.latest_round == last:
+        return recorder.latest
+    return recorder.measured.losses(chosen, "test")
+
+
 def _before(
-    recorder: Recorder, last: Mapping[ClientId, Adapter], after: Mapping[ClientId, TokenLoss]
+    recorder: Recorder, last: LazyAdapters, after: Mapping[ClientId, TokenLoss]
 ) -> dict[ClientId, TokenLoss]:
     """Losses of each client's last upload.
 
     A client that alignment did not move since then has the loss it ended with.
     """
     uploaded = recorder.uploaded
-    moved = [client for client in uploaded if uploaded.hashes[client] != content_hash(last[client])]
-    own = recorder.clients.losses(LazyAdapters(moved, uploaded.__getitem__))
+    moved = [client for client in uploaded if uploaded.hash_of(client) != last.hash_of(client)]
+    theirs = LazyAdapters(moved, uploaded.__getitem__, uploaded.hash_of)
+    own = recorder.clients.losses(theirs) if moved else {}
     measured = {**after, **own}
     return {client: measured[client] for client in uploaded if client in measured}

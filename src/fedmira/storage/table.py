@@ -12,8 +12,9 @@ from types import MappingProxyType
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
-from fedmira.adapters import Adapter, HashedAdapter, content_hash
+from fedmira.adapters import Adapter, HashedAdapter, LazyAdapters, content_hash
 from fedmira.adapters.arithmetic import DIGEST_DIGITS
 from fedmira.atomic import PARTIAL, replace_file, sync
 from fedmira.errors import MachineError, RunFolderError
@@ -172,6 +173,35 @@ class AdapterStore:
             self._cached_bytes -= dropped.num_bytes
 
 
+class _UnreadAdapter(HashedAdapter):
+    """An adapter in a store of which only the hash is known until a tensor is asked for.
+
+    Args:
+        store: where it is.
+        key: its content hash, by which it is stored.
+    """
+
+    __slots__ = ("_store",)
+
+    def __init__(self, store: AdapterStore, key: str) -> None:
+        super().__init__({}, key)
+        self._store = store
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return self._store.get(self.sha256).num_bytes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._store.get(self.sha256)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store.get(self.sha256))
+
+    def __len__(self) -> int:
+        return len(self._store.get(self.sha256))
+
+
 class AdapterTable(Mapping[str, Adapter]):
     """Name -> adapter in a store, read when it is asked for; a value that never changes.
 
@@ -210,6 +240,20 @@ class AdapterTable(Mapping[str, Adapter]):
     def hashes(self) -> Mapping[str, str]:
         """name -> content hash of its adapter, which is its key in the store; reads nothing."""
         return MappingProxyType(self._keys)
+
+    def hash_of(self, name: str) -> str:
+        """The content hash of an adapter, without reading it.
+
+        Args:
+            name: whose adapter.
+        """
+        return self._keys[name]
+
+    def unread(self) -> LazyAdapters:
+        """The same adapters, each read when one of its tensors is asked for."""
+        return LazyAdapters(
+            self._keys, lambda name: _UnreadAdapter(self.store, self._keys[name]), self.hash_of
+        )
 
     def digest_of(self, name: str) -> str:
         """The digest of an adapter, without reading it."""

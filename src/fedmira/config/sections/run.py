@@ -53,6 +53,16 @@ class EvaluationSettings(Section):
             "(round 0) and the last round are always evaluated."
         ),
     )
+    rows: Count = setting(
+        0,
+        help=(
+            "Most test rows and most validation rows of each client that evaluations during the "
+            "run measure, drawn once from (seed, client); 0 for all. events.jsonl, rounds.csv, a "
+            "client's best round and what observers are told are of these rows in every evaluated "
+            "round, the base and the last one too. The losses of the tables at the end, the base's "
+            "among them, are of all rows. Of runs whose rows are here."
+        ),
+    )
     rouge: bool = setting(
         True,
         help=("Generate on the test rows at the end, for Rouge-L and exact match."),
@@ -112,12 +122,13 @@ class EngineSettings(Section):
         help=(
             "Most token positions in one forward pass; it bounds memory and does not change "
             'results beyond rounding (with dropout, it changes the draws). `"auto"` tries 512 '
-            "to 4096 on a CPU (4096 to 65536 elsewhere) for a few seconds the first time a base "
-            "is used on a machine, takes the smallest within 5 % of the fastest, and keeps that "
-            "in the cache folder; where nothing can be kept there, and for adapters of other "
-            "kinds than LoRA, it is 2048 (16384 elsewhere) without a trial. Free memory bounds "
-            "it. When memory runs out all the same, it is halved and the step is made again. A "
-            "single longer row is computed on its own."
+            "to 4096 on a CPU (4096 to 65536 elsewhere) for a few seconds of its own clock the "
+            "first time a base is used on a machine with about so many clients in a pass, takes "
+            "the smallest within 5 % of the fastest, and keeps that in the cache folder unless "
+            "memory ended the trial before the third of them; where nothing can be kept there, "
+            "and for adapters of other kinds than LoRA, it is 2048 (16384 elsewhere) without a "
+            "trial. Free memory bounds it. When memory runs out all the same, it is halved and the "
+            "step is made again. A single longer row is computed on its own."
         ),
     )
     workers: Positive | Literal["auto"] = setting(

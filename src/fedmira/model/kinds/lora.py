@@ -9,6 +9,8 @@ from pathlib import Path
 
 from fedmira.adapters import (
     Adapter,
+    HashedAdapter,
+    all_finite,
     modules,
     scale,
     truncate_rank,
@@ -24,7 +26,15 @@ from fedmira.model.generation.reference import (
     reference_losses,
     referred,
 )
-from fedmira.model.kinds.peft_files import lora_config, read_adapter, write_adapter
+from fedmira.model.kinds.peft_files import (
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    config_text,
+    lora_config,
+    read_adapter,
+    weights,
+    write_files,
+)
 from fedmira.model.lora.branch import LoraBranch
 from fedmira.model.lora.stack import StackedAdapters, start_adapter
 from fedmira.model.packed.passes import response_losses
@@ -49,6 +59,8 @@ class LoraKind:
     Attributes:
         alpha, dropout, rslora: of the branches.
         limits: how much memory was seen to hold.
+        configs: rank -> the text of adapter_config.json, once it was written.
+        last_weights: content hash -> the file of the weights that were written last.
         base: the frozen base.
         targets: the linear layers that carry adapters, in the model's order.
         virtual_tokens: always 0: LoRA takes no places of the context, as prompt encoders do.
@@ -61,6 +73,8 @@ class LoraKind:
     rslora: bool = False
     virtual_tokens: int = 0
     limits: PassLimits = field(default_factory=PassLimits, repr=False, compare=False)
+    configs: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
+    last_weights: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def packed(self) -> bool:
@@ -120,6 +134,10 @@ class LoraKind:
         )
         passes = partial(response_losses, self.base, branch)
         return row_losses_with(branch, passes, rows, budget, self.limits.measure)
+
+    def changes_nothing(self, adapter: Adapter) -> bool:
+        """Where all B are zero, as at the start."""
+        return all_finite(adapter) and not any(up.any() for _, up in modules(adapter).values())
 
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
         """In the same passes."""
@@ -233,15 +251,32 @@ class LoraKind:
         )
         return LoraBranch(self.base.model, stacked)
 
-    def token_budget(self) -> int:
+    def token_budget(self, step_tokens: float = 0.0, cohort: int = 1) -> int:
         """The budget that a short trial on this machine finds."""
-        return choose_token_budget(self.base, self.targets)
+        return choose_token_budget(self.base, self.targets, step_tokens, cohort)
 
-    def write(self, folder: Path, adapter: Adapter) -> None:
+    def write(self, folder: Path, adapter: Adapter, *, lasting: bool = True) -> None:
         """As LoRA weights of the adapter's own rank."""
         rank = next(iter(modules(adapter).values()))[0].shape[0]
-        config = lora_config(self.base, self.targets, rank, self.alpha, self.dropout, self.rslora)
-        write_adapter(folder, adapter, config)
+        if rank not in self.configs:
+            config = lora_config(
+                self.base, self.targets, rank, self.alpha, self.dropout, self.rslora
+            )
+            self.configs[rank] = config_text(config)
+        files: dict[str, str | bytes] = {
+            CONFIG: self.configs[rank],
+            ADAPTER_WEIGHTS: self._weights(adapter),
+        }
+        write_files(folder, files, lasting=lasting)
+
+    def _weights(self, adapter: Adapter) -> bytes:
+        """The content of the file of weights; of the adapter before, where this one is equal."""
+        if not isinstance(adapter, HashedAdapter):
+            return weights(adapter)
+        if adapter.sha256 not in self.last_weights:
+            self.last_weights.clear()
+            self.last_weights[adapter.sha256] = weights(adapter)
+        return self.last_weights[adapter.sha256]
 
     def read(self, folder: Path) -> Adapter:
         """The factors A and B of every layer, from a PEFT folder."""

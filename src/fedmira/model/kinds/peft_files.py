@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import LoraConfig
@@ -20,13 +21,19 @@ from fedmira.records import told
 
 __all__ = [
     "ADAPTER_WEIGHTS",
+    "CONFIG",
     "ENCODER_WEIGHTS",
+    "config_text",
+    "encoder_files",
     "lora_config",
     "read_adapter",
     "read_trained",
+    "weights",
     "write_adapter",
-    "write_encoder",
+    "write_files",
 ]
+
+CONFIG = "adapter_config.json"
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ENCODER_WEIGHTS = "encoder.safetensors"
@@ -41,10 +48,48 @@ def write_adapter(folder: Path, adapter: Adapter, config: LoraConfig) -> None:
         adapter: the tensors by name.
         config: what `lora_config` gave for them.
     """
+    write_files(folder, {CONFIG: config_text(config), ADAPTER_WEIGHTS: weights(adapter)})
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes], *, lasting: bool = True) -> None:
+    """Write the files of an adapter's folder.
+
+    Args:
+        folder: made where it is missing.
+        files: name -> content.
+        lasting: the disk holds the weights when this returns.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    _sort_targets(folder / "adapter_config.json")
-    _save(folder / ADAPTER_WEIGHTS, adapter)
+    for name, content in files.items():
+        # Bytes and not safetensors' own writer, whose error on a full disk does not name the file.
+        replace_file(folder / name, content, lasting=lasting and name != CONFIG)
+
+
+def config_text(config: Any) -> str:
+    """adapter_config.json as PEFT writes it, with the targets in one order.
+
+    PEFT writes them in the order of a set, which differs from process to process, and equal runs
+    shall have equal files.
+
+    Args:
+        config: PEFT's settings of an adapter.
+    """
+    with TemporaryDirectory() as place:
+        config.save_pretrained(place)
+        settings = json.loads((Path(place) / CONFIG).read_text(encoding="utf-8"))
+    if isinstance(settings.get("target_modules"), list):
+        settings["target_modules"] = sorted(settings["target_modules"])
+    return json.dumps(settings, indent=2, sort_keys=True)
+
+
+def weights(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as the content of a safetensors file.
+
+    Args:
+        tensors: by name.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    return save(contiguous, metadata={"format": "pt"})
 
 
 def lora_config(
@@ -79,8 +124,8 @@ def lora_config(
     )
 
 
-def write_encoder(folder: Path, adapter: Adapter, config: Any, embeddings: Tensor) -> None:
-    """Write what PEFT loads for inference, and the encoder beside it.
+def encoder_files(adapter: Adapter, config: Any, embeddings: Tensor) -> dict[str, str | bytes]:
+    """What PEFT loads for inference, and the encoder beside it.
 
     That is adapter_config.json and adapter_model.safetensors.
 
@@ -88,45 +133,26 @@ def write_encoder(folder: Path, adapter: Adapter, config: Any, embeddings: Tenso
         adapter: the encoder's own parameters.
         config: PEFT's settings for inference.
         embeddings: the encoder's output.
-        folder: made where it is missing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    _save(folder / ADAPTER_WEIGHTS, {"prompt_embeddings": embeddings})
-    _save(folder / ENCODER_WEIGHTS, adapter)
+    return {
+        CONFIG: config_text(config),
+        ADAPTER_WEIGHTS: weights({"prompt_embeddings": embeddings}),
+        ENCODER_WEIGHTS: weights(adapter),
+    }
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as a safetensors file, so that a full disk is an OSError with the file's name.
-
-    Safetensors' own writer raises an error of its own kind, without the file.
-    """
-    contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
-    replace_file(path, save(contiguous, metadata={"format": "pt"}))
-
-
-def _sort_targets(path: Path) -> None:
-    """PEFT writes the targets in the order of a set, which differs from process to process.
-
-    Equal runs shall have equal files.
-    """
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["target_modules"] = sorted(settings["target_modules"])
-    replace_file(path, json.dumps(settings, indent=2, sort_keys=True), lasting=False)
-
-
-def read_adapter(folder: Path, weights: str = ADAPTER_WEIGHTS) -> Adapter:
+def read_adapter(folder: Path, file: str = ADAPTER_WEIGHTS) -> Adapter:
     """The tensors of an adapter folder.
 
     Args:
-        weights: the name of the file.
+        file: the name of the file.
         folder: where the files are.
 
     Raises:
         RunFolderError: there is no such file, or it is damaged.
         MachineError: the system does not let it be read.
     """
-    path = folder / weights
+    path = folder / file
     try:
         adapter: Adapter = load(path.read_bytes())
     except FileNotFoundError as error:

@@ -25,7 +25,7 @@ from fedmira.model.generation.generate import (
     texts_of,
 )
 from fedmira.model.generation.waves import Prompt
-from fedmira.model.kinds.peft_files import ENCODER_WEIGHTS, read_adapter, write_encoder
+from fedmira.model.kinds.peft_files import ENCODER_WEIGHTS, encoder_files, read_adapter, write_files
 from fedmira.model.kinds.prompt_encoders import EncoderBranch, PromptModel, StackedEncoders
 from fedmira.model.packed.token_budget import usual_token_budget
 from fedmira.model.training.measure import (
@@ -115,6 +115,10 @@ class PromptKind:
         branch = self._branch(adapters)
         return row_losses_with(branch, branch.losses, rows, budget, self.limits.measure)
 
+    def changes_nothing(self, adapter: Adapter) -> bool:
+        """False: virtual tokens are read."""
+        return False
+
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
         """Which adapter each client takes, found out one client after another."""
 
@@ -155,13 +159,13 @@ class PromptKind:
             found += answers
         return texts_of(self.base, answered(self.base, found))
 
-    def token_budget(self) -> int:
+    def token_budget(self, step_tokens: float = 0.0, cohort: int = 1) -> int:
         """The usual one for the device."""
         return usual_token_budget(self.base)
 
-    def write(self, folder: Path, adapter: Adapter) -> None:
+    def write(self, folder: Path, adapter: Adapter, *, lasting: bool = True) -> None:
         """The encoder's output for PEFT, and the encoder beside it."""
-        write_encoder(folder, adapter, *self.model.exported(adapter))
+        write_files(folder, encoder_files(adapter, *self.model.exported(adapter)), lasting=lasting)
 
     def read(self, folder: Path) -> Adapter:
         """The encoder's parameters, from a PEFT folder."""

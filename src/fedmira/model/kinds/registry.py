@@ -103,6 +103,10 @@ class AdapterKind(Protocol):
         """The sum of the response losses of each row under its client's adapter, in nats."""
         ...
 
+    def changes_nothing(self, adapter: Adapter) -> bool:
+        """Whether the base with this adapter is the base, to the bit."""
+        ...
+
     def choose(self, contenders: Sequence[Contender], budget: int) -> list[Choice]:
         """For each client the adapter with the lowest loss on its rows."""
         ...
@@ -118,12 +122,12 @@ class AdapterKind(Protocol):
         """Greedy answers to (position of the adapter, prompt token ids) pairs, in their order."""
         ...
 
-    def token_budget(self) -> int:
+    def token_budget(self, step_tokens: float = 0.0, cohort: int = 1) -> int:
         """What `engine.token_budget` = "auto" means."""
         ...
 
-    def write(self, folder: Path, adapter: Adapter) -> None:
-        """Write a folder that plain PEFT loads."""
+    def write(self, folder: Path, adapter: Adapter, *, lasting: bool = True) -> None:
+        """Write a folder that plain PEFT loads; `lasting`: the disk holds it on return."""
         ...
 
     def read(self, folder: Path) -> Adapter:
