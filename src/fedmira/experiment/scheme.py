@@ -153,7 +153,7 @@ def make_scheme(
         rounds=config.rounds.count,
         rslora=config.adapter.rslora,
         server=config.server,
-        came=came,
+        came=dict(came),  # of a type that reaches worker processes
     )
     algorithm = method.for_federation(context)
     if algorithm.aligns and not graph.acts(config.rounds.count):
