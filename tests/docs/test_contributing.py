@@ -83,7 +83,7 @@ def test_a_fixed_graph_is_a_function_and_a_line(
     recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ring = recipe("A new graph").ring_graph
-    monkeypatch.setitem(graph_kinds._FIXED, "ring", lambda settings, clients, *_: ring(clients))  # type: ignore[arg-type]
+    monkeypatch.setitem(graph_kinds._FIXED, "ring", lambda settings, of, seed: ring(of.clients))  # type: ignore[arg-type]
     clients = ("a", "b", "c", "d")
     source = graph_source(GraphSettings.model_construct(kind="ring"), clients, {}, seed=0)
     graph = source.graph(source.initial(clients), clients)

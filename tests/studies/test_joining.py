@@ -192,7 +192,8 @@ def test_no_steps_keep_the_start_and_a_given_start_is_not_judged(
     wanted = joining.pool.start(joining.pool.weights("mix", joining.scores()))
     assert all(torch.equal(made.adapter[name], wanted[name]) for name in wanted)
     assert made.figures["tried"] == [] and made.figures["training"] is None
-    assert made.figures["held_out"]["start"] == made.figures["held_out"]["trained"]
+    held_out = made.figures["held_out"]  # measured beside other adapters, and alone
+    assert held_out["start"] == pytest.approx(held_out["trained"], rel=1e-6)
     assert "join.html" in made._repr_html_()
 
 

@@ -37,6 +37,10 @@ __all__ = [
 ]
 
 
+_OF_ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".tab", ".parquet")
+"""Endings of files that can only be rows; a .json may be settings for another tool."""
+
+
 class Format(StrEnum):
     """How results are printed."""
 
@@ -116,9 +120,9 @@ def settings(config: Path | None, preset: str | None, overrides: list[str] | Non
 
 def is_rows(path: Path | None) -> bool:
     """Whether what stands in the place of a config is a folder or a file of rows."""
-    return path is not None and (
-        path.is_dir() or (path.is_file() and path.suffix.lower() != ".toml")
-    )
+    if path is None or not path.exists():
+        return False
+    return path.is_dir() or path.name.lower().removesuffix(".gz").endswith(_OF_ROWS)
 
 
 def _of_rows(config: Path | None, overrides: list[str]) -> tuple[Path | None, list[str]]:

@@ -89,6 +89,10 @@ def varlen_available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this torch has the kernel for the device and number type.
 
     The meta device has all that CUDA has.
+
+    Args:
+        device: where attention runs.
+        dtype: of queries, keys and values.
     """
     return not why_not(device, dtype)
 
