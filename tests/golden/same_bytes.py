@@ -45,6 +45,7 @@ BASE: dict[str, Any] = {
     "evaluation.max_new_tokens": 4,
     "engine.token_budget": 400,
     "model.device": "cpu",
+    "algorithm.name": "mira",  # of the runs that name none; the settings below are its own
 }
 
 METHODS: dict[str, dict[str, Any]] = {
