@@ -312,9 +312,12 @@ def test_decisions_whose_runs_are_gone_say_so(
         reload_adapters(folder, base)
 
 
-def test_a_folder_of_rows_is_enough(base_folder: Path, tmp_path: Path) -> None:
-    """Settings that were not given are said where they matter."""
-    rows = write_clients(tmp_path / "rows", {"apple-1": 20, "birch-1": 20})
+def test_a_folder_of_rows_is_enough(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings that were not given are said where they matter; a name may look like a number."""
+    monkeypatch.chdir(tmp_path)
+    rows = write_clients(tmp_path / "2024", {"apple-1": 20, "birch-1": 20})
     quick = ["--set", f"model.base={base_folder}", "--set", "rounds.count=2"]
     quick += ["--set", "local.steps=1", "--set", "evaluation.rouge=false"]
     quick += ["--set", "data.max_length=64"]
@@ -326,6 +329,8 @@ def test_a_folder_of_rows_is_enough(base_folder: Path, tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     written = load_config(tmp_path / "run" / "config.toml").data
     assert (written.source, written.path) == ("jsonl", str(rows))
+    ended = call_main("check", Path("2024"), *quick)
+    assert ended.code == 0, ended.err
 
 
 def test_an_empty_folder_is_no_rows(tmp_path: Path) -> None:

@@ -162,13 +162,13 @@ def test_one_arm_trains_as_a_plain_run(config: Config, base: BaseModel, tmp_path
     plain = run_experiment(build_experiment(config, base), tmp_path / "plain")
     built = build_experiment(config, base)
     (tmp_path / "search").mkdir()
-    armed = Armed(
+    armed = Armed.of(
         built.clients,  # type: ignore[arg-type]
-        [config.local],
-        config.seed,
-        "aggressive",
-        RecordedFolder(tmp_path / "search"),
-        "drawn.json",
+        arms=[config.local],
+        seed=config.seed,
+        divisor="aggressive",
+        folder=RecordedFolder(tmp_path / "search"),
+        name="drawn.json",
     )
     run_experiment(replace(built, clients=armed), tmp_path / "drawn")
     assert plain.status == "finished"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -129,7 +130,9 @@ def _of_rows(config: Path | None, overrides: list[str]) -> tuple[Path | None, li
     """Rows in the place of a config are settings that name them, below those of --set."""
     if config is None or not is_rows(config):
         return config, overrides
-    return None, ["data.source=jsonl", f"data.path={config}", *overrides]
+    # In quotes, since the name of a folder may look like a number.
+    path = json.dumps(str(config), ensure_ascii=False)
+    return None, ["data.source=jsonl", f"data.path={path}", *overrides]
 
 
 def settings_and_rows(

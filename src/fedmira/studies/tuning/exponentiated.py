@@ -17,18 +17,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from fedmira.adapters import Adapter
-from fedmira.clients import Candidates, LocalClients, SplitName
+from fedmira.clients import LocalClients
 from fedmira.config import Config, LocalSettings
-from fedmira.data import ClientSummary
 from fedmira.errors import ConfigError, RunFolderError
-from fedmira.messages import ClientId, Failure, Payload, Reply, Request
+from fedmira.messages import ClientId, Failure, Reply, Request
 from fedmira.metrics import TokenLoss
 from fedmira.records import RecordedFolder
 from fedmira.seeds import seed_for
@@ -226,15 +224,14 @@ def about_drawing(probability: float, drawn: int, arms: int) -> list[str]:
     return notes
 
 
-@dataclass(eq=False)
-class Armed:
+@dataclass(eq=False, kw_only=True)
+class Armed(LocalClients):
     """Clients of a run of which each trains with an arm that it draws anew in each round.
 
     What was drawn and what it led to is written after each round, and read again where the run goes
     on from a checkpoint.
 
     Attributes:
-        inner: who trains and measures; all have validation rows.
         arms: [local] of each arm.
         seed: of the run.
         divisor: d.
@@ -242,7 +239,6 @@ class Armed:
         name: of the file in it.
     """
 
-    inner: LocalClients
     arms: Sequence[LocalSettings]
     seed: int
     divisor: Divisor
@@ -265,24 +261,15 @@ class Armed:
                     f"{path}: is no record of a search ({error}); choose another --output"
                 ) from error
 
-    @property
-    def method(self) -> object | None:
-        """That of the clients."""
-        return self.inner.method
+    @classmethod
+    def of(cls, clients: LocalClients, **more: Any) -> Armed:
+        """The same clients, which now draw.
 
-    @property
-    def parties(self) -> Mapping[ClientId, ClientSummary]:
-        """What each client says of itself."""
-        return self.inner.parties
-
-    @property
-    def memories(self) -> Mapping[ClientId, Payload]:
-        """The clients' private memories, whatever they drew."""
-        return self.inner.memories
-
-    def restore(self, memories: Mapping[ClientId, Payload]) -> None:
-        """Takes memories from a checkpoint, or none."""
-        self.inner.restore(memories)
+        Args:
+            clients: who train and measure; all have validation rows.
+            more: the attributes that they do not have.
+        """
+        return cls(**{each.name: getattr(clients, each.name) for each in fields(clients)}, **more)
 
     def weights_before(self, number: int) -> Weights:
         """The weights that clients of a round draw from.
@@ -314,27 +301,25 @@ class Armed:
         number = requests[0].round
         weights = self.weights_before(number)
         arms = {each.client_id: self.drawn(each.client_id, number, weights) for each in requests}
-        before = self._validation(
-            {each.client_id: each.payload.tensors["adapter"] for each in requests}
-        )
+        sent = {each.client_id: each.payload.tensors["adapter"] for each in requests}
+        before = self.losses(sent, "validation")
         answers: list[Reply | Failure] = []
-        for arm in sorted(set(arms.values())):
-            settings = replace(self.inner.settings, local=self.arms[arm])
-            clients = replace(self.inner, settings=settings)
-            answers += clients.train([each for each in requests if arms[each.client_id] == arm])
-            self.inner.restore(clients.memories)
-        after = self._validation(
-            {
-                answer.client_id: answer.payload.tensors["adapter"]
-                for answer in answers
-                if isinstance(answer, Reply)
-            }
-        )
+        own = self.settings
+        try:
+            for arm in sorted(set(arms.values())):
+                self.settings = replace(own, local=self.arms[arm])
+                asked = [each for each in requests if arms[each.client_id] == arm]
+                answers += super().train(asked)
+        finally:
+            self.settings = own
+        trained = {
+            answer.client_id: answer.payload.tensors["adapter"]
+            for answer in answers
+            if isinstance(answer, Reply)
+        }
+        after = self.losses(trained, "validation")
         self._learn(number, arms, before, after)
         return answers
-
-    def _validation(self, adapters: Mapping[ClientId, Adapter]) -> dict[ClientId, TokenLoss]:
-        return self.inner.losses(adapters, "validation")
 
     def _learn(
         self,
@@ -351,7 +336,7 @@ class Armed:
         changes = {name: after[name].per_token - before[name].per_token for name in after}
         finite = [change for change in changes.values() if math.isfinite(change)]
         worst = max([0.0, *finite])
-        rows = {name: len(self.inner.data[name].validation) for name in arms}
+        rows = {name: len(self.data[name].validation) for name in arms}
         told = [
             {
                 "arm": arm,
@@ -371,23 +356,3 @@ class Armed:
             for arm in round_["drawn"].values():
                 found[arm] += 1
         return found
-
-    def losses(
-        self, adapters: Mapping[ClientId, Adapter], split: SplitName = "test"
-    ) -> dict[ClientId, TokenLoss]:
-        """As of the clients."""
-        return self.inner.losses(adapters, split)
-
-    def choose(self, clients: Sequence[ClientId], candidates: Candidates) -> dict[ClientId, float]:
-        """As of the clients."""
-        return self.inner.choose(clients, candidates)
-
-    def score(
-        self, adapters: Mapping[ClientId, Adapter], max_new_tokens: int
-    ) -> dict[ClientId, dict[str, float]]:
-        """As of the clients."""
-        return self.inner.score(adapters, max_new_tokens)
-
-    def unmeasured(self) -> list[Failure]:
-        """As of the clients."""
-        return self.inner.unmeasured()

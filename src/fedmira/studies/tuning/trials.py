@@ -221,7 +221,14 @@ class Trials:
             clients = experiment.clients
             assert isinstance(clients, LocalClients)
             record = RecordedFolder(self._output)
-            armed = Armed(clients, arms, seed, divisor, record, f"drawn-seed{seed}.json")
+            armed = Armed.of(
+                clients,
+                arms=arms,
+                seed=seed,
+                divisor=divisor,
+                folder=record,
+                name=f"drawn-seed{seed}.json",
+            )
             if not run.is_finished():
                 notes = (*experiment.notes, NOTE)
                 experiment = replace(experiment, clients=armed, notes=notes)
